@@ -1,0 +1,39 @@
+# make demo   set up, then train a small model end to end with the fused embedding (CPU or GPU)
+# make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
+# make lint   set up, then ruff, mypy, import-linter
+# make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
+# make gpu    everything that wants a GPU: the GPU tests, then the benchmarks
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+JOBS ?= auto
+
+.PHONY: demo test lint bench gpu resources setup clean
+
+setup:
+	@$(PYTHON) tools/bootstrap.py
+
+demo: setup
+	@$(RUN) -m examples.demo
+
+test: setup
+	@$(RUN) -m pytest -n $(JOBS) -m "not slow"
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+	@$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
+
+resources: setup
+	@$(RUN) -m bench.resources
+
+bench: setup
+	@$(RUN) -m bench
+
+gpu: setup
+	@$(RUN) -m pytest -m gpu tests/kernels
+	@$(RUN) -m bench
+
+clean:
+	rm -rf .venv build out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

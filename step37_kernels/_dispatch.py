@@ -1,0 +1,58 @@
+"""Which implementation runs: the one place that reads ``impl``.
+
+``auto``    Triton for CUDA tensors, PyTorch otherwise.
+``triton``  Triton. On a CPU tensor only with Triton's interpreter (``TRITON_INTERPRET=1`` set
+            before the first import of a kernel), else ``ValueError``.
+``torch``   PyTorch, on any device.
+
+An explicit choice is never replaced by another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+Impl = Literal["auto", "triton", "torch"]
+
+_CHOICES = ("auto", "triton", "torch")
+
+
+def interpreter_requested() -> bool:
+    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter, read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def use_triton(impl: Impl, device: torch.device) -> bool:
+    """Resolve ``impl`` for tensors on ``device``.
+
+    Args:
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+        device: where the operation's tensors are.
+
+    Returns:
+        True to launch Triton kernels, False for the PyTorch implementation.
+
+    Raises:
+        ValueError: ``impl`` is none of the three, or ``"triton"`` was asked for on a device that
+            Triton cannot run on.
+        ImportError: Triton is to run but is not installed.
+    """
+    if impl not in _CHOICES:
+        raise ValueError(f"impl: expected one of {', '.join(_CHOICES)}, got {impl!r}")
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            f"impl={impl!r} on {device} needs Triton, which is not installed; "
+            "install 'triton', or pass impl='torch'"
+        )
+    if device.type != "cuda" and not (device.type == "cpu" and interpreter_requested()):
+        raise ValueError(
+            f"impl='triton': Triton kernels need CUDA tensors, got {device}; pass impl='torch', "
+            "or set TRITON_INTERPRET=1 before importing to run them in Triton's interpreter"
+        )
+    return True

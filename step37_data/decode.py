@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,11 @@ class Decoded:
     """One picture and, if its file was unreadable, why it is black.
 
     Attributes:
-        picture: mode ``RGB``.
+        pixels: uint8 ``[height, width, 3]``, read-only.
         broken: None, or what went wrong with the file.
     """
 
-    picture: Image.Image
+    pixels: npt.NDArray[np.uint8]
     broken: str | None
 
 
@@ -121,25 +123,30 @@ def read_rgb(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken) -> Decoded:
+def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
     """Read one image file.
 
     Args:
         path: of the file.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
+        side: resize to ``side`` × ``side`` (BILINEAR); None keeps the size of the file.
 
     Raises:
         BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
     """
+    reason = None
     try:
-        return Decoded(picture=read_rgb(path), broken=None)
+        picture = read_rgb(path)
     except DECODE_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         if on_broken == "raise":
             raise BrokenImageError(f"image {path} could not be read: {reason}") from error
         logger.warning("image %s could not be read, black is used in its place: %s", path, reason)
-        return Decoded(picture=Image.new("RGB", BROKEN_SIZE), broken=reason)
+        picture = Image.new("RGB", BROKEN_SIZE)
+    if side is not None:
+        picture = picture.resize((side, side), resample=Image.Resampling.BILINEAR)
+    return Decoded(pixels=np.asarray(picture), broken=reason)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 
 from step37_data.decode import ON_BROKEN, BrokenImages, Decoded, OnBroken, decode, map_threads
 from step37_kernels.image_insert_embedding import ImageForInsert
-from step37_kernels.pixels import clip_normalize
+from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 
@@ -61,49 +62,138 @@ def load_images(
     Raises:
         ValueError: an image type is neither of the two, or ``on_broken`` none of the three.
     """
-    target = resolve_device(device)
-    sides = [_side(kind, image_size, patch_image_size) for _, kind in image_paths]
-    decoded = _decode_all([path for path, _ in image_paths], on_broken, broken, threads)
-    out: list[tuple[torch.Tensor, int]] = [(torch.empty(0), 0)] * len(image_paths)
-    for side in sorted(set(sides)):
-        members = [i for i, own in enumerate(sides) if own == side]
-        pixels = _normalize_pictures([decoded[i].picture for i in members], side, target, dtype)
-        for row, i in enumerate(members):
-            out[i] = (pixels[row], int(image_paths[i][1]))
-    return out
-
-
-def _side(kind: int, image_size: int, patch_image_size: int) -> int:
-    if kind == IMAGE_ITEM_TYPE:
-        return image_size
-    if kind == PATCH_ITEM_TYPE:
-        return patch_image_size
-    raise ValueError(
-        f"image type: expected {IMAGE_ITEM_TYPE} (image) or {PATCH_ITEM_TYPE} (crop), got {kind!r}"
+    by_type: dict[int, list[int]] = {IMAGE_ITEM_TYPE: [], PATCH_ITEM_TYPE: []}
+    for i, (_, kind) in enumerate(image_paths):
+        by_type[_checked_type(kind)].append(i)
+    loaded = _load_stacks(
+        [
+            ([image_paths[i][0] for i in by_type[kind]], side)
+            for kind, side in ((IMAGE_ITEM_TYPE, image_size), (PATCH_ITEM_TYPE, patch_image_size))
+        ],
+        resolve_device(device),
+        dtype,
+        on_broken,
+        broken,
+        threads,
     )
+    rows = [iter(stack.images) for stack in loaded]
+    return [(next(rows[kind]), int(kind)) for _, kind in image_paths]
+
+
+def _checked_type(kind: int) -> int:
+    if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
+        raise ValueError(
+            f"image type: expected {IMAGE_ITEM_TYPE} (image) or {PATCH_ITEM_TYPE} (crop), "
+            f"got {kind!r}"
+        )
+    return int(kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stack:
+    """Images of one size.
+
+    Attributes:
+        images: ``[N, 3, side, side]``.
+        broken: per image None, or what was wrong with its file.
+    """
+
+    images: torch.Tensor
+    broken: list[str | None]
+
+
+def _load_stacks(
+    stacks: Sequence[tuple[Sequence[str], int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    on_broken: OnBroken,
+    broken: BrokenImages | None,
+    threads: int | None,
+) -> list[_Stack]:
+    """Read the files of several ``(paths, side)`` at once.
+
+    On the CPU, Pillow resizes in the decoding threads. For CUDA, the pixels travel as they are and
+    are resized there, to the same values.
+    """
+    on_host = device.type != "cuda"
+    decoded = _decode_all(
+        [(path, side if on_host else None) for paths, side in stacks for path in paths],
+        on_broken,
+        broken,
+        threads,
+    )
+    pixels = [each.pixels for each in decoded]
+    if not on_host:
+        uploaded = _upload(pixels, device)
+    result, start = [], 0
+    for paths, side in stacks:
+        end = start + len(paths)
+        if start == end:
+            images = torch.empty((0, 3, side, side), dtype=dtype, device=device)
+        elif on_host:
+            images = clip_normalize(torch.from_numpy(np.stack(pixels[start:end])), dtype=dtype)
+        else:
+            part = RaggedImages(
+                data=uploaded.data,
+                offsets=uploaded.offsets[start:end],
+                shapes=uploaded.shapes[start:end],
+            )
+            images = resize_clip_normalize(part, side, dtype=dtype)
+        result.append(_Stack(images=images, broken=[each.broken for each in decoded[start:end]]))
+        start = end
+    return result
 
 
 def _decode_all(
-    paths: Sequence[str], on_broken: OnBroken, broken: BrokenImages | None, threads: int | None
+    items: Sequence[tuple[str, int | None]],
+    on_broken: OnBroken,
+    broken: BrokenImages | None,
+    threads: int | None,
 ) -> list[Decoded]:
+    """Read ``(path, side to resize to or None)`` each, in order."""
     if on_broken not in ON_BROKEN:
         raise ValueError(f"on_broken: expected one of {', '.join(ON_BROKEN)}, got {on_broken!r}")
-    decoded = list(map_threads(lambda path: decode(path, on_broken), paths, threads))
+    decoded = list(map_threads(lambda item: decode(item[0], on_broken, item[1]), items, threads))
     if broken is not None:
-        for path, result in zip(paths, decoded, strict=True):
-            broken.record(path, result.broken)
+        for (path, _), each in zip(items, decoded, strict=True):
+            broken.record(path, each.broken)
     return decoded
 
 
-def _normalize_pictures(
-    pictures: Sequence[Image.Image], side: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """``[N, 3, side, side]`` on ``device``."""
-    pixels = torch.empty((len(pictures), side, side, 3), dtype=torch.uint8)
-    for row, picture in enumerate(pictures):
-        resized = picture.resize((side, side), resample=Image.Resampling.BILINEAR)
-        pixels[row] = torch.from_numpy(np.array(resized))
-    return clip_normalize(to_device(pixels, device), dtype=dtype)
+def _upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> RaggedImages:
+    """Copy ``[h, w, 3]`` pictures into one buffer on a CUDA device, on a stream for copies.
+
+    PyTorch's pinned allocator hands the staging buffer out again once its copy is done.
+    """
+    offsets, end = [], 0
+    for picture in pictures:
+        offsets.append(end)
+        end += picture.size
+    staging = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+    view = staging.numpy()
+    for offset, picture in zip(offsets, pictures, strict=True):
+        view[offset : offset + picture.size] = picture.reshape(-1)
+    stream = _copy_stream(device)
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        data = staging.to(device, non_blocking=True)
+    current.wait_stream(stream)
+    # Allocated on the copy stream, used on this one: not to be handed out before this one is done.
+    data.record_stream(current)
+    return RaggedImages(
+        data=data,
+        offsets=offsets,
+        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
+    )
+
+
+_copy_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device.index not in _copy_streams:
+        _copy_streams[device.index] = torch.cuda.Stream(device)
+    return _copy_streams[device.index]
 
 
 def build_image_for_insert(
@@ -133,12 +223,7 @@ def build_image_for_insert(
     """
     by_type: dict[int, list[torch.Tensor]] = {PATCH_ITEM_TYPE: [], IMAGE_ITEM_TYPE: []}
     for image, kind in images_and_types:
-        if kind not in by_type:
-            raise ValueError(
-                f"image type: expected {IMAGE_ITEM_TYPE} (image) or {PATCH_ITEM_TYPE} (crop), "
-                f"got {kind!r}"
-            )
-        by_type[kind].append(image)
+        by_type[_checked_type(kind)].append(image)
     target = resolve_device(device)
     groups = []
     for kind, start, limit in (
@@ -235,43 +320,129 @@ def preprocess_packed_batch(
     if "tokens" not in batch:
         return layout
 
-    images: list[ImageForInsert] = []
+    tokens = batch["tokens"].cpu()
+    loss_masks = batch["loss_masks"]
+    used = [
+        _used_images(batch.get("image_paths", ()), tokens, kind, start)
+        for kind, start in (
+            (PATCH_ITEM_TYPE, patch_start_token_id),
+            (IMAGE_ITEM_TYPE, img_start_token_id),
+        )
+    ]
+    groups: list[ImageForInsert] = []
+    reasons: list[list[str | None]] = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
-        tokens = batch["tokens"].cpu()
-        loaded = load_images(
-            batch.get("image_paths", []),
-            image_size=image_size,
-            patch_image_size=patch_image_size,
-            device=target,
-            dtype=dtype,
-            on_broken=on_broken,
-            broken=broken,
-            threads=threads,
+        stacks = _load_stacks(
+            [(used[0].paths, patch_image_size), (used[1].paths, image_size)],
+            target,
+            dtype,
+            on_broken,
+            broken,
+            threads,
         )
-        images = build_image_for_insert(
-            loaded,
-            patch_start_id=patch_start_token_id,
-            image_start_id=img_start_token_id,
-            limit_images=int((tokens == img_start_token_id).sum()),
-            limit_patches=int((tokens == patch_start_token_id).sum()),
-            rope_args_fn=lambda kept: compute_rope_args(kept, encoder_patch_size, device=target),
-            dtype=dtype,
-            device=target,
-        )
+        reasons = [stack.broken for stack in stacks]
+        for images, stack in zip(used, stacks, strict=True):
+            if images.paths:
+                rope, longest = compute_rope_args(stack.images, encoder_patch_size, device=target)
+                groups.append(
+                    ImageForInsert(
+                        insert_start_token=images.start_token,
+                        images=stack.images,
+                        rope_cu_seqlens=rope,
+                        rope_max_seq_len=longest,
+                    )
+                )
+    elif on_broken == "skip-loss":
+        # The loss is computed on this stage, perhaps: it has to know as much as the first one.
+        for images in used:
+            items = [(path, None) for path in images.paths]
+            decoded = _decode_all(items, on_broken, broken, threads)
+            reasons.append([each.broken for each in decoded])
+    if on_broken == "skip-loss":
+        loss_masks = _without_broken(loss_masks, cu_seqlens.cpu(), used, reasons)
     return {
         "input_ids": to_device(batch["tokens"], target)[None].contiguous(),
         "labels": to_device(batch["labels"], target)[None].contiguous(),
-        "loss_masks": to_device(batch["loss_masks"], target)[None].contiguous(),
-        "images": images,
+        "loss_masks": to_device(loss_masks, target)[None].contiguous(),
+        "images": groups,
         **layout,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UsedImages:
+    """The images of one type that have a place in the pack.
+
+    Attributes:
+        start_token: of their type.
+        paths: one for each place, as far as both go.
+        positions: int64, the start token of each.
+    """
+
+    start_token: int
+    paths: list[str]
+    positions: torch.Tensor
+
+
+def _used_images(
+    image_paths: Iterable[ImagePath], tokens: torch.Tensor, kind: int, start_token: int
+) -> _UsedImages:
+    """Pair the images of type ``kind`` with the start tokens, in order, up to the smaller count."""
+    paths = [path for path, own in image_paths if _checked_type(own) == kind]
+    positions = (tokens == start_token).nonzero().flatten()
+    if len(paths) != len(positions):
+        logger.warning(
+            "the pack holds %d images of type %d and %d start tokens %d for them; the first %d of "
+            "each are used",
+            len(paths),
+            kind,
+            len(positions),
+            start_token,
+            min(len(paths), len(positions)),
+        )
+    return _UsedImages(
+        start_token=start_token,
+        paths=paths[: len(positions)],
+        positions=positions[: len(paths)],
+    )
+
+
+def _without_broken(
+    loss_masks: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    used: Sequence[_UsedImages],
+    reasons: Sequence[Sequence[str | None]],
+) -> torch.Tensor:
+    """``loss_masks`` with zeros over every sample that holds an unreadable image."""
+    spoilt = sorted(
+        {
+            int(torch.searchsorted(cu_seqlens, position, right=True)) - 1
+            for images, own in zip(used, reasons, strict=True)
+            for position, reason in zip(images.positions.tolist(), own, strict=True)
+            if reason is not None
+        }
+    )
+    if not spoilt:
+        return loss_masks
+    loss_masks = loss_masks.clone()
+    for sample in spoilt:
+        loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
+    logger.warning(
+        "samples %s of a pack of %d take no part in the loss: an image of theirs is unreadable",
+        spoilt,
+        len(cu_seqlens) - 1,
+    )
+    return loss_masks
 
 
 def resolve_device(device: Device) -> torch.device:
     """``device``; for None the current CUDA device, or the CPU where there is none."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return resolved
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

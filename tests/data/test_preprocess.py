@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from step37_data.decode import BrokenImageError, BrokenImages, decode
 from step37_data.preprocess import (
     IMAGE_ITEM_TYPE,
     PATCH_ITEM_TYPE,
@@ -15,7 +16,7 @@ from step37_data.preprocess import (
     load_images,
     preprocess_packed_batch,
 )
-from step37_kernels.pixels import CLIP_MEAN, CLIP_STD
+from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IM_START, PATCH_START = 128000, 128003
@@ -201,3 +202,92 @@ def test_a_text_only_pack_has_no_groups(photos):
     tokens = torch.arange(1, 13)
     out = run(packed_batch(photos, tokens=tokens, labels=tokens, image_paths=[]))
     assert out["images"] == []
+
+
+def test_images_and_start_tokens_pair_up_to_the_smaller_count(photos, caplog):
+    paths = [(photos[i], IMAGE_ITEM_TYPE) for i in range(4)]
+    crops, images = run(packed_batch(photos, image_paths=[*paths, (photos[0], 1)]))["images"]
+    assert len(crops.images) == 1
+    assert len(images.images) == 2
+    assert "4 images of type 0 and 2 start tokens 128000" in caplog.text
+    caplog.clear()
+    (images,) = run(packed_batch(photos, image_paths=paths[:1]))["images"]
+    assert len(images.images) == 1
+    assert "1 images of type 0 and 2 start tokens 128000" in caplog.text
+    assert "0 images of type 1 and 1 start tokens 128003" in caplog.text
+
+
+def test_images_without_a_place_are_not_even_read(photos, tmp_path):
+    surplus = [(photos[0], 0), (photos[1], 0), (str(tmp_path / "missing.jpg"), 0), (photos[2], 1)]
+    broken = BrokenImages()
+    run(packed_batch(photos, image_paths=surplus), broken=broken, on_broken="raise")
+    assert (broken.seen, broken.occurrences) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ((), [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ((0,), [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]),
+        ((1,), [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1]),
+        ((2,), [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1]),
+        ((0, 1, 2), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["skip-loss", "zero"])
+def test_skip_loss_takes_the_samples_of_broken_images_out_of_the_loss(
+    photos, tmp_path, missing, expected, mode
+):
+    paths = [str(tmp_path / "missing.jpg") if i in missing else photos[i] for i in range(3)]
+    batch = packed_batch(paths)
+    broken = BrokenImages()
+    out = run(batch, on_broken=mode, broken=broken)
+    assert out["loss_masks"][0].tolist() == (expected if mode == "skip-loss" else [1] * 12)
+    assert batch["loss_masks"].tolist() == [1] * 12
+    assert (broken.seen, broken.occurrences) == (3, len(missing))
+    crops, images = out["images"]
+    assert (len(crops.images), len(images.images)) == (1, 2)
+
+
+def test_raise_names_the_file(photos, tmp_path):
+    gone = str(tmp_path / "gone.jpg")
+    with pytest.raises(
+        BrokenImageError, match=r"image .*gone\.jpg could not be read: FileNotFound"
+    ):
+        run(packed_batch([photos[0], gone, photos[1]]), on_broken="raise")
+
+
+def test_the_loss_mask_keeps_its_dtype(photos, tmp_path):
+    batch = packed_batch([str(tmp_path / "gone.jpg"), photos[1], photos[2]])
+    batch["loss_masks"] = batch["loss_masks"].to(torch.int64)
+    out = run(batch, on_broken="skip-loss")
+    assert out["loss_masks"].dtype == torch.int64
+    assert out["loss_masks"][0].tolist() == [0] * 5 + [1] * 7
+
+
+def test_decoded_pixels_through_the_kernels_are_what_the_host_path_gives(photos):
+    """The CUDA path in the interpreter: whole pictures, resized by the kernels."""
+    pictures = [torch.from_numpy(decode(path, "raise").pixels.copy()) for path in photos]
+    got = resize_clip_normalize([p.to(DEVICE) for p in pictures], 28, impl="triton")
+    expected = torch.stack([stock(path, 28) for path in photos]).bfloat16()
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: host synchronisation")
+def test_the_host_never_waits_and_staging_memory_is_reused(photos):
+    batch = packed_batch(photos)
+    for _ in range(3):
+        run(batch)
+        torch.cuda.synchronize()
+    allocated = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            run(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        run(batch)
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] <= 2 * allocated

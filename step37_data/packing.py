@@ -16,6 +16,9 @@ import numpy as np
 
 OversizePolicy = Literal["drop", "extend"]
 
+# Samples worked on at a time: bounds the temporary arrays, which would else be most of the memory.
+_BLOCK = 1 << 18
+
 
 class PackRanges(Sequence[tuple[int, int]]):
     """``(first index, count)`` of every pack: reads like a list of tuples, stored as two arrays.
@@ -101,16 +104,7 @@ def pack(
     """
     lengths = _checked_lengths(sizes, max_len, oversize_policy)
     total = len(lengths)
-    ends = np.cumsum(lengths)
-    # following[i]: where the next pack begins if one begins at i. An exactly full pack includes
-    # the sample that fills it and nothing after it, not even an empty sample: hence side="left".
-    targets = ends - lengths + max_len
-    following = np.searchsorted(ends, targets, side="left")
-    inside = following < total
-    following[inside] += ends[following[inside]] == targets[inside]
-    oversize = lengths > max_len
-    following[oversize] = np.flatnonzero(oversize) + 1
-
+    following = _following_starts(lengths, max_len)
     step = following.item
     firsts = []
     position = 0
@@ -120,13 +114,31 @@ def pack(
     starts = np.array(firsts, dtype=np.int64)
     counts = np.diff(np.append(starts, total))
     if oversize_policy == "drop":
-        kept = ~oversize[starts]
+        kept = lengths[starts] <= max_len
         starts, counts = starts[kept], counts[kept]
     return PackingResult(
         num_packed_samples=len(starts),
-        num_droped=int(oversize.sum()) if oversize_policy == "drop" else 0,
+        num_droped=int(np.count_nonzero(lengths > max_len)) if oversize_policy == "drop" else 0,
         packed_sample_ranges=PackRanges(starts, counts),
     )
+
+
+def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
+    """For every sample: where the next pack begins if a pack begins with this sample."""
+    total = len(lengths)
+    ends = np.cumsum(lengths)
+    following = np.empty(total, dtype=np.int64)
+    for first in range(0, total, _BLOCK):
+        block = slice(first, first + _BLOCK)
+        targets = ends[block] - lengths[block] + max_len
+        # An exactly full pack includes the sample that fills it and nothing after it, not even an
+        # empty sample: hence side="left", then one more where the fit is exact.
+        places = np.searchsorted(ends, targets, side="left")
+        places += (places < total) & (ends[np.minimum(places, total - 1)] == targets)
+        alone = lengths[block] > max_len
+        places[alone] = first + 1 + np.flatnonzero(alone)
+        following[block] = places
+    return following
 
 
 def pack_best_fit(

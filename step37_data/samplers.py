@@ -225,8 +225,7 @@ class WeightedRandomSampler:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
 
-        That one has no scores: they are summed again from the counts, so the continuation is the
-        uninterrupted sequence (stock multiplies instead, which can differ in the last bit).
+        That one has no scores: they are summed again from the counts, addition by addition.
         """
         _check_same_size(self.size, state_dict)
         counts = np.asarray(state_dict.get("counts", [0] * self.size), dtype=np.int64)

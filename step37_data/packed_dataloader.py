@@ -165,6 +165,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             sampler=_Endless(first, dp_size),
             num_workers=num_workers,
+            # torch's own conversion would turn the (path, item type) tuples into lists.
+            collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -180,8 +182,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         """Continue at a saved position.
 
         Raises:
-            ValueError: the state belongs to another schedule (other samples, lengths, seeds or
-                packing), where the position would mean other packs.
+            ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
+                lengths or packing), where the position would mean other packs.
         """
         if state_dict["schedule"] != self.schedule_fingerprint():
             raise ValueError(
@@ -234,6 +236,10 @@ def draw_schedule(
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
+
+
+def _as_it_is(packed: Any) -> Any:
+    return packed
 
 
 class _Endless(torch.utils.data.Sampler[int]):

@@ -328,8 +328,8 @@ def _image_chunks(
     pixel_values = media["pixel_values"]
     if crops and (grids or isinstance(pixel_values, list)):
         raise ValueError(
-            f"pixel_values {_described(pixel_values)} come with crops ({', '.join(crops)}) and with "
-            f"{', '.join(grids) or 'a list of images'}: no layout has both"
+            f"pixel_values {_described(pixel_values)} come with crops ({', '.join(crops)}) and "
+            f"with {', '.join(grids) or 'a list of images'}: no layout has both"
         )
     if len(grids) > 1:
         logger.warning("pixel_values come with several grids: using %s of %s", grids[0], grids)

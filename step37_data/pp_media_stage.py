@@ -206,7 +206,9 @@ def _images_given(
             return None
         if kwargs.get(_PACKED_IMAGES) is not None:
             raise ValueError("the first stage is called with images, and images are staged for it")
-        return args, {**kwargs, _PACKED_IMAGES: chunks[cursor.microbatch]}
+        # The model fills features into the groups: into copies, so that they go with this forward.
+        groups = [replace(group) for group in chunks[cursor.microbatch]]
+        return args, {**kwargs, _PACKED_IMAGES: groups}
 
     handle = model.register_forward_pre_hook(give_images, with_kwargs=True)
     try:

@@ -31,7 +31,7 @@ from step37_data.pp_media import (
     prepare_vlm_media_for_pp,
     stage_vlm_media_for_pp,
 )
-from step37_kernels.image_insert_embedding import ImageForInsert
+from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
 
 N_MICROBATCHES = 4
 MICROBATCH_ROWS = 2  # rows of the largest microbatch of 5 to 8 samples
@@ -57,6 +57,7 @@ class FirstStage(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(VOCABULARY, HIDDEN)
         self.vision = torch.nn.Linear(PATCH, HIDDEN)
+        self.insert = ImageInsertEmbedding(self.words, HIDDEN, HIDDEN, strict=True)
         self.recompute = recompute
         self.pad_rows_to = 0
 
@@ -71,14 +72,18 @@ class FirstStage(torch.nn.Module):
         has_media = bool(((input_ids == IMAGE) | (input_ids == VIDEO)).any())
         if has_media and getattr(self, "_vlm_chunk_idx", None) is not None:
             media = media | self.own_chunks()
-        hidden = self.embedding(input_ids) + position_ids.unsqueeze(-1)
+        groups = media.get("images") or []
+        for group in groups:
+            lengths = group.rope_cu_seqlens.diff().tolist()
+            images = zip(group.images, lengths, strict=True)
+            # Step37Model too fills the features into the groups that it is given.
+            group.image_features = [self.vision(image[:length]) for image, length in images]
+        hidden = self.insert(input_ids, groups, position_ids).transpose(0, 1)
         for token, features in self.features_of_tokens(media):
             where = input_ids == token
             if int(where.sum()) != len(features):
                 raise ValueError(f"{len(features)} features for {int(where.sum())} tokens {token}")
             hidden = hidden.masked_scatter(where.unsqueeze(-1), features)
-        for group in media.get("images") or ():
-            hidden = self.inserted(hidden, input_ids, group)
         # Receive buffers of PyTorch's stages have one shape for all microbatches.
         n_missing = max(self.pad_rows_to - len(hidden), 0)
         return torch.cat([hidden, hidden.new_zeros(n_missing, *hidden.shape[1:])])
@@ -117,15 +122,9 @@ class FirstStage(torch.nn.Module):
         rows = [torch.cat([c, f.unsqueeze(0)]) for c, f in zip(crops_of_image, full, strict=True)]
         return torch.cat(rows) if rows else full
 
-    def inserted(self, hidden, input_ids, group):
-        places = (input_ids == group.insert_start_token).nonzero().tolist()
-        if len(places) != len(group.images):
-            raise ValueError(f"{len(group.images)} images for {len(places)} start tokens")
-        hidden = hidden.clone()
-        lengths = group.rope_cu_seqlens.diff().tolist()
-        for (row, column), image, length in zip(places, group.images, lengths, strict=True):
-            hidden[row, column + 1 : column + 1 + length] = self.vision(image[:length])
-        return hidden
+    def words(self, *, input_ids, position_ids):
+        """Return `[S, B, H]`, as Megatron's embedding does."""
+        return (self.embedding(input_ids) + position_ids.unsqueeze(-1)).transpose(0, 1)
 
 
 class Block(torch.nn.Module):
@@ -327,6 +326,8 @@ def run_case(schedule: str, layout: str, rank: int, world_size: int) -> dict:
         result["grads"].append(grads_of(parts))
         if rank == 0:
             result["left"] += left_on(model[0], pp.info.stages[0])
+            groups = [group for pack in batch.get("images", []) for group in pack]
+            result["left"] += ["features" for g in groups if g.image_features is not None]
     return result
 
 

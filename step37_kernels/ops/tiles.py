@@ -69,7 +69,7 @@ _DEFAULT: dict[Product, _Buckets] = {
 }
 # fp32 multiplies on the CUDA cores: the accumulator and both operands live in registers.
 _FLOAT32: dict[Product, _Buckets] = {
-    product: _Buckets((), (Tile(64, 64, 16, 8, 4, 3),))
+    product: _Buckets((), (Tile(64, 64, 16, 8, 8, 3),))
     for product in ("forward", "grad_features", "grad_weight")
 }
 # The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.

@@ -91,7 +91,9 @@ def stage_vlm_media_for_pp(
         raise ValueError(f"batch[{VLM_PP_MEDIA_KEY!r}] holds unknown media {sorted(unknown)}")
 
     model = model_parts[0]
-    first_stage = next((stage for stage in getattr(pp.info, "stages", ()) if stage.is_first), None)
+    first_stage = next(
+        (stage for stage in getattr(pp.info, "stages", None) or () if stage.is_first), None
+    )
     with ExitStack() as undo:
         for key, attribute in _ATTRIBUTE_OF_KEY.items():
             undo.enter_context(_model_attribute_set(model, attribute, media.get(key)))

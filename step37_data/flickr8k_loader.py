@@ -1,0 +1,356 @@
+"""Flickr8k (``intro/flickr8k``): fetch its files once, then read image and caption pairs."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from step37_data.lengths import write_atomically
+from step37_data.rank_order import fill_cache_once
+from step37_data.template import (
+    IMAGE_PLACEHOLDER,
+    MultimodalSFTSample,
+    Step37MultimodalTemplate,
+)
+
+logger = logging.getLogger(__name__)
+
+# What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
+_ORIGIN_FILE = ".cache/step37_origin.json"
+_ATTEMPTS = 5
+_FIRST_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Flickr8kSample:
+    """One image file and its caption."""
+
+    image_path: str
+    caption: str
+
+
+class Step37Flickr8kDataset:
+    """Image and caption pairs as tokenised conversations: the prompt asks, the caption answers.
+
+    Args:
+        samples: what :func:`prepare_flickr8k_samples` returns; at least one.
+        template: turns a conversation into a :class:`MultimodalSFTSample`.
+        prompt: the user's text, after the image.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Flickr8kSample],
+        template: Step37MultimodalTemplate,
+        prompt: str,
+    ) -> None:
+        if not samples:
+            raise ValueError("samples: expected at least one, got none")
+        self.samples = samples
+        self.template = template
+        self.prompt = prompt
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, idx: int) -> MultimodalSFTSample:
+        sample = self.samples[idx]
+        try:
+            return self.template(self._to_dialog(sample, self.prompt))
+        except ValueError as error:
+            raise ValueError(f"sample {idx} ({sample.image_path}): {error}") from error
+
+    def fingerprint(self) -> str:
+        """Names the template, for the cache of lengths."""
+        return self.template.fingerprint()
+
+    def sample_keys(self) -> np.ndarray:
+        """uint64 ``[N, 2]``: what decides a sample's length, prompt and caption, hashed."""
+        prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
+        digests = bytearray()
+        for sample in self.samples:
+            digest = prompt.copy()
+            digest.update(b"\0" + sample.caption.encode())
+            digests += digest.digest()
+        return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
+
+    @staticmethod
+    def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
+        return {
+            "images": [sample.image_path],
+            "conversations": [
+                {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
+                {"role": "assistant", "content": sample.caption},
+            ],
+        }
+
+
+def get_flickr8k_dataset_file(
+    *,
+    repo_id: str,
+    filename: str,
+    cache_dir: str | Path,
+    revision: str | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Path of one file of the data set under ``cache_dir``, downloaded if it is not there.
+
+    ``hf_hub_download`` writes beside the final place and moves the whole file there. A download
+    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again.
+
+    Threads may fetch different files at a time; processes must take turns (see
+    :func:`prepare_flickr8k_samples`).
+
+    Args:
+        repo_id: data set on the hub, such as ``intro/flickr8k``.
+        filename: path inside the data set, with forward slashes.
+        cache_dir: local folder that mirrors the data set.
+        revision: branch, tag or commit; None is the default branch.
+        endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
+
+    Raises:
+        ValueError: ``filename`` leaves ``cache_dir``.
+        FileNotFoundError: the hub has no such file, revision or data set, or is out of reach.
+        OSError: the download failed otherwise.
+    """
+    root = Path(cache_dir).expanduser()
+    path = _path_inside(root, filename)
+    if _is_present(path):
+        return path
+    return _download(repo_id, filename, root, revision, endpoint)
+
+
+def prepare_flickr8k_samples(
+    *,
+    repo_id: str = "intro/flickr8k",
+    split: str = "train",
+    sample_count: int | None = 8,
+    caption_key: str = "caption_0",
+    cache_dir: str | Path = ".cache/step37_flickr8k",
+    revision: str | None = None,
+    endpoint: str | None = None,
+    max_workers: int = 8,
+    progress: bool = True,
+) -> list[Flickr8kSample]:
+    """The first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
+
+    What ``cache_dir`` lacks is downloaded, several files at a time; what is there is not asked for
+    again, so a filled cache works offline and an interrupted download continues. In a process
+    group only global rank 0 downloads, then one rank of every node whose cache lacks something;
+    all return together, or fail together with the error of the rank that failed.
+
+    Rows without a caption or file name are skipped.
+
+    Args:
+        repo_id: data set on the hub.
+        split: folder in it, with ``metadata.csv`` and the images.
+        sample_count: how many pairs; None is all.
+        caption_key: column of the caption.
+        cache_dir: local folder that mirrors the data set; ``~`` is expanded.
+        revision: branch, tag or commit; None is the default branch. One cache folder holds one
+            data set at one revision.
+        endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
+        max_workers: files downloaded at a time.
+        progress: show a progress bar while downloading.
+
+    Raises:
+        RuntimeError: no row has both a caption and a file name, or another rank failed.
+        ValueError: a file name leaves the cache, ``sample_count`` is below 1, or ``cache_dir``
+            holds another data set or revision.
+        FileNotFoundError, OSError: as for :func:`get_flickr8k_dataset_file`.
+    """
+    if sample_count is not None and sample_count < 1:
+        raise ValueError(f"sample_count: expected at least 1 or None, got {sample_count}")
+    root = Path(cache_dir).expanduser()
+    metadata = _path_inside(root, f"{split}/metadata.csv")
+
+    def fetch(filename: str) -> Path:
+        return get_flickr8k_dataset_file(
+            repo_id=repo_id,
+            filename=filename,
+            cache_dir=root,
+            revision=revision,
+            endpoint=endpoint,
+        )
+
+    def read() -> list[Flickr8kSample]:
+        return _read_metadata(metadata, caption_key, sample_count)
+
+    def fill() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _check_origin(root, repo_id, revision)
+        fetch(f"{split}/metadata.csv")
+        missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
+        names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
+        _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
+
+    def is_filled() -> bool:
+        return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
+
+    fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
+    samples = read()
+    if not samples:
+        with metadata.open(encoding="utf-8-sig", newline="") as file:
+            columns = next(csv.reader(file), [])
+        raise RuntimeError(
+            f"no sample prepared from {repo_id}/{split}: no row of {metadata} has a file_name and "
+            f"a {caption_key}; its columns are {columns}"
+        )
+    return samples
+
+
+def _read_metadata(
+    metadata: Path, caption_key: str, sample_count: int | None
+) -> list[Flickr8kSample]:
+    samples: list[Flickr8kSample] = []
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            caption = (row.get(caption_key) or "").strip()
+            file_name = (row.get("file_name") or "").strip()
+            if not caption or not file_name:
+                continue
+            try:
+                path = _path_inside(metadata.parent, file_name)
+            except ValueError as error:
+                raise ValueError(f"{metadata}, line {reader.line_num}: {error}") from error
+            samples.append(Flickr8kSample(str(path), caption))
+            if len(samples) == sample_count:
+                break
+    return samples
+
+
+def _path_inside(folder: Path, name: str) -> Path:
+    """``folder / name``, provided that ``name`` stays inside on every operating system."""
+    parts = PurePosixPath(name).parts
+    outside = not parts or name.startswith("/") or ".." in parts
+    if outside or any(character in name for character in "\\:\0"):
+        raise ValueError(f"file name {name!r} leaves the folder {str(folder)!r}")
+    return folder.joinpath(*parts)
+
+
+def _is_present(path: str | Path) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
+    """Refuse a cache of another data set or revision; note down what a new one will hold."""
+    note = root / _ORIGIN_FILE
+    wanted = {"repo_id": repo_id, "revision": revision}
+    if note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise ValueError(
+                f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
+            )
+    elif any(root.iterdir()):
+        if revision is not None:
+            logger.warning(
+                "%s was not filled by this loader: its files are taken as they are, whether or "
+                "not they are those of revision %s",
+                root,
+                revision,
+            )
+    else:
+        note.parent.mkdir()
+        write_atomically(note, json.dumps(wanted).encode())
+
+
+def _fetch_all(
+    fetch: Callable[[str], Path], names: list[str], max_workers: int, progress: bool, what: str
+) -> None:
+    if not names:
+        return
+    logger.info("downloading %d files of %s", len(names), what)
+    with ThreadPoolExecutor(max_workers, thread_name_prefix="flickr8k") as pool:
+        futures = {pool.submit(fetch, name): name for name in names}
+        bar = tqdm(total=len(names), desc=f"Downloading {what}", unit="file", disable=not progress)
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        finally:
+            # On success there is nothing left to cancel.
+            pool.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+
+
+def _download(
+    repo_id: str, filename: str, root: Path, revision: str | None, endpoint: str | None
+) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
+    # OSError or children of the base class of HfHubHTTPError.
+    network_errors = (OSError, HfHubHTTPError.__bases__[0])
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return Path(
+                hf_hub_download(
+                    repo_id=repo_id,
+                    repo_type="dataset",
+                    filename=filename,
+                    local_dir=root,
+                    revision=revision,
+                    endpoint=endpoint,
+                    tqdm_class=_NoBar,
+                )
+            )
+        except network_errors as error:
+            if attempt == _ATTEMPTS or not _may_pass(error):
+                raise _plain_error(error, f"{repo_id}/{filename}", attempt) from error
+            logger.warning(
+                "%s/%s: attempt %d of %d failed (%s)", repo_id, filename, attempt, _ATTEMPTS, error
+            )
+            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt can help."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(error, LocalEntryNotFoundError):
+        return not isinstance(error.__cause__, OfflineModeIsEnabled)
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    status = _status(error)
+    return status is None or status in (408, 429) or status >= 500
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _plain_error(error: Exception, what: str, attempts: int) -> OSError:
+    """A built-in error, which every rank can raise and every process can unpickle."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
+    kind = FileNotFoundError if missing or _status(error) == 404 else OSError
+    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    return kind(f"{what} could not be downloaded{tried}: {error}")
+
+
+class _NoBar(tqdm):
+    """The bar of one file, silenced: the files together have one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})

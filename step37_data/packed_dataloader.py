@@ -1,0 +1,295 @@
+"""Packs of samples from one or several data sets, as one map-style data set."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from step37_data.lengths import probe_lengths
+from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
+from step37_data.samplers import (
+    LoopedSequentialSampler,
+    LoopedShuffleSampler,
+    WeightedRandomSampler,
+)
+
+logger = logging.getLogger(__name__)
+
+Sampling = Literal["sequential", "random"]
+Packing = Literal["next_fit", "best_fit"]
+# Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
+_SEED = 1234
+
+
+class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
+    """Packs of samples; pack ``i mod n`` is the same on every call, in every process.
+
+    The schedule is made once: data set i is drawn in proportion to ``epochs[i] × len(datasets[i])``
+    (``int`` of their sum draws in all), each data set in its own order, and the samples drawn are
+    packed. By default it is, sample for sample, the schedule of Megatron-Bridge's class.
+
+    Use it as a map-style data set under any sampler (Megatron's with its consumed samples, a torch
+    ``DataLoader``), or let :meth:`iterate` walk through it and keep the position.
+
+    Args:
+        datasets: map-style data sets; ``len(sample)`` is a sample's length in tokens.
+        epochs: passes over each data set, above 0; fractions are allowed.
+        max_length: capacity of a pack in tokens.
+        oversize_policy: ``"drop"`` leaves out samples longer than that (counted and logged),
+            ``"extend"`` gives each a pack of its own.
+        transform: applied to the list of a pack's samples, such as ``pack_samples``.
+        dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
+        packing: ``"next_fit"`` packs in the order drawn; ``"best_fit"`` reorders samples within
+            ``packing_window`` draws for fuller packs.
+        packing_window: samples that ``"best_fit"`` packs together.
+        lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
+        probe_workers: processes that measure lengths; see :func:`probe_lengths`.
+        progress: show a progress bar while measuring.
+
+    Raises:
+        ValueError: no data sets, differing numbers of data sets and epochs or sampling strategies,
+            an empty data set, an epoch not above 0, an unknown strategy, or nothing packed.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Any],
+        epochs: Sequence[float],
+        max_length: int,
+        oversize_policy: OversizePolicy = "extend",
+        transform: Callable[[list[Any]], Any] | None = None,
+        dataset_sampling: Sampling | Sequence[Sampling] = "random",
+        *,
+        packing: Packing = "next_fit",
+        packing_window: int = 4096,
+        lengths_cache_dir: str | Path | None = None,
+        probe_workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        if len(datasets) == 0:
+            raise ValueError("datasets: expected at least one, got none")
+        if len(datasets) != len(epochs):
+            raise ValueError(f"epochs: {len(epochs)} values for {len(datasets)} datasets")
+        if packing not in ("next_fit", "best_fit"):
+            raise ValueError(f"packing: expected 'next_fit' or 'best_fit', got {packing!r}")
+        strategies = _strategies(dataset_sampling, len(datasets))
+        weights = _weights([len(dataset) for dataset in datasets], epochs)
+        self.datasets = list(datasets)
+        self.transform = transform
+        self.max_length = max_length
+        self.position = 0
+        lengths = [
+            probe_lengths(
+                dataset,
+                cache_dir=lengths_cache_dir,
+                workers=probe_workers,
+                progress=progress,
+                description=f"Probing data set {number}",
+            )
+            for number, dataset in enumerate(self.datasets)
+        ]
+        domains, indices, sizes = draw_schedule(lengths, weights, strategies)
+        if packing == "next_fit":
+            self.packing_result = pack(sizes, max_length, oversize_policy)
+        else:
+            order, self.packing_result = pack_best_fit(
+                sizes, max_length, oversize_policy, packing_window
+            )
+            # Reordered in place of the draws, so that pack ranges are slices in both cases.
+            domains, indices, sizes = domains[order], indices[order], sizes[order]
+        if self.packing_result.num_packed_samples == 0:
+            raise ValueError(
+                f"nothing was packed: all {len(sizes)} samples are longer than the "
+                f"{max_length} tokens of a pack"
+            )
+        self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
+        self._ranges: PackRanges = self.packing_result.packed_sample_ranges
+        _log_fill(packing, self.packing_result, self.pack_sizes(), max_length)
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def __getitem__(self, idx: int) -> Any:
+        samples = [self.datasets[domain][index] for domain, index in self.pieces(idx)]
+        return self.transform(samples) if self.transform else samples
+
+    def pieces(self, idx: int) -> list[tuple[int, int]]:
+        """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
+        start, count = self._ranges[idx % len(self._ranges)]
+        rows = slice(start, start + count)
+        return list(
+            zip(self.piece_domains[rows].tolist(), self.piece_indices[rows].tolist(), strict=True)
+        )
+
+    def pack_sizes(self) -> np.ndarray:
+        """int64 ``[packs]``: tokens in each pack, before padding."""
+        bounds = np.concatenate(([0], np.cumsum(self.piece_sizes, dtype=np.int64)))
+        starts = self._ranges.starts
+        sizes: np.ndarray = bounds[starts + self._ranges.counts] - bounds[starts]
+        return sizes
+
+    def iterate(
+        self,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        num_workers: int = 0,
+        multiprocessing_context: str | None = None,
+        prefetch_factor: int = 2,
+    ) -> Iterator[Any]:
+        """Packs for one data-parallel rank, from :attr:`position` on, without end.
+
+        A step takes ``dp_size`` packs, rank r the r-th of them, as Megatron's sampler deals out
+        micro-batches of one. :attr:`position` counts the packs of all ranks and moves on with
+        every pack handed out here, not with those that workers have prefetched: a state saved
+        between two steps continues with the next step, under any ``dp_size``.
+
+        Args:
+            dp_rank, dp_size: which rank of how many.
+            num_workers: processes that prepare packs ahead; 0 prepares in this one.
+            multiprocessing_context: how they start (``"fork"``, ``"spawn"``, …).
+            prefetch_factor: packs that each worker prepares ahead.
+        """
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
+        first = self.position + dp_rank
+        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=_Endless(first, dp_size),
+            num_workers=num_workers,
+            # torch's own conversion would turn the (path, item type) tuples into lists.
+            collate_fn=_as_it_is,
+            multiprocessing_context=multiprocessing_context if num_workers else None,
+            prefetch_factor=prefetch_factor if num_workers else None,
+        )
+        for packed in loader:
+            self.position += dp_size
+            yield packed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where :meth:`iterate` stands, and which schedule that is a position in."""
+        return {"position": self.position, "schedule": self.schedule_fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at a saved position.
+
+        Raises:
+            ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
+                lengths or packing), where the position would mean other packs.
+        """
+        if state_dict["schedule"] != self.schedule_fingerprint():
+            raise ValueError(
+                "state_dict: it was saved with another schedule of packs; the samples, their "
+                "lengths, the epochs or the packing have changed since"
+            )
+        self.position = int(state_dict["position"])
+
+    def schedule_fingerprint(self) -> str:
+        """Hex digest of which sample stands where in which pack."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (
+            self.piece_domains,
+            self.piece_indices,
+            self._ranges.starts,
+            self._ranges.counts,
+        ):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        return digest.hexdigest()
+
+
+def draw_schedule(
+    lengths: Sequence[np.ndarray], weights: Sequence[float], strategies: Sequence[Sampling]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw ``int(sum(weights))`` samples.
+
+    Args:
+        lengths: per data set, int64 ``[N_i]``.
+        weights: per data set, its share of the draws.
+        strategies: per data set, ``"random"`` or ``"sequential"``.
+
+    Returns:
+        Per draw the data set, the index in it and the length: three arrays ``[draws]`` of the
+        narrowest integer type that holds their values.
+    """
+    draws = int(sum(weights))
+    domains = WeightedRandomSampler(len(weights), _SEED, weights).take(draws)
+    domains = domains.astype(np.min_scalar_type(len(weights) - 1))
+    indices = np.empty(draws, dtype=np.min_scalar_type(max(map(len, lengths)) - 1))
+    sizes = np.empty(draws, dtype=np.min_scalar_type(max(int(part.max()) for part in lengths)))
+    for number, strategy in enumerate(strategies):
+        size = len(lengths[number])
+        sampler = (
+            LoopedShuffleSampler(size, _SEED + number)
+            if strategy == "random"
+            else LoopedSequentialSampler(size)
+        )
+        places = np.flatnonzero(domains == number) if len(strategies) > 1 else slice(None)
+        drawn = sampler.take(len(places) if isinstance(places, np.ndarray) else draws)
+        indices[places] = drawn
+        sizes[places] = lengths[number][drawn]
+    return domains, indices, sizes
+
+
+def _as_it_is(packed: Any) -> Any:
+    return packed
+
+
+class _Endless(torch.utils.data.Sampler[int]):
+    """``first, first + step, …`` without end."""
+
+    def __init__(self, first: int, step: int) -> None:
+        self._first, self._step = first, step
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._first, self._step)
+
+
+def _strategies(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    strategies: list[Sampling] = [sampling] * count if isinstance(sampling, str) else list(sampling)
+    if len(strategies) != count:
+        raise ValueError(f"dataset_sampling: {len(strategies)} values for {count} datasets")
+    for strategy in strategies:
+        if strategy not in ("sequential", "random"):
+            raise ValueError(
+                f"dataset_sampling: expected 'sequential' or 'random', got {strategy!r}"
+            )
+    return strategies
+
+
+def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:
+    for number, (size, epoch) in enumerate(zip(sizes, epochs, strict=True)):
+        if size <= 0:
+            raise ValueError(f"datasets[{number}]: expected at least one sample, it is empty")
+        if not float(epoch) > 0:
+            raise ValueError(f"epochs[{number}]: expected more than 0, got {epoch}")
+    return [float(epoch) * float(size) for size, epoch in zip(sizes, epochs, strict=True)]
+
+
+def _log_fill(
+    packing: Packing, result: PackingResult, pack_sizes: np.ndarray, max_length: int
+) -> None:
+    samples = int(result.packed_sample_ranges.counts.sum())
+    capacity = np.maximum(pack_sizes, max_length).sum()
+    logger.info(
+        "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
+        packing,
+        samples,
+        result.num_packed_samples,
+        max_length,
+        100.0 * float(pack_sizes.sum()) / float(capacity),
+    )
+    if result.num_droped:
+        logger.warning(
+            "%d of %d samples were dropped: longer than the %d tokens of a pack",
+            result.num_droped,
+            samples + result.num_droped,
+            max_length,
+        )

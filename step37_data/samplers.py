@@ -1,0 +1,265 @@
+"""Which sample comes next: sequential, shuffled, and weighted between domains.
+
+The draws decide the content of every pack, so each sampler gives, draw by draw, the sequence that
+Megatron-Bridge's sampler of the same name gives. ``take(n)`` returns the next ``n`` draws as one
+array, at numpy speed; ``next()`` and ``take`` can be mixed freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class LoopedSequentialSampler:
+    """``0, 1, … size − 1``, over and over.
+
+    Args:
+        size: number of samples, at least 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = _checked_size(size)
+        self.data_idx = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        value = self.get()
+        self.update()
+        return value
+
+    def get(self) -> int:
+        """The next draw, without consuming it."""
+        return self.data_idx % self.size
+
+    def update(self) -> None:
+        """Consume one draw."""
+        self.data_idx += 1
+
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` draws, int64 ``[count]``; consumes them."""
+        draws = np.arange(self.data_idx, self.data_idx + _checked_count(count)) % self.size
+        self.data_idx += count
+        return draws
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "data_idx": self.data_idx}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _check_same_size(self.size, state_dict)
+        self.data_idx = int(state_dict["data_idx"])
+
+
+class LoopedShuffleSampler:
+    """A fresh permutation of ``0 … size − 1`` every epoch.
+
+    The permutation of epoch ``e`` is ``torch.randperm`` under a ``torch.Generator`` seeded
+    ``base_seed + e``; with ``same_order_for_each_epoch`` the seed is ``base_seed`` in all of them.
+
+    Args:
+        size: number of samples, at least 1.
+        base_seed: seed of the first epoch.
+        same_order_for_each_epoch: repeat the first epoch's order.
+    """
+
+    def __init__(
+        self, size: int = 0, base_seed: int = 1234, same_order_for_each_epoch: bool = False
+    ) -> None:
+        self.size = _checked_size(size)
+        self.base_seed = base_seed
+        self.same_order_for_each_epoch = same_order_for_each_epoch
+        self.data_idx = 0
+        self._order: np.ndarray | None = None
+        self._order_epoch = -1
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        value = self.get()
+        self.update()
+        return value
+
+    def get(self) -> int:
+        """The next draw, without consuming it."""
+        epoch, position = divmod(self.data_idx, self.size)
+        return int(self._permutation(epoch)[position])
+
+    def update(self) -> None:
+        """Consume one draw."""
+        self.data_idx += 1
+
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` draws, int64 ``[count]``; consumes them."""
+        draws = np.empty(_checked_count(count), dtype=np.int64)
+        filled = 0
+        while filled < count:
+            epoch, position = divmod(self.data_idx, self.size)
+            part = self._permutation(epoch)[position : position + count - filled]
+            draws[filled : filled + len(part)] = part
+            filled += len(part)
+            self.data_idx += len(part)
+        return draws
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "data_idx": self.data_idx}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _check_same_size(self.size, state_dict)
+        self.data_idx = int(state_dict["data_idx"])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self.same_order_for_each_epoch:
+            epoch = 0
+        if self._order is None or epoch != self._order_epoch:
+            generator = torch.Generator().manual_seed(self.base_seed + epoch)
+            self._order = torch.randperm(self.size, generator=generator).numpy()
+            self._order_epoch = epoch
+        return self._order
+
+
+class WeightedRandomSampler:
+    """Always the index with the least ``count / weight``: proportional, without chance.
+
+    Every index has a score that starts at 0 and grows by ``1 / weight`` with each draw of it; the
+    lowest score is drawn, ties go to the lower index. Weights and their inverses are rounded to
+    float32, the scores are summed in float64, one addition after the other.
+
+    Args:
+        size: number of indices, at least 1.
+        base_seed: kept for compatibility; no draw depends on it.
+        weights: one positive weight per index, all 1 when None.
+    """
+
+    def __init__(
+        self,
+        size: int = 0,
+        base_seed: int = 1234,
+        weights: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        self.size = _checked_size(size)
+        self.base_seed = base_seed
+        self.data_idx = 0
+        if weights is None:
+            weights = torch.ones(self.size)
+        rounded = torch.as_tensor(weights, dtype=torch.float32)
+        if rounded.shape != (self.size,):
+            raise ValueError(
+                f"weights: expected one per index, {self.size}, got {tuple(rounded.shape)}"
+            )
+        if not bool(torch.all(torch.isfinite(rounded) & (rounded > 0))):
+            raise ValueError(f"weights: expected positive finite numbers, got {rounded.tolist()}")
+        self._steps = (1.0 / rounded).double().numpy()
+        self._counts = np.zeros(self.size, dtype=np.int64)
+        self._scores = np.zeros(self.size, dtype=np.float64)
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        value = self.get()
+        self.update()
+        return value
+
+    def get(self) -> int:
+        """The next draw, without consuming it."""
+        return int(np.argmin(self._scores))
+
+    def update(self) -> None:
+        """Consume one draw."""
+        index = self.get()
+        self._scores[index] += self._steps[index]
+        self._counts[index] += 1
+        self.data_idx += 1
+
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` draws, int64 ``[count]``; consumes them.
+
+        The draws of one index come at its scores ``s, s + step, (s + step) + step, …``; the next
+        ``count`` draws over all indices are the ``count`` lowest of these scores in order.
+        """
+        if _checked_count(count) == 0:
+            return np.empty(0, dtype=np.int64)
+        # A score no lower than that of the last draw: at this level the indices together have had
+        # at least `count` draws. The extra draws cover rounding; the check below covers the rest.
+        weights = 1.0 / self._steps
+        level = (count + float(self._scores @ weights)) / float(weights.sum())
+        ahead = np.ceil(np.maximum(level - self._scores, 0.0) * weights).astype(np.int64) + 2
+        ahead = np.minimum(ahead, count + 1)
+        while True:
+            ladders = [
+                np.cumsum(np.concatenate(([score], np.full(extra - 1, step))))
+                for score, step, extra in zip(self._scores, self._steps, ahead, strict=True)
+            ]
+            scores = np.concatenate(ladders)
+            owners = np.repeat(np.arange(self.size), ahead)
+            if self.size > 1:
+                # Stable, and the ladders lie in index order: ties go to the lower index.
+                order = np.argsort(scores, kind="stable")
+                scores, owners = scores[order], owners[order]
+            tops = np.array([ladder[-1] for ladder in ladders])
+            short = (tops <= scores[count - 1]) & (ahead <= count)
+            if not short.any():
+                break
+            ahead = np.where(short, np.minimum(ahead * 2, count + 1), ahead)
+        draws = owners[:count]
+        taken = np.bincount(draws, minlength=self.size)
+        self._scores = np.array([ladders[i][taken[i]] for i in range(self.size)])
+        self._counts += taken
+        self.data_idx += count
+        return draws
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "data_idx": self.data_idx,
+            "counts": self._counts.tolist(),
+            "scores": self._scores.tolist(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
+
+        That one has no scores: they are summed again from the counts, addition by addition.
+        """
+        _check_same_size(self.size, state_dict)
+        counts = np.asarray(state_dict.get("counts", [0] * self.size), dtype=np.int64)
+        scores = state_dict.get("scores")
+        if scores is None:
+            scores = [
+                float(np.cumsum(np.full(n, step))[-1]) if n else 0.0
+                for n, step in zip(counts.tolist(), self._steps, strict=True)
+            ]
+        if counts.shape != (self.size,) or len(scores) != self.size:
+            raise ValueError(
+                f"state_dict: expected counts and scores of {self.size} indices, "
+                f"got {counts.size} and {len(scores)}"
+            )
+        self.data_idx = int(state_dict["data_idx"])
+        self._counts = counts.copy()
+        self._scores = np.asarray(scores, dtype=np.float64).copy()
+
+
+def _checked_size(size: int) -> int:
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    return int(size)
+
+
+def _checked_count(count: int) -> int:
+    if count < 0:
+        raise ValueError(f"count: expected 0 or more, got {count}")
+    return count
+
+
+def _check_same_size(size: int, state_dict: dict[str, Any]) -> None:
+    saved = state_dict.get("size", size)
+    if saved != size:
+        raise ValueError(
+            f"state_dict: it belongs to a sampler of size {saved}, this one has {size}"
+        )

@@ -1,0 +1,457 @@
+"""From a conversation with images to token ids and a loss mask, in the Step-3.7 layout.
+
+A conversation is rendered and tokenised once. Its turns are then found in the token ids, where each
+begins with the turn delimiter (``<|im_start|>``), a token that no text can produce because texts
+that spell a special token are refused. So the work is linear in the number of turns, and the spans
+are those of tokenising every prefix of the conversation.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+IMAGE_PLACEHOLDER = "<image>"
+MULTICROP_IMAGE_PLACEHOLDER = "<@image@>"
+MULTICROP_PATCH_PLACEHOLDER = "<#image#>"
+IMAGE_TOKEN = "<im_patch>"
+IMAGE_START_TOKEN = "<im_start>"
+IMAGE_END_TOKEN = "<im_end>"
+PATCH_START_TOKEN = "<patch_start>"
+PATCH_NEWLINE_TOKEN = "<patch_newline>"
+PATCH_END_TOKEN = "<patch_end>"
+THINK_TOKENS = ("<think>", "</think>")
+IMAGE_TOKEN_COUNT = 169
+PATCH_TOKEN_COUNT = 81
+
+# The same numbers as step37_data.preprocess, which decodes the files; importing them from there
+# would load Pillow for tokenising.
+IMAGE_ITEM_TYPE = 0
+PATCH_ITEM_TYPE = 1
+
+_PLACEHOLDERS = (IMAGE_PLACEHOLDER, MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
+_IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})
+_MULTICROP_PLACEHOLDERS = re.compile(
+    f"{re.escape(MULTICROP_IMAGE_PLACEHOLDER)}|{re.escape(MULTICROP_PATCH_PLACEHOLDER)}"
+)
+# Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
+_TEMPLATE_VERSION = 1
+
+
+class MultimodalSFTSample(dict[str, Any]):
+    """One tokenised conversation.
+
+    Items: ``tokens`` int64 ``[n]``, ``loss_mask`` float32 ``[n]``, ``image_paths`` (list of
+    ``(path, item type)``). ``len()`` is its length in training, n − 1 and never below 0, because
+    inputs are ``tokens[:-1]`` and labels ``tokens[1:]``.
+    """
+
+    def __len__(self) -> int:
+        return max(0, int(self["tokens"].numel()) - 1)
+
+
+class Step37MultimodalTemplate:
+    """Tokenises conversations for supervised fine-tuning of Step-3.7.
+
+    In user, system and tool turns ``<image>`` becomes ``<im_start>``, 169 ``<im_patch>`` and
+    ``<im_end>``. A text with ``<@image@>`` or ``<#image#>`` (multicrop) spells out its own start
+    and end tokens, and those two become 169 or 81 bare ``<im_patch>``. Texts that spell any other
+    special token, and assistant texts that spell a placeholder or image token, are refused: they
+    would shift later images or end a turn early.
+
+    The loss is on the assistant turns after the last user turn; a message with ``loss_mask: 0`` is
+    left out. A turn's loss begins after the generation prompt (``<|im_start|>assistant`` and what
+    the chat template puts there, such as ``<think>``) and includes ``<|im_end|>`` and the line end.
+    Where the last token of the generation prompt merges with the text that follows it (an empty
+    reasoning block makes one token of two line ends), the merged token belongs to the prompt.
+
+    Args:
+        tokenizer_path: folder with ``tokenizer.json``, ``tokenizer_config.json`` and
+            ``chat_template.jinja``. Never runs remote code.
+        image_token_count: ``<im_patch>`` per full image.
+        patch_token_count: ``<im_patch>`` per crop.
+        image_token, image_start_token, image_end_token, patch_start_token, patch_end_token: the
+            special tokens; each must be one token of the tokenizer.
+        max_sequence_length: a longer sample is logged; packing decides what happens to it.
+        path_rewrite_fn: applied to every image path.
+
+    Raises:
+        ValueError: no tokenizer path, a special token missing from the tokenizer, or a chat
+            template in another layout.
+    """
+
+    image_placeholder = IMAGE_PLACEHOLDER
+    multicrop_image_placeholder = MULTICROP_IMAGE_PLACEHOLDER
+    multicrop_patch_placeholder = MULTICROP_PATCH_PLACEHOLDER
+
+    def __init__(
+        self,
+        *,
+        tokenizer_path: str,
+        image_token_count: int = IMAGE_TOKEN_COUNT,
+        patch_token_count: int = PATCH_TOKEN_COUNT,
+        image_token: str = IMAGE_TOKEN,
+        image_start_token: str = IMAGE_START_TOKEN,
+        image_end_token: str = IMAGE_END_TOKEN,
+        patch_start_token: str = PATCH_START_TOKEN,
+        patch_end_token: str = PATCH_END_TOKEN,
+        max_sequence_length: int = 2048,
+        path_rewrite_fn: Callable[[str], str] | None = None,
+    ) -> None:
+        if not tokenizer_path:
+            raise ValueError("tokenizer_path: expected the folder of a tokenizer, got none")
+        self.tokenizer_path = str(tokenizer_path)
+        self.tokenizer = _load_tokenizer(self.tokenizer_path)
+        self.image_token_count = int(image_token_count)
+        self.patch_token_count = int(patch_token_count)
+        self.image_token = image_token
+        self.image_start_token = image_start_token
+        self.image_end_token = image_end_token
+        self.patch_start_token = patch_start_token
+        self.patch_end_token = patch_end_token
+        self.max_sequence_length = int(max_sequence_length)
+        self.path_rewrite_fn = path_rewrite_fn
+        self._image_id = self._special_id(image_token)
+        self.img_start_token_id = self._special_id(image_start_token)
+        self._special_id(image_end_token)
+        self.patch_start_token_id = self._special_id(patch_start_token)
+        self._special_id(patch_end_token)
+        crop_structure = {
+            image_start_token,
+            image_end_token,
+            patch_start_token,
+            patch_end_token,
+            PATCH_NEWLINE_TOKEN,
+        }
+        self._multicrop_markup = frozenset(
+            {MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER, *crop_structure}
+        )
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special} - set(THINK_TOKENS)
+        reserved = control | crop_structure | {image_token, *_PLACEHOLDERS}
+        self._reserved = re.compile(
+            "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
+        )
+        self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
+        self._generation_prompt(None)
+        self._warned_about_length = False
+
+    def __call__(self, data: Mapping[str, Any]) -> MultimodalSFTSample:
+        """Tokenise one conversation.
+
+        Args:
+            data: ``conversations``, a list of messages (``role``, ``content`` as a string or a list
+                of text parts; optional ``loss_mask``, ``reasoning_content``, ``tool_calls``; the
+                first may carry ``tool_schemas`` and ``reasoning_effort``), ending with an assistant
+                message; ``images``, a list of paths or ``(path, item type)``.
+
+        Raises:
+            ValueError: no user turn, no assistant turn at the end, a text that spells a special
+                token or placeholder where it must not, or images and placeholders that do not
+                agree in number. The message names the message, the text and the position.
+        """
+        rows: list[int] = []
+        messages = self._expand_messages(data["conversations"], rows)
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError("conversations: a sample must end with an assistant message")
+        if all(message["role"] != "user" for message in messages):
+            raise ValueError("conversations: a sample needs a user message, found none")
+        images = self._image_items(data.get("images"))
+        short_ids = self._encode(self._render(messages, False))
+        repeats = self._repeats(short_ids, rows, images)
+        short_mask = np.zeros(len(short_ids), dtype=np.float32)
+        for start, end in self._loss_spans(short_ids, messages):
+            short_mask[start:end] = 1.0
+        ids = np.repeat(np.array(short_ids, dtype=np.int64), repeats)
+        if len(ids) > self.max_sequence_length + 1:
+            self._report_long_sample(len(ids))
+        return MultimodalSFTSample(
+            tokens=torch.from_numpy(ids),
+            loss_mask=torch.from_numpy(np.repeat(short_mask, repeats)),
+            image_paths=images,
+        )
+
+    def fingerprint(self) -> str:
+        """Hex digest of everything but the conversation that decides its tokens."""
+        if self.tokenizer.is_fast:
+            vocabulary = self.tokenizer.backend_tokenizer.to_str()
+        else:
+            vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        parts = [
+            _TEMPLATE_VERSION,
+            vocabulary,
+            self.tokenizer.chat_template,
+            self.tokenizer.special_tokens_map,
+            self.image_token_count,
+            self.patch_token_count,
+            [self.image_token, self.image_start_token, self.image_end_token],
+            [self.patch_start_token, self.patch_end_token],
+        ]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _special_id(self, token: str) -> int:
+        ids = self._encode(token)
+        if len(ids) != 1 or self.tokenizer.convert_ids_to_tokens(ids[0]) != token:
+            raise ValueError(
+                f"tokenizer_path: the tokenizer in {self.tokenizer_path!r} has no special token "
+                f"{token!r} (it gives {len(ids)} tokens for it)"
+            )
+        return ids[0]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer.is_fast:
+            ids: list[int] = self.tokenizer.backend_tokenizer.encode(
+                text, add_special_tokens=False
+            ).ids
+            return ids
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        kwargs: dict[str, Any] = {}
+        if messages[0].get("tool_schemas"):
+            kwargs["tools"] = messages[0]["tool_schemas"]
+        if messages[0].get("reasoning_effort") is not None:
+            kwargs["reasoning_effort"] = messages[0]["reasoning_effort"]
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+        return text
+
+    def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
+        """Token ids of the generation prompt, and of its beginning up to the role's name."""
+        if reasoning_effort not in self._generation_prompts:
+            question = [{"role": "user", "content": "?", "reasoning_effort": reasoning_effort}]
+            asked = self._render(question, False)
+            text = self._render(question, True)[len(asked) :]
+            ids = self._encode(text)
+            delimiter = self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else ""
+            added = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+            if added is None or not text.startswith(delimiter + "assistant"):
+                raise ValueError(
+                    f"tokenizer_path: the chat template in {self.tokenizer_path!r} is not in the "
+                    "Step-3.7 layout: its generation prompt must begin with a special token "
+                    f"followed by 'assistant', got {text!r}"
+                )
+            header = self._encode(delimiter + "assistant")
+            self._generation_prompts[reasoning_effort] = (ids, header)
+        return self._generation_prompts[reasoning_effort]
+
+    def _expand_messages(
+        self, conversations: Sequence[Mapping[str, Any]], rows: list[int]
+    ) -> list[dict[str, Any]]:
+        """Messages with one ``<im_patch>`` per placeholder; ``rows`` gets the number it stands for.
+
+        One token in place of 169 makes rendering and tokenising several times faster; special
+        tokens are tokenised apart from their neighbours, so repeating the id gives the same ids.
+        """
+        messages = []
+        for number, original in enumerate(conversations):
+            message = dict(original)
+            role = message["role"]
+            where = f"conversations[{number}] ({role})"
+            expand = self._refuse_reserved
+            if role != "assistant":
+                expand = functools.partial(self._expand, rows)
+            for key, value in original.items():
+                if key in ("content", "reasoning_content"):
+                    message[key] = _map_texts(value, expand, where)
+                else:
+                    for text in _strings(value):
+                        self._refuse_reserved(text, f"{where} {key}")
+            messages.append(message)
+        return messages
+
+    def _expand(self, rows: list[int], text: str, where: str) -> str:
+        multicrop = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
+        self._refuse_reserved(
+            text, where, self._multicrop_markup if multicrop else _IMAGE_PLACEHOLDER_ONLY
+        )
+        if multicrop:
+            kinds = _MULTICROP_PLACEHOLDERS.findall(text)
+            rows += [
+                self.image_token_count
+                if kind == MULTICROP_IMAGE_PLACEHOLDER
+                else self.patch_token_count
+                for kind in kinds
+            ]
+            return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
+        rows += [self.image_token_count] * text.count(IMAGE_PLACEHOLDER)
+        return text.replace(
+            IMAGE_PLACEHOLDER, f"{self.image_start_token}{self.image_token}{self.image_end_token}"
+        )
+
+    def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
+        """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
+        for match in self._reserved.finditer(text):
+            if match[0] not in allowed:
+                excerpt = text[max(0, match.start() - 20) : match.end() + 20]
+                raise ValueError(
+                    f"{where}: the text spells the reserved {match[0]!r} at character "
+                    f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
+                )
+        return text
+
+    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[str, int]]:
+        items = []
+        for image in images or ():
+            path, kind = image, IMAGE_ITEM_TYPE
+            if isinstance(image, (tuple, list)):
+                path = image[0]
+                kind = int(image[1]) if len(image) > 1 else IMAGE_ITEM_TYPE
+            if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
+                raise ValueError(f"images: unknown item type {kind} of {str(path)!r}")
+            path = str(path)
+            items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, kind))
+        return items
+
+    def _repeats(
+        self, ids: list[int], rows: list[int], images: list[tuple[str, int]]
+    ) -> np.ndarray:
+        """How often each id stands in the sample, after checking images against placeholders."""
+        places = [place for place, token in enumerate(ids) if token == self._image_id]
+        if len(places) != len(rows):
+            raise ValueError(
+                f"conversations: the chat template renders {len(places)} of the {len(rows)} image "
+                "and crop placeholders"
+            )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        counts = {IMAGE_ITEM_TYPE: 0, PATCH_ITEM_TYPE: 0}
+        for place, row_count in zip(places, rows, strict=True):
+            before = ids[place - 1] if place else -1
+            if (before, row_count) == (self.img_start_token_id, self.image_token_count):
+                counts[IMAGE_ITEM_TYPE] += 1
+            elif (before, row_count) == (self.patch_start_token_id, self.patch_token_count):
+                counts[PATCH_ITEM_TYPE] += 1
+            else:
+                found = self.tokenizer.convert_ids_to_tokens(before) if place else "nothing"
+                raise ValueError(
+                    f"conversations: a placeholder of {row_count} {self.image_token!r} follows "
+                    f"{found!r}; an image ({self.image_token_count}) must follow "
+                    f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
+                    f"{self.patch_start_token!r}"
+                )
+            repeats[place] = row_count
+        for kind, name, start_id in (
+            (IMAGE_ITEM_TYPE, "image", self.img_start_token_id),
+            (PATCH_ITEM_TYPE, "crop", self.patch_start_token_id),
+        ):
+            if ids.count(start_id) != counts[kind]:
+                raise ValueError(
+                    f"conversations: {ids.count(start_id)} start tokens of type {name} for "
+                    f"{counts[kind]} placeholders"
+                )
+            paths = [path for path, item in images if item == kind]
+            if len(paths) != counts[kind]:
+                raise ValueError(
+                    f"images: {len(paths)} files of type {name} for {counts[kind]} placeholders "
+                    f"in the conversation: {paths}"
+                )
+        return repeats
+
+    def _loss_spans(
+        self, ids: list[int], messages: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[int, int]]:
+        prompt, header = self._generation_prompt(messages[0].get("reasoning_effort"))
+        turns = [place for place, token in enumerate(ids) if token == prompt[0]]
+        ends = [*turns[1:], len(ids)]
+        answers = [
+            (start, end)
+            for start, end in zip(turns, ends, strict=True)
+            if ids[start : start + len(header)] == header
+        ]
+        expected = sum(message["role"] == "assistant" for message in messages)
+        if len(answers) != expected:
+            raise ValueError(
+                f"conversations: {expected} assistant messages, but the chat template renders "
+                f"{len(answers)} assistant turns"
+            )
+        for number in range(len(messages) - 1, -1, -1):
+            role = messages[number]["role"]
+            if role == "user":
+                return
+            if role != "assistant":
+                continue
+            start, end = answers.pop()
+            if messages[number].get("loss_mask", 1) != 1:
+                continue
+            if messages[number - 1]["role"] != "assistant":
+                self._check_prompt(ids, start, prompt, number)
+                start += len(prompt)
+            yield start, end
+
+    def _check_prompt(self, ids: list[int], start: int, prompt: list[int], number: int) -> None:
+        found = ids[start : start + len(prompt)]
+        if found == prompt:
+            return
+        convert = self.tokenizer.convert_ids_to_tokens
+        if found[:-1] == prompt[:-1] and convert(found[-1]).startswith(convert(prompt[-1])):
+            return
+        raise ValueError(
+            f"conversations[{number}] (assistant): the chat template renders the turn as "
+            f"{convert(found)}, which does not begin with its generation prompt {convert(prompt)}"
+        )
+
+    def _report_long_sample(self, length: int) -> None:
+        level = logging.DEBUG if self._warned_about_length else logging.WARNING
+        self._warned_about_length = True
+        logger.log(
+            level,
+            "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
+            "policy of the packing decides about it (said once, later ones at DEBUG)",
+            length,
+            self.max_sequence_length + 1,
+        )
+
+
+def _load_tokenizer(path: str) -> Any:
+    # Imported here: transformers takes seconds, and reading packs needs none of it.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _map_texts(content: Any, change: Callable[[str, str], str], where: str) -> Any:
+    """``content`` with ``change`` applied to its text: a string, or the text parts of a list."""
+    if isinstance(content, str):
+        return change(content, where)
+    if not isinstance(content, list):
+        return content
+    parts: list[Any] = []
+    for number, part in enumerate(content):
+        spot = f"{where} part {number}"
+        if isinstance(part, str):
+            parts.append(change(part, spot))
+        elif part.get("type") == "text":
+            texts = {
+                key: change(part[key], spot)
+                for key in ("text", "value")
+                if isinstance(part.get(key), str)
+            }
+            parts.append({**part, **texts})
+        else:
+            parts.append(part)
+    return parts
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string inside nested lists and dictionaries, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)

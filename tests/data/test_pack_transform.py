@@ -1,0 +1,161 @@
+"""A pack is its samples shifted by one and put end to end, whatever their number and lengths."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step37_data.pack_transform import get_position_id_from_cu_seqlens, pack_samples
+from step37_data.template import MultimodalSFTSample
+
+
+def make_sample(tokens: list[int], mask: list[float], images: list[tuple[str, int]]) -> Any:
+    return MultimodalSFTSample(
+        tokens=torch.tensor(tokens, dtype=torch.long),
+        loss_mask=torch.tensor(mask, dtype=torch.float32),
+        image_paths=images,
+    )
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> list[Any]:
+    made = []
+    for number in range(draw(st.integers(1, 5))):
+        tokens = draw(st.lists(st.integers(1, 99), min_size=1, max_size=12))
+        mask = draw(
+            st.lists(st.sampled_from([0.0, 1.0]), min_size=len(tokens), max_size=len(tokens))
+        )
+        images = [(f"{number}-{k}.jpg", k % 2) for k in range(draw(st.integers(0, 3)))]
+        made.append(make_sample(tokens, mask, images))
+    return made
+
+
+def packed_slowly(pieces: list[Any], divisor: int) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {
+        "tokens": [], "labels": [], "loss_masks": [], "cu_seqlens": [0], "position_id": [],
+        "image_paths": [],
+    }  # fmt: skip
+    rows = [(p["tokens"].tolist(), p["loss_mask"].tolist(), p["image_paths"]) for p in pieces]
+    total = sum(len(tokens) - 1 for tokens, _, _ in rows)
+    missing = (divisor - total % divisor) % divisor
+    if missing:
+        rows.append(([0] * (missing + 1), [0.0] * (missing + 1), []))
+    for tokens, mask, images in rows:
+        for place in range(len(tokens) - 1):
+            out["tokens"].append(tokens[place])
+            out["labels"].append(tokens[place + 1])
+            out["loss_masks"].append(mask[place + 1])
+            out["position_id"].append(place)
+        out["cu_seqlens"].append(len(out["tokens"]))
+        out["image_paths"] += images
+    out["max_seq_len"] = [max(len(tokens) - 1 for tokens, _, _ in rows)]
+    return out
+
+
+@given(pieces=samples(), divisor=st.sampled_from([1, 2, 7, 64]))
+def test_a_pack_equals_the_samples_shifted_by_one_and_padded(
+    pieces: list[Any], divisor: int
+) -> None:
+    packed = pack_samples(pieces, seqlen_divisible_by=divisor)
+    expected = packed_slowly(pieces, divisor)
+    assert set(packed) == set(expected)
+    for key in ("tokens", "labels", "loss_masks", "cu_seqlens", "position_id"):
+        assert packed[key].tolist() == expected[key], key
+    assert packed["image_paths"] == expected["image_paths"]
+    assert [int(packed["max_seq_len"])] == expected["max_seq_len"]
+    assert len(packed["tokens"]) % divisor == 0
+
+
+@given(pieces=samples())
+def test_no_token_is_lost_or_doubled_and_each_lands_in_its_own_sub_sequence(
+    pieces: list[Any],
+) -> None:
+    packed = pack_samples(pieces, seqlen_divisible_by=8)
+    bounds = packed["cu_seqlens"].tolist()
+    for number, piece in enumerate(pieces):
+        span = slice(bounds[number], bounds[number + 1])
+        assert torch.equal(packed["tokens"][span], piece["tokens"][:-1])
+        assert torch.equal(packed["labels"][span], piece["tokens"][1:])
+        assert torch.equal(packed["loss_masks"][span], piece["loss_mask"][1:])
+    padding = slice(bounds[len(pieces)], None)
+    assert not packed["tokens"][padding].any()
+    assert not packed["loss_masks"][padding].any()
+
+
+def test_the_divisor_is_64_unless_given() -> None:
+    packed = pack_samples([make_sample([1, 2, 3], [1.0] * 3, [])])
+    assert packed["tokens"].shape == (64,)
+    assert packed["cu_seqlens"].tolist() == [0, 2, 64]
+
+
+def test_dtypes_are_int64_with_int32_cu_seqlens() -> None:
+    narrow = {
+        "tokens": torch.tensor([1, 2, 3], dtype=torch.int32),
+        "loss_mask": torch.tensor([True, True, False]),
+    }
+    packed = pack_samples([narrow])
+    assert packed["tokens"].dtype == packed["labels"].dtype == torch.int64
+    assert packed["position_id"].dtype == packed["max_seq_len"].dtype == torch.int64
+    assert packed["cu_seqlens"].dtype == torch.int32
+    assert packed["loss_masks"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_bounds_stay_exact_where_float32_would_round_them() -> None:
+    # Bytes for tokens and mask: the sample is only long, not large.
+    long = torch.ones(2**24 + 2, dtype=torch.uint8)
+    piece = {"tokens": long, "loss_mask": long, "image_paths": []}
+    packed = pack_samples([piece, make_sample([1, 2], [0.0, 0.0], [])], seqlen_divisible_by=1)
+    assert packed["cu_seqlens"].tolist() == [0, 2**24 + 1, 2**24 + 2]
+
+
+def test_packing_leaves_its_input_as_it_was() -> None:
+    pieces = [make_sample([1, 2, 3], [0.0, 1.0, 1.0], [("a.jpg", 0)])]
+    before = copy.deepcopy(pieces)
+    first = pack_samples(pieces)
+    second = pack_samples(pieces)
+    assert len(pieces) == 1
+    assert torch.equal(pieces[0]["tokens"], before[0]["tokens"])
+    assert first["cu_seqlens"].tolist() == second["cu_seqlens"].tolist() == [0, 2, 64]
+
+
+def test_a_padding_token_that_marks_an_image_is_refused() -> None:
+    piece = make_sample([1, 2, 3], [0.0] * 3, [])
+    with pytest.raises(ValueError, match="pad_token_id: 0 marks an image or crop"):
+        pack_samples([piece], start_token_ids=(0, 5))
+    other = pack_samples([piece], start_token_ids=(0, 5), pad_token_id=9)
+    assert other["tokens"][2:].unique().tolist() == [9]
+    assert not other["loss_masks"].any()
+    # Without padding there is nothing to mistake.
+    pack_samples([piece], start_token_ids=(0, 5), seqlen_divisible_by=2)
+
+
+def test_wrong_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="pieces: expected at least one sample, got none"):
+        pack_samples([])
+    with pytest.raises(ValueError, match=r"pieces\[0\].*got shapes \(3,\) and \(2,\)"):
+        pack_samples([make_sample([1, 2, 3], [0.0, 1.0], [])])
+    with pytest.raises(ValueError, match="seqlen_divisible_by: expected at least 1, got 0"):
+        pack_samples([make_sample([1, 2], [0.0, 1.0], [])], seqlen_divisible_by=0)
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_position_ids_count_from_zero_in_every_sub_sequence(sizes: list[int]) -> None:
+    bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    expected = [place for size in sizes for place in range(size)]
+    positions = get_position_id_from_cu_seqlens(bounds)
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == expected
+
+
+def test_the_length_of_a_sample_is_its_tokens_less_one_and_never_negative() -> None:
+    assert len(make_sample([1, 2, 3], [0.0] * 3, [])) == 2
+    assert len(make_sample([1], [0.0], [])) == 0
+    assert len(make_sample([], [], [])) == 0
+    assert len(pack_samples([make_sample([], [], []), make_sample([1, 2], [0.0] * 2, [])],
+                            seqlen_divisible_by=1)["tokens"]) == 1  # fmt: skip

@@ -1,0 +1,164 @@
+"""The samplers draw what the contract says, one by one or many at a time, and resume exactly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step37_data.samplers import (
+    LoopedSequentialSampler,
+    LoopedShuffleSampler,
+    WeightedRandomSampler,
+)
+
+WEIGHTS = st.lists(st.floats(0.01, 1000.0), min_size=1, max_size=5)
+
+
+def shuffled(size: int, base_seed: int, same_order: bool) -> Iterator[int]:
+    for epoch in itertools.count():
+        generator = torch.Generator()
+        generator.manual_seed(base_seed if same_order else base_seed + epoch)
+        yield from torch.randperm(size, generator=generator).tolist()
+
+
+def weighted(weights: list[float]) -> Iterator[int]:
+    rounded = [np.float32(weight) for weight in weights]
+    steps = [float(np.float32(1.0) / weight) for weight in rounded]
+    scores = [0.0] * len(weights)
+    while True:
+        least = min(scores)
+        index = scores.index(least)
+        yield index
+        scores[index] = scores[index] + steps[index]
+
+
+def take(draws: Any, count: int) -> list[int]:
+    return list(itertools.islice(draws, count))
+
+
+def test_the_sequential_sampler_loops_from_zero() -> None:
+    assert take(LoopedSequentialSampler(3), 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+@given(size=st.integers(1, 20), seed=st.integers(0, 5000), same=st.booleans())
+def test_the_shuffle_sampler_draws_randperm_seeded_with_base_seed_plus_epoch(
+    size: int, seed: int, same: bool
+) -> None:
+    sampler = LoopedShuffleSampler(size, seed, same_order_for_each_epoch=same)
+    assert take(sampler, 3 * size + 1) == take(shuffled(size, seed, same), 3 * size + 1)
+
+
+def test_the_shuffle_seed_defaults_to_1234() -> None:
+    assert take(LoopedShuffleSampler(50), 50) == take(shuffled(50, 1234, False), 50)
+
+
+@given(weights=WEIGHTS)
+def test_the_weighted_sampler_draws_the_least_count_over_weight_and_ties_go_to_the_lower_index(
+    weights: list[float],
+) -> None:
+    assert take(WeightedRandomSampler(len(weights), weights=weights), 200) == take(
+        weighted(weights), 200
+    )
+
+
+def test_weights_are_rounded_to_float32_before_they_are_inverted() -> None:
+    weights = [0.3, 0.1]
+    float32_steps = [float(np.float32(1) / np.float32(weight)) for weight in weights]
+    assert float32_steps != [1 / weight for weight in weights]
+    sampler = WeightedRandomSampler(2, weights=weights)
+    take(sampler, 5)
+    expected = [0.0, 0.0]
+    for index in take(weighted(weights), 5):
+        expected[index] += float32_steps[index]
+    assert sampler.state_dict()["scores"] == expected
+
+
+@given(weights=WEIGHTS, chunks=st.lists(st.integers(0, 60), max_size=6))
+def test_taking_many_draws_of_the_weighted_sampler_equals_drawing_one_by_one(
+    weights: list[float], chunks: list[int]
+) -> None:
+    sampler = WeightedRandomSampler(len(weights), weights=weights)
+    draws: list[int] = []
+    for number, chunk in enumerate(chunks):
+        draws += sampler.take(chunk).tolist()
+        if number % 2:
+            draws.append(next(sampler))
+    assert draws == take(weighted(weights), len(draws))
+
+
+def test_taking_draws_equals_drawing_one_by_one_for_very_unequal_weights() -> None:
+    weights = [1e-3, 1e6, 5.0, 5.0, 1e6]
+    assert WeightedRandomSampler(5, weights=weights).take(20_000).tolist() == take(
+        weighted(weights), 20_000
+    )
+
+
+@given(size=st.integers(1, 9), chunks=st.lists(st.integers(0, 25), max_size=5))
+def test_taking_many_draws_of_the_loops_equals_drawing_one_by_one(
+    size: int, chunks: list[int]
+) -> None:
+    for make in (LoopedSequentialSampler, LoopedShuffleSampler):
+        at_once, one_by_one = make(size), make(size)
+        for chunk in chunks:
+            assert at_once.take(chunk).tolist() == take(one_by_one, chunk)
+            assert next(at_once) == next(one_by_one)
+
+
+@given(size=st.integers(1, 6), before=st.integers(0, 40), data=st.data())
+def test_every_sampler_resumes_exactly_from_its_state(
+    size: int, before: int, data: st.DataObject
+) -> None:
+    weights = data.draw(st.lists(st.floats(0.1, 9.0), min_size=size, max_size=size))
+    makers = (
+        lambda: LoopedSequentialSampler(size),
+        lambda: LoopedShuffleSampler(size, 7),
+        lambda: WeightedRandomSampler(size, weights=weights),
+    )
+    for make in makers:
+        original, resumed = make(), make()
+        take(original, before)
+        resumed.load_state_dict(original.state_dict())
+        assert take(resumed, 30) == take(original, 30)
+
+
+def test_a_weighted_state_that_megatron_bridge_saved_resumes_exactly() -> None:
+    weights = [0.3, 0.7, 1.1]
+    original = WeightedRandomSampler(3, weights=weights)
+    take(original, 999)
+    state = original.state_dict()
+    resumed = WeightedRandomSampler(3, weights=weights)
+    resumed.load_state_dict(
+        {
+            "size": 3,
+            "data_idx": 999,
+            "counts": torch.tensor(state["counts"], dtype=torch.float32).tolist(),
+            "rng_state": torch.Generator().get_state().tolist(),
+        }
+    )
+    assert resumed.state_dict() == state
+    assert take(resumed, 100) == take(original, 100)
+
+
+def test_a_state_of_another_size_is_refused() -> None:
+    for make in (LoopedSequentialSampler, LoopedShuffleSampler, WeightedRandomSampler):
+        with pytest.raises(ValueError, match="sampler of size 3, this one has 4"):
+            make(4).load_state_dict(make(3).state_dict())
+
+
+def test_wrong_sizes_counts_and_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        LoopedShuffleSampler(0)
+    with pytest.raises(ValueError, match="count: expected 0 or more, got -1"):
+        LoopedSequentialSampler(2).take(-1)
+    with pytest.raises(ValueError, match=r"weights: expected one per index, 2, got \(3,\)"):
+        WeightedRandomSampler(2, weights=[1.0, 2.0, 3.0])
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="positive finite"):
+            WeightedRandomSampler(2, weights=[1.0, bad])

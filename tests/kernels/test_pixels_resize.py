@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from step37_kernels import reference_pixels, resample
 from step37_kernels.pixels import DTYPES, Crop, RaggedImages, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PHOTOS = Path(__file__).resolve().parents[2] / "examples" / "flickr8k_mini" / "train"
 IMPLS = ("triton", "torch")
 INSTALLED = resample.installed_pillow()
 EVERY_ORDER = [(12, 1), (12, 3), (13, 0)]
@@ -40,15 +41,12 @@ def random_image(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
 
 
-def jpeg(height: int, width: int, seed: int) -> torch.Tensor:
-    """Smooth colour with noise on it, through a JPEG file and back."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / (17 + 5 * c) + seed) + np.cos(y / (31 - 3 * c)) for c in range(3)]
-    pixels = 128 + 50 * np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
-    return torch.from_numpy(np.array(Image.open(file).convert("RGB")))
+def photographs() -> list[torch.Tensor]:
+    """Real JPEGs, and one of them magnified, which is then reduced."""
+    names = ("astronaut", "camera", "rocket")
+    photos = [Image.open(PHOTOS / f"{name}.jpg").convert("RGB") for name in names]
+    photos.append(photos[-1].resize((610, 1000)))
+    return [torch.from_numpy(np.array(photo)) for photo in photos]
 
 
 def pillow_resize(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -119,8 +117,8 @@ def test_no_value_differs_from_pillow_at_any_size(impl, shapes, size, seed):
 
 @pytest.mark.parametrize("size", [728, 504])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_value_differs_for_jpegs_at_the_sizes_of_the_model(impl, size):
-    photos = [jpeg(375, 500, 1), jpeg(500, 333, 2), jpeg(1000, 610, 3)]
+def test_no_value_differs_for_photographs_at_the_sizes_of_the_model(impl, size):
+    photos = photographs()
     with interpreted_tiles(256, 1024):
         got = resize_clip_normalize([photo.to(DEVICE) for photo in photos], size, impl=impl)
     assert differing(got, pillow(photos, size)) == 0

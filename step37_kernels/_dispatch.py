@@ -2,7 +2,7 @@
 
 ``auto``    Triton for CUDA tensors, PyTorch otherwise.
 ``triton``  Triton. On a CPU tensor only with Triton's interpreter (``TRITON_INTERPRET=1`` set
-            before the first import of a kernel), else ``ValueError``.
+            before a kernel is first imported), else ``ValueError``.
 ``torch``   PyTorch, on any device.
 
 An explicit choice is never replaced by another.
@@ -11,7 +11,6 @@ An explicit choice is never replaced by another.
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Literal
 
 import torch
@@ -19,11 +18,6 @@ import torch
 Impl = Literal["auto", "triton", "torch"]
 
 _CHOICES = ("auto", "triton", "torch")
-
-
-def interpreter_requested() -> bool:
-    """Whether ``TRITON_INTERPRET`` asks for Triton's interpreter, read as Triton reads it."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def use_triton(impl: Impl, device: torch.device) -> bool:
@@ -50,7 +44,9 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
             f"impl={impl!r} on {device} needs Triton, which is not installed; "
             "install 'triton', or pass impl='torch'"
         )
-    if device.type != "cuda" and not (device.type == "cpu" and interpreter_requested()):
+    from step37_kernels.ops.common import INTERPRETED
+
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise ValueError(
             f"impl='triton': Triton kernels need CUDA tensors, got {device}; pass impl='torch', "
             "or set TRITON_INTERPRET=1 before importing to run them in Triton's interpreter"

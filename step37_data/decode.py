@@ -1,0 +1,193 @@
+"""Image files to RGB pictures: Pillow in a pool of threads, and what happens to broken files.
+
+Pillow releases the GIL while it decodes and resizes, so threads are enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+OnBroken = Literal["zero", "raise", "skip-loss"]
+ON_BROKEN = ("zero", "raise", "skip-loss")
+
+BROKEN_SIZE = (224, 224)
+
+# What Pillow's readers are known to raise on damaged files besides OSError, which covers missing
+# files, folders, truncation and unknown formats.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class BrokenImageError(ValueError):
+    """An image file could not be read, and ``on_broken="raise"`` asked to be told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One picture and, if its file was unreadable, why it is black.
+
+    Attributes:
+        pixels: uint8 ``[height, width, 3]``, read-only.
+        broken: None, or what went wrong with the file.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    broken: str | None
+
+
+class BrokenImages:
+    """Counts unreadable image files, for a report at the end of an epoch. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+        self._occurrences = 0
+        self._seen = 0
+        self._lock = threading.Lock()
+
+    def record(self, path: str, reason: str | None) -> None:
+        """Note that ``path`` was read, or was not for ``reason``."""
+        with self._lock:
+            self._seen += 1
+            if reason is not None:
+                self._occurrences += 1
+                self._reasons[path] = reason
+
+    @property
+    def seen(self) -> int:
+        """Images asked for since the last report."""
+        return self._seen
+
+    @property
+    def occurrences(self) -> int:
+        """Unreadable ones among them; a file met twice counts twice."""
+        return self._occurrences
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The unreadable files, each with its last error."""
+        with self._lock:
+            return dict(self._reasons)
+
+    def report(self, shown: int = 10) -> str | None:
+        """Log how many images were unreadable, with the first ``shown`` paths, and count anew.
+
+        Returns:
+            The message logged, or None if every image could be read.
+        """
+        with self._lock:
+            reasons, occurrences, seen = self._reasons, self._occurrences, self._seen
+            self._reasons, self._occurrences, self._seen = {}, 0, 0
+        if not occurrences:
+            return None
+        lines = [f"{occurrences} of {seen} images could not be read ({len(reasons)} files)"]
+        lines += [f"  {path}: {reason}" for path, reason in list(reasons.items())[:shown]]
+        if len(reasons) > shown:
+            lines.append(f"  and {len(reasons) - shown} more")
+        message = "\n".join(lines)
+        logger.warning("%s", message)
+        return message
+
+
+def read_rgb(path: str) -> Image.Image:
+    """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
+    """Read one image file.
+
+    Args:
+        path: of the file.
+        on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
+            file, with a warning; ``"raise"`` raises.
+        side: resize to ``side`` × ``side`` (BILINEAR); None keeps the size of the file.
+
+    Raises:
+        BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
+    """
+    reason = None
+    try:
+        picture = read_rgb(path)
+    except DECODE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        if on_broken == "raise":
+            raise BrokenImageError(f"image {path} could not be read: {reason}") from error
+        logger.warning("image %s could not be read, black is used in its place: %s", path, reason)
+        picture = Image.new("RGB", BROKEN_SIZE)
+    if side is not None:
+        picture = picture.resize((side, side), resample=Image.Resampling.BILINEAR)
+    return Decoded(pixels=np.asarray(picture), broken=reason)
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def default_threads() -> int:
+    """Decoding threads if nobody says how many: the cores this process may use, at most 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _pools_lock:
+        if threads not in _pools:
+            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="step37-decode")
+        return _pools[threads]
+
+
+def _forget_pools() -> None:
+    """After a fork the child has the pools but not their threads."""
+    global _pools_lock
+    _pools_lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
+
+
+def map_threads(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
+) -> Iterator[_Result]:
+    """``map(function, items)`` on ``threads`` threads, in order; the first error is raised.
+
+    ``threads=1`` runs in the calling thread.
+    """
+    count = default_threads() if threads is None else threads
+    if count < 1:
+        raise ValueError(f"threads: expected at least 1, got {count}")
+    if count == 1:
+        return map(function, items)
+    return _pool(count).map(function, items)

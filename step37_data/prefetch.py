@@ -1,0 +1,238 @@
+"""The next packs' model input, made ready while the model works on this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from step37_data.decode import BrokenImages
+from step37_data.preprocess import Device, resolve_device
+
+_Input = TypeVar("_Input")
+
+
+class PackError(RuntimeError):
+    """A pack could not be read or prepared; ``__cause__`` says why.
+
+    Attributes:
+        pack: its index.
+    """
+
+    def __init__(self, pack: int, cause: BaseException) -> None:
+        super().__init__(f"pack {pack}: {type(cause).__name__}: {cause}")
+        self.pack = pack
+        self.__cause__ = cause
+
+
+class PackDataset(Protocol):
+    """A dataset of packs that are asked for by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared(Generic[_Input]):
+    """A model input, and the event after which a CUDA device has it."""
+
+    value: _Input
+    ready: torch.cuda.Event | None
+
+
+class _End:
+    """What comes after the last pack."""
+
+
+class Prefetcher(Iterator[_Input]):
+    """Iterate over prepared packs, ``depth`` of them in the making while one is used.
+
+    One thread reads the packs and prepares them, in order and on a CUDA stream of its own; decoding
+    has its own threads below that. What ``next`` gives may be used on the caller's current stream
+    at once: the stream waits for it, the host does not.
+
+    A pack that fails raises :class:`PackError`; the next call goes on with the pack after it.
+
+    Args:
+        packs: a dataset with ``len`` and integer indices, or any iterable, a dataloader say.
+        prepare: turns a pack into the model's input:
+            ``functools.partial(preprocess_packed_batch, ...)``.
+        depth: packs made ready beyond the one in use; each holds its images on the device.
+        start: index of the first pack to give; an iterable's packs before it are read and dropped.
+        device: the one that ``prepare`` works on; None is the CUDA device, or the CPU where there
+            is none.
+        broken: reported (``BrokenImages.report``) behind the last pack.
+
+    Raises:
+        ValueError: ``depth`` or ``start`` is out of range.
+
+    Example:
+        >>> with Prefetcher([1, 2, 3], lambda pack: pack * 10, device="cpu", start=1) as prefetcher:
+        ...     print(list(prefetcher), prefetcher.state_dict())
+        [20, 30] {'next_pack': 3}
+    """
+
+    def __init__(
+        self,
+        packs: PackDataset | Iterable[Any],
+        prepare: Callable[[Any], _Input],
+        *,
+        depth: int = 2,
+        start: int = 0,
+        device: Device = None,
+        broken: BrokenImages | None = None,
+    ) -> None:
+        if depth < 1:
+            raise ValueError(f"depth: expected at least 1, got {depth}")
+        if start < 0:
+            raise ValueError(f"start: expected at least 0, got {start}")
+        self._prepare = prepare
+        self._broken = broken
+        self._next_pack = start
+        self._waited_s = 0.0
+        self._closed = False
+        self._device = resolve_device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._packs = _from(packs, start)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step37-prefetch")
+        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque(
+            self._thread.submit(self._make) for _ in range(depth)
+        )
+
+    def __iter__(self) -> Prefetcher[_Input]:
+        return self
+
+    def __next__(self) -> _Input:
+        if self._closed:
+            raise StopIteration
+        began = time.perf_counter()
+        future = self._pending[0]
+        error = future.exception()
+        self._waited_s += time.perf_counter() - began
+        # Only now: an interrupt while waiting must not lose the pack.
+        self._pending.popleft()
+        if error is not None:
+            self._pending.append(self._thread.submit(self._make))
+            self._next_pack += 1
+            raise PackError(self._next_pack - 1, error)
+        prepared = future.result()
+        if isinstance(prepared, _End):
+            self.close()
+            if self._broken is not None:
+                self._broken.report()
+            raise StopIteration
+        self._pending.append(self._thread.submit(self._make))
+        self._next_pack += 1
+        if prepared.ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(prepared.ready)
+            for tensor in _cuda_tensors(prepared.value):
+                # Allocated on the prefetcher's stream, used on this one.
+                tensor.record_stream(stream)
+        return prepared.value
+
+    def _make(self) -> _Prepared[_Input] | _End:
+        if self._stream is None:
+            pack = next(self._packs, _End())
+            return (
+                pack if isinstance(pack, _End) else _Prepared(value=self._prepare(pack), ready=None)
+            )
+        # The current device belongs to the thread.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            pack = next(self._packs, _End())
+            if isinstance(pack, _End):
+                return pack
+            value = self._prepare(pack)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+            return _Prepared(value=value, ready=ready)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that ``next`` has waited for packs that were not ready, all in all."""
+        return self._waited_s
+
+    def state_dict(self) -> dict[str, int]:
+        """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
+        return {"next_pack": self._next_pack}
+
+    def close(self) -> None:
+        """End the thread: wait for the pack in the making, drop what is ready. Idempotent."""
+        self._closed = True
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Prefetcher[_Input]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Indexed(Iterator[Any]):
+    """Packs by index: an error leaves the iterator usable, which a generator would not be."""
+
+    def __init__(self, packs: PackDataset, start: int) -> None:
+        self._packs = packs
+        self._index = start
+        self._count = len(packs)
+
+    def __next__(self) -> Any:
+        if self._index >= self._count:
+            raise StopIteration
+        self._index += 1
+        return self._packs[self._index - 1]
+
+
+class _Skipping(Iterator[Any]):
+    """An iterable's packs from ``start`` on; those before are read when the first is asked for."""
+
+    def __init__(self, packs: Iterable[Any], start: int) -> None:
+        self._iterator = iter(packs)
+        self._skip = start
+
+    def __next__(self) -> Any:
+        while self._skip:
+            self._skip -= 1
+            next(self._iterator)
+        return next(self._iterator)
+
+
+def _from(packs: PackDataset | Iterable[Any], start: int) -> Iterator[Any]:
+    is_dataset = hasattr(packs, "__getitem__") and hasattr(packs, "__len__")
+    if not is_dataset:
+        return _Skipping(packs, start)  # type: ignore[arg-type]
+    dataset: PackDataset = packs  # type: ignore[assignment]
+    if start > len(dataset):
+        raise ValueError(
+            f"start: expected at most {len(dataset)}, the packs there are, got {start}"
+        )
+    return _Indexed(dataset, start)
+
+
+def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:
+    """Every CUDA tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _cuda_tensors(item)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for item in value:
+            yield from _cuda_tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _cuda_tensors(getattr(value, field.name))

@@ -1,0 +1,271 @@
+"""``ImageInsertEmbedding``: the drop-in for the class of that name in ``Step37Model``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from step37_kernels._dispatch import Impl
+from step37_kernels.insert import InsertPlan, insert_rows, plan_insert, project_and_insert
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageForInsert:
+    """One insertion group on its way from the data to the model.
+
+    Mutable, with these names, because ``Step37Model`` fills in ``image_features``.
+    """
+
+    insert_start_token: int
+    """Token id after which the features go: ``<im_start>``, or ``<patch_start>`` for crops."""
+    images: Tensor | None = None
+    """``[N, 3, H, W]`` pixels for the vision tower."""
+    image_features: Tensor | list[Tensor] | None = None
+    """``[N, L, C]``, or a list mixing ``[L, C]`` and ``[N, L, C]``, not yet projected."""
+    rope_cu_seqlens: Tensor | None = None
+    """``[N + 1]`` int32: cumulative vision patches, for the tower's rotary embedding."""
+    rope_max_seq_len: int | None = None
+    """Most vision patches in one image."""
+
+
+def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    """The group's non-empty tensors as ``[N, L, C]``.
+
+    Raises:
+        ValueError: a tensor of another rank.
+    """
+    if isinstance(features, Tensor):
+        if features.ndim != 3:
+            raise ValueError(f"{name}: expected [N, L, C], got {tuple(features.shape)}")
+        return [features]
+    tensors = []
+    for i, item in enumerate(features):
+        if item.ndim not in (2, 3):
+            raise ValueError(f"{name}[{i}]: expected [L, C] or [N, L, C], got {tuple(item.shape)}")
+        tensors.append(item if item.ndim == 3 else item.unsqueeze(0))
+    return tensors
+
+
+def _row_counts(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.shape[1] for tensor in tensors for _ in range(tensor.shape[0])]
+
+
+def _holders(tensor: Tensor) -> tuple[int, ...] | None:
+    """Who refers to this tensor and its memory: Python references, its base's, the storage's."""
+    count_storage: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    if count_storage is None:
+        return None
+    base = tensor._base
+    return (
+        sys.getrefcount(tensor),
+        0 if base is None else sys.getrefcount(base),
+        count_storage(tensor.untyped_storage()._cdata),
+    )
+
+
+def _is_unshared(embeddings: Tensor) -> bool:
+    """Whether the caller's variable is the only way to this memory, so that it may be overwritten.
+
+    True of what an embedding has just computed, also where that is the one view of a temporary
+    (Megatron's transpose at B = 1). False of a parameter, a tensor that somebody keeps (a cache, a
+    hook, autograd), a view of one, an expanded tensor, and wherever it cannot be told. Compared
+    with tensors made on the spot, because what counts as one reference varies between releases.
+    """
+    if torch.compiler.is_compiling() or not embeddings.is_contiguous():
+        return False
+    if embeddings.is_leaf and embeddings.requires_grad:
+        return False
+    probe = torch.empty(1) if embeddings._base is None else torch.empty(1).view(1)
+    # The caller's own variable refers to the embeddings once more than ours does to the probe.
+    alias = probe
+    holders, alone = _holders(embeddings), _holders(probe)
+    del alias
+    return holders is not None and holders == alone
+
+
+class _CountWatch:
+    """Warns when start tokens and features differ in number, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[InsertPlan, Tensor, torch.cuda.Event]] = deque()
+
+    def watch(self, plan: InsertPlan) -> None:
+        """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
+        if not plan.found.is_cuda:
+            self._warn(plan, plan.found)
+        elif not torch.cuda.is_current_stream_capturing():
+            host = torch.empty(plan.found.shape, dtype=torch.int32, pin_memory=True)
+            host.copy_(plan.found, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(plan.found.device))
+            self._pending.append((plan, host, copied))
+
+    def poll(self) -> None:
+        """Warn about the plans whose counts have arrived."""
+        if self._pending and torch.cuda.is_current_stream_capturing():
+            return
+        while self._pending and self._pending[0][2].query():
+            plan, host, _ = self._pending.popleft()
+            self._warn(plan, host)
+
+    @staticmethod
+    def _warn(plan: InsertPlan, found: Tensor) -> None:
+        for mismatch in plan.count_mismatches(found.tolist()):
+            logger.warning("image features and start tokens differ in number: %s", mismatch)
+
+
+_count_watch = _CountWatch()
+# Of the process, not of a module: a module with events in it could not be copied or pickled.
+
+
+class ImageInsertEmbedding(nn.Module):
+    """Word embedding with projected image features in the rows after each start token.
+
+    Takes the place of Megatron-Bridge's class: same constructor, same calls, same state dict
+    (``align_projector.weight`` and, with a bias, ``.bias``), same values; the features of all
+    groups are projected and inserted by one pass of :func:`step37_kernels.project_and_insert`.
+
+    Args:
+        language_embedding: Megatron-Core's ``LanguageModelEmbedding`` or anything called as
+            ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``. Borrowed: reachable
+            as ``_language_embedding``, not registered, not in the state dict.
+        encoder_output_dim: C, width of the features.
+        hidden_size: H.
+        projector_bias: give ``align_projector`` a bias.
+        impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
+        strict: raise ``ValueError`` at once where start tokens and features differ in number, a
+            span is cut off at the end of its sequence, or spans overlap. Waits for the device in
+            every forward. Off, differing numbers are paired up to the smaller one and logged as a
+            warning (on CUDA by a later forward, once the counts have arrived), and cut or
+            overlapping spans are taken as they are.
+    """
+
+    def __init__(
+        self,
+        language_embedding: Callable[..., Tensor],
+        encoder_output_dim: int,
+        hidden_size: int,
+        projector_bias: bool = False,
+        *,
+        impl: Impl = "auto",
+        strict: bool = False,
+    ) -> None:
+        super().__init__()
+        if impl not in ("auto", "triton", "torch"):
+            raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
+        # Around nn.Module's own __setattr__, which would register a module, and with it count the
+        # embedding's parameters twice.
+        self._language_embedding: Callable[..., Tensor]
+        object.__setattr__(self, "_language_embedding", language_embedding)
+        self.align_projector = nn.Linear(encoder_output_dim, hidden_size, bias=projector_bias)
+        nn.init.kaiming_normal_(self.align_projector.weight, mode="fan_in", nonlinearity="relu")
+        if projector_bias:
+            nn.init.zeros_(self.align_projector.bias)
+        self.impl = impl
+        self.strict = strict
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}, strict={self.strict}"
+
+    @staticmethod
+    def insert_features(
+        input_embeddings: Tensor,
+        image_features: Tensor | list[Tensor],
+        input_ids: Tensor,
+        flag: int,
+    ) -> Tensor:
+        """Insert features of one group that are already projected.
+
+        Args:
+            input_embeddings: ``[S, B, H]``, left as it is.
+            image_features: ``[N, L, H]``, or a list mixing ``[L, H]`` and ``[N, L, H]``; moved to
+                the embeddings' device and dtype.
+            input_ids: ``[B, S]``.
+            flag: the group's start token.
+
+        Returns:
+            ``[S, B, H]``: ``input_embeddings`` itself where there is nothing to insert.
+
+        Raises:
+            ValueError: a rank or width that does not fit.
+        """
+        tensors = _feature_tensors(image_features, "image_features")
+        plan = plan_insert(input_ids, [(flag, _row_counts(tensors))])
+        _count_watch.watch(plan)
+        hidden = input_embeddings.shape[-1]
+        rows = []
+        for tensor in tensors:
+            if tensor.numel():
+                if tensor.shape[-1] != hidden:
+                    raise ValueError(
+                        f"image_features: expected width {hidden} (the embeddings'), got "
+                        f"{tuple(tensor.shape)}"
+                    )
+                rows.append(tensor.to(input_embeddings).reshape(-1, hidden))
+        if not rows:
+            return input_embeddings
+        return insert_rows(input_embeddings, torch.cat(rows), plan)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        images: list[ImageForInsert] | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> Tensor:
+        """Look up the word embeddings and put the projected image features in place.
+
+        Args:
+            input_ids: ``[B, S]`` int32 or int64.
+            images: insertion groups in order, each with ``image_features``; None or empty returns
+                the word embeddings.
+            position_ids: handed to the language embedding.
+            **kwargs: accepted and ignored, as the replaced class does.
+
+        Returns:
+            ``[S, B, H]`` in the language embedding's dtype.
+
+        Raises:
+            ValueError: a group without features or with features of the wrong rank or width; with
+                ``strict``, a batch whose tokens and features do not fit.
+        """
+        _count_watch.poll()
+        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+        if not images:
+            return embeddings
+        unshared = _is_unshared(embeddings)
+        weight, bias = self.align_projector.weight, self.align_projector.bias
+        groups: list[tuple[int, list[int]]] = []
+        features: list[Tensor] = []
+        for i, image in enumerate(images):
+            if image.image_features is None:
+                raise ValueError(
+                    f"images[{i}]: image_features is None (start token {image.insert_start_token});"
+                    " run the vision tower first"
+                )
+            tensors = _feature_tensors(image.image_features, f"images[{i}].image_features")
+            groups.append((image.insert_start_token, _row_counts(tensors)))
+            features += [
+                tensor.to(device=weight.device, dtype=weight.dtype)
+                for tensor in tensors
+                if tensor.numel()
+            ]
+        plan = plan_insert(input_ids, groups, impl=self.impl)
+        if self.strict:
+            plan.check()
+        else:
+            _count_watch.watch(plan)
+        if not features:
+            return embeddings
+        return project_and_insert(
+            embeddings, features, weight, bias, plan, inplace=unshared, impl=self.impl
+        )

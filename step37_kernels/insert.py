@@ -1,0 +1,516 @@
+"""Where every feature row lands (:func:`plan_insert`), and putting it there
+(:func:`project_and_insert`).
+
+Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
+feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``N`` features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from step37_kernels._dispatch import Impl, use_triton
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InsertPlan:
+    """A row map: where each feature row goes, and what each position receives.
+
+    Feature rows of all groups are numbered 0 … R−1 in the order in which they are written: groups
+    in list order, features in group order, rows from first to last. Positions of the sequence-first
+    output are numbered ``s * B + b``, as ``[S, B, H].view(S * B, H)`` has them.
+
+    Example, B = 1, S = 8, one group with start token 7 and features of 3, 2 and 4 rows::
+
+        position     0   1   2   3   4   5   6   7
+        input_ids    5   7   5   7   5   5   7   5      starts: 2, 4, 7
+        feature 0            0   1   2                  rows 0-2 → positions 2, 3, 4
+        feature 1                    3   4              rows 3-4 → positions 4, 5; row 2 loses 4
+        feature 2                                5      rows 5-8 → position 7; rows 6-8 cut off
+        row_at      −1  −1   0   1   3   4  −1   5
+
+        destinations = [2, 3, −1, 4, 5, 7, −1, −1, −1]
+
+    A row is dropped (−1) where it would lie beyond the end of its sequence, where a later row
+    claims its position, and where its feature has no start token left.
+    """
+
+    destinations: Tensor
+    """``[R]`` int32: position of each feature row, or −1. No position occurs twice."""
+    row_at: Tensor
+    """``[S, B]`` int32: the feature row that a position receives, or −1 for a text row."""
+    starts: Tensor
+    """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
+    for a feature without a start token."""
+    found: Tensor
+    """``[G]`` int32: start tokens of each group in ``input_ids``."""
+    start_tokens: tuple[int, ...]
+    """Start token of each group."""
+    row_counts: tuple[tuple[int, ...], ...]
+    """Rows of each feature, by group; known on the host."""
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows of all features of all groups."""
+        return self.destinations.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """S."""
+        return self.row_at.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.row_at.shape[1]
+
+    def count_mismatches(self, found: Sequence[int]) -> list[str]:
+        """A sentence for each group whose start tokens and features differ in number.
+
+        Args:
+            found: :attr:`found` on the host. Reading it waits for the device; hence an argument.
+        """
+        return [
+            f"start token {token}: {count} in input_ids, {len(rows)} features; "
+            f"inserting {min(count, len(rows))}"
+            for token, rows, count in zip(self.start_tokens, self.row_counts, found, strict=True)
+            if count != len(rows)
+        ]
+
+    def check(self) -> None:
+        """Raise on what a correct batch never has. Waits for the device.
+
+        Raises:
+            ValueError: start tokens and features differ in number; a span is cut off at the end of
+                its sequence; two spans overlap. The message names group, feature and position.
+        """
+        problems = self.count_mismatches(self.found.tolist())
+        starts = iter(self.starts.tolist())
+        spans: dict[int, list[tuple[int, int, str]]] = {}
+        for token, rows in zip(self.start_tokens, self.row_counts, strict=True):
+            for k, count in enumerate(rows):
+                position = next(starts)
+                if position < 0:
+                    continue
+                start, batch = divmod(position, self.batch_size)
+                end = start + count
+                where = f"feature {k} of start token {token} (batch row {batch}, "
+                where += f"positions {start} to {end - 1})"
+                if end > self.seq_len:
+                    problems.append(f"{where} is cut off at the sequence length {self.seq_len}")
+                if count:
+                    spans.setdefault(batch, []).append((start, end, where))
+        for column in spans.values():
+            column.sort()
+            furthest = column[0]
+            for span in column[1:]:
+                if span[0] < furthest[1]:
+                    problems.append(f"{span[2]} overlaps {furthest[2]}")
+                furthest = max(furthest, span, key=lambda item: item[1])
+        if problems:
+            raise ValueError("input_ids and image features do not fit: " + "; ".join(problems))
+
+
+Groups = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _host_tables(groups: Groups) -> tuple[list[list[int]], list[int]]:
+    """``[G + 1, 2]`` (start token, first feature) and ``[N + 1]`` first rows."""
+    table: list[list[int]] = []
+    offsets = [0]
+    for token, row_counts in groups:
+        table.append([token, len(offsets) - 1])
+        for count in row_counts:
+            offsets.append(offsets[-1] + count)
+    table.append([0, len(offsets) - 1])
+    return table, offsets
+
+
+def _upload(values: list[int], device: torch.device) -> Tensor:
+    """int64 values to the device without waiting for it, also while a CUDA graph is captured."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(
+            device, non_blocking=True
+        )
+    # A captured copy would read its host memory again at every replay, when it is long gone. Fill
+    # kernels carry their value in the launch itself; equal steps make one arithmetic run.
+    runs: list[Tensor] = []
+    first = 0
+    while first < len(values):
+        end = min(first + 2, len(values))
+        step = values[end - 1] - values[first]
+        while end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        count = end - first
+        run = torch.arange(count, dtype=torch.int64, device=device).mul_(step).add_(values[first])
+        runs.append(run)
+        first = end
+    return torch.cat(runs)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _build_tables(groups, device)
+
+
+def _build_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
+    table, offsets = _host_tables(groups)
+    flat = _upload([entry for line in table for entry in line] + offsets, device)
+    return flat[: 2 * len(table)].view(-1, 2), flat[2 * len(table) :].to(torch.int32)
+
+
+def _device_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The layout of the groups on the device; kept for the layouts seen last."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of a graph's own pool must not outlive it in a cache.
+        return _build_tables(groups, device)
+    return _cached_tables(groups, device)
+
+
+def _plan_torch(
+    input_ids: Tensor, groups: Groups, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan by PyTorch operations; like the kernels it never waits for the device.
+
+    A slot past the end of each result takes what has no place, and is cut off afterwards.
+    """
+    batch_size, seq_len = input_ids.shape
+    num_positions = batch_size * seq_len
+    device = input_ids.device
+    num_rows = sum(sum(rows) for _, rows in groups)
+    flat_ids = input_ids.flatten()
+    index = torch.arange(num_positions, device=device)
+    first_position = (index % max(seq_len, 1) + 1) * batch_size + index // max(seq_len, 1)
+    starts: list[Tensor] = []
+    found: list[Tensor] = []
+    for token, row_counts in groups:
+        match = flat_ids == token
+        rank = match.cumsum(0) - 1
+        slot = torch.where(match, rank, len(row_counts)).clamp_max(len(row_counts))
+        slots = first_position.new_full((len(row_counts) + 1,), -1)
+        starts.append(slots.scatter(0, slot, first_position)[:-1])
+        found.append(match.sum())
+    start = torch.cat(starts) if starts else index.new_empty(0)
+
+    row = torch.arange(num_rows, device=device)
+    counts = offsets.diff().long()
+    start_of_row = start.repeat_interleave(counts, output_size=num_rows)
+    first_of_row = offsets[:-1].long().repeat_interleave(counts, output_size=num_rows)
+    position = start_of_row + (row - first_of_row) * batch_size
+    lands = (start_of_row >= 0) & (position < num_positions)
+    slot = torch.where(lands, position, num_positions)
+    row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
+    kept = lands & (row_at[slot] == row)
+    return (
+        torch.where(kept, position, -1).to(torch.int32),
+        row_at[:-1].view(seq_len, batch_size).to(torch.int32),
+        start.to(torch.int32),
+        torch.stack(found).to(torch.int32) if found else start.to(torch.int32),
+    )
+
+
+def plan_insert(
+    input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]], *, impl: Impl = "auto"
+) -> InsertPlan:
+    """Find where every feature row lands, for all insertion groups at once.
+
+    The locations of a group are the positions right after its start token, in row-major (batch,
+    then sequence) order; the k-th feature goes to the k-th location, up to the smaller of both
+    counts. A span is cut at the end of its sequence, and where spans overlap the later one in
+    (group, feature) order wins, row by row. See :class:`InsertPlan` for a worked example.
+
+    Nothing waits for the device. The row counts are host integers, since tensor shapes are; what
+    depends on the ids stays on the device.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
+        groups: ``(start_token, row_counts)`` of each insertion group, in insertion order;
+            ``row_counts`` holds the number of rows of each of its features.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        The plan, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: ``input_ids`` is not ``[B, S]``, a row count is negative, B·S or R exceeds
+            int32, or ``impl`` cannot run there.
+        TypeError: ``input_ids`` is neither int32 nor int64.
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
+    triton = use_triton(impl, input_ids.device)
+    frozen: Groups = tuple((int(token), tuple(map(int, rows))) for token, rows in groups)
+    row_counts = [count for _, rows in frozen for count in rows]
+    if any(count < 0 for count in row_counts):
+        raise ValueError(f"groups: row counts must not be negative, got {min(row_counts)}")
+    num_rows = sum(row_counts)
+    batch_size, seq_len = input_ids.shape
+    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+        raise ValueError(
+            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
+            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
+        )
+    group_table, offsets = _device_tables(frozen, input_ids.device)
+    if triton and frozen and input_ids.numel():
+        from step37_kernels.ops import plan as ops
+
+        tensors = ops.plan_rows(
+            input_ids, group_table, offsets, num_rows, max(row_counts, default=0)
+        )
+    else:
+        tensors = _plan_torch(input_ids, frozen, offsets)
+    destinations, row_at, starts, found = tensors
+    return InsertPlan(
+        destinations=destinations,
+        row_at=row_at,
+        starts=starts,
+        found=found,
+        start_tokens=tuple(token for token, _ in frozen),
+        row_counts=tuple(rows for _, rows in frozen),
+    )
+
+
+def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
+    """Put rows that are already projected at their destinations, by PyTorch operations.
+
+    Args:
+        embeddings: ``[S, B, H]``, left as it is.
+        rows: ``[R, H]`` in the embeddings' dtype.
+        plan: from :func:`plan_insert`.
+
+    Returns:
+        ``[S, B, H]``; differentiable in both. Never waits for the device.
+    """
+    seq_len, batch_size, hidden = embeddings.shape
+    num_positions = seq_len * batch_size
+    # One row past the end takes the rows that have no destination. Only that row is written more
+    # than once, and it is cut off: so the result and the gradients are deterministic.
+    flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
+    slots = torch.where(plan.destinations < 0, num_positions, plan.destinations).long()
+    return flat.index_copy(0, slots, rows)[:-1].view(seq_len, batch_size, hidden)
+
+
+class _ProjectAndInsert(torch.autograd.Function):
+    """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the embeddings'.
+
+    Saved for backward: the rows ``[R, C]`` (if the weight needs a gradient), the weight (if a
+    feature does), and the plan. Each gradient is computed only where it is asked for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: InsertPlan,
+        inplace: bool,
+        *features: Tensor,
+    ) -> Tensor:
+        from step37_kernels.ops import project as ops
+
+        if inplace:
+            # Another tensor on the same memory. Whoever saved the old values for a backward pass
+            # against our assurance is told so by autograd.
+            out = embeddings.detach()
+            if not embeddings.is_inference():
+                torch.autograd.graph.increment_version(embeddings)
+        else:
+            out = embeddings.detach().clone(memory_format=torch.contiguous_format)
+        x = _as_rows(features, plan.num_rows)
+        ops.project_scatter(x, weight, bias, plan.destinations, out)
+
+        need_embeddings, need_weight, need_bias, _, _, *need_features = ctx.needs_input_grad
+        ctx.need_rows = need_weight or need_bias or any(need_features)
+        ctx.save_for_backward(
+            plan.row_at if need_embeddings else None,
+            plan.destinations if ctx.need_rows else None,
+            x if need_weight else None,
+            weight if any(need_features) else None,
+        )
+        ctx.dtype = weight.dtype
+        ctx.shapes = [feature.shape for feature in features]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        from step37_kernels.ops import project_backward as ops
+
+        need_embeddings, need_weight, need_bias, _, _, *need_features = ctx.needs_input_grad
+        row_at, destinations, x, weight = ctx.saved_tensors
+        grad_embeddings = ops.embedding_grad(grad_output, row_at) if need_embeddings else None
+        grad_weight = grad_bias = None
+        grad_features: list[Tensor | None] = [None] * len(need_features)
+        if ctx.need_rows:
+            rows, grad_bias = ops.gather_grad(
+                grad_output, destinations, ctx.dtype, bias_sum=need_bias
+            )
+            if need_weight:
+                grad_weight = ops.grad_weight(rows, x)
+            if any(need_features):
+                grad_features = _grad_features(rows, weight, ctx.shapes, need_features)
+        return (grad_embeddings, grad_weight, grad_bias, None, None, *grad_features)
+
+
+def _as_rows(features: Sequence[Tensor], num_rows: int) -> Tensor:
+    """``[N, L, C]`` tensors → ``[R, C]`` contiguous; without a copy for one contiguous tensor."""
+    from step37_kernels.ops import project as ops
+
+    if len(features) == 1 and features[0].is_contiguous():
+        return features[0].view(num_rows, -1)
+    return ops.pack_rows(list(features), num_rows)
+
+
+def _grad_features(
+    rows: Tensor, weight: Tensor, shapes: Sequence[torch.Size], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the feature tensors, from one product over the rows between the first and the
+    last that needs one."""
+    from step37_kernels.ops import project_backward as ops
+
+    ends = []
+    end = 0
+    for shape in shapes:
+        end += shape[0] * shape[1]
+        ends.append(end)
+    begins = [0, *ends[:-1]]
+    first = min(begin for begin, need in zip(begins, needed, strict=True) if need)
+    last = max(end for end, need in zip(ends, needed, strict=True) if need)
+    grads = ops.grad_features(rows[first:last], weight)
+    return [
+        grads[begin - first : end - first].view(shape) if need else None
+        for begin, end, shape, need in zip(begins, ends, shapes, needed, strict=True)
+    ]
+
+
+def _validate(
+    embeddings: Tensor,
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: InsertPlan,
+) -> None:
+    def fail(name: str, expected: str, got: object) -> None:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+    if weight.ndim != 2:
+        fail("weight", "[H, C]", tuple(weight.shape))
+    hidden, width = weight.shape
+    expected_shape = (plan.seq_len, plan.batch_size, hidden)
+    if tuple(embeddings.shape) != expected_shape:
+        fail("embeddings", f"[S, B, H] = {list(expected_shape)}", tuple(embeddings.shape))
+    if bias is not None and tuple(bias.shape) != (hidden,):
+        fail("bias", f"[H] = [{hidden}]", tuple(bias.shape))
+    if bias is not None and bias.dtype != weight.dtype:
+        fail("bias", f"the weight's dtype {weight.dtype}", bias.dtype)
+    for i, feature in enumerate(features):
+        name = f"features[{i}]" if len(features) > 1 else "features"
+        if feature.ndim not in (2, 3):
+            fail(name, "[L, C] or [N, L, C]", tuple(feature.shape))
+        if feature.shape[-1] != width:
+            fail(name, f"C = {width} (the weight's)", tuple(feature.shape))
+    num_rows = sum(feature.shape[:-1].numel() for feature in features)
+    if num_rows != plan.num_rows:
+        fail("features", f"R = {plan.num_rows} rows (the plan's)", f"{num_rows} rows")
+    tensors = {"embeddings": embeddings, "weight": weight, "bias": bias}
+    tensors.update({f"features[{i}]": feature for i, feature in enumerate(features)})
+    tensors["plan.destinations"] = plan.destinations
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != weight.device:
+            fail(name, f"the weight's device {weight.device}", tensor.device)
+        if name != "plan.destinations" and not tensor.dtype.is_floating_point:
+            fail(name, "a floating-point dtype", tensor.dtype)
+
+
+def project_and_insert(
+    embeddings: Tensor,
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: InsertPlan,
+    *,
+    inplace: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Project feature rows and put each at its destination, all groups in one pass.
+
+    ``out[s, b] = round(features[r] @ weightᵀ + bias)`` where ``plan.row_at[s, b]`` is a row ``r``,
+    and ``embeddings[s, b]`` elsewhere. Products are accumulated in fp32, rounded to the weight's
+    dtype, then to the embeddings'. The projected rows never exist in memory other than in the
+    output, nothing waits for the device, and two runs are bit-equal, forward and backward.
+
+    Gradients: of the embeddings, ``grad_output`` with the overwritten rows zeroed; of features,
+    weight and bias, those of the rows that survived. What needs no gradient costs nothing. The
+    gradients are not differentiable themselves with ``impl="triton"``.
+
+    Args:
+        embeddings: ``[S, B, H]``, any strides.
+        features: rows of all groups in the plan's order, R together: ``[N, L, C]`` or ``[L, C]``,
+            or a sequence of such (ragged). Contiguous rows are read in place; other layouts, such
+            as the channels-first view of a vision tower, are packed by one pass first. Cast to the
+            weight's dtype.
+        weight: ``[H, C]`` projector weight.
+        bias: ``[H]``, or None.
+        plan: from :func:`plan_insert`.
+        inplace: write into the memory of ``embeddings``, which must be contiguous; the caller
+            vouches that nobody reads that tensor afterwards. Ignored where the PyTorch
+            implementation runs.
+        impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
+
+    Returns:
+        ``[S, B, H]`` contiguous, in the embeddings' dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together or the plan, or ``impl`` cannot
+            run there.
+    """
+    tensors = [features] if isinstance(features, Tensor) else list(features)
+    _validate(embeddings, tensors, weight, bias, plan)
+    triton = use_triton(impl, weight.device)
+    rows = [
+        (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(weight.dtype)
+        for tensor in tensors
+        if tensor.numel()
+    ]
+    if not rows or embeddings.numel() == 0:
+        return embeddings
+    if not triton:
+        width = weight.shape[1]
+        flat = torch.cat([tensor.reshape(-1, width) for tensor in rows])
+        return insert_rows(embeddings, F.linear(flat, weight, bias).to(embeddings.dtype), plan)
+    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
+        if tensor.dtype not in TRITON_DTYPES:
+            raise ValueError(
+                f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
+                f"{tensor.dtype}; pass impl='torch'"
+            )
+    if inplace and not embeddings.is_contiguous():
+        raise ValueError(
+            f"embeddings: inplace=True needs a contiguous tensor, got strides {embeddings.stride()}"
+        )
+    return _ProjectAndInsert.apply(
+        embeddings,
+        weight.contiguous(),
+        bias if bias is None else bias.contiguous(),
+        plan,
+        inplace,
+        *rows,
+    )

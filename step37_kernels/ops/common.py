@@ -1,0 +1,62 @@
+"""What every kernel file shares: interpreter work-arounds, tile order, the device guard."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels of this process run in Triton's interpreter (fixed when they are imported).
+
+Its bf16 arithmetic is wrong (``tl.dot`` multiplies raw bits, fp32 → bf16 truncates), so kernels
+take this flag as a constexpr, lift bf16 operands to fp32 and round by integer arithmetic there.
+Compiled kernels never see either.
+"""
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 ``x`` rounded to ``dtype``, to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # Rounding by integers would carry some NaNs into infinity.
+        nearest = tl.where(x != x, bits >> 16, nearest)
+        return nearest.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def mma(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``acc + a @ b`` with fp32 accumulation."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile coordinates of a program: ``GROUP_M`` rows of tiles share their columns in L2."""
+    per_group = GROUP_M * num_n
+    first_m = (pid // per_group) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    inside = pid % per_group
+    return first_m + inside % rows, inside // rows
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies: fp32 follows ``torch.set_float32_matmul_precision``."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one for a launch; Triton launches on the current GPU."""
+    if tensor.is_cuda:
+        return torch.cuda.device_of(tensor)
+    return contextlib.nullcontext()

@@ -1,0 +1,145 @@
+"""uint8 pixels to normalised planes: one table look-up per value.
+
+A channel has 256 possible inputs, so the kernel looks its results up instead of computing them.
+That makes it exact by construction, whatever the compiler fuses and the interpreter rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from step37_kernels.ops.common import device_of
+
+BLOCK_PIXELS = 1024
+
+
+@triton.jit
+def channel_of_words(word0, word1, word2, channel: tl.constexpr):
+    """One channel of groups of four pixels, from the three words that hold them.
+
+    The words hold ``rgbr gbrg brgb`` (little-endian), so channel c of pixel i is byte ``3i + c``.
+
+    Args:
+        word0, word1, word2: int32 ``[groups]``.
+
+    Returns:
+        int32 ``[4 * groups]``, 0…255.
+    """
+    if channel == 0:
+        pixel0, pixel1, pixel2, pixel3 = word0, word0 >> 24, word1 >> 16, word2 >> 8
+    elif channel == 1:
+        pixel0, pixel1, pixel2, pixel3 = word0 >> 8, word1, word1 >> 24, word2 >> 16
+    else:
+        pixel0, pixel1, pixel2, pixel3 = word0 >> 16, word1 >> 8, word2, word2 >> 24
+    # The last dimension of a join tells its operands apart: [group, even or later, odd].
+    pixels = tl.join(tl.join(pixel0, pixel2), tl.join(pixel1, pixel3))
+    return pixels.reshape(pixels.numel) & 255
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "columns",
+        "image_stride",
+        "row_stride",
+        "column_stride",
+        "channel_stride",
+    ],
+    do_not_specialize_on_alignment=["pixels"],
+)
+def normalize_kernel(
+    pixels,
+    table,
+    out,
+    rows: tl.int64,
+    columns: tl.int64,
+    image_stride: tl.int64,
+    row_stride: tl.int64,
+    column_stride: tl.int64,
+    channel_stride: tl.int64,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out[n, c, r, x] = table[c, pixels[n, r, x, c]]`` for one block of one row.
+
+    ``PACKED``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
+    hold a multiple of eight pixels. They are read in words and written in vectors; byte by byte,
+    the threads of a warp would each touch another cache line.
+    """
+    if PACKED:
+        # Says to the compiler what the caller knows.
+        columns = columns // 8 * 8
+    # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.
+    blocks = tl.cdiv(columns, BLOCK).to(tl.int32)
+    pid = tl.program_id(0)
+    block = (pid % blocks).to(tl.int64)
+    pid = pid // blocks
+    row = (pid % rows.to(tl.int32)).to(tl.int64)
+    image = (pid // rows.to(tl.int32)).to(tl.int64)
+
+    x = block * BLOCK + tl.arange(0, BLOCK)
+    inside = x < columns
+    source = pixels + image * image_stride + row * row_stride
+    plane = rows * columns
+    target = out + image * 3 * plane + row * columns + x
+    if PACKED:
+        group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        words = source.to(tl.pointer_type(tl.int32)) + group * 3
+        whole = group < columns // 4
+        word0 = tl.load(words, mask=whole, other=0)
+        word1 = tl.load(words + 1, mask=whole, other=0)
+        word2 = tl.load(words + 2, mask=whole, other=0)
+    for channel in tl.static_range(3):
+        if PACKED:
+            value = channel_of_words(word0, word1, word2, channel)
+        else:
+            address = source + x * column_stride + channel * channel_stride
+            value = tl.load(address, mask=inside, other=0).to(tl.int32)
+        normalized = tl.load(table + channel * 256 + value)
+        tl.store(target + channel * plane, normalized, mask=inside)
+
+
+def normalize(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Launch :func:`normalize_kernel`.
+
+    Args:
+        pixels: uint8 ``[N, H, W, 3]``, any strides.
+        table: ``[3, 256]`` contiguous, in the dtype of the result.
+
+    Returns:
+        ``[N, 3, H, W]`` contiguous.
+    """
+    n, height, width, _ = pixels.shape
+    out = torch.empty((n, 3, height, width), dtype=table.dtype, device=pixels.device)
+    if out.numel() == 0:
+        return out
+    image_stride, row_stride, column_stride, channel_stride = pixels.stride()
+    # Rows that follow on from one another are one long row: fewer half-filled blocks.
+    rows, columns = height, width
+    if height == 1 or row_stride == width * column_stride:
+        rows, columns = 1, height * width
+    packed = (
+        (column_stride, channel_stride) == (3, 1)
+        and columns % 8 == 0
+        and (rows == 1 or row_stride % 4 == 0)
+        and (n == 1 or image_stride % 4 == 0)
+        and pixels.data_ptr() % 4 == 0
+    )
+    grid = (n * rows * triton.cdiv(columns, BLOCK_PIXELS),)
+    with device_of(pixels):
+        normalize_kernel[grid](
+            pixels,
+            table,
+            out,
+            rows,
+            columns,
+            image_stride,
+            row_stride,
+            column_stride,
+            channel_stride,
+            PACKED=packed,
+            BLOCK=BLOCK_PIXELS,
+        )
+    return out

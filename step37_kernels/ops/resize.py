@@ -1,0 +1,325 @@
+"""Pillow's BILINEAR on a ragged batch: one launch for each of the two passes.
+
+The passes of a picture are integer arithmetic with a rounding to 8 bits between them. So is this:
+``first_pass_kernel`` filters one axis into an 8-bit intermediate in planes, whose rows are padded
+to a multiple of 16 bytes so that the second pass reads whole vectors; ``second_pass_kernel``
+filters the other axis and looks the normalised value up. Which axis comes first is decided per
+picture. Everything that varies with the pictures' sizes is a run-time value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from step37_kernels.ops.common import device_of
+
+ROWS_PER_TILE = 8
+COLUMNS_PER_TILE = 256
+ROW_PAD = 16
+
+PRECISION_BITS = tl.constexpr(22)
+HALF = tl.constexpr(1 << 21)
+
+# The columns of a job record, int64 each.
+SOURCE = tl.constexpr(0)  # byte offset of the first pixel in the flat buffer
+SOURCE_PITCH = tl.constexpr(1)  # bytes from one source row to the next
+HEIGHT = tl.constexpr(2)
+WIDTH = tl.constexpr(3)
+VERTICAL_FIRST = tl.constexpr(4)
+ROW_TABLE = tl.constexpr(5)  # offset of the coefficients that make rows from rows
+ROW_TAPS = tl.constexpr(6)
+COLUMN_TABLE = tl.constexpr(7)
+COLUMN_TAPS = tl.constexpr(8)
+MIDDLE = tl.constexpr(9)  # byte offset of the intermediate planes
+FIRST_TILE = tl.constexpr(10)  # first program of the first pass that works on this job
+FIELDS = tl.constexpr(11)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeJob:
+    """One picture, or a rectangle of one, to resize to the common size.
+
+    Attributes:
+        source: byte offset of the first pixel in the flat buffer.
+        pitch: bytes from one row to the next.
+        height, width: of the rectangle, in pixels.
+        vertical_first: filter the columns before the rows.
+    """
+
+    source: int
+    pitch: int
+    height: int
+    width: int
+    vertical_first: bool
+
+
+@triton.jit
+def filter_tile(
+    source,
+    table,
+    taps,
+    size,
+    row,
+    column,
+    inside,
+    row_stride,
+    column_stride,
+    VERTICAL: tl.constexpr,
+):
+    """One tile of one plane, filtered along one axis: int32 ``[rows, columns]`` of 0…255.
+
+    Args:
+        source: the plane that is filtered, uint8.
+        table: ``[1 + taps, size]``: first positions, then coefficients (zero past the last one).
+        row, column: int32, coordinates of the tile in the result.
+        inside: ``[rows, columns]`` mask of what may be read.
+        row_stride, column_stride: bytes, in ``source``.
+    """
+    if VERTICAL:
+        along = row
+    else:
+        along = column
+    exists = along < size
+    first = tl.load(table + along, mask=exists, other=0)
+    total = tl.full(inside.shape, HALF, tl.int32)
+    for tap in range(0, taps):
+        weight = tl.load(table + (1 + tap) * size + along, mask=exists, other=0)
+        if VERTICAL:
+            weight = weight[:, None]
+            address = source + ((first + tap).to(tl.int64) * row_stride)[:, None]
+            address = address + (column * column_stride)[None, :]
+        else:
+            weight = weight[None, :]
+            address = source + (row.to(tl.int64) * row_stride)[:, None]
+            address = address + ((first + tap) * column_stride)[None, :]
+        value = tl.load(address, mask=inside & (weight != 0), other=0)
+        total += value.to(tl.int32) * weight
+    return tl.minimum(total >> PRECISION_BITS, 255)
+
+
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels"])
+def first_pass_kernel(
+    pixels,
+    jobs,
+    tables,
+    tile_jobs,
+    middle,
+    size: tl.int32,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    """Interleaved source to planes: ``[3, height, size]``, or ``[3, size, width]`` vertical first.
+
+    One program a tile; ``tile_jobs`` says which job it belongs to.
+    """
+    job = jobs + tl.load(tile_jobs + tl.program_id(0)).to(tl.int64) * FIELDS
+    source = pixels + tl.load(job + SOURCE)
+    source_pitch = tl.load(job + SOURCE_PITCH)
+    vertical = tl.load(job + VERTICAL_FIRST) != 0
+    if vertical:
+        rows = size
+        columns = tl.load(job + WIDTH).to(tl.int32)
+        table = tables + tl.load(job + ROW_TABLE)
+        taps = tl.load(job + ROW_TAPS).to(tl.int32)
+    else:
+        rows = tl.load(job + HEIGHT).to(tl.int32)
+        columns = size
+        table = tables + tl.load(job + COLUMN_TABLE)
+        taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
+
+    tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
+    tiles_across = tl.cdiv(columns, COLUMNS)
+    row = (tile // tiles_across) * ROWS + tl.arange(0, ROWS)
+    column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+
+    pitch = (tl.cdiv(columns, PAD) * PAD).to(tl.int64)
+    # Nothing tells the compiler that the planes start aligned, and that is on purpose: vector
+    # stores would give a thread adjacent columns, and the byte loads of a warp, which gather, many
+    # cache lines instead of one or two.
+    target = middle + tl.load(job + MIDDLE)
+    target = target + row.to(tl.int64)[:, None] * pitch + column[None, :]
+    plane = rows * pitch
+    for channel in range(3):
+        if vertical:
+            value = filter_tile(
+                source + channel, table, taps, size, row, column, inside, source_pitch, 3, True
+            )
+        else:
+            value = filter_tile(
+                source + channel, table, taps, size, row, column, inside, source_pitch, 3, False
+            )
+        tl.store(target + channel * plane, value.to(tl.uint8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def second_pass_kernel(
+    middle,
+    jobs,
+    tables,
+    normalized,
+    out,
+    size: tl.int32,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    """Planes to ``out[n, c]``: the other axis, then the look-up. One program a tile of a plane.
+
+    ``ALIGNED``: the side is a multiple of eight, so that rows of ``out`` are written in vectors.
+    """
+    if ALIGNED:
+        size = size // 8 * 8
+    tiles_across = tl.cdiv(size, COLUMNS)
+    tiles_down = tl.cdiv(size, ROWS)
+    pid = tl.program_id(0)
+    column = (pid % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // tiles_across
+    row = (pid % tiles_down) * ROWS + tl.arange(0, ROWS)
+    pid = pid // tiles_down
+    channel = pid % 3
+    n = (pid // 3).to(tl.int64)
+
+    job = jobs + n * FIELDS
+    planes = middle + tl.load(job + MIDDLE) // PAD * PAD
+    exists = row < size
+    if tl.load(job + VERTICAL_FIRST) != 0:
+        pitch = (tl.cdiv(tl.load(job + WIDTH), PAD) * PAD).to(tl.int64)
+        value = filter_tile(
+            planes + channel * (size * pitch),
+            tables + tl.load(job + COLUMN_TABLE),
+            tl.load(job + COLUMN_TAPS).to(tl.int32),
+            size,
+            row,
+            column,
+            exists[:, None] & (column < size)[None, :],
+            pitch,
+            1,
+            False,
+        )
+    else:
+        pitch = (tl.cdiv(size, PAD) * PAD).to(tl.int64)
+        value = filter_tile(
+            planes + channel * (tl.load(job + HEIGHT) * pitch),
+            tables + tl.load(job + ROW_TABLE),
+            tl.load(job + ROW_TAPS).to(tl.int32),
+            size,
+            row,
+            column,
+            # Up to the padding: a mask that ends inside a vector would split the loads.
+            exists[:, None] & (column < pitch)[None, :],
+            pitch,
+            1,
+            True,
+        )
+    result = tl.load(normalized + channel * 256 + value)
+    target = out + (n * 3 + channel) * size * size
+    target = target + row.to(tl.int64)[:, None] * size + column[None, :]
+    tl.store(target, result, mask=exists[:, None] & (column < size)[None, :])
+
+
+def resize(
+    pixels: torch.Tensor,
+    jobs: Sequence[ResizeJob],
+    tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
+    normalized: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """Launch both passes.
+
+    Args:
+        pixels: uint8, flat: the buffer that the jobs point into.
+        jobs: what to resize, at least one.
+        tables: per job, the coefficients of its rows and of its columns, int32 ``[1 + taps, size]``
+            each. The same array object is uploaded once.
+        normalized: ``[3, 256]``, the look-up table, in the dtype of the result.
+        size: side of the results.
+
+    Returns:
+        ``[N, 3, size, size]`` contiguous.
+    """
+    offsets: dict[int, int] = {}
+    unique: list[npt.NDArray[np.int32]] = []
+    coefficients = 0
+    for table in (table for pair in tables for table in pair):
+        if id(table) not in offsets:
+            offsets[id(table)] = coefficients
+            unique.append(table)
+            coefficients += table.size
+
+    records = np.empty((len(jobs), FIELDS.value), dtype=np.int64)
+    middle_bytes, first_tile, tiles = 0, 0, []
+    for record, job, (rows, columns) in zip(records, jobs, tables, strict=True):
+        height, width = (size, job.width) if job.vertical_first else (job.height, size)
+        record[:] = (
+            job.source,
+            job.pitch,
+            job.height,
+            job.width,
+            job.vertical_first,
+            offsets[id(rows)],
+            len(rows) - 1,
+            offsets[id(columns)],
+            len(columns) - 1,
+            middle_bytes,
+            first_tile,
+        )
+        middle_bytes += 3 * height * triton.cdiv(width, ROW_PAD) * ROW_PAD
+        tiles.append(triton.cdiv(height, ROWS_PER_TILE) * triton.cdiv(width, COLUMNS_PER_TILE))
+        first_tile += tiles[-1]
+    tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
+
+    device_records, device_tables, device_tile_jobs = upload(
+        [records, np.concatenate([table.reshape(-1) for table in unique]), tile_jobs],
+        pixels.device,
+    )
+    middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
+    out = torch.empty((len(jobs), 3, size, size), dtype=normalized.dtype, device=pixels.device)
+    tiles_a_plane = triton.cdiv(size, ROWS_PER_TILE) * triton.cdiv(size, COLUMNS_PER_TILE)
+    blocks = {"ROWS": ROWS_PER_TILE, "COLUMNS": COLUMNS_PER_TILE, "PAD": ROW_PAD}
+    with device_of(pixels):
+        first_pass_kernel[(len(tile_jobs),)](
+            pixels, device_records, device_tables, device_tile_jobs, middle, size, **blocks
+        )
+        second_pass_kernel[(len(jobs) * 3 * tiles_a_plane,)](
+            middle,
+            device_records,
+            device_tables,
+            normalized,
+            out,
+            size,
+            ALIGNED=size % 8 == 0,
+            **blocks,
+        )
+    return out
+
+
+def upload(
+    arrays: Sequence[npt.NDArray[np.int64] | npt.NDArray[np.int32]], device: torch.device
+) -> list[torch.Tensor]:
+    """Copy flat or 2-D arrays to ``device`` in one transfer that the host does not wait for."""
+    starts, end = [], 0
+    for array in arrays:
+        starts.append(end)
+        # Every array starts as aligned as an allocation of its own.
+        end += -(-array.nbytes // 256) * 256
+    staging = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view = staging.numpy()
+    for start, array in zip(starts, arrays, strict=True):
+        view[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    buffer = staging.to(device, non_blocking=True)
+    return [
+        buffer[start : start + array.nbytes]
+        .view(torch.from_numpy(array[:0]).dtype)
+        .view(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    ]

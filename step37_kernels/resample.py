@@ -1,0 +1,103 @@
+"""Pillow's BILINEAR in fixed point: coefficient tables, order of the passes, PyTorch passes.
+
+Per axis Pillow filters with a triangle as wide as the reduction, in int32 with 22 fractional bits,
+and rounds to 8 bits after each of the two passes (``src/libImaging/Resample.c``). Whoever copies
+coefficients, rounding and order gets Pillow's pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from step37_kernels.reference_pixels import PRECISION_BITS, vertical_pass_first
+
+NEWEST_KNOWN_PILLOW = (13, 0)
+
+
+@functools.cache
+def installed_pillow() -> tuple[int, int]:
+    """``(major, minor)`` of the installed Pillow; where there is none, the newest one known.
+
+    Read from the package's metadata: nothing here needs Pillow itself.
+    """
+    try:
+        version = importlib.metadata.version("pillow")
+    except importlib.metadata.PackageNotFoundError:
+        return NEWEST_KNOWN_PILLOW
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None:
+        raise RuntimeError(f"Pillow's version {version!r} does not begin with two numbers")
+    return int(numbers[1]), int(numbers[2])
+
+
+@functools.lru_cache(maxsize=2048)
+def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
+    """Fixed-point coefficients of one axis, read-only, cached.
+
+    Returns:
+        int32 ``[1 + taps, out_size]``. Row 0 holds the first input position that counts for each
+        output position; row ``1 + j`` the coefficient of the j-th position from there, zero beyond
+        the last. An axis that keeps its size has the coefficient 2**22 and otherwise zeros: its
+        pass changes nothing, as if it were not made.
+    """
+    scale = in_size / out_size
+    support = max(scale, 1.0)
+    center = (np.arange(out_size) + 0.5) * scale
+    # Conversion to integers truncates, as in C.
+    first = np.maximum((center - support + 0.5).astype(np.int64), 0)
+    end = np.minimum((center + support + 0.5).astype(np.int64), in_size)
+    taps = int((end - first).max())
+    position = first[:, None] + np.arange(taps)
+    # Pillow's order of operations: the last bit of a weight can decide how it rounds.
+    weight = 1.0 - np.abs((position - center[:, None] + 0.5) * (1.0 / support))
+    weight[(weight < 0) | (position >= end[:, None])] = 0.0
+    # One after the other, where np.sum would add pairwise.
+    total = np.add.accumulate(weight, axis=1)[:, -1:]
+    fixed = (0.5 + weight / total * (1 << PRECISION_BITS)).astype(np.int32)
+    table = np.concatenate([first.astype(np.int32)[None], fixed.T])
+    table.setflags(write=False)
+    return table
+
+
+def resize(image: torch.Tensor, size: int, pillow: tuple[int, int]) -> torch.Tensor:
+    """Pillow's ``Image.resize((size, size), BILINEAR)`` in PyTorch, on any device.
+
+    Args:
+        image: uint8 ``[h, w, 3]``, any strides.
+        size: side of the result.
+        pillow: (major, minor) of the Pillow whose order of passes to follow.
+
+    Returns:
+        uint8 ``[size, size, 3]``.
+    """
+    height, width, _ = image.shape
+    if vertical_pass_first(height, width, size, size, pillow):
+        return _filter_axis(_filter_axis(image, size, dim=0), size, dim=1)
+    return _filter_axis(_filter_axis(image, size, dim=1), size, dim=0)
+
+
+def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
+    in_size = pixels.shape[dim]
+    if in_size == out_size:
+        return pixels
+    host = torch.tensor(axis_table(in_size, out_size))
+    if pixels.is_cuda:
+        host = host.pin_memory()
+    table = host.to(pixels.device, non_blocking=True)
+    first, coefficients = table[0], table[1:]
+    shape = list(pixels.shape)
+    shape[dim] = out_size
+    total = torch.full(shape, 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=pixels.device)
+    for tap, coefficient in enumerate(coefficients):
+        # Past the last position the coefficient is zero, the index need only be valid.
+        line = pixels.index_select(dim, (first + tap).clamp_(max=in_size - 1))
+        total += line.to(torch.int32).mul_(
+            coefficient.view(-1, 1, 1) if dim == 0 else coefficient.view(-1, 1)
+        )
+    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,232 @@
+"""The prefetcher: order, errors, end, resumption, and that it does run ahead."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from step37_data.decode import BrokenImages
+from step37_data.prefetch import PackError, Prefetcher
+from step37_data.preprocess import preprocess_packed_batch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IM_START = 128000
+
+
+class Packs(Dataset):
+    """Packs of one sample with one image each, as ``pack_samples`` gives them."""
+
+    def __init__(self, paths, bad=()):
+        self.paths = paths
+        self.bad = set(bad)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise KeyError(f"no sample {index}")
+        tokens = torch.tensor([index, IM_START, 5, 6])
+        return {
+            "tokens": tokens,
+            "labels": tokens + 1,
+            "loss_masks": torch.ones(4),
+            "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32),
+            "position_id": torch.arange(4),
+            "image_paths": [(self.paths[index], 0)],
+        }
+
+
+@pytest.fixture
+def packs(tmp_path):
+    paths = []
+    for i in range(7):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (9 + i, 20 - i), (i, 10 * i, 30 * i)).save(path)
+        paths.append(str(path))
+    return Packs(paths)
+
+
+prepare = functools.partial(
+    preprocess_packed_batch,
+    img_start_token_id=IM_START,
+    patch_start_token_id=128003,
+    image_size=28,
+    patch_image_size=14,
+    encoder_patch_size=14,
+    device=DEVICE,
+)
+
+
+def prefetch_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("step37-prefetch")]
+
+
+def indices(model_inputs):
+    return [int(one["input_ids"][0, 0]) for one in model_inputs]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 30])
+def test_every_pack_comes_once_in_order_as_prepared_alone(packs, depth):
+    with Prefetcher(packs, prepare, depth=depth) as prefetcher:
+        got = list(prefetcher)
+    assert indices(got) == list(range(7))
+    for pack, one in zip(packs, got, strict=True):
+        alone = prepare(pack)
+        assert torch.equal(one["images"][0].images, alone["images"][0].images)
+        assert torch.equal(one["loss_masks"], alone["loss_masks"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_serves_as_well(packs, workers):
+    loader = DataLoader(packs, batch_size=None, num_workers=workers)
+    with Prefetcher(loader, prepare, start=2) as prefetcher:
+        assert indices(prefetcher) == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("wrap", [lambda packs: packs, iter], ids=["dataset", "iterable"])
+@pytest.mark.parametrize("done", [0, 1, 4, 7])
+def test_it_goes_on_where_the_state_says(packs, wrap, done):
+    first = Prefetcher(wrap([packs[i] for i in range(7)]), prepare, depth=3)
+    given = [next(first) for _ in range(done)]
+    state = first.state_dict()
+    assert state == {"next_pack": done}
+    first.close()
+    with Prefetcher(wrap([packs[i] for i in range(7)]), prepare, start=state["next_pack"]) as rest:
+        assert indices(given) + indices(rest) == list(range(7))
+
+
+def test_an_error_carries_the_index_of_its_pack_and_the_next_one_follows(packs):
+    packs.bad = {2}
+    with Prefetcher(packs, prepare, depth=3) as prefetcher:
+        assert indices([next(prefetcher), next(prefetcher)]) == [0, 1]
+        with pytest.raises(PackError, match="pack 2: KeyError: 'no sample 2'") as info:
+            next(prefetcher)
+        assert info.value.pack == 2
+        assert isinstance(info.value.__cause__, KeyError)
+        assert prefetcher.state_dict() == {"next_pack": 3}
+        assert indices(prefetcher) == [3, 4, 5, 6]
+
+
+def test_an_error_in_preparing_is_passed_on_with_the_index(packs, tmp_path):
+    packs.paths[4] = str(tmp_path / "missing.jpg")
+    raising = functools.partial(prepare, on_broken="raise")
+    with Prefetcher(packs, raising, start=3) as prefetcher:
+        next(prefetcher)
+        with pytest.raises(PackError, match=r"pack 4: BrokenImageError: image .*missing\.jpg"):
+            next(prefetcher)
+
+
+def test_after_the_end_it_stays_ended_and_the_thread_is_gone(packs):
+    prefetcher = Prefetcher(packs, prepare)
+    assert len(list(prefetcher)) == 7
+    assert not prefetch_threads()
+    with pytest.raises(StopIteration):
+        next(prefetcher)
+    prefetcher.close()
+
+
+def test_closing_early_ends_the_thread(packs):
+    with Prefetcher(packs, prepare, depth=3) as prefetcher:
+        next(prefetcher)
+        assert prefetch_threads()
+    assert not prefetch_threads()
+    with pytest.raises(StopIteration):
+        next(prefetcher)
+
+
+def test_forgetting_it_ends_the_thread(packs):
+    prefetcher = Prefetcher(packs, prepare)
+    next(prefetcher)
+    del prefetcher
+    deadline = time.monotonic() + 10
+    while prefetch_threads() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert not prefetch_threads()
+
+
+def test_no_more_than_depth_packs_are_ahead():
+    started = []
+    gate = threading.Semaphore(0)
+
+    def slow(pack):
+        started.append(pack)
+        gate.release()
+        return pack
+
+    with Prefetcher(range(50), slow, depth=3, device="cpu") as prefetcher:
+        for _ in range(3):
+            assert gate.acquire(timeout=10)
+        time.sleep(0.05)
+        assert started == [0, 1, 2]
+        assert next(prefetcher) == 0
+        assert gate.acquire(timeout=10)
+        time.sleep(0.05)
+        assert started == [0, 1, 2, 3]
+
+
+def test_the_next_pack_is_made_while_this_one_is_used():
+    """Preparing waits for the consumer to be at work: alone, neither could go on."""
+    in_step = threading.Event()
+    made = threading.Event()
+
+    def slow(pack):
+        if pack == 1:
+            assert in_step.wait(10)
+            made.set()
+        return pack
+
+    with Prefetcher(range(2), slow, depth=1, device="cpu") as prefetcher:
+        assert next(prefetcher) == 0
+        in_step.set()
+        assert made.wait(10)
+        assert next(prefetcher) == 1
+        assert prefetcher.waited_s < 10
+
+
+def test_the_broken_images_are_reported_behind_the_last_pack(packs, tmp_path, caplog):
+    packs.paths[1] = packs.paths[5] = str(tmp_path / "missing.jpg")
+    broken = BrokenImages()
+    counting = functools.partial(prepare, broken=broken)
+    with Prefetcher(packs, counting, broken=broken) as prefetcher:
+        list(prefetcher)
+    assert caplog.messages[-1].startswith("2 of 7 images could not be read (1 files)\n")
+    assert broken.seen == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 0}, "depth: expected at least 1, got 0"),
+        ({"start": -1}, "start: expected at least 0, got -1"),
+        ({"start": 8}, "start: expected at most 7, the packs there are, got 8"),
+    ],
+)
+def test_wrong_arguments_are_named(packs, options, message):
+    with pytest.raises(ValueError, match=message):
+        Prefetcher(packs, prepare, **options)
+    assert not prefetch_threads()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: streams")
+def test_inputs_are_ready_for_the_callers_stream_and_live_as_long_as_it_needs_them(packs):
+    expected = [prepare(pack)["images"][0].images.float().sum() for pack in packs]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    sums = []
+    with torch.cuda.stream(side), Prefetcher(packs, prepare, depth=3) as prefetcher:
+        for one in prefetcher:
+            torch.cuda._sleep(5_000_000)
+            sums.append(one["images"][0].images.float().sum())
+            del one
+    side.synchronize()
+    assert [float(s) for s in sums] == [float(e) for e in expected]

@@ -1,0 +1,136 @@
+"""``plan_insert`` against the reference, which writes row numbers one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from step37_kernels import InsertPlan, plan_insert, reference
+from tests.kernels.strategies import plan_groups, token_ids
+
+FIELDS = ("destinations", "row_at", "starts", "found")
+IMPLS = ("triton", "torch")
+
+
+def assert_same_plan(plan: InsertPlan, wanted: reference.Plan) -> None:
+    for name in FIELDS:
+        actual, expected = getattr(plan, name), getattr(wanted, name)
+        assert actual.dtype == torch.int32, name
+        assert torch.equal(actual.cpu(), expected), f"{name}: {actual} is not {expected}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(input_ids=token_ids(), groups=plan_groups())
+def test_the_plan_is_the_references_for_any_ids_and_groups(device, impl, input_ids, groups):
+    plan = plan_insert(input_ids.to(device), groups, impl=impl)
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))
+    kept = plan.destinations[plan.destinations >= 0]
+    assert kept.unique().numel() == kept.numel()
+    assert plan.num_rows == sum(sum(rows) for _, rows in groups)
+    assert (plan.batch_size, plan.seq_len) == tuple(input_ids.shape)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_docstrings_example_is_true(device, impl):
+    input_ids = torch.tensor([[5, 7, 5, 7, 5, 5, 7, 5]], device=device)
+    plan = plan_insert(input_ids, [(7, [3, 2, 4])], impl=impl)
+    assert plan.starts.tolist() == [2, 4, 7]
+    assert plan.row_at.flatten().tolist() == [-1, -1, 0, 1, 3, 4, -1, 5]
+    assert plan.destinations.tolist() == [2, 3, -1, 4, 5, 7, -1, -1, -1]
+    assert plan.found.tolist() == [3]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**31), batch_size=st.sampled_from([1, 2, 3]))
+def test_locations_are_numbered_across_blocks_of_ids(device, impl, seed, batch_size):
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, 300, (batch_size, 5000), generator=generator)
+    groups = [(3, [5] * 12), (4, [2] * 60)]
+    plan = plan_insert(input_ids.to(device), groups, impl=impl)
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_feature_longer_than_a_block_of_rows_is_planned_whole(device, impl):
+    input_ids = torch.full((2, 700), 5)
+    input_ids[0, 10] = input_ids[1, 300] = 7
+    groups = [(7, [600, 650])]
+    plan = plan_insert(input_ids.to(device), groups, impl=impl)
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("view", ["transposed", "every other", "expanded"])
+def test_ids_may_have_any_strides(device, impl, view):
+    base = torch.tensor([[7, 5, 7, 5], [5, 7, 7, 5], [7, 7, 5, 5], [5, 5, 5, 7]], device=device)
+    input_ids = {
+        "transposed": base.T,
+        "every other": base[:, ::2],
+        "expanded": base[:1].expand(3, 4),
+    }[view]
+    groups = [(7, [2, 1, 2])]
+    plan = plan_insert(input_ids, groups, impl=impl)
+    assert_same_plan(plan, reference.plan_insert(input_ids.cpu().contiguous(), groups))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_a_batch_without_tokens_has_no_locations(device, impl, shape):
+    plan = plan_insert(torch.zeros(shape, dtype=torch.int64, device=device), [(7, [3])], impl=impl)
+    assert plan.destinations.tolist() == [-1, -1, -1]
+    assert plan.found.tolist() == [0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_groups_leave_every_position_to_the_text(device, impl):
+    plan = plan_insert(torch.full((1, 4), 7, device=device), [], impl=impl)
+    assert plan.num_rows == 0
+    assert plan.row_at.flatten().tolist() == [-1] * 4
+
+
+def test_bad_arguments_are_named():
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"input_ids: expected \[B, S\], got \(4,\)"):
+        plan_insert(ids[0], [])
+    with pytest.raises(TypeError, match=r"input_ids: expected int32 or int64, got torch.float32"):
+        plan_insert(ids.float(), [])
+    with pytest.raises(ValueError, match=r"groups: row counts must not be negative, got -1"):
+        plan_insert(ids, [(7, [2, -1])])
+    with pytest.raises(ValueError, match=r"impl: expected one of auto, triton, torch, got 'cuda'"):
+        plan_insert(ids, [], impl="cuda")
+    with pytest.raises(ValueError, match=r"at most 2147483647 positions and feature rows"):
+        plan_insert(ids, [(7, [2**31])])
+
+
+def test_check_passes_a_batch_that_fits(device):
+    input_ids = torch.tensor([[7, 5, 5, 7, 5, 5], [5, 5, 5, 5, 7, 5]], device=device)
+    plan_insert(input_ids, [(7, [2, 2, 1])]).check()
+
+
+@pytest.mark.parametrize(
+    ("ids", "groups", "message"),
+    [
+        ([7, 5, 5, 7], [(7, [2])], r"start token 7: 2 in input_ids, 1 features; inserting 1"),
+        ([7, 5, 5, 5], [(7, [2, 2])], r"start token 7: 1 in input_ids, 2 features; inserting 1"),
+        (
+            [5, 5, 7, 5],
+            [(7, [3])],
+            r"feature 0 of start token 7 .*cut off at the sequence length 4",
+        ),
+        ([5, 5, 5, 7], [(7, [1])], r"positions 4 to 4\) is cut off"),
+        ([7, 5, 7, 5], [(7, [3, 1])], r"feature 1 of start token 7 .*overlaps feature 0"),
+        ([7, 7, 5, 5], [(7, [3, 1])], r"feature 1 .*positions 2 to 2\) overlaps feature 0"),
+        (
+            [7, 9, 5, 5],
+            [(7, [2]), (9, [1])],
+            r"start token 9 .*overlaps feature 0 of start token 7",
+        ),
+    ],
+)
+def test_check_names_what_does_not_fit(device, ids, groups, message):
+    plan = plan_insert(torch.tensor([ids], device=device), groups)
+    with pytest.raises(ValueError, match=message):
+        plan.check()

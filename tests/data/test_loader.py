@@ -14,16 +14,12 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from step37_data import flickr8k_loader
 from step37_data.flickr8k_loader import (
@@ -32,6 +28,7 @@ from step37_data.flickr8k_loader import (
     get_flickr8k_dataset_file,
     prepare_flickr8k_samples,
 )
+from tests.data.ranks import in_ranks
 
 MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
 REPO = "intro/flickr8k"
@@ -363,48 +360,6 @@ def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
     one, two, three = keys("p", ("a.jpg", "x"), ("b.jpg", "x"), ("a.jpg", "y"))
     assert one == two != three
     assert keys("q", ("a.jpg", "x"))[0] not in (one, three)
-
-
-# Several ranks: real processes that meet on loopback.
-
-
-def in_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(rank, *arguments)`` returns or raises on each rank; None for one that died."""
-    context = mp.get_context("fork")
-    results = context.SimpleQueue()
-    port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        context.Process(target=_rank, args=(rank, count, port.port, results, work, arguments))
-        for rank in range(count)
-    ]
-    begin = time.monotonic()
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=60 - (time.monotonic() - begin))
-    stuck = [process for process in ranks if process.is_alive()]
-    for process in stuck:
-        process.kill()
-    assert not stuck, "a rank was left waiting"
-    outcomes: list[Any] = [None] * count
-    while not results.empty():
-        rank, outcome = results.get()
-        outcomes[rank] = outcome
-    return outcomes
-
-
-def _rank(
-    rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any
-) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=50)
-    )
-    try:
-        results.put((rank, work(rank, *arguments)))
-    except Exception as error:
-        results.put((rank, (type(error).__name__, str(error))))
 
 
 def prepare_in_rank(rank: int, url: str, caches: list[Path], options: dict[str, Any]) -> list[str]:

@@ -2,11 +2,16 @@
 
 from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
 from step37_kernels.insert import InsertPlan, plan_insert, project_and_insert
+from step37_kernels.pixels import Crop, RaggedImages, clip_normalize, resize_clip_normalize
 
 __all__ = [
+    "Crop",
     "ImageForInsert",
     "ImageInsertEmbedding",
     "InsertPlan",
+    "RaggedImages",
+    "clip_normalize",
     "plan_insert",
     "project_and_insert",
+    "resize_clip_normalize",
 ]

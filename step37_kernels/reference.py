@@ -1,7 +1,8 @@
 """Every operation of this package in plain PyTorch: the oracle of the tests.
 
-Written to be read, loops and all. Nothing here is fast, nothing here imports anything of ours, and
-autograd differentiates it by itself. What these functions do is what the fused kernels must do.
+Written to be read, loops and all. Nothing here is fast, nothing here imports a kernel, and autograd
+differentiates it by itself. What these functions do is what the fused kernels must do. The
+arithmetic of pixels stands in :mod:`step37_kernels.reference_pixels`.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
 feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``N`` features.
@@ -18,6 +19,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from step37_kernels.reference_pixels import clip_normalize, resize_clip_normalize
+
+__all__ = [
+    "Plan",
+    "clip_normalize",
+    "feature_list",
+    "image_insert_embedding",
+    "insert_features",
+    "insert_locations",
+    "plan_insert",
+    "project",
+    "project_and_insert",
+    "resize_clip_normalize",
+]
 
 Features = Tensor | Sequence[Tensor]
 """``[N, L, C]``, or a sequence that mixes ``[L, C]`` and ``[N, L, C]`` (ragged)."""

@@ -186,7 +186,7 @@ def prepare_flickr8k_samples(
         )
 
     def read() -> list[Flickr8kSample]:
-        return _read_metadata(metadata, caption_key, sample_count)
+        return read_flickr8k_metadata(metadata, caption_key, sample_count)
 
     def fill() -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -211,9 +211,16 @@ def prepare_flickr8k_samples(
     return samples
 
 
-def _read_metadata(
-    metadata: Path, caption_key: str, sample_count: int | None
+def read_flickr8k_metadata(
+    metadata: Path, caption_key: str = "caption_0", sample_count: int | None = None
 ) -> list[Flickr8kSample]:
+    """Image and caption pairs that a ``metadata.csv`` lists, whether or not the images are there.
+
+    Rows without a caption or file name are skipped.
+
+    Raises:
+        ValueError: a file name leaves the folder of ``metadata``; the message names the line.
+    """
     samples: list[Flickr8kSample] = []
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)

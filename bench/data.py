@@ -73,10 +73,10 @@ def plain_tokenise(tokenizer: Any, dialog: dict[str, Any]) -> tuple[list[int], l
     ]
 
     def tokens(count: int, prompt: bool) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            messages[:count], tokenize=True, add_generation_prompt=prompt
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages[:count], tokenize=True, return_dict=False, add_generation_prompt=prompt
         )
-        return list(encoded["input_ids"])
+        return ids
 
     everything = tokens(2, False)
     start, end = len(tokens(1, True)), len(tokens(2, False))
@@ -183,9 +183,10 @@ def schedule_here(count: int) -> dict[str, float]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     lengths = np.random.default_rng(0).integers(190, 260, count)
-    # Everything that is loaded once, by a schedule of two samples.
-    pack(draw_schedule([lengths[:2]], [2.0], ["random"])[2], MAX_LENGTH, "drop")
-    plain_schedule(lengths[:2].tolist(), MAX_LENGTH)
+    # Whatever is loaded or started once.
+    few = lengths[:5000]
+    pack(draw_schedule([few], [float(len(few))], ["random"])[2], MAX_LENGTH, "drop")
+    plain_schedule(few.tolist(), MAX_LENGTH)
     begin = time.perf_counter()
     _, indices, sizes = draw_schedule([lengths], [float(count)], ["random"])
     result = pack(sizes, MAX_LENGTH, "drop")

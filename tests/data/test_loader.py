@@ -86,8 +86,14 @@ class Hub:
             threading.Event().wait(self.slow if with_body else 0)
             if failure in ("500", "503"):
                 return self.refuse(request, int(failure), "")
-            request.send_response(200)
-            request.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            etag = hashlib.sha256(body).hexdigest()
+            resumed = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+            request.send_response(206 if resumed and with_body else 200)
+            if resumed and with_body:
+                first, last = int(resumed[1]), len(body) - 1
+                request.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+                body = body[first:]
+            request.send_header("ETag", f'"{etag}"')
             request.send_header("X-Repo-Commit", COMMIT)
             sent = body[: len(body) // 2] if failure in ("cut", "wrong length") else body
             # A wrong length is a whole answer with half of the bytes; a cut one breaks off.
@@ -122,6 +128,7 @@ def mini_files() -> dict[str, bytes]:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     # The client waits a second and more before it resumes a broken download by itself. This is
     # time.sleep for everyone: whatever must take time here waits for an event instead.
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
@@ -252,6 +259,15 @@ def test_a_hub_out_of_reach_is_an_error_that_says_so(tmp_path: Path, hub: Hub) -
     hub.server.server_close()
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded after 5"):
         prepare(hub, tmp_path)
+
+
+def test_offline_mode_is_not_tried_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded: "):
+        prepare(hub, tmp_path)
+    assert not hub.gets
 
 
 def test_a_revision_can_be_pinned(hub: Hub, tmp_path: Path) -> None:

@@ -63,13 +63,14 @@ def slow_template(tokenizer: Any, conversations: list[dict[str, Any]]) -> tuple[
 
     def tokens_of(count: int) -> list[int]:
         prefix = messages[:count]
-        encoded = tokenizer.apply_chat_template(
+        tokens: list[int] = tokenizer.apply_chat_template(
             prefix,
             tokenize=True,
+            return_dict=False,
             add_generation_prompt=prefix[-1]["role"] != "assistant",
             **({"tools": tools} if tools else {}),
         )
-        return list(encoded["input_ids"])
+        return tokens
 
     tokens = tokens_of(len(messages))
     mask = [0.0] * len(tokens)
@@ -334,6 +335,11 @@ def test_a_conversation_needs_a_question_and_ends_with_an_answer(
             template({"conversations": wrong, "images": []})
     with pytest.raises(ValueError, match="needs a user message, found none"):
         template({"conversations": flickr()[1:]})
+
+
+def test_a_message_needs_a_role(template: Step37MultimodalTemplate) -> None:
+    with pytest.raises(ValueError, match=r"conversations\[1\]: expected a role, got None"):
+        template({"conversations": [*flickr()[:1], {"from": "gpt", "value": "x"}]})
 
 
 def test_tokenising_leaves_the_conversation_as_it_was(template: Step37MultimodalTemplate) -> None:

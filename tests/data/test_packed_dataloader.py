@@ -225,6 +225,18 @@ def test_an_index_error_of_a_data_set_is_not_its_end() -> None:
         loader_of([], datasets=[EndsEarly([1, 1, 1, 1])])
 
 
+def test_a_sample_whose_length_has_changed_since_is_reported_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loader = loader_of([4, 5, 6], dataset_sampling="sequential")
+    loader[0]
+    assert "tokens now" not in caplog.text
+    loader.datasets[0].lengths[1] = 8
+    for _ in range(2):
+        assert len(loader[0][1]) == 8
+    assert caplog.text.count("datasets[0][1] has 8 tokens now and had 5 when the packs") == 1
+
+
 def test_a_loader_survives_pickling_with_its_position() -> None:
     loader = loader_of([4, 5, 6, 7])
     list(itertools.islice(loader.iterate(), 2))
@@ -433,7 +445,7 @@ def test_every_token_of_an_epoch_is_in_exactly_one_pack(epochs: int) -> None:
 
 
 SCHEDULE_SCRIPT = """
-import resource, sys, time
+import pathlib, sys, time
 import numpy as np
 from step37_data.packed_dataloader import draw_schedule
 from step37_data.packing import pack
@@ -441,7 +453,9 @@ lengths = np.random.default_rng(0).integers(190, 260, int(sys.argv[1]))
 begin = time.perf_counter()
 _, _, sizes = draw_schedule([lengths], [float(len(lengths))], ["random"])
 pack(sizes, 2048, "drop")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which counts the parent of a forked process too.
+status = pathlib.Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
 print(time.perf_counter() - begin, peak)
 """
 

@@ -93,9 +93,10 @@ class Oracle:
 
         Args:
             results: by name.
-            narrow_partial_sums: allow what PyTorch allows cuBLAS by default
-                (``allow_bf16_reduced_precision_reduction``): partial sums in the narrow type.
-                Our kernels are held to fp32 accumulation.
+            narrow_partial_sums: allow sums of parts that were rounded to the narrow type: what
+                PyTorch lets cuBLAS do by default (``allow_bf16_reduced_precision_reduction``), and
+                what adding up one weight gradient a group comes to. Our kernels are held to fp32
+                accumulation.
         """
         for name, result in results.items():
             tensors = [result] if isinstance(result, Tensor) else result

@@ -1,6 +1,6 @@
 """``python -m bench [subjects…]``: measure, print a table, keep JSON, Markdown and plots.
 
-Subjects: insert, plan, step, normalize, resize, data; all of them by default. Those that need a
+Subjects: plan, step, insert, normalize, resize, data; all of them by default. Those that need a
 GPU say so where there is none.
 """
 
@@ -41,9 +41,10 @@ class Subject:
 
 
 SUBJECTS = {
-    "insert": Subject("bench.insert", needs_gpu=True),
     "plan": Subject("bench.plan", needs_gpu=True),
     "step": Subject("bench.step", needs_gpu=True),
+    # Last of those that share the time: it can fill all of it.
+    "insert": Subject("bench.insert", needs_gpu=True),
     "normalize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "resize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "data": Subject("bench.data", program=True, quick=("--quick",)),
@@ -120,6 +121,7 @@ def run_rows(
             date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
             name = re.sub(r"\W+", "-", where["device"]).strip("-").lower()
             print("\nwritten:", *report.write(results, out / f"{date}-{name}"))
+    print("", *report.targets(results), sep="\n")
     if earlier is not None:
         print(report.compare(earlier, results))
     failed = [row for row in rows if row.kind == "ours" and row.problem and row.problem != LATE]

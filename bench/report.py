@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Ceilings, Row
+from bench.targets import judge
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +102,11 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
         return a / b if a and b else None
 
     gemm = [other["median_us"] for other in group if other["implementation"] == "GEMM alone"]
+    # A floor does less than the others: how much faster it is says nothing.
+    whole = None if record["kind"] == "floor" else own
     return Ratios(
-        stock=over(best("stock"), own),
-        best_peer=over(best("stock", "peer"), own) if record["kind"] != "floor" else None,
+        stock=over(best("stock"), whole),
+        best_peer=over(best("stock", "peer"), whole),
         gemm=over(own, gemm[0]) if gemm else None,
         limit=over(own, limit_us(record, ceilings)),
     )
@@ -166,7 +169,21 @@ def markdown(results: Record) -> str:
             lines += ["", f"## {title}", "", _line(name for name, _ in COLUMNS)]
             lines.append(_line("---" if side == "l" else "---:" for _, side in COLUMNS))
         lines += [_line(table_row(record, group, ceilings)) for record in group]
+    met = targets(results)
+    if met:
+        lines += ["", "## Targets", "", "The worst group of each.", "", *met]
     return "\n".join([*lines, ""])
+
+
+def targets(results: Record) -> list[str]:
+    """The targets that a run speaks to, as the lines of a Markdown table; none, no table."""
+    lines = [
+        _line((target.text, f"≤ {target.limit:.3g}", f"{worst:.3g}", where, verdict))
+        for target, worst, where in judge(list(grouped(results["rows"])))
+        for verdict in ["met" if worst <= target.limit else "missed"]
+    ]
+    header = [_line(("target", "limit", "measured", "where", "")), _line(["---"] * 5)]
+    return header + lines if lines else []
 
 
 def _line(cells: Iterable[str]) -> str:

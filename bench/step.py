@@ -52,12 +52,11 @@ class Inputs:
 
 def upload(pictures: Pictures, device: torch.device) -> RaggedImages:
     """Pictures of any sizes in one buffer on the device, without waiting for the copy."""
-    flat = torch.from_numpy(np.concatenate([picture.reshape(-1) for picture in pictures]))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
     sizes = [picture.size for picture in pictures]
+    staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([picture.reshape(-1) for picture in pictures], out=staging.numpy())
     return RaggedImages(
-        data=flat.to(device, non_blocking=True),
+        data=staging.to(device, non_blocking=True),
         offsets=np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist(),
         shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
     )

@@ -58,7 +58,7 @@ def test_a_program_that_fails_fails_the_command(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inserts"], "subject 'inserts': expected one of insert, plan"),
+        (["inserts"], "subject 'inserts': expected one of plan, step"),
         (["--dtype", "bf16,int8"], "--dtype 'int8': expected one of bf16, fp16, fp32"),
         (["--shapes", "tall"], "--shapes: shape 'tall': expected one of one-image"),
     ],

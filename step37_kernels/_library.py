@@ -170,3 +170,19 @@ def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
     from step37_kernels.ops import project_backward
 
     return project_backward.grad_weight(grad_rows, x)
+
+
+def _fake_grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+    del grad_rows, x, out, accumulate
+
+
+@_operator(
+    "(Tensor grad_rows, Tensor x, Tensor(a!) out, bool accumulate) -> ()",
+    _fake_grad_weight_into,
+    mutates=("out",),
+)
+def grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+    """The same into ``out`` of any floating dtype; added in fp32 to what it holds, or written."""
+    from step37_kernels.ops import project_backward
+
+    project_backward.grad_weight_into(grad_rows, x, out, accumulate=accumulate)

@@ -154,6 +154,8 @@ class ImageInsertEmbedding(nn.Module):
             overlapping spans are taken as they are.
         layout: which rows of the sequence this rank holds, under sequence or context parallelism;
             None for all. ``forward`` takes the whole ``input_ids`` all the same.
+        gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
+            fp32, by Megatron-Core's conventions, instead of handing it to autograd.
     """
 
     def __init__(
@@ -166,6 +168,7 @@ class ImageInsertEmbedding(nn.Module):
         impl: Impl = "auto",
         strict: bool = False,
         layout: SequenceLayout | None = None,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
         super().__init__()
         if impl not in ("auto", "triton", "torch"):
@@ -181,6 +184,7 @@ class ImageInsertEmbedding(nn.Module):
         self.impl = impl
         self.strict = strict
         self.layout = layout
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
         if layout is not None and layout.sequence_parallel_group is not None:
             for parameter in self.align_projector.parameters():
                 # Each rank's gradient is that of its own rows; Megatron sums those so marked.
@@ -287,7 +291,14 @@ class ImageInsertEmbedding(nn.Module):
             plan = plan.shard(positions)
             features = [self.layout.complete_gradient(tensor) for tensor in features]
         return project_and_insert(
-            embeddings, features, weight, bias, plan, inplace=unshared, impl=self.impl
+            embeddings,
+            features,
+            weight,
+            bias,
+            plan,
+            inplace=unshared,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            impl=self.impl,
         )
 
     def _look_up_shard(

@@ -8,7 +8,7 @@ feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,6 +279,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         row_at: Tensor,
         local_rows: Tensor | None,
         inplace: bool,
+        fused_into: tuple[Tensor] | None,
         *features: Tensor,
     ) -> Tensor:
         if inplace:
@@ -299,7 +300,8 @@ class _ProjectAndInsert(torch.autograd.Function):
             x = x.masked_fill_((local_rows < 0)[:, None], 0)
         library.project_scatter(x, weight, bias, destinations, out)
 
-        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
+        need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_features = ctx.needs_input_grad[-len(features) :]
         ctx.need_rows = need_weight or need_bias or any(need_features)
         ctx.save_for_backward(
             row_at if need_embeddings else None,
@@ -308,6 +310,8 @@ class _ProjectAndInsert(torch.autograd.Function):
             x if need_weight else None,
             weight if any(need_features) else None,
         )
+        # In a tuple: the parameter itself, not an input that a gradient is returned for.
+        ctx.fused_into = fused_into
         ctx.dtype = weight.dtype
         ctx.shapes = [tuple(feature.shape) for feature in features]
         return out
@@ -315,7 +319,8 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
+        need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_features = ctx.needs_input_grad[-len(ctx.shapes) :]
         row_at, destinations, local_rows, x, weight = ctx.saved_tensors
         grad_embeddings = library.embedding_grad(grad_output, row_at) if need_embeddings else None
         grad_weight = grad_bias = None
@@ -323,11 +328,58 @@ class _ProjectAndInsert(torch.autograd.Function):
         if ctx.need_rows:
             rows, row_sum = library.gather_grad(grad_output, destinations, ctx.dtype, need_bias)
             grad_bias = row_sum if need_bias else None
-            if need_weight:
+            if need_weight and ctx.fused_into is not None:
+                grad_weight = _into_main_grad(
+                    ctx.fused_into[0],
+                    lambda main_grad, add: library.grad_weight_into(rows, x, main_grad, add),
+                )
+            elif need_weight:
                 grad_weight = library.grad_weight(rows, x)
             if any(need_features):
                 grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
-        return (grad_embeddings, grad_weight, grad_bias, None, None, None, None, *grad_features)
+        unused = (None,) * 5
+        return (grad_embeddings, grad_weight, grad_bias, *unused, *grad_features)
+
+
+class _MainGrad(torch.autograd.Function):
+    """Identity on a weight whose gradient goes to its ``main_grad``; for the PyTorch path."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, fused_into: tuple[Tensor]) -> Tensor:
+        ctx.fused_into = fused_into
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        def put(main_grad: Tensor, add: bool) -> None:
+            if add:
+                main_grad.add_(gradient)
+            else:
+                main_grad.copy_(gradient)
+
+        return _into_main_grad(ctx.fused_into[0], put), None
+
+
+def _into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tensor | None:
+    """Megatron's fused weight gradient (``gradient_accumulation_fusion``), by its conventions.
+
+    ``put`` gets ``main_grad`` and whether to add to it: not under Megatron-FSDP, which hands out a
+    new buffer, and not for a weight marked ``overwrite_main_grad``. Where the weight has
+    ``grad_added_to_main_grad``, that becomes True and a gradient without meaning is returned, so
+    that the hooks of data parallelism run; zeros if the weight is marked ``zero_out_wgrad``.
+    """
+    owner: Any = weight
+    fsdp = hasattr(owner, "__fsdp_param__")
+    if fsdp:
+        owner.main_grad = owner.get_main_grad()
+    put(owner.main_grad, not (fsdp or getattr(owner, "overwrite_main_grad", False)))
+    if not hasattr(owner, "grad_added_to_main_grad"):
+        return None
+    owner.grad_added_to_main_grad = True
+    if getattr(owner, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight)
 
 
 def _grad_features(
@@ -409,6 +461,7 @@ def project_and_insert(
     plan: InsertPlan,
     *,
     inplace: bool = False,
+    gradient_accumulation_fusion: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Project feature rows and put each at its destination, all groups in one pass.
@@ -434,6 +487,9 @@ def project_and_insert(
         inplace: write into the memory of ``embeddings``, which must be contiguous; the caller
             vouches that nobody reads that tensor afterwards. Ignored where the PyTorch
             implementation runs.
+        gradient_accumulation_fusion: add the weight's gradient to ``weight.main_grad`` instead of
+            returning it, as Megatron-Core does under that name; in fp32 within the matrix product
+            (the PyTorch implementation rounds it to the weight's dtype first).
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
@@ -446,6 +502,14 @@ def project_and_insert(
     tensors = [features] if isinstance(features, Tensor) else list(features)
     _validate(embeddings, tensors, weight, bias, plan)
     triton = use_triton(impl, weight.device)
+    fused_into = None
+    if gradient_accumulation_fusion and weight.requires_grad:
+        if not (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__")):
+            raise ValueError(
+                "weight: gradient_accumulation_fusion=True needs weight.main_grad, which "
+                "Megatron's DistributedDataParallel sets; it has none"
+            )
+        fused_into = (weight,)
     rows = [
         (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(weight.dtype)
         for tensor in tensors
@@ -456,6 +520,8 @@ def project_and_insert(
     if not triton:
         width = weight.shape[1]
         flat = torch.cat([tensor.reshape(-1, width) for tensor in rows])
+        if fused_into is not None:
+            weight = _MainGrad.apply(weight, fused_into)
         return insert_rows(embeddings, F.linear(flat, weight, bias).to(embeddings.dtype), plan)
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         if tensor.dtype not in TRITON_DTYPES:
@@ -475,5 +541,6 @@ def project_and_insert(
         plan.row_at,
         plan.local_rows,
         inplace,
+        fused_into,
         *rows,
     )

@@ -19,7 +19,7 @@ from step37_kernels.ops.common import (
     round_to,
     tile_of,
 )
-from step37_kernels.ops.tiles import tile_for
+from step37_kernels.ops.tiles import Product, tile_for
 
 COPY_BLOCK_P = 8
 COPY_BLOCK_H = 512
@@ -141,10 +141,11 @@ def grad_features_kernel(
 def grad_weight_kernel(
     grad_ptr,  # [R, H] contiguous
     x_ptr,  # [R, C] contiguous
-    out_ptr,  # [H, C] contiguous, out: gradᵀ @ x
+    out_ptr,  # [H, C] contiguous, out: gradᵀ @ x, on top of what it holds if ACCUMULATE
     num_rows,
     H,
     C,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -158,7 +159,13 @@ def grad_weight_kernel(
     ks = tl.arange(0, BLOCK_K)
     g_ptrs = grad_ptr + ks.to(tl.int64)[:, None] * H + hs[None, :]
     x_ptrs = x_ptr + ks.to(tl.int64)[:, None] * C + cols[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    out_ptrs = out_ptr + hs.to(tl.int64)[:, None] * C + cols[None, :]
+    inside = (hs < H)[:, None] & (cols < C)[None, :]
+    if ACCUMULATE:
+        # Read before the loop: an epilogue that reads what it writes needs twice the registers.
+        acc = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, num_rows, BLOCK_K):
         in_rows = (ks < num_rows - k)[:, None]
         g = tl.load(g_ptrs, mask=in_rows & (hs < H)[None, :], other=0.0)
@@ -166,9 +173,7 @@ def grad_weight_kernel(
         acc = mma(tl.trans(g), x, acc, PRECISION, INTERPRET)
         g_ptrs += BLOCK_K * H
         x_ptrs += BLOCK_K * C
-    out_ptrs = out_ptr + hs.to(tl.int64)[:, None] * C + cols[None, :]
-    result = round_to(acc, out_ptr.dtype.element_ty, INTERPRET)
-    tl.store(out_ptrs, result, mask=(hs < H)[:, None] & (cols < C)[None, :])
+    tl.store(out_ptrs, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=inside)
 
 
 def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
@@ -262,10 +267,17 @@ def grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:
 
 def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
     """``grad_rowsᵀ [H, R] @ x [R, C]`` → ``[H, C]`` in their dtype; R > 0."""
+    out = torch.empty(grad_rows.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    grad_weight_into(grad_rows, x, out, accumulate=False)
+    return out
+
+
+def grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """Write ``grad_rowsᵀ @ x`` to ``out [H, C]`` of any floating dtype, or add it in fp32."""
     num_rows, hidden = grad_rows.shape
     width = x.shape[1]
-    out = torch.empty(hidden, width, dtype=x.dtype, device=x.device)
-    tile = tile_for("grad_weight", num_rows, x.dtype, x.device)
+    product: Product = "accumulate_weight" if accumulate else "grad_weight"
+    tile = tile_for(product, num_rows, x.dtype, x.device)
     grid = (triton.cdiv(hidden, tile.block_m) * triton.cdiv(width, tile.block_n),)
     with device_of(out):
         grad_weight_kernel[grid](
@@ -275,7 +287,8 @@ def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
             num_rows,
             hidden,
             width,
-            PRECISION=dot_precision(out.dtype),
+            ACCUMULATE=accumulate,
+            PRECISION=dot_precision(x.dtype),
             INTERPRET=INTERPRETED,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
@@ -284,4 +297,3 @@ def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return out

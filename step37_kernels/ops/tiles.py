@@ -10,13 +10,16 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from step37_kernels.ops.common import INTERPRETED
 
-Product = Literal["forward", "grad_features", "grad_weight"]
+Product = Literal["forward", "grad_features", "grad_weight", "accumulate_weight"]
+"""``accumulate_weight`` is grad_weight on top of what ``main_grad`` holds."""
+
+_PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +64,21 @@ _HOPPER: dict[Product, _Buckets] = {
         ),
     ),
     "grad_weight": _Buckets((), (Tile(128, 256, 64, 8, 8, 3),)),
+    # Twice as wide, the tile of main_grad does not fit into the registers beside the addresses.
+    "accumulate_weight": _Buckets((), (Tile(128, 128, 64, 8, 8, 4),)),
 }
 # 99 to 163 KiB of shared memory a block, no wgmma: smaller tiles.
 _DEFAULT: dict[Product, _Buckets] = {
     product: _Buckets((512,), (Tile(64, 64, 64, 8, 4, 3), Tile(128, 128, 32, 8, 8, 3)))
-    for product in ("forward", "grad_features", "grad_weight")
+    for product in _PRODUCTS
 }
 # fp32 multiplies on the CUDA cores: the accumulator and both operands live in registers.
 _FLOAT32: dict[Product, _Buckets] = {
-    product: _Buckets((), (Tile(64, 64, 16, 8, 8, 3),))
-    for product in ("forward", "grad_features", "grad_weight")
+    product: _Buckets((), (Tile(64, 64, 16, 8, 8, 3),)) for product in _PRODUCTS
 }
 # The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
 _INTERPRETER: dict[Product, _Buckets] = {
-    product: _Buckets((), (Tile(16, 32, 32, 2, 4, 2),))
-    for product in ("forward", "grad_features", "grad_weight")
+    product: _Buckets((), (Tile(16, 32, 32, 2, 4, 2),)) for product in _PRODUCTS
 }
 
 

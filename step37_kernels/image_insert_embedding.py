@@ -127,6 +127,39 @@ _count_watch = _CountWatch()
 # Of the process, not of a module: a module with events in it could not be copied or pickled.
 
 
+class _ZeroGradient(torch.autograd.Function):
+    """The embeddings as they are, and in backward a gradient of zeros for each parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        # Not the tensor itself: autograd would make that a view, which no later layer may change.
+        return embeddings.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = [
+            torch.zeros(shape, dtype=dtype, device=device) if needed else None
+            for (shape, dtype, device), needed in zip(
+                ctx.parameters, ctx.needs_input_grad[1:], strict=True
+            )
+        ]
+        return grad_output, *zeros
+
+
+def _run_forward_pre_hooks(module: nn.Module) -> None:
+    """What calling ``module`` would do first.
+
+    Megatron's wrappers see to a module's own parameters there: DDP with ``overlap_param_gather``
+    waits for those still on their way, Megatron-FSDP gathers them.
+    """
+    for key, hook in tuple(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            hook(module, (), {})
+        else:
+            hook(module, ())
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -147,6 +180,10 @@ class ImageInsertEmbedding(nn.Module):
             every forward. Off, differing numbers are paired up to the smaller one and logged as a
             warning (on CUDA by a later forward, once the counts have arrived), and cut or
             overlapping spans are taken as they are.
+        text_only_gradient: give the projector a gradient of zeros where a forward has no image
+            rows. Without it such a microbatch gives no gradient at all, and data-parallel
+            reduction that overlaps with backward waits for it in vain. Costs one write of the
+            weight's size in backward; a frozen projector costs nothing.
     """
 
     def __init__(
@@ -158,6 +195,7 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
+        text_only_gradient: bool = False,
     ) -> None:
         super().__init__()
         if impl not in ("auto", "triton", "torch"):
@@ -172,9 +210,13 @@ class ImageInsertEmbedding(nn.Module):
             nn.init.zeros_(self.align_projector.bias)
         self.impl = impl
         self.strict = strict
+        self.text_only_gradient = text_only_gradient
 
     def extra_repr(self) -> str:
-        return f"impl={self.impl!r}, strict={self.strict}"
+        return (
+            f"impl={self.impl!r}, strict={self.strict}, "
+            f"text_only_gradient={self.text_only_gradient}"
+        )
 
     @staticmethod
     def insert_features(
@@ -241,8 +283,9 @@ class ImageInsertEmbedding(nn.Module):
         _count_watch.poll()
         embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
         if not images:
-            return embeddings
+            return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
+        _run_forward_pre_hooks(self.align_projector)
         weight, bias = self.align_projector.weight, self.align_projector.bias
         groups: list[tuple[int, list[int]]] = []
         features: list[Tensor] = []
@@ -265,7 +308,15 @@ class ImageInsertEmbedding(nn.Module):
         else:
             _count_watch.watch(plan)
         if not features:
-            return embeddings
+            return self._without_image_rows(embeddings)
         return project_and_insert(
             embeddings, features, weight, bias, plan, inplace=unshared, impl=self.impl
         )
+
+    def _without_image_rows(self, embeddings: Tensor) -> Tensor:
+        if not (self.text_only_gradient and torch.is_grad_enabled()):
+            return embeddings
+        _run_forward_pre_hooks(self.align_projector)
+        trained = [p for p in self.align_projector.parameters() if p.requires_grad]
+        result: Tensor = _ZeroGradient.apply(embeddings, *trained) if trained else embeddings
+        return result

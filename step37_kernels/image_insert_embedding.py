@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step37_kernels._dispatch import Impl
+from step37_kernels._dispatch import Impl, use_triton
 from step37_kernels.insert import InsertPlan, insert_rows, plan_insert, project_and_insert
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ _count_watch = _CountWatch()
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """The embeddings as they are, and in backward a gradient of zeros for each parameter."""
+    """The embeddings as they are, and in backward zeros for everything else that comes in."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, *parameters: Tensor) -> Tensor:
@@ -314,9 +315,18 @@ class ImageInsertEmbedding(nn.Module):
         )
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
-        if not (self.text_only_gradient and torch.is_grad_enabled()):
+        weight, bias = self.align_projector.weight, self.align_projector.bias
+        parameters = (weight,) if bias is None else (weight, bias)
+        if not (
+            self.text_only_gradient
+            and torch.is_grad_enabled()
+            and any(parameter.requires_grad for parameter in parameters)
+        ):
             return embeddings
         _run_forward_pre_hooks(self.align_projector)
-        trained = [p for p in self.align_projector.parameters() if p.requires_grad]
-        result: Tensor = _ZeroGradient.apply(embeddings, *trained) if trained else embeddings
+        # The gradients must come in the order in which a forward with images gives them: ranks
+        # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
+        if not use_triton(self.impl, weight.device):
+            parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
+        result: Tensor = _ZeroGradient.apply(embeddings, *parameters)
         return result

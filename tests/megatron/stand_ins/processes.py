@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing as mp
 import tempfile
 import traceback
@@ -89,9 +90,10 @@ def _answer(pipe: Any, rank: int) -> tuple[str, Any]:
     if not pipe.poll(LIMIT_S):
         return f"rank {rank}: no answer within {LIMIT_S} s", None
     try:
-        return pipe.recv()
+        received = pipe.recv_bytes()
     except EOFError:
         return f"rank {rank}: died", None
+    return torch.load(io.BytesIO(received), weights_only=False)
 
 
 def _child(
@@ -111,4 +113,7 @@ def _child(
         stop_megatron()
     except BaseException:
         answer = f"rank {rank}: {traceback.format_exc()}", None
-    sender.send(answer)
+    # Tensors in a pipe would need their sender alive when they are read.
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    sender.send_bytes(buffer.getvalue())

@@ -316,7 +316,7 @@ class ImageInsertEmbedding(nn.Module):
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
         weight, bias = self.align_projector.weight, self.align_projector.bias
-        parameters = (weight,) if bias is None else (weight, bias)
+        parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         if not (
             self.text_only_gradient
             and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Stand-ins for the two modules of Megatron-Bridge that ``patch_step37`` touches.
+"""Stand-ins for the modules of Megatron-Bridge that this project touches.
 
 Megatron-Bridge does not install on a machine without CUDA: it needs Transformer Engine. These have
 the shape of its modules (names, constructor, who imports what from whom) and nothing of its code;

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = "megatron.bridge.models.stepfun.modelling_step37"
 MODEL = f"{PACKAGE}.model"
 EMBEDDING = f"{PACKAGE}.image_insert_embedding"
+LOSSES = "megatron.bridge.training.losses"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -30,11 +31,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         del path, target
         if name in self.sources:
             return importlib.util.spec_from_file_location(name, self.sources[name])
-        if f"{PACKAGE}.".startswith(f"{name}.") and name.startswith("megatron.bridge"):
+        if not f"{name}.".startswith("megatron.bridge."):
+            return None
+        if any(known.startswith(f"{name}.") for known in (*self.sources, f"{PACKAGE}.model")):
             return importlib.machinery.ModuleSpec(name, None, is_package=True)
-        if name.startswith("megatron.bridge"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @contextmanager
@@ -57,10 +58,14 @@ def absent() -> Iterator[None]:
 def installed(sources: dict[str, Path] | None = None) -> Iterator[None]:
     """Make ``megatron.bridge`` consist of ``sources`` (dotted name → file) only.
 
-    By default the two stand-ins. Whatever was imported of a real Bridge comes back afterwards.
+    By default all stand-ins. Whatever was imported of a real Bridge comes back afterwards.
     """
     if sources is None:
-        sources = {MODEL: HERE / "model.py", EMBEDDING: HERE / "image_insert_embedding.py"}
+        sources = {
+            MODEL: HERE / "model.py",
+            EMBEDDING: HERE / "image_insert_embedding.py",
+            LOSSES: HERE / "losses.py",
+        }
     import megatron
 
     finder = _Finder(sources)

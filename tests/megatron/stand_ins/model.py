@@ -13,6 +13,7 @@ from megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding impo
     ImageForInsert,
     ImageInsertEmbedding,
 )
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,6 +50,7 @@ class Step37Model(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage

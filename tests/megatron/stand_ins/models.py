@@ -21,7 +21,8 @@ def build(*, seed: int | None = 0, projector_bias: bool = False, **options: Any)
     """Two layers in fp32; the same weights for the same seed, whichever class is in place."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    stage = {k: options.pop(k) for k in ("pre_process", "post_process") if k in options}
+    names = ("pre_process", "post_process", "vp_stage")
+    stage = {name: options.pop(name) for name in names if name in options}
     config = {
         "num_layers": 2,
         "hidden_size": HIDDEN,

@@ -16,19 +16,35 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 LIMIT_S = 120
 
 
+class CudaMeansCpu(TorchFunctionMode):
+    """``device="cuda"``, as Megatron's pipeline schedules say, is the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
 def let_the_cpu_play_the_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Take two assumptions of megatron-core's layers away; no value depends on either.
+    """Take three assumptions of megatron-core away; no value depends on any.
 
     It asks for the current CUDA device wherever it allocates, only to hand the answer on as
-    ``device=``; and it forks the CUDA random state around a dropout that is off here.
+    ``device=``; it waits for the device after communication; and it forks the CUDA random state
+    around a dropout that is off here.
     """
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    patch.setattr(torch.cuda, "synchronize", lambda: None)
     patch.setattr(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
 
 
@@ -109,7 +125,8 @@ def _child(
     try:
         let_the_cpu_play_the_gpu(pytest.MonkeyPatch())
         start_megatron(store, rank, world, **parallel)
-        answer = "", work(rank, *arguments)
+        with CudaMeansCpu():
+            answer = "", work(rank, *arguments)
         stop_megatron()
     except BaseException:
         answer = f"rank {rank}: {traceback.format_exc()}", None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections import deque
@@ -161,6 +162,22 @@ def _run_forward_pre_hooks(module: nn.Module) -> None:
             hook(module, ())
 
 
+def _is_plain(projector: nn.Module) -> bool:
+    """Whether calling the projector means its weight and bias and nothing else."""
+    return type(projector) is nn.Linear and not (
+        projector._forward_hooks or projector._backward_hooks or projector._backward_pre_hooks
+    )
+
+
+@functools.cache
+def _warn_unfused(kind: str) -> None:
+    logger.warning(
+        "align_projector (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
+        "is called, and its rows are inserted by PyTorch",
+        kind,
+    )
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -184,7 +201,12 @@ class ImageInsertEmbedding(nn.Module):
         text_only_gradient: give the projector a gradient of zeros where a forward has no image
             rows. Without it such a microbatch gives no gradient at all, and data-parallel
             reduction that overlaps with backward waits for it in vain. Costs one write of the
-            weight's size in backward; a frozen projector costs nothing.
+            weight's size in backward; a frozen projector costs nothing. A vision tower that is
+            trained has the same need, which this class cannot meet.
+
+    A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
+    shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
+    the log once.
     """
 
     def __init__(
@@ -286,8 +308,10 @@ class ImageInsertEmbedding(nn.Module):
         if not images:
             return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
-        _run_forward_pre_hooks(self.align_projector)
-        weight, bias = self.align_projector.weight, self.align_projector.bias
+        plain = self._is_projector_plain()
+        if plain:
+            _run_forward_pre_hooks(self.align_projector)
+        weight = next(self.align_projector.parameters())
         groups: list[tuple[int, list[int]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -310,23 +334,55 @@ class ImageInsertEmbedding(nn.Module):
             _count_watch.watch(plan)
         if not features:
             return self._without_image_rows(embeddings)
+        if not plain:
+            flat = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in features])
+            return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
         return project_and_insert(
-            embeddings, features, weight, bias, plan, inplace=unshared, impl=self.impl
+            embeddings,
+            features,
+            self.align_projector.weight,
+            self.align_projector.bias,
+            plan,
+            inplace=unshared,
+            impl=self.impl,
         )
 
+    def _is_projector_plain(self) -> bool:
+        """Whether its weight and bias may stand for the projector.
+
+        Raises:
+            ValueError: they may not, and ``impl="triton"`` asks for a kernel that knows no other.
+        """
+        plain = _is_plain(self.align_projector)
+        if not plain:
+            kind = type(self.align_projector).__name__
+            if self.impl == "triton":
+                raise ValueError(
+                    f"impl='triton': align_projector ({kind}) is more than a weight and a bias; "
+                    "pass impl='auto' or 'torch' to have it called"
+                )
+            if not torch.compiler.is_compiling():
+                _warn_unfused(kind)
+        return plain
+
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
+        trained = any(parameter.requires_grad for parameter in self.align_projector.parameters())
+        if not (self.text_only_gradient and trained and torch.is_grad_enabled()):
+            return embeddings
+        result: Tensor
+        if not self._is_projector_plain():
+            like = next(self.align_projector.parameters())
+            no_rows = torch.empty(
+                0, self.align_projector.in_features, device=like.device, dtype=like.dtype
+            )
+            result = _ZeroGradient.apply(embeddings, self.align_projector(no_rows))
+            return result
+        _run_forward_pre_hooks(self.align_projector)
         weight, bias = self.align_projector.weight, self.align_projector.bias
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
-        if not (
-            self.text_only_gradient
-            and torch.is_grad_enabled()
-            and any(parameter.requires_grad for parameter in parameters)
-        ):
-            return embeddings
-        _run_forward_pre_hooks(self.align_projector)
         # The gradients must come in the order in which a forward with images gives them: ranks
         # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
         if not use_triton(self.impl, weight.device):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
-        result: Tensor = _ZeroGradient.apply(embeddings, *parameters)
+        result = _ZeroGradient.apply(embeddings, *parameters)
         return result

@@ -174,8 +174,7 @@ def replace_in(
         (of a list: preceded by the index). Empty, rightly, on later pipeline stages.
 
     Raises:
-        ValueError: ``impl`` is none of the three; or the module is an FSDP unit of its own, which
-            gathers its parameters for a call of the projector that no longer happens.
+        ValueError: ``impl`` is none of the three, or the module is an FSDP unit of its own.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -187,11 +186,10 @@ def replace_in(
             if isinstance(module, ImageInsertEmbedding) or _is_stock(module):
                 ours[f"{prefix}{name}"] = module
     for name, module in ours.items():
-        units = [module, *module.children()]
-        if any(isinstance(unit, FSDPModule) for unit in units):
+        if isinstance(module, FSDPModule) and not isinstance(module, ImageInsertEmbedding):
             raise ValueError(
-                f"{name} or its projector is an FSDP unit of its own: call patch_step37() before "
-                "the model is built, or leave it to the enclosing unit"
+                f"{name} is an FSDP unit of its own, whose class cannot be changed any more: call "
+                "patch_step37() before the model is built, or leave it to the enclosing unit"
             )
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):

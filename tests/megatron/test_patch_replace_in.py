@@ -200,16 +200,38 @@ def test_nothing_to_replace_is_a_warning_but_not_on_a_later_pipeline_stage(caplo
     assert "found no ImageInsertEmbedding in Linear" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "unit", ["image_insert_embedding", "image_insert_embedding.align_projector"]
-)
-def test_an_fsdp_unit_of_its_own_is_refused(unit):
+def test_a_module_that_is_an_fsdp_unit_of_its_own_is_refused():
     from torch.distributed.fsdp import fully_shard
 
     model = build()
-    fully_shard(model.get_submodule(unit), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="image_insert_embedding or its projector is an FSDP unit"):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(model.image_insert_embedding, mesh=mesh)
+    with pytest.raises(ValueError, match="image_insert_embedding is an FSDP unit of its own"):
         replace_in(model)
+
+
+def test_a_projector_that_is_an_fsdp_unit_of_its_own_is_called():
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    before = forward(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(model.image_insert_embedding.align_projector, mesh=mesh)
+    replace_in(model)
+    torch.testing.assert_close(forward(model), before)
+    forward(model, []).mean().backward()
+    weight = model.image_insert_embedding.align_projector.weight
+    assert not local(weight.grad).any()
+
+
+def test_a_model_patched_before_it_was_sharded_can_be_given_options():
+    from torch.distributed.fsdp import fully_shard
+
+    patch_step37()
+    model = build()
+    fully_shard(model.image_insert_embedding, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    replace_in(model, strict=True)
+    assert model.image_insert_embedding.strict
 
 
 def test_an_unknown_impl_replaces_nothing():

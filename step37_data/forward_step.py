@@ -193,7 +193,11 @@ class ForwardStep:
     def _next(self, dataset: Any, data_iterator: Any, model: Any) -> dict[str, Any]:
         known = self._prefetchers.get(id(data_iterator))
         if known is not None:
-            return next(known[1])
+            try:
+                return next(known[1])
+            except StopIteration:
+                del self._prefetchers[id(data_iterator)]
+                raise
         prepare = functools.partial(
             model_inputs, stage=_stage_of(model), preprocess=self._preprocess(dataset)
         )

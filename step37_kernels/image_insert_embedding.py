@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections import deque
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step37_kernels._dispatch import Impl
+from step37_kernels._dispatch import Impl, use_triton
 from step37_kernels.insert import InsertPlan, insert_rows, plan_runs, project_and_insert
 from step37_kernels.parallel import SequenceLayout
 
@@ -132,6 +134,55 @@ _count_watch = _CountWatch()
 # Of the process, not of a module: a module with events in it could not be copied or pickled.
 
 
+class _ZeroGradient(torch.autograd.Function):
+    """The embeddings as they are, and in backward zeros for everything else that comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        # Not the tensor itself: autograd would make that a view, which no later layer may change.
+        return embeddings.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = [
+            torch.zeros(shape, dtype=dtype, device=device) if needed else None
+            for (shape, dtype, device), needed in zip(
+                ctx.parameters, ctx.needs_input_grad[1:], strict=True
+            )
+        ]
+        return grad_output, *zeros
+
+
+def _run_forward_pre_hooks(module: nn.Module) -> None:
+    """What calling ``module`` would do first.
+
+    Megatron's wrappers see to a module's own parameters there: DDP with ``overlap_param_gather``
+    waits for those still on their way, Megatron-FSDP gathers them.
+    """
+    for key, hook in tuple(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            hook(module, (), {})
+        else:
+            hook(module, ())
+
+
+def _is_plain(projector: nn.Module) -> bool:
+    """Whether calling the projector means its weight and bias and nothing else."""
+    return type(projector) is nn.Linear and not (
+        projector._forward_hooks or projector._backward_hooks or projector._backward_pre_hooks
+    )
+
+
+@functools.cache
+def _warn_unfused(kind: str) -> None:
+    logger.warning(
+        "align_projector (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
+        "is called, and its rows are inserted by PyTorch",
+        kind,
+    )
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -156,6 +207,15 @@ class ImageInsertEmbedding(nn.Module):
             None for all. ``forward`` takes the whole ``input_ids`` all the same.
         gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
             fp32, by Megatron-Core's conventions, instead of handing it to autograd.
+        text_only_gradient: give the projector a gradient of zeros where a forward has no image
+            rows. Without it such a microbatch gives no gradient at all, and data-parallel
+            reduction that overlaps with backward waits for it in vain. Costs one write of the
+            weight's size in backward; a frozen projector costs nothing. A vision tower that is
+            trained has the same need, which this class cannot meet.
+
+    A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
+    shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
+    the log once.
     """
 
     def __init__(
@@ -169,6 +229,7 @@ class ImageInsertEmbedding(nn.Module):
         strict: bool = False,
         layout: SequenceLayout | None = None,
         gradient_accumulation_fusion: bool = False,
+        text_only_gradient: bool = False,
     ) -> None:
         super().__init__()
         if impl not in ("auto", "triton", "torch"):
@@ -183,15 +244,26 @@ class ImageInsertEmbedding(nn.Module):
             nn.init.zeros_(self.align_projector.bias)
         self.impl = impl
         self.strict = strict
-        self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
-        if layout is not None and layout.sequence_parallel_group is not None:
-            for parameter in self.align_projector.parameters():
-                # Each rank's gradient is that of its own rows; Megatron sums those so marked.
+        self.set_layout(layout)
+        self.text_only_gradient = text_only_gradient
+
+    def set_layout(self, layout: SequenceLayout | None) -> None:
+        """Set which rows of the sequence this rank holds, and mark the projector accordingly."""
+        self.layout = layout
+        parted = layout is not None and layout.sequence_parallel_group is not None
+        for parameter in self.align_projector.parameters():
+            # Each rank's gradient is that of its own rows; Megatron sums those so marked.
+            if parted:
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
+            elif hasattr(parameter, "sequence_parallel"):
+                del parameter.sequence_parallel
 
     def extra_repr(self) -> str:
-        return f"impl={self.impl!r}, strict={self.strict}"
+        return (
+            f"impl={self.impl!r}, strict={self.strict}, "
+            f"text_only_gradient={self.text_only_gradient}"
+        )
 
     @staticmethod
     def insert_features(
@@ -262,9 +334,12 @@ class ImageInsertEmbedding(nn.Module):
         else:
             embeddings, positions = self._look_up_shard(input_ids, position_ids)
         if not images:
-            return embeddings
+            return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
-        weight, bias = self.align_projector.weight, self.align_projector.bias
+        plain = self._is_projector_plain()
+        if plain:
+            _run_forward_pre_hooks(self.align_projector)
+        weight = next(self.align_projector.parameters())
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -286,15 +361,18 @@ class ImageInsertEmbedding(nn.Module):
         else:
             _count_watch.watch(plan)
         if not features:
-            return embeddings
+            return self._without_image_rows(embeddings)
         if self.layout is not None and positions is not None:
             plan = plan.shard(positions)
             features = [self.layout.complete_gradient(tensor) for tensor in features]
+        if not plain:
+            flat = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in features])
+            return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
         return project_and_insert(
             embeddings,
             features,
-            weight,
-            bias,
+            self.align_projector.weight,
+            self.align_projector.bias,
             plan,
             inplace=unshared,
             gradient_accumulation_fusion=self.gradient_accumulation_fusion,
@@ -314,3 +392,43 @@ class ImageInsertEmbedding(nn.Module):
                 position_ids = position_ids.index_select(1, looked_up)
         embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
         return self.layout.shard(embeddings, seq_len, looked_up)
+
+    def _is_projector_plain(self) -> bool:
+        """Whether its weight and bias may stand for the projector.
+
+        Raises:
+            ValueError: they may not, and ``impl="triton"`` asks for a kernel that knows no other.
+        """
+        plain = _is_plain(self.align_projector)
+        if not plain:
+            kind = type(self.align_projector).__name__
+            if self.impl == "triton":
+                raise ValueError(
+                    f"impl='triton': align_projector ({kind}) is more than a weight and a bias; "
+                    "pass impl='auto' or 'torch' to have it called"
+                )
+            if not torch.compiler.is_compiling():
+                _warn_unfused(kind)
+        return plain
+
+    def _without_image_rows(self, embeddings: Tensor) -> Tensor:
+        trained = any(parameter.requires_grad for parameter in self.align_projector.parameters())
+        if not (self.text_only_gradient and trained and torch.is_grad_enabled()):
+            return embeddings
+        result: Tensor
+        if not self._is_projector_plain():
+            like = next(self.align_projector.parameters())
+            no_rows = torch.empty(
+                0, self.align_projector.in_features, device=like.device, dtype=like.dtype
+            )
+            result = _ZeroGradient.apply(embeddings, self.align_projector(no_rows))
+            return result
+        _run_forward_pre_hooks(self.align_projector)
+        weight, bias = self.align_projector.weight, self.align_projector.bias
+        parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
+        # The gradients must come in the order in which a forward with images gives them: ranks
+        # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
+        if not use_triton(self.impl, weight.device):
+            parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
+        result = _ZeroGradient.apply(embeddings, *parameters)
+        return result

@@ -1,0 +1,291 @@
+"""The forward step of Megatron-Bridge for packed Flickr8k, with the next packs in the making.
+
+Megatron is imported inside the functions that need it, so that importing this module does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from step37_data.decode import OnBroken
+from step37_data.prefetch import Prefetcher
+from step37_data.preprocess import Device, preprocess_packed_batch
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one chunk of the model needs of a pack.
+
+    ``pre_process`` and ``post_process`` are the chunk's own, so virtual pipeline stages count.
+    """
+
+    pre_process: bool
+    """Embeds tokens and images."""
+    post_process: bool
+    """Computes the loss."""
+    divisible_by: int
+    """The packed length is padded to a multiple of this."""
+
+
+def model_inputs(
+    batch: Mapping[str, Any],
+    stage: Stage,
+    *,
+    preprocess: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """The arguments of ``Step37Model.forward`` for one pack.
+
+    The packed length T is padded to a multiple of ``stage.divisible_by``; what is added is a
+    sub-sequence of its own, on every stage alike: tokens 0, labels −100, no loss.
+
+    Args:
+        batch: as ``pack_samples`` gives it, tensors on the host.
+        stage: the chunk.
+        preprocess: ``preprocess_packed_batch`` with everything but the batch given.
+
+    Returns:
+        ``input_ids`` ``[1, T]`` int64 (None between the first and the last chunk), ``images`` (a
+        list of ``ImageForInsert``, empty past the first chunk), ``labels`` and ``loss_mask``
+        ``[1, T]`` (last chunk), ``packed_seq_params`` (``thd``), ``cu_seqlens``, and None for
+        ``position_ids`` and ``attention_mask``, which the packed layout replaces.
+
+    Raises:
+        ValueError: the chunk needs tokens and the batch has none.
+    """
+    needs_tokens = stage.pre_process or stage.post_process
+    if needs_tokens and "tokens" not in batch:
+        raise ValueError(
+            f"batch: the {'first' if stage.pre_process else 'last'} pipeline stage needs tokens, "
+            f"got only {sorted(batch)}"
+        )
+    if not needs_tokens:
+        batch = {key: batch[key] for key in ("cu_seqlens", "position_id")}
+    prepared = preprocess(batch)
+    length = prepared["position_id"].shape[-1]
+    padding = -length % stage.divisible_by
+    cu_seqlens = prepared["cu_seqlens"].to(torch.int32)
+    if padding:
+        cu_seqlens = F.pad(cu_seqlens, (0, 1), value=length + padding)
+    # Where the batch came from the host, so did this: reading it waits for nothing.
+    longest = max(int(prepared["max_seq_len"]), padding)
+    inputs: dict[str, Any] = {
+        "input_ids": None,
+        "images": [],
+        "position_ids": None,
+        "attention_mask": None,
+        "packed_seq_params": _packed_seq_params(cu_seqlens, longest),
+        "cu_seqlens": cu_seqlens,
+    }
+    if needs_tokens:
+        inputs["input_ids"] = F.pad(prepared["input_ids"], (0, padding), value=0)
+    if stage.pre_process:
+        inputs["images"] = prepared["images"]
+    if stage.post_process:
+        inputs["labels"] = F.pad(prepared["labels"], (0, padding), value=IGNORED_LABEL)
+        inputs["loss_mask"] = F.pad(prepared["loss_masks"], (0, padding), value=0)
+    return inputs
+
+
+def _packed_seq_params(cu_seqlens: torch.Tensor, longest: int) -> Any:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+class ForwardStep:
+    """A forward step for Megatron-Bridge's ``pretrain`` or ``finetune``.
+
+    Reads packs from the data iterator, prepares them ahead of the model (decode threads, upload,
+    resize), and runs the model on one. The host waits for nothing but a pack that is not ready.
+
+    Expects of the configuration: ``cfg.dataset`` a ``Step37Flickr8kSFTDataProvider``, built;
+    ``cfg.train.micro_batch_size`` 1; context parallel size 1.
+
+    Args:
+        prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
+            asked for. It is 0 whatever is given here while Megatron's rerun state machine is on,
+            because that rewinds the data iterator.
+        device: where the model is; None is the CUDA device, or the CPU where there is none.
+        dtype: of the images.
+        on_broken, threads: see ``preprocess_packed_batch``.
+
+    Raises:
+        ValueError: ``prefetch_depth`` is negative.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefetch_depth: int = 2,
+        device: Device = None,
+        dtype: torch.dtype = torch.bfloat16,
+        on_broken: OnBroken = "zero",
+        threads: int | None = None,
+    ) -> None:
+        if prefetch_depth < 0:
+            raise ValueError(f"prefetch_depth: expected at least 0, got {prefetch_depth}")
+        self._depth = prefetch_depth
+        self._device = device
+        self._dtype = dtype
+        self._on_broken: OnBroken = on_broken
+        self._threads = threads
+        self._prefetchers: dict[int, tuple[Any, Prefetcher[dict[str, Any]]]] = {}
+        # By id of the data iterator, which is kept, so that the id stays its own.
+
+    def __call__(
+        self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, functools.partial[Any]]:
+        """Run one microbatch.
+
+        Args:
+            state: Megatron-Bridge's ``GlobalState``.
+            data_iterator: gives packed dictionaries.
+            model: a chunk of ``Step37Model``, wrapped or not.
+            return_schedule_plan: give the plan for overlapped expert communication in place of
+                the output.
+
+        Returns:
+            The output (the losses ``[1, T]`` on the last chunk) and Bridge's masked loss function.
+
+        Raises:
+            ValueError: the model or the batch is not what this step can run.
+        """
+        from megatron.bridge.training.losses import create_masked_next_token_loss_function
+
+        state.timers("batch-generator", log_level=2).start()
+        with state.straggler_timer(bdata=True):
+            inputs = self._next(state.cfg.dataset, data_iterator, model)
+        state.timers("batch-generator").stop()
+        with state.straggler_timer:
+            output = _run(model, inputs, return_schedule_plan)
+        checks = state.cfg.rerun_state_machine
+        loss_function = create_masked_next_token_loss_function(
+            inputs.get("loss_mask"), checks.check_for_nan_in_loss, checks.check_for_spiky_loss
+        )
+        return output, loss_function
+
+    def close(self) -> None:
+        """End the threads; packs that are ready but unused are lost. Idempotent."""
+        for _, prefetcher in self._prefetchers.values():
+            prefetcher.close()
+        self._prefetchers.clear()
+
+    def _next(self, dataset: Any, data_iterator: Any, model: Any) -> dict[str, Any]:
+        known = self._prefetchers.get(id(data_iterator))
+        if known is not None:
+            try:
+                return next(known[1])
+            except StopIteration:
+                del self._prefetchers[id(data_iterator)]
+                raise
+        prepare = functools.partial(
+            model_inputs, stage=_stage_of(model), preprocess=self._preprocess(dataset)
+        )
+        if data_iterator is None:
+            raise ValueError("data_iterator: every pipeline stage needs one, for cu_seqlens")
+        if self._depth == 0 or _rewinds(data_iterator):
+            return prepare(next(data_iterator))
+        prefetcher = Prefetcher(
+            _Rest(data_iterator), prepare, depth=self._depth, device=self._device
+        )
+        self._prefetchers[id(data_iterator)] = (data_iterator, prefetcher)
+        return next(prefetcher)
+
+    def _preprocess(self, dataset: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(dataset, name) < 0:
+                raise ValueError(
+                    f"cfg.dataset.{name}: not resolved, got {getattr(dataset, name)}; "
+                    "build_datasets() takes it from the tokenizer"
+                )
+        return functools.partial(
+            preprocess_packed_batch,
+            img_start_token_id=dataset.img_start_token_id,
+            patch_start_token_id=dataset.patch_start_token_id,
+            image_size=dataset.image_size,
+            patch_image_size=dataset.patch_image_size,
+            encoder_patch_size=dataset.encoder_patch_size,
+            only_pp_first_stage=True,
+            device=self._device,
+            dtype=self._dtype,
+            on_broken=self._on_broken,
+            threads=self._threads,
+        )
+
+
+class _Rest(Iterator[Any]):
+    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+
+def _stage_of(model: Any) -> Stage:
+    from megatron.core.utils import get_attr_wrapped_model
+
+    groups = get_attr_wrapped_model(model, "pg_collection")
+    if groups.cp.size() > 1:
+        raise ValueError(
+            f"context parallel size: this step gives every rank whole packs, so it has to be 1, "
+            f"got {groups.cp.size()}"
+        )
+    return Stage(
+        pre_process=get_attr_wrapped_model(model, "pre_process"),
+        post_process=get_attr_wrapped_model(model, "post_process"),
+        # 16 for FP8 and Transformer Engine, the tensor parallel size for sequence parallelism.
+        divisible_by=math.lcm(groups.tp.size(), 16),
+    )
+
+
+def _rewinds(data_iterator: Any) -> bool:
+    """Whether Megatron may rewind this iterator: reading ahead of it would lose packs then."""
+    from megatron.core.rerun_state_machine import (
+        RerunDataIterator,
+        RerunMode,
+        get_rerun_state_machine,
+    )
+
+    return (
+        isinstance(data_iterator, RerunDataIterator)
+        and get_rerun_state_machine().get_mode() != RerunMode.DISABLED
+    )
+
+
+def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:
+    if not return_schedule_plan:
+        return model(**inputs)
+    from megatron.core.utils import get_model_config
+
+    if not get_model_config(model).overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            "return_schedule_plan: the model's overlap_moe_expert_parallel_comm has to be on"
+        )
+    planned = {key: value for key, value in inputs.items() if key != "cu_seqlens"}
+    return model.build_schedule_plan(**planned)
+
+
+forward_step = ForwardStep()
+"""The forward step to give to Megatron-Bridge."""

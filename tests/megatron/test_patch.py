@@ -1,0 +1,258 @@
+"""patch_step37 and unpatch_step37 on stand-ins for Bridge's two modules and real megatron-core."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from step37_kernels import ImageForInsert, ImageInsertEmbedding
+from step37_kernels.megatron import (
+    Step37ImageInsertEmbedding,
+    patch_step37,
+    replace_in,
+    unpatch_step37,
+)
+from tests.megatron.stand_ins import bridge
+from tests.megatron.stand_ins.models import HIDDEN, IM_START, WIDTH, build, features, forward, train
+from tests.megatron.stand_ins.processes import (
+    let_the_cpu_play_the_gpu,
+    start_megatron,
+    stop_megatron,
+)
+
+BOTH = (
+    f"{bridge.MODEL}.ImageInsertEmbedding",
+    f"{bridge.EMBEDDING}.ImageInsertEmbedding",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        let_the_cpu_play_the_gpu(patch)
+        start_megatron(str(tmp_path_factory.mktemp("gloo") / "store"), 0, 1)
+        yield
+        stop_megatron()
+
+
+@pytest.fixture(autouse=True)
+def stand_ins() -> Iterator[None]:
+    with bridge.installed():
+        yield
+        unpatch_step37()
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("imported", [[], [bridge.EMBEDDING], [bridge.MODEL]], ids=str)
+def test_models_get_the_fused_embedding_in_whatever_order_things_are_imported(imported):
+    for name in imported:
+        load(name)
+    assert patch_step37() == BOTH
+    model = build()
+    assert isinstance(model.image_insert_embedding, ImageInsertEmbedding)
+    assert load(bridge.EMBEDDING).ImageInsertEmbedding is load(bridge.MODEL).ImageInsertEmbedding
+
+
+def test_replacing_the_class_in_its_own_module_alone_would_change_nothing():
+    load(bridge.MODEL)
+    load(bridge.EMBEDDING).ImageInsertEmbedding = Step37ImageInsertEmbedding
+    assert not isinstance(build().image_insert_embedding, ImageInsertEmbedding)
+
+
+def test_the_options_reach_the_model():
+    patch_step37(impl="torch", strict=True, text_only_gradient=False)
+    module = build().image_insert_embedding
+    assert (module.impl, module.strict, module.text_only_gradient) == ("torch", True, False)
+    patch_step37()
+    module = build().image_insert_embedding
+    assert (module.impl, module.strict, module.text_only_gradient) == ("auto", False, True)
+
+
+def test_an_unknown_impl_patches_nothing():
+    stock = load(bridge.MODEL).ImageInsertEmbedding
+    with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'cuda'"):
+        patch_step37(impl="cuda")  # type: ignore[arg-type]
+    assert load(bridge.MODEL).ImageInsertEmbedding is stock
+
+
+def test_patching_twice_changes_nothing():
+    patch_step37()
+    before = {name: dict(vars(load(name))) for name in (bridge.MODEL, bridge.EMBEDDING)}
+    assert patch_step37() == BOTH
+    for name, names in before.items():
+        assert vars(load(name)) == names
+    assert unpatch_step37() == BOTH
+
+
+def test_unpatching_leaves_no_trace():
+    modules = [load(bridge.MODEL), load(bridge.EMBEDDING)]
+    before = [dict(vars(module)) for module in modules]
+    patch_step37(impl="torch", strict=True)
+    assert unpatch_step37() == BOTH
+    assert [vars(module) for module in modules] == before
+    assert not isinstance(build().image_insert_embedding, ImageInsertEmbedding)
+    assert unpatch_step37() == ()
+    patch_step37()
+    assert build().image_insert_embedding.impl == "auto"
+
+
+def test_unpatching_leaves_alone_what_somebody_else_has_put_there(caplog):
+    patch_step37()
+    model = load(bridge.MODEL)
+    model.ImageInsertEmbedding = other = type("Other", (), {})
+    assert unpatch_step37() == BOTH[1:]
+    assert model.ImageInsertEmbedding is other
+    assert "not what patch_step37 put there" in caplog.text
+
+
+def test_the_log_says_what_is_patched_and_what_is_not(caplog):
+    with caplog.at_level(logging.INFO, "step37_kernels.megatron"):
+        patch_step37(impl="torch")
+    (record,) = caplog.records
+    for part in (*BOTH, "impl='torch'", "Not patched", "forward step", "ImageForInsert"):
+        assert part in record.getMessage()
+
+
+def test_patching_after_a_model_was_built_warns_and_points_to_replace_in(caplog):
+    model = build()
+    patch_step37()
+    assert "after 1 stock ImageInsertEmbedding had been built" in caplog.text
+    assert "replace_in(model)" in caplog.text
+    assert not isinstance(model.image_insert_embedding, ImageInsertEmbedding)
+    replace_in(model)
+    assert isinstance(model.image_insert_embedding, ImageInsertEmbedding)
+
+
+def test_a_module_that_took_the_class_by_name_before_is_named_in_a_warning(caplog, monkeypatch):
+    recipe = types.ModuleType("my_recipe")
+    recipe.ImageInsertEmbedding = load(bridge.EMBEDDING).ImageInsertEmbedding
+    monkeypatch.setitem(sys.modules, "my_recipe", recipe)
+    patch_step37()
+    assert "imported it by name before: my_recipe" in caplog.text
+
+
+@pytest.mark.parametrize("name", [bridge.MODEL, bridge.EMBEDDING])
+def test_a_missing_name_is_an_import_error_that_names_it_and_the_known_versions(name, tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    sources = {
+        bridge.MODEL: bridge.HERE / "model.py",
+        bridge.EMBEDDING: bridge.HERE / "image_insert_embedding.py",
+    }
+    if name == bridge.EMBEDDING:
+        (tmp_path / "model.py").write_text(
+            "import torch\nclass ImageInsertEmbedding(torch.nn.Module): pass\n"
+        )
+        sources[bridge.MODEL] = tmp_path / "model.py"
+    sources[name] = tmp_path / "empty.py"
+    with bridge.installed(sources):
+        before = getattr(load(bridge.MODEL), "ImageInsertEmbedding", None)
+        message = rf"{name}\.ImageInsertEmbedding: no such name.*Megatron-Bridge newer than 0\.4\.0"
+        with pytest.raises(ImportError, match=message):
+            patch_step37()
+        assert getattr(load(bridge.MODEL), "ImageInsertEmbedding", None) is before
+
+
+def test_without_bridge_the_import_error_names_the_missing_module():
+    with bridge.installed({}):
+        message = rf"module {bridge.MODEL}: no module {bridge.MODEL}.*Known to work.*installed: "
+        with pytest.raises(ImportError, match=message):
+            patch_step37()
+
+
+def test_a_dependency_that_bridge_misses_is_reported_as_what_it_is(tmp_path: Path):
+    (tmp_path / "model.py").write_text("import a_package_that_bridge_needs\n")
+    with (
+        bridge.installed({bridge.MODEL: tmp_path / "model.py"}),
+        pytest.raises(ModuleNotFoundError, match="No module named 'a_package_that_bridge_needs'"),
+    ):
+        patch_step37()
+
+
+def test_training_gives_the_losses_of_the_stock_model():
+    stock = train(build(), steps=4)
+    patch_step37()
+    ours = train(build(), steps=4)
+    torch.testing.assert_close(ours, stock)
+    assert stock[-1] < stock[0]
+
+
+def test_insertion_groups_of_bridge_and_ours_are_interchangeable():
+    theirs = load(bridge.EMBEDDING).ImageForInsert
+    stock = build()
+    patch_step37()
+    fused = build()
+    outputs = [
+        forward(model, [kind(insert_start_token=IM_START, image_features=features())])
+        for model in (stock, fused)
+        for kind in (theirs, ImageForInsert)
+    ]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_state_dicts_go_from_stock_to_ours_and_back(bias):
+    stock = build(projector_bias=bias)
+    patch_step37()
+    torch.manual_seed(5)
+    fused = build(projector_bias=bias, seed=None)
+    saved, own = copy.deepcopy(stock.state_dict()), copy.deepcopy(fused.state_dict())
+    assert own.keys() == saved.keys()
+    projector = "image_insert_embedding.align_projector.weight"
+    assert not torch.equal(own[projector], saved[projector])
+    fused.load_state_dict(saved, strict=True)
+    stock.load_state_dict(own, strict=True)
+    for model, loaded in ((fused, saved), (stock, own)):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, loaded[name])
+
+
+def test_the_sharded_state_dict_is_that_of_the_stock_model():
+    stock = build().sharded_state_dict()
+    patch_step37()
+    fused = build().sharded_state_dict()
+    assert fused.keys() == stock.keys()
+    name = "image_insert_embedding.align_projector.weight"
+    assert name in fused
+    for field in (
+        "key",
+        "dtype",
+        "global_shape",
+        "global_offset",
+        "replica_id",
+        "axis_fragmentations",
+    ):
+        assert getattr(fused[name], field) == getattr(stock[name], field)
+    assert fused[name].global_shape[-1] == WIDTH
+
+
+def test_a_patched_module_can_be_copied_and_pickled():
+    patch_step37(impl="torch")
+    # megatron-core's embedding holds process groups, which cannot be copied.
+    module = load(bridge.MODEL).ImageInsertEmbedding(torch.nn.Identity(), WIDTH, HIDDEN)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(copied) is Step37ImageInsertEmbedding
+        assert copied.impl == "torch"
+        assert torch.equal(copied.align_projector.weight, module.align_projector.weight)
+
+
+def test_the_real_step37model_is_patched():
+    with bridge.absent():
+        pytest.importorskip(bridge.MODEL, reason="Megatron-Bridge is not installed")
+        assert patch_step37() == BOTH
+        assert issubclass(load(bridge.MODEL).ImageInsertEmbedding, ImageInsertEmbedding)
+        unpatch_step37()

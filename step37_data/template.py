@@ -19,25 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from step37_data.tokens import (
+    IMAGE_END_TOKEN,
+    IMAGE_ITEM_TYPE,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_COUNT,
+    MULTICROP_IMAGE_PLACEHOLDER,
+    MULTICROP_PATCH_PLACEHOLDER,
+    PATCH_END_TOKEN,
+    PATCH_ITEM_TYPE,
+    PATCH_NEWLINE_TOKEN,
+    PATCH_START_TOKEN,
+    PATCH_TOKEN_COUNT,
+)
+
 logger = logging.getLogger(__name__)
 
-IMAGE_PLACEHOLDER = "<image>"
-MULTICROP_IMAGE_PLACEHOLDER = "<@image@>"
-MULTICROP_PATCH_PLACEHOLDER = "<#image#>"
-IMAGE_TOKEN = "<im_patch>"
-IMAGE_START_TOKEN = "<im_start>"
-IMAGE_END_TOKEN = "<im_end>"
-PATCH_START_TOKEN = "<patch_start>"
-PATCH_NEWLINE_TOKEN = "<patch_newline>"
-PATCH_END_TOKEN = "<patch_end>"
 THINK_TOKENS = ("<think>", "</think>")
-IMAGE_TOKEN_COUNT = 169
-PATCH_TOKEN_COUNT = 81
-
-# The same numbers as step37_data.preprocess, which decodes the files; importing them from there
-# would load Pillow for tokenising.
-IMAGE_ITEM_TYPE = 0
-PATCH_ITEM_TYPE = 1
 
 _PLACEHOLDERS = (IMAGE_PLACEHOLDER, MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
 _IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})

@@ -41,10 +41,10 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     """Fixed-point coefficients of one axis, read-only, cached.
 
     Returns:
-        int32 ``[1 + taps, out_size]``. Row 0 holds the first input position that counts for each
-        output position; row ``1 + j`` the coefficient of the j-th position from there, zero beyond
-        the last. An axis that keeps its size has the coefficient 2**22 and otherwise zeros: its
-        pass changes nothing, as if it were not made.
+        int32 ``[1 + taps, out_size]``, taps even. Row 0 holds the first input position that counts
+        for each output position; row ``1 + j`` the coefficient of the j-th position from there,
+        zero beyond the last. An axis that keeps its size has the coefficient 2**22 and otherwise
+        zeros: its pass changes nothing, as if it were not made.
     """
     scale = in_size / out_size
     support = max(scale, 1.0)
@@ -53,6 +53,7 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     end = np.minimum((center + support + 0.5).astype(np.int64), in_size)
     taps = int((end - first).max())
+    taps += taps % 2
     position = first[:, None] + np.arange(taps)
     # Pillow's order of operations: the last bit of a weight can decide how it rounds.
     weight = 1.0 - np.abs((position - center[:, None] + 0.5) * (1.0 / support))

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step37_data.pack_transform import pack_samples
 from step37_data.template import (
     IMAGE_TOKEN_COUNT,
     PATCH_TOKEN_COUNT,
@@ -62,13 +63,14 @@ def slow_template(tokenizer: Any, conversations: list[dict[str, Any]]) -> tuple[
 
     def tokens_of(count: int) -> list[int]:
         prefix = messages[:count]
-        encoded = tokenizer.apply_chat_template(
+        tokens: list[int] = tokenizer.apply_chat_template(
             prefix,
             tokenize=True,
+            return_dict=False,
             add_generation_prompt=prefix[-1]["role"] != "assistant",
             **({"tools": tools} if tools else {}),
         )
-        return list(encoded["input_ids"])
+        return tokens
 
     tokens = tokens_of(len(messages))
     mask = [0.0] * len(tokens)
@@ -152,6 +154,33 @@ def test_tokens_and_loss_spans_equal_those_of_tokenising_every_prefix(
     template: Step37MultimodalTemplate, drawn: tuple[list[Any], list[Any]]
 ) -> None:
     assert_as_the_oracle(template, *drawn)
+
+
+@given(drawn=st.lists(conversations(), min_size=1, max_size=4))
+def test_image_k_of_a_pack_lands_in_the_sample_that_owns_it(
+    template: Step37MultimodalTemplate, drawn: list[tuple[list[Any], list[Any]]]
+) -> None:
+    samples, owner = [], {}
+    for number, (messages, images) in enumerate(drawn):
+        named = []
+        for k, image in enumerate(images):
+            kind = image[1] if isinstance(image, tuple) else 0
+            named.append((f"{number}/{k}.jpg", kind))
+            owner[named[-1][0]] = number
+        samples.append(template({"conversations": messages, "images": named}))
+    packed = pack_samples(samples)
+    bounds = packed["cu_seqlens"][1:].contiguous()
+    for kind, token, rows in ((0, "<im_start>", 169), (1, "<patch_start>", 81)):
+        start_id = template.tokenizer.convert_tokens_to_ids(token)
+        starts = torch.nonzero(packed["tokens"] == start_id).flatten()
+        paths = [path for path, its_kind in packed["image_paths"] if its_kind == kind]
+        assert len(starts) == len(paths)
+        for start, path in zip(starts.tolist(), paths, strict=True):
+            place = int(torch.searchsorted(bounds, start, right=True))
+            assert place == owner[path]
+            patches = packed["tokens"][start + 1 : start + 1 + rows]
+            assert (patches == template.tokenizer.convert_tokens_to_ids("<im_patch>")).all()
+            assert start + rows < int(bounds[place])
 
 
 def flickr(caption: str = "A cat .", prompt: str = "Describe this image.") -> list[dict[str, Any]]:
@@ -306,6 +335,11 @@ def test_a_conversation_needs_a_question_and_ends_with_an_answer(
             template({"conversations": wrong, "images": []})
     with pytest.raises(ValueError, match="needs a user message, found none"):
         template({"conversations": flickr()[1:]})
+
+
+def test_a_message_needs_a_role(template: Step37MultimodalTemplate) -> None:
+    with pytest.raises(ValueError, match=r"conversations\[1\]: expected a role, got None"):
+        template({"conversations": [*flickr()[:1], {"from": "gpt", "value": "x"}]})
 
 
 def test_tokenising_leaves_the_conversation_as_it_was(template: Step37MultimodalTemplate) -> None:

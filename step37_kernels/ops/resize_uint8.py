@@ -18,7 +18,8 @@ import triton.language as tl
 from step37_kernels.ops.common import device_of
 from step37_kernels.ops.resize import filter_tile, upload
 
-TILE = (8, 256)  # rows, columns
+# Rows and columns of a program's tile: what ops.resize found best for its first pass.
+TILE = (4, 256)
 
 # The columns of a record: one pass over one picture, int64 each.
 SOURCE = tl.constexpr(0)  # byte offset of the first value of the first channel
@@ -32,8 +33,9 @@ WIDTH = tl.constexpr(7)
 VERTICAL = tl.constexpr(8)
 TABLE = tl.constexpr(9)  # offset of the coefficients
 TAPS = tl.constexpr(10)
-FIRST_TILE = tl.constexpr(11)  # first program that works on this picture
-FIELDS = tl.constexpr(12)
+LAST = tl.constexpr(11)  # last position of the source along the axis that is filtered
+FIRST_TILE = tl.constexpr(12)  # first program that works on this picture
+FIELDS = tl.constexpr(13)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +61,23 @@ class Uint8Job:
     vertical_first: bool
 
 
-@triton.jit(do_not_specialize_on_alignment=["source", "target"])
+@triton.jit(do_not_specialize_on_alignment=["source_ptr", "target_ptr"])
 def filter_pass_kernel(
-    source,
-    jobs,
-    tables,
-    tile_jobs,
-    target,
+    source_ptr,
+    jobs_ptr,
+    tables_ptr,
+    tile_jobs_ptr,
+    target_ptr,
     SOURCE_STEP: tl.constexpr,
     TARGET_STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One pass over every picture, one program a tile; ``tile_jobs`` says of which picture.
+    """One pass over every picture, one program a tile; ``tile_jobs_ptr`` says of which.
 
     ``SOURCE_STEP``, ``TARGET_STEP``: bytes from one pixel to the next, 3 interleaved, 1 in planes.
     """
-    job = jobs + tl.load(tile_jobs + tl.program_id(0)).to(tl.int64) * FIELDS
+    job = jobs_ptr + tl.load(tile_jobs_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
     height = tl.load(job + HEIGHT).to(tl.int32)
     width = tl.load(job + WIDTH).to(tl.int32)
     tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
@@ -84,13 +86,14 @@ def filter_pass_kernel(
     column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < height)[:, None] & (column < width)[None, :]
 
-    picture = source + tl.load(job + SOURCE)
+    picture = source_ptr + tl.load(job + SOURCE)
     source_pitch = tl.load(job + SOURCE_PITCH)
     source_channel = tl.load(job + SOURCE_CHANNEL)
-    table = tables + tl.load(job + TABLE)
+    table = tables_ptr + tl.load(job + TABLE)
     taps = tl.load(job + TAPS).to(tl.int32)
+    last = tl.load(job + LAST).to(tl.int32)
     vertical = tl.load(job + VERTICAL) != 0
-    result = target + tl.load(job + TARGET)
+    result = target_ptr + tl.load(job + TARGET)
     result = result + row.to(tl.int64)[:, None] * tl.load(job + TARGET_PITCH)
     result = result + (column * TARGET_STEP)[None, :]
     target_channel = tl.load(job + TARGET_CHANNEL)
@@ -98,11 +101,31 @@ def filter_pass_kernel(
         plane = picture + channel * source_channel
         if vertical:
             value = filter_tile(
-                plane, table, taps, height, row, column, inside, source_pitch, SOURCE_STEP, True
+                plane,
+                table,
+                taps,
+                last,
+                height,
+                row,
+                column,
+                inside,
+                source_pitch,
+                SOURCE_STEP,
+                True,
             )
         else:
             value = filter_tile(
-                plane, table, taps, width, row, column, inside, source_pitch, SOURCE_STEP, False
+                plane,
+                table,
+                taps,
+                last,
+                width,
+                row,
+                column,
+                inside,
+                source_pitch,
+                SOURCE_STEP,
+                False,
             )
         tl.store(result + channel * target_channel, value.to(tl.uint8), mask=inside)
 
@@ -119,7 +142,7 @@ def resize(
         pixels: uint8, flat: the buffer that the jobs read.
         jobs: what to resize, at least one.
         tables: per job, the coefficients of its rows and of its columns, int32 ``[1 + taps, n]``
-            each. The same array object is uploaded once.
+            each, taps even. The same array object is uploaded once.
         target: uint8, flat: the buffer that the jobs write.
     """
     offsets: dict[int, int] = {}
@@ -132,30 +155,36 @@ def resize(
             coefficients += table.size
 
     records = np.empty((2, len(jobs), FIELDS.value), dtype=np.int64)
-    tiles: list[list[int]] = [[], []]
+    tiles: tuple[list[int], list[int]] = ([], [])
+    first_tile = [0, 0]
     middle_bytes = 0
     for i, (job, (rows, columns)) in enumerate(zip(jobs, tables, strict=True)):
+        by_row, by_column = (rows, job.height - 1), (columns, job.width - 1)
         if job.vertical_first:
-            height, width, axes = job.out_height, job.width, (rows, columns)
+            height, width, axes = job.out_height, job.width, (by_row, by_column)
         else:
-            height, width, axes = job.height, job.out_width, (columns, rows)
+            height, width, axes = job.height, job.out_width, (by_column, by_row)
         middle = (middle_bytes, width, height * width)
         ends = (
             ((job.source, job.source_pitch, 1), middle, height, width),
             (middle, (job.target, job.target_pitch, 1), job.out_height, job.out_width),
         )
         for number, (source, result, out_height, out_width) in enumerate(ends):
+            table, last = axes[number]
             records[number, i] = (
                 *source,
                 *result,
                 out_height,
                 out_width,
                 job.vertical_first == (number == 0),
-                offsets[id(axes[number])],
-                len(axes[number]) - 1,
-                sum(tiles[number]),
+                offsets[id(table)],
+                len(table) - 1,
+                last,
+                first_tile[number],
             )
-            tiles[number].append(triton.cdiv(out_height, TILE[0]) * triton.cdiv(out_width, TILE[1]))
+            count = triton.cdiv(out_height, TILE[0]) * triton.cdiv(out_width, TILE[1])
+            tiles[number].append(count)
+            first_tile[number] += count
         middle_bytes += 3 * height * width
 
     job_numbers = np.arange(len(jobs), dtype=np.int32)

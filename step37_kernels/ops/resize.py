@@ -366,7 +366,7 @@ def upload(
     buffer = staging.to(device, non_blocking=True)
     return [
         buffer[start : start + array.nbytes]
-        .view(torch.from_numpy(array[:0]).dtype)
+        .view(torch.int64 if array.dtype == np.int64 else torch.int32)
         .view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     ]

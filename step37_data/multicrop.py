@@ -16,6 +16,7 @@ Nothing here looks at pixels; ``step37_data.multicrop_pixels`` does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ from step37_data.tokens import (
     PATCH_TOKEN_COUNT,
 )
 
-IMAGE_SIZE = 728
+logger = logging.getLogger(__name__)
+
 CROP_SIZE = 504
 MAX_SIDE = 3024
 
@@ -45,6 +47,13 @@ _MAX_SQUARE_SIDE = 16384
 
 Window = tuple[int, int, int, int]
 """A rectangle in pixels: x, y, width, height."""
+
+ImageEntry = tuple[str, int] | tuple[str, int, Window | None]
+"""What ``image_paths`` holds: path, item type and, of a picture seen in crops, the window.
+
+The window of a crop lies on the canvas, that of the full image is ``CropPlan.full_window``. Without
+one, the whole file is meant, as it is.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,3 +213,18 @@ def picture_size(path: str) -> tuple[int, int]:
 
     with Image.open(path) as image:
         return image.size
+
+
+def plan_file(path: str) -> CropPlan:
+    """Plan the crops of an image file from its header.
+
+    A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
+    puts in its place; decoding also reports it.
+    """
+    from step37_data.decode import BROKEN_SIZE, DECODE_ERRORS
+
+    try:
+        return plan_crops(*picture_size(path))
+    except DECODE_ERRORS as error:
+        logger.debug("image %s is planned as unreadable: %s", path, error)
+        return plan_crops(*BROKEN_SIZE)

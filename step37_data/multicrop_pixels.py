@@ -79,42 +79,52 @@ class DevicePictures:
         height, width = self.full.shapes[picture]
         return Crop(image=picture, left=0, top=0, right=width, bottom=height)
 
-    def window_rectangle(self, picture: int, window: Window) -> Crop:
-        """A window of a picture, as a rectangle of ``canvases``."""
+    def window_rectangle(self, picture: int, window: Window | None) -> Crop:
+        """A window of a picture, as a rectangle of ``canvases``; for None all of its canvas."""
         canvas = self.canvas_of[picture]
         if canvas is None:
             raise ValueError(f"picture {picture} has no crops, asked for window {window}")
+        if window is None:
+            height, width = self.canvases.shapes[canvas]
+            window = (0, 0, width, height)
         x, y, width, height = window
         return Crop(image=canvas, left=x, top=y, right=x + width, bottom=y + height)
 
 
 def prepare_on_device(
-    pictures: RaggedImages, plans: Sequence[CropPlan], *, impl: Impl = "auto"
+    pictures: RaggedImages, plans: Sequence[CropPlan | None], *, impl: Impl = "auto"
 ) -> DevicePictures:
     """Full images and canvases of pictures in one buffer, with two launches, or four.
 
     Args:
         pictures: each of its plan's ``padded_size``.
-        plans: one for each picture.
+        plans: one for each picture; None takes the picture as it is for both.
         impl: of the resize.
     """
     full = pictures
-    full_shapes = [plan.full_size[::-1] for plan in plans]
-    if full_shapes != [tuple(shape) for shape in pictures.shapes]:
+    full_shapes = [
+        shape if plan is None else plan.full_size[::-1]
+        for shape, plan in zip(pictures.shapes, plans, strict=True)
+    ]
+    if any(a != b for a, b in zip(full_shapes, pictures.shapes, strict=True)):
         full = resize_uint8(pictures, full_shapes, impl=impl)
     canvas_of: list[int | None] = []
     sources: list[int] = []
     sizes, room = [], []
     for i, plan in enumerate(plans):
-        if plan.canvas_size is None:
+        if plan is not None and plan.canvas_size is None:
             canvas_of.append(None)
             continue
         canvas_of.append(len(sources))
         sources.append(i)
-        width, height = plan.canvas_size
-        sizes.append((height, width))
-        x, y, window_width, window_height = plan.windows[-1]
-        room.append((max(height, y + window_height), max(width, x + window_width)))
+        size = full_shapes[i]
+        enough = size
+        if plan is not None and plan.canvas_size is not None:
+            size = plan.canvas_size[::-1]
+            x, y, width, height = plan.windows[-1]
+            enough = (max(size[0], y + height), max(size[1], x + width))
+        sizes.append(size)
+        room.append(enough)
     cropped = RaggedImages(
         data=full.data,
         offsets=[full.offsets[i] for i in sources],

@@ -100,7 +100,7 @@ def describe_pack(
     images: list[ImageSpan] = []
     for kind, (token, rows) in start_tokens.items():
         starts = np.flatnonzero(tokens == token) + 1
-        paths = [path for path, its_kind in packed["image_paths"] if its_kind == kind]
+        paths = [entry[0] for entry in packed["image_paths"] if entry[1] == kind]
         if len(starts) != len(paths):
             raise ValueError(
                 f"pack {index}: {len(starts)} start tokens {token} for {len(paths)} image paths"

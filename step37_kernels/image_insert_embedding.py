@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from step37_kernels._dispatch import Impl
-from step37_kernels.insert import InsertPlan, insert_rows, plan_insert, project_and_insert
+from step37_kernels.insert import InsertPlan, insert_rows, plan_runs, project_and_insert
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
     return tensors
 
 
-def _row_counts(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.shape[1] for tensor in tensors for _ in range(tensor.shape[0])]
+def _run(token: int, tensors: Sequence[Tensor]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    return token, tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
 
 
 def _holders(tensor: Tensor) -> tuple[int, ...] | None:
@@ -100,6 +100,8 @@ class _CountWatch:
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
+        if torch.compiler.is_compiling():
+            return
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
@@ -111,6 +113,8 @@ class _CountWatch:
 
     def poll(self) -> None:
         """Warn about the plans whose counts have arrived."""
+        if torch.compiler.is_compiling():
+            return
         if self._pending and torch.cuda.is_current_stream_capturing():
             return
         while self._pending and self._pending[0][2].query():
@@ -199,7 +203,7 @@ class ImageInsertEmbedding(nn.Module):
             ValueError: a rank or width that does not fit.
         """
         tensors = _feature_tensors(image_features, "image_features")
-        plan = plan_insert(input_ids, [(flag, _row_counts(tensors))])
+        plan = plan_runs(input_ids, (_run(flag, tensors),))
         _count_watch.watch(plan)
         hidden = input_embeddings.shape[-1]
         rows = []
@@ -244,7 +248,7 @@ class ImageInsertEmbedding(nn.Module):
             return embeddings
         unshared = _is_unshared(embeddings)
         weight, bias = self.align_projector.weight, self.align_projector.bias
-        groups: list[tuple[int, list[int]]] = []
+        runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
             if image.image_features is None:
@@ -253,13 +257,13 @@ class ImageInsertEmbedding(nn.Module):
                     " run the vision tower first"
                 )
             tensors = _feature_tensors(image.image_features, f"images[{i}].image_features")
-            groups.append((image.insert_start_token, _row_counts(tensors)))
+            runs.append(_run(image.insert_start_token, tensors))
             features += [
                 tensor.to(device=weight.device, dtype=weight.dtype)
                 for tensor in tensors
                 if tensor.numel()
             ]
-        plan = plan_insert(input_ids, groups, impl=self.impl)
+        plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
             plan.check()
         else:

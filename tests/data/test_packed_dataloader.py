@@ -354,6 +354,23 @@ def test_equal_samples_are_measured_once(tmp_path: Path) -> None:
     assert dataset.read_since_last_time() == [0]
 
 
+@given(keys=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=12))
+def test_samples_that_share_half_of_their_key_keep_their_own_lengths(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[tuple[int, int]]
+) -> None:
+    class Crowded(Words):
+        def sample_keys(self) -> np.ndarray:
+            return np.array(keys, dtype=np.uint64)
+
+    cache = tmp_path_factory.mktemp("cache")
+    dataset = Crowded([10 * high + low for high, low in keys])
+    half = Crowded(dataset.lengths[::2])
+    half.sample_keys = lambda: np.array(keys[::2], dtype=np.uint64)  # type: ignore[method-assign]
+    for part in (half, dataset, dataset):
+        lengths = probe_lengths(part, cache_dir=cache, progress=False)
+        assert lengths.tolist() == part.lengths
+
+
 def test_processes_measure_the_same_lengths(tmp_path: Path) -> None:
     lengths = [1 + (7 * i) % 50 for i in range(1000)]
     for cache in (None, tmp_path):

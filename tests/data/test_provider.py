@@ -136,12 +136,12 @@ def test_collate_unwraps_a_batch_of_one_and_refuses_more(folder: Path) -> None:
 
 
 def test_the_options_reach_the_packs(folder: Path) -> None:
-    options = {"packing": "best_fit", "dataset_sampling": "sequential", "seqlen_divisible_by": 32,
+    options = {"packing": "best_fit", "dataset_sampling": "sequential", "seqlen_divisible_by": 48,
                "sample_count": 5, "caption_key": "caption_2", "prompt": "What is it?"}  # fmt: skip
     packs, _, _ = provider_of(folder, **options).build_datasets(None)
     paths = {path for i in range(len(packs)) for path, _ in packs[i]["image_paths"]}
     assert len(paths) == 5
-    assert all(len(packs[i]["tokens"]) % 32 == 0 for i in range(len(packs)))
+    assert all(len(packs[i]["tokens"]) % 48 == 0 for i in range(len(packs)))
     decode = packs.datasets[0].template.tokenizer.decode
     assert "What is it?" in decode(packs[0]["tokens"].tolist())
 

@@ -156,6 +156,40 @@ def test_tokens_and_loss_spans_equal_those_of_tokenising_every_prefix(
     assert_as_the_oracle(template, *drawn)
 
 
+@pytest.fixture(scope="module")
+def other_layouts(tmp_path_factory: pytest.TempPathFactory) -> list[Step37MultimodalTemplate]:
+    """Chat templates that differ from ours where models of this family differ."""
+
+    def without_reasoning(chat: str) -> str:
+        chat = chat.replace('{{- "<|im_start|>assistant\\n<think>\\n" -}}',
+                            '{{- "<|im_start|>assistant\\n" -}}')  # fmt: skip
+        return chat.replace('{{- "<think>\\n" ~ reasoning ~ "\\n</think>\\n" -}}', "")
+
+    def tool_results_as_user_turns(chat: str) -> str:
+        return chat.replace("<|im_start|>tool_response", "<|im_start|>user")
+
+    def a_default_system_turn(chat: str) -> str:
+        turn = '"<|im_start|>system\\nBe kind.<|im_end|>\\n"'
+        return chat.replace("{{- bos_token -}}", f"{{{{- bos_token ~ {turn} -}}}}")
+
+    changes = (without_reasoning, tool_results_as_user_turns, a_default_system_turn)
+    return [
+        Step37MultimodalTemplate(
+            tokenizer_path=edited_tokenizer(tmp_path_factory.mktemp("chat"), change),
+            max_sequence_length=8192,
+        )
+        for change in changes
+    ]
+
+
+@given(drawn=conversations())
+def test_the_spans_do_not_depend_on_details_of_the_chat_template(
+    other_layouts: list[Step37MultimodalTemplate], drawn: tuple[list[Any], list[Any]]
+) -> None:
+    for template in other_layouts:
+        assert_as_the_oracle(template, *drawn)
+
+
 @given(drawn=st.lists(conversations(), min_size=1, max_size=4))
 def test_image_k_of_a_pack_lands_in_the_sample_that_owns_it(
     template: Step37MultimodalTemplate, drawn: list[tuple[list[Any], list[Any]]]

@@ -177,14 +177,14 @@ def schedule(count: int) -> dict[str, float]:
 
 
 def schedule_here(count: int) -> dict[str, float]:
-    import resource
-
     def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not ru_maxrss, which counts the parent of a forked process too.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
     lengths = np.random.default_rng(0).integers(190, 260, count)
     # Whatever is loaded or started once.
-    few = lengths[:5000]
+    few = lengths[:20_000]
     pack(draw_schedule([few], [float(len(few))], ["random"])[2], MAX_LENGTH, "drop")
     plain_schedule(few.tolist(), MAX_LENGTH)
     begin = time.perf_counter()

@@ -85,6 +85,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self.transform = transform
         self.max_length = max_length
         self.position = 0
+        self._fingerprint = ""
         lengths = [
             probe_lengths(
                 dataset,
@@ -194,6 +195,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def schedule_fingerprint(self) -> str:
         """Hex digest of which sample stands where in which pack."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.blake2b(digest_size=16)
         for array in (
             self.piece_domains,
@@ -202,7 +205,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             self._ranges.counts,
         ):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 def draw_schedule(

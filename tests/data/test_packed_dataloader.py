@@ -433,7 +433,7 @@ def test_every_token_of_an_epoch_is_in_exactly_one_pack(epochs: int) -> None:
 
 
 SCHEDULE_SCRIPT = """
-import resource, sys, time
+import pathlib, sys, time
 import numpy as np
 from step37_data.packed_dataloader import draw_schedule
 from step37_data.packing import pack
@@ -441,7 +441,9 @@ lengths = np.random.default_rng(0).integers(190, 260, int(sys.argv[1]))
 begin = time.perf_counter()
 _, _, sizes = draw_schedule([lengths], [float(len(lengths))], ["random"])
 pack(sizes, 2048, "drop")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which counts the parent of a forked process too.
+status = pathlib.Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
 print(time.perf_counter() - begin, peak)
 """
 

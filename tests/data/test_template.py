@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import make_tokenizer
 from step37_data.pack_transform import pack_samples
 from step37_data.template import (
     IMAGE_TOKEN_COUNT,
@@ -509,6 +510,24 @@ def test_a_template_survives_pickling(template: Step37MultimodalTemplate) -> Non
     clone = pickle.loads(pickle.dumps(template))
     data = {"conversations": flickr(), "images": ["a.jpg"]}
     assert clone(data)["tokens"].tolist() == template(data)["tokens"].tolist()
+
+
+def test_the_shipped_tokenizer_is_what_its_script_makes(
+    template: Step37MultimodalTemplate, tmp_path: Path
+) -> None:
+    make_tokenizer.save(
+        make_tokenizer.train(
+            make_tokenizer.corpus(TOKENIZER.parent / "flickr8k_mini/train/metadata.csv")
+        ),
+        tmp_path,
+    )
+    made, shipped = (json.loads((folder / "tokenizer.json").read_text())
+                     for folder in (tmp_path, TOKENIZER))  # fmt: skip
+    assert made["model"] == shipped["model"]
+    assert made["added_tokens"] == shipped["added_tokens"]
+    config = "tokenizer_config.json"
+    assert (tmp_path / config).read_text() == (TOKENIZER / config).read_text()
+    assert template.tokenizer.bos_token_id == 0
 
 
 def test_the_length_of_a_sample_is_its_tokens_less_one() -> None:

@@ -33,6 +33,7 @@ from step37_data.tokens import (
 
 logger = logging.getLogger(__name__)
 
+IMAGE_SIZE = 728
 CROP_SIZE = 504
 MAX_SIDE = 3024
 

@@ -19,7 +19,7 @@ from PIL import Image
 from step37_data.multicrop import CropPlan, Window
 from step37_kernels._dispatch import Impl
 from step37_kernels.pixels import Crop, RaggedImages, clip_normalize
-from step37_kernels.resize_uint8 import resize_uint8
+from step37_kernels.resize import resize_uint8
 
 PixelOrder = Literal["pillow", "serving"]
 PIXEL_ORDERS = get_args(PixelOrder)

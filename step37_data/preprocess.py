@@ -48,7 +48,7 @@ def load_images(
     Args:
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
-            is decoded once, however many windows it has.
+            is decoded, and told to ``broken``, once, however many windows it has.
         image_size, patch_image_size: side in pixels of the images of either type.
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.
@@ -60,8 +60,8 @@ def load_images(
             last resize as the model's own processor makes it, normalised first and then resized
             with antialiasing in fp32, an image at a time. Pillow rounds to 8 bits after each of
             its two passes, serving never: on photographs resized to 728 the two were at most 1.01
-            of 255 levels apart, 0.23 on average, and 55 % of the bf16 values differed; of windows
-            that have 504 pixels already, none.
+            of 255 levels apart in fp32, 0.23 on average, and 55 % of the bf16 values differed. A
+            window that has 504 pixels already is the same in both.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.

@@ -120,8 +120,9 @@ class Step37Flickr8kSFTDataProvider(_Base):
 
     multicrop: bool = False
     """See pictures as the model was trained to: in crops besides the full image. Samples become
-    longer (a photograph of 500×333 takes 337 tokens in place of 171, one of 1920×1080 takes 836)
-    and their lengths are read from the headers of the image files."""
+    longer: a photograph of 500×333 takes 337 tokens in place of 171, one of 1920×1080 takes 836,
+    one of 4032×3024 takes 2665, which needs a larger ``max_packing_seqlen``. Lengths are read from
+    the headers of the image files."""
 
     max_packing_seqlen: int = 2048
     """Tokens in a pack."""

@@ -535,6 +535,33 @@ def test_cached_lengths_know_the_size_of_the_picture(folder, picture, tmp_path):
     assert (keys == keys[0]).all(), "without crops the picture's size decides nothing"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: host synchronisation")
+@pytest.mark.parametrize("order", ["pillow", "serving"])
+def test_the_host_never_waits_for_the_device(template, picture, order):
+    paths = [picture(*size) for size in SIZES]
+    data = {"conversations": conversation("<image>" * len(paths)), "images": paths}
+    packed = pack_samples([template(data)])
+    for _ in range(3):
+        run(template, packed, pixel_order=order)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(template, packed, pixel_order=order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: on the CPU it is the rule")
+def test_where_pillow_has_to_resize_the_crops_are_the_same(picture, monkeypatch):
+    entries = [*entries_of(picture(1920, 1080)), *entries_of(picture(3100, 1500))]
+    wanted = load(entries)
+    monkeypatch.setattr(crop_stacks, "kernels_match_pillow", lambda: False)
+    for (got, _), (expected, _) in zip(load(entries), wanted, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_stacks_of_nothing_are_empty():
     stacks: list[tuple[list[View], int]] = [([], 8), ([], 4)]
     for order in ("pillow", "serving"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from step37_kernels import reference_pixels
 from step37_kernels.pixels import RaggedImages
-from step37_kernels.resize_uint8 import resize_uint8
+from step37_kernels.resize import resize_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLS = ("triton", "torch")

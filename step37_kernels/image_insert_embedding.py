@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from step37_kernels._dispatch import Impl
 from step37_kernels.insert import InsertPlan, insert_rows, plan_runs, project_and_insert
+from step37_kernels.parallel import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,8 @@ class ImageInsertEmbedding(nn.Module):
             every forward. Off, differing numbers are paired up to the smaller one and logged as a
             warning (on CUDA by a later forward, once the counts have arrived), and cut or
             overlapping spans are taken as they are.
+        layout: which rows of the sequence this rank holds, under sequence or context parallelism;
+            None for all. ``forward`` takes the whole ``input_ids`` all the same.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
+        layout: SequenceLayout | None = None,
     ) -> None:
         super().__init__()
         if impl not in ("auto", "triton", "torch"):
@@ -176,6 +180,11 @@ class ImageInsertEmbedding(nn.Module):
             nn.init.zeros_(self.align_projector.bias)
         self.impl = impl
         self.strict = strict
+        self.layout = layout
+        if layout is not None and layout.sequence_parallel_group is not None:
+            for parameter in self.align_projector.parameters():
+                # Each rank's gradient is that of its own rows; Megatron sums those so marked.
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}, strict={self.strict}"
@@ -243,7 +252,11 @@ class ImageInsertEmbedding(nn.Module):
                 ``strict``, a batch whose tokens and features do not fit.
         """
         _count_watch.poll()
-        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.layout is None:
+            embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+            positions = None
+        else:
+            embeddings, positions = self._look_up_shard(input_ids, position_ids)
         if not images:
             return embeddings
         unshared = _is_unshared(embeddings)
@@ -270,6 +283,23 @@ class ImageInsertEmbedding(nn.Module):
             _count_watch.watch(plan)
         if not features:
             return embeddings
+        if self.layout is not None and positions is not None:
+            plan = plan.shard(positions)
+            features = [self.layout.complete_gradient(tensor) for tensor in features]
         return project_and_insert(
             embeddings, features, weight, bias, plan, inplace=unshared, impl=self.impl
         )
+
+    def _look_up_shard(
+        self, input_ids: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's word embeddings, and their positions in the whole sequence."""
+        assert self.layout is not None
+        seq_len = input_ids.shape[1]
+        looked_up = self.layout.positions_looked_up(seq_len, input_ids.device)
+        if looked_up is not None:
+            input_ids = input_ids.index_select(1, looked_up)
+            if position_ids is not None:
+                position_ids = position_ids.index_select(1, looked_up)
+        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+        return self.layout.shard(embeddings, seq_len, looked_up)

@@ -7,6 +7,7 @@ feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,14 @@ class InsertPlan:
     """``[G]`` int32: start tokens of each group in ``input_ids``."""
     runs: Runs
     """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
+    local_rows: Tensor | None = None
+    """Of a plan cut by :meth:`shard`: ``[M]`` int32, the feature row that each entry of
+    ``destinations`` (then ``[M]``) is about, −1 past the last; None where it is every row."""
 
     @property
     def num_rows(self) -> int:
         """R, the rows of all features of all groups."""
-        return self.destinations.shape[0]
+        return num_rows(self.runs)
 
     @property
     def row_counts(self) -> tuple[tuple[int, ...], ...]:
@@ -95,6 +99,44 @@ class InsertPlan:
             if count != len(rows)
         ]
 
+    def shard(self, positions: Tensor) -> InsertPlan:
+        """The plan of a rank that holds only some rows of the sequence.
+
+        No more rows than positions can land there, so M = min(R, S_local · B) rows are projected,
+        whatever their number turns out to be: nothing waits for the device.
+
+        Args:
+            positions: ``[S_local]`` integers, the position in the whole sequence of each local row;
+                no position twice.
+
+        Returns:
+            A plan for ``[S_local, B, H]``: ``row_at``, ``destinations`` and ``local_rows`` are this
+            rank's; ``starts`` and ``found`` stay those of the whole.
+
+        Raises:
+            ValueError: ``positions`` is not one-dimensional, or this plan is a shard already.
+        """
+        if positions.ndim != 1:
+            raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
+        if self.local_rows is not None:
+            raise ValueError("plan: already the plan of a shard")
+        row_at = self.row_at.index_select(0, positions)
+        capacity = min(self.num_rows, row_at.numel())
+        flat = row_at.flatten().long()
+        # Rows in order: number those that land here, and let one slot past the end take the rest.
+        lands = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=flat.device)
+        lands = lands.index_fill(0, torch.where(flat < 0, self.num_rows, flat), True)[:-1]
+        slot_of_row = torch.where(lands, lands.cumsum(0) - 1, capacity)
+        everyone = torch.arange(self.num_rows, dtype=torch.int32, device=flat.device)
+        local_rows = everyone.new_full((capacity + 1,), -1).scatter(0, slot_of_row, everyone)[:-1]
+        slot_of_row = torch.cat([slot_of_row, slot_of_row.new_full((1,), capacity)])
+        slots = slot_of_row[flat]
+        here = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
+        destinations = here.new_full((capacity + 1,), -1).scatter(0, slots, here)[:-1]
+        return dataclasses.replace(
+            self, row_at=row_at, destinations=destinations, local_rows=local_rows
+        )
+
     def check(self) -> None:
         """Raise on what a correct batch never has. Waits for the device.
 
@@ -103,6 +145,8 @@ class InsertPlan:
                 its sequence; two spans overlap. The message names group, feature and position.
         """
         problems = self.count_mismatches(self.found.tolist())
+        if self.local_rows is not None:
+            raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
         starts = iter(self.starts.tolist())
         spans: dict[int, list[tuple[int, int, str]]] = {}
         for (token, _), rows in zip(self.runs, self.row_counts, strict=True):
@@ -209,6 +253,8 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     seq_len, batch_size, hidden = embeddings.shape
     num_positions = seq_len * batch_size
+    if plan.local_rows is not None:
+        rows = rows.index_select(0, plan.local_rows.clamp_min(0))
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
@@ -231,6 +277,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         bias: Tensor | None,
         destinations: Tensor,
         row_at: Tensor,
+        local_rows: Tensor | None,
         inplace: bool,
         *features: Tensor,
     ) -> Tensor:
@@ -246,13 +293,18 @@ class _ProjectAndInsert(torch.autograd.Function):
             x = features[0].view(-1, features[0].shape[2])
         else:
             x = library.pack_rows(list(features))
+        if local_rows is not None:
+            x = x.index_select(0, local_rows.clamp_min(0))
+            # Unused entries: zero, so that nothing of row 0 gets into the weight's gradient.
+            x = x.masked_fill_((local_rows < 0)[:, None], 0)
         library.project_scatter(x, weight, bias, destinations, out)
 
-        need_embeddings, need_weight, need_bias, _, _, _, *need_features = ctx.needs_input_grad
+        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
         ctx.need_rows = need_weight or need_bias or any(need_features)
         ctx.save_for_backward(
             row_at if need_embeddings else None,
             destinations if ctx.need_rows else None,
+            local_rows if any(need_features) else None,
             x if need_weight else None,
             weight if any(need_features) else None,
         )
@@ -263,8 +315,8 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        need_embeddings, need_weight, need_bias, _, _, _, *need_features = ctx.needs_input_grad
-        row_at, destinations, x, weight = ctx.saved_tensors
+        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
+        row_at, destinations, local_rows, x, weight = ctx.saved_tensors
         grad_embeddings = library.embedding_grad(grad_output, row_at) if need_embeddings else None
         grad_weight = grad_bias = None
         grad_features: list[Tensor | None] = [None] * len(need_features)
@@ -274,13 +326,14 @@ class _ProjectAndInsert(torch.autograd.Function):
             if need_weight:
                 grad_weight = library.grad_weight(rows, x)
             if any(need_features):
-                grad_features = _grad_features(rows, weight, ctx.shapes, need_features)
-        return (grad_embeddings, grad_weight, grad_bias, None, None, None, *grad_features)
+                grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
+        return (grad_embeddings, grad_weight, grad_bias, None, None, None, None, *grad_features)
 
 
 def _grad_features(
     rows: Tensor,
     weight: Tensor,
+    local_rows: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -294,7 +347,13 @@ def _grad_features(
     begins = [0, *ends[:-1]]
     positions = [i for i, need in enumerate(needed) if need]
     first, last = begins[positions[0]], ends[positions[-1]]
-    grads = library.grad_features(rows[first:last], weight)
+    if local_rows is None:
+        grads = library.grad_features(rows[first:last], weight)
+    else:
+        local = library.grad_features(rows, weight)
+        slots = torch.where(local_rows < 0, end, local_rows).long()
+        # The row past the end takes the unused entries.
+        grads = local.new_zeros(end + 1, local.shape[1]).index_copy_(0, slots, local)[first:last]
     return [
         grads[begin - first : end - first].view(shape) if need else None
         for begin, end, shape, need in zip(begins, ends, shapes, needed, strict=True)
@@ -414,6 +473,7 @@ def project_and_insert(
         bias if bias is None else bias.contiguous(),
         plan.destinations,
         plan.row_at,
+        plan.local_rows,
         inplace,
         *rows,
     )

@@ -225,6 +225,18 @@ def test_an_index_error_of_a_data_set_is_not_its_end() -> None:
         loader_of([], datasets=[EndsEarly([1, 1, 1, 1])])
 
 
+def test_a_sample_whose_length_has_changed_since_is_reported_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loader = loader_of([4, 5, 6], dataset_sampling="sequential")
+    loader[0]
+    assert "tokens now" not in caplog.text
+    loader.datasets[0].lengths[1] = 8
+    for _ in range(2):
+        assert len(loader[0][1]) == 8
+    assert caplog.text.count("datasets[0][1] has 8 tokens now and had 5 when the packs") == 1
+
+
 def test_a_loader_survives_pickling_with_its_position() -> None:
     loader = loader_of([4, 5, 6, 7])
     list(itertools.islice(loader.iterate(), 2))

@@ -1,8 +1,8 @@
 """A pack of 1920×1080 pictures in crops: the serving processor's way on the host against ours.
 
 ``python -m bench.multicrop`` checks first that everything timed computes the same bits, then prints
-Markdown tables. On a CUDA device it also times the stages of the device by themselves, and the
-insertion of the pack's rows (81 a crop, 169 a full image).
+Markdown tables. On a CUDA device it also times the stages of the device by themselves. What the
+insertion of such a pack's rows takes is shown by ``python -m bench insert --shapes multicrop``.
 """
 
 from __future__ import annotations
@@ -34,14 +34,11 @@ from step37_data.decode import decode, map_threads
 from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
 from step37_data.multicrop_pixels import PixelOrder, prepare_on_device
 from step37_data.preprocess import load_images
-from step37_kernels import RaggedImages, plan_insert, project_and_insert, reference
+from step37_kernels import RaggedImages
 from step37_kernels.pixels import resize_clip_normalize
-from step37_kernels.testing import InsertCase, deviation, expected, make_insert_case
 
 SIZE = (1920, 1080)
 PICTURES = 9
-HIDDEN, WIDTH = 4096, 6144
-IM_START, PATCH_START, WORD = 128000, 128003, 11
 BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -190,69 +187,6 @@ def device_rows(paths: Sequence[str], plan: CropPlan) -> Iterator[Row]:
         yield Row(name=name, seconds=median_device_seconds(call), images=n, moved=moved)
 
 
-def insert_case(
-    plan: CropPlan, pictures: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device
-) -> InsertCase:
-    """The rows of a pack: every picture its crops, then its full image, as in the text."""
-    ids = [WORD] * 8
-    for _ in range(pictures):
-        for _ in plan.windows:
-            ids += [PATCH_START] + [WORD] * 82
-        ids += [WORD] * sum(plan.newline_mask)
-        ids += [IM_START] + [WORD] * 170
-    ids += [WORD] * (-len(ids) % 64)
-    return make_insert_case(
-        torch.tensor([ids]),
-        [(PATCH_START, [(pictures * len(plan.windows), 81)]), (IM_START, [(pictures, 169)])],
-        hidden=hidden,
-        width=width,
-        seed=0,
-        dtype=dtype,
-        layout="channels-first",
-        device=device,
-    )
-
-
-def insert_ours(case: InsertCase) -> torch.Tensor:
-    plan = plan_insert(case.input_ids, case.plan_groups)
-    return project_and_insert(case.embeddings, case.features, case.weight, case.bias, plan)
-
-
-def insert_eager(case: InsertCase) -> torch.Tensor:
-    """A group at a time: project, clone the embeddings, write feature after feature."""
-    return reference.image_insert_embedding(
-        case.embeddings, case.input_ids, case.groups, case.weight, case.bias
-    )
-
-
-def check_insert(plan: CropPlan, device: torch.device) -> None:
-    case = insert_case(plan, 1, 64, 96, torch.float32, device)
-    wanted = expected(case)
-    worst, share = deviation(insert_ours(case), wanted.output, wanted.output_bound)
-    if share > 1:
-        raise AssertionError(f"insert: off by {worst:.3g}, {share:.3g} of what rounding allows")
-
-
-def insert_rows(plan: CropPlan, device: torch.device) -> Iterator[Row]:
-    case = insert_case(plan, PICTURES, HIDDEN, WIDTH, torch.bfloat16, device)
-    leaves = [case.embeddings, case.weight, *case.leaves]
-
-    def train(insert: Callable[[InsertCase], torch.Tensor]) -> None:
-        torch.autograd.grad(insert(case), leaves, case.grad_output)
-
-    for name, insert in (("eager", insert_eager), ("ours", insert_ours)):
-        yield Row(
-            name=f"{name}: forward",
-            seconds=median_device_seconds(functools.partial(insert, case)),
-            images=PICTURES,
-        )
-        yield Row(
-            name=f"{name}: forward and backward",
-            seconds=median_device_seconds(functools.partial(train, insert)),
-            images=PICTURES,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=4.0, help="seconds a host row may take")
@@ -275,21 +209,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder), PICTURES)
         check(paths[:2], plan, device)
-        check_insert(plan, device)
         print(
             f"{PICTURES} pictures of {SIZE[0]} × {SIZE[1]}, {len(plan.windows)} crops each, from "
             "files to bf16, wall time\n"
         )
         print_rows(host_rows(paths, plan, device, options.budget), None)
         if device.type != "cuda":
-            print("The stages of the device and the insertion are timed on a CUDA device only.")
+            print("The stages of the device are timed on a CUDA device only.")
             return
         bandwidth = copy_bandwidth()
         print(f"The stages on the GPU (a copy: {bandwidth / 1e9:.0f} GB/s, read plus written)\n")
         print_rows(device_rows(paths, plan), bandwidth)
-        rows = PICTURES * (len(plan.windows) * 81 + 169)
-        print(f"Insertion of {rows} rows, H = {HIDDEN}, C = {WIDTH}, bf16\n")
-        print_rows(insert_rows(plan, device), None)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 
 from step37_data.tokens import (
     IMAGE_END_TOKEN,
+    IMAGE_ITEM_TYPE,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
     IMAGE_TOKEN_COUNT,
     PATCH_END_TOKEN,
+    PATCH_ITEM_TYPE,
     PATCH_NEWLINE_TOKEN,
     PATCH_START_TOKEN,
     PATCH_TOKEN_COUNT,
@@ -229,3 +231,40 @@ def plan_file(path: str) -> CropPlan:
     except DECODE_ERRORS as error:
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)
+
+
+class SampleImages:
+    """The images of a sample, dealt out to its placeholders in their order.
+
+    Attributes:
+        given: ``(path, item type)`` of the sample.
+    """
+
+    def __init__(self, given: Sequence[tuple[str, int]]) -> None:
+        self.given: list[ImageEntry] = list(given)
+        self._left = {
+            wanted: [path for path, kind in reversed(given) if kind == wanted]
+            for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
+        }
+        self._dealt: list[ImageEntry] = []
+
+    @property
+    def seen(self) -> list[ImageEntry]:
+        """What the placeholders stand for, and images that no placeholder was left for."""
+        surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
+        return [*self._dealt, *surplus]
+
+    def see_whole(self, kind: int) -> None:
+        """Deal out the next file of ``kind`` as it is; where none is left, none."""
+        if self._left[kind]:
+            self._dealt.append((self._left[kind].pop(), kind))
+
+    def see_in_crops(self) -> tuple[bool, ...]:
+        """Deal out the windows of the next image, where one is left; the mask of its newlines."""
+        if not self._left[IMAGE_ITEM_TYPE]:
+            return ()
+        path = self._left[IMAGE_ITEM_TYPE].pop()
+        plan = plan_file(path)
+        self._dealt += [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
+        self._dealt.append((path, IMAGE_ITEM_TYPE, plan.full_window))
+        return plan.newline_mask

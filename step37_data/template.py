@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from step37_data.multicrop import ImageEntry, plan_file, token_runs
+from step37_data.multicrop import ImageEntry, SampleImages, token_runs
 from step37_data.tokens import (
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -174,7 +174,7 @@ class Step37MultimodalTemplate:
                 agree in number. The message names the message, the text and the position.
         """
         rows: list[int] = []
-        images = _Images(self._image_items(data.get("images")))
+        images = SampleImages(self._image_items(data.get("images")))
         messages = self._expand_messages(data["conversations"], rows, images)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("conversations: a sample must end with an assistant message")
@@ -264,7 +264,7 @@ class Step37MultimodalTemplate:
         return self._generation_prompts[reasoning_effort]
 
     def _expand_messages(
-        self, conversations: Sequence[Mapping[str, Any]], rows: list[int], images: _Images
+        self, conversations: Sequence[Mapping[str, Any]], rows: list[int], images: SampleImages
     ) -> list[dict[str, Any]]:
         """Messages with one ``<im_patch>`` per placeholder; ``rows`` gets the number it stands for.
 
@@ -290,7 +290,7 @@ class Step37MultimodalTemplate:
             messages.append(message)
         return messages
 
-    def _expand(self, rows: list[int], images: _Images, text: str, where: str) -> str:
+    def _expand(self, rows: list[int], images: SampleImages, text: str, where: str) -> str:
         spelled_out = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
         self._refuse_reserved(
             text, where, self._multicrop_markup if spelled_out else _IMAGE_PLACEHOLDER_ONLY
@@ -310,7 +310,7 @@ class Step37MultimodalTemplate:
             IMAGE_PLACEHOLDER, f"{self.image_start_token}{self.image_token}{self.image_end_token}"
         )
 
-    def _expand_crops(self, rows: list[int], images: _Images) -> str:
+    def _expand_crops(self, rows: list[int], images: SampleImages) -> str:
         runs = token_runs(
             images.see_in_crops(),
             image_token=self.image_token,
@@ -443,43 +443,6 @@ class Step37MultimodalTemplate:
             length,
             self.max_sequence_length + 1,
         )
-
-
-class _Images:
-    """The images of a sample, dealt out to its placeholders in their order.
-
-    Attributes:
-        given: ``(path, item type)`` of the sample.
-    """
-
-    def __init__(self, given: list[tuple[str, int]]) -> None:
-        self.given = given
-        self._left = {
-            wanted: [path for path, kind in reversed(given) if kind == wanted]
-            for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
-        }
-        self._dealt: list[ImageEntry] = []
-
-    @property
-    def seen(self) -> list[ImageEntry]:
-        """What the placeholders stand for, and images that no placeholder was left for."""
-        surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
-        return [*self._dealt, *surplus]
-
-    def see_whole(self, kind: int) -> None:
-        """Deal out the next file of ``kind`` as it is; where none is left, none."""
-        if self._left[kind]:
-            self._dealt.append((self._left[kind].pop(), kind))
-
-    def see_in_crops(self) -> tuple[bool, ...]:
-        """Deal out the windows of the next image, where one is left; the mask of its newlines."""
-        if not self._left[IMAGE_ITEM_TYPE]:
-            return ()
-        path = self._left[IMAGE_ITEM_TYPE].pop()
-        plan = plan_file(path)
-        self._dealt += [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
-        self._dealt.append((path, IMAGE_ITEM_TYPE, plan.full_window))
-        return plan.newline_mask
 
 
 def _load_tokenizer(path: str) -> Any:

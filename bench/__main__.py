@@ -1,7 +1,7 @@
 """``python -m bench [subjects…]``: measure, print a table, keep JSON, Markdown and plots.
 
-Subjects: plan, step, insert, normalize, resize, data; all of them by default. Those that need a
-GPU say so where there is none.
+Subjects: plan, step, insert, normalize, resize, multicrop, data; all of them by default. Those that
+need a GPU say so where there is none.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ SUBJECTS = {
     "insert": Subject("bench.insert", needs_gpu=True),
     "normalize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "resize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
+    "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),
     "data": Subject("bench.data", program=True, quick=("--quick",)),
 }
 

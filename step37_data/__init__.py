@@ -23,6 +23,8 @@ _MODULE_OF = {
     "pack": "packing",
     "pack_best_fit": "packing",
     "MixedPackedDataloader": "packed_dataloader",
+    "CropPlan": "multicrop",
+    "plan_crops": "multicrop",
     "get_position_id_from_cu_seqlens": "pack_transform",
     "pack_samples": "pack_transform",
     "IMAGE_ITEM_TYPE": "preprocess",

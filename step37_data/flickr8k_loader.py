@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from step37_data.lengths import write_atomically
+from step37_data.multicrop import plan_file
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import (
     IMAGE_PLACEHOLDER,
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _ORIGIN_FILE = ".cache/step37_origin.json"
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
+# They wait for the file system, not for a core.
+_HEADER_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +81,30 @@ class Step37Flickr8kDataset:
         return self.template.fingerprint()
 
     def sample_keys(self) -> np.ndarray:
-        """uint64 ``[N, 2]``: what decides a sample's length, prompt and caption, hashed."""
+        """uint64 ``[N, 2]``: what decides a sample's length, hashed.
+
+        Prompt and caption; with the template's multicrop the picture's size too, for which the
+        header of every file is read.
+        """
         prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
+        # A template of the user's own need not know of crops.
+        sizes = self._picture_sizes() if getattr(self.template, "multicrop", False) else None
         digests = bytearray()
-        for sample in self.samples:
+        for number, sample in enumerate(self.samples):
             digest = prompt.copy()
             digest.update(b"\0" + sample.caption.encode())
+            if sizes is not None:
+                digest.update(b"\0%d %d" % sizes[number])
             digests += digest.digest()
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
+
+    def _picture_sizes(self) -> list[tuple[int, int]]:
+        paths = [str(sample.image_path) for sample in self.samples]
+        rewrite = self.template.path_rewrite_fn
+        if rewrite is not None:
+            paths = [rewrite(path) for path in paths]
+        with ThreadPoolExecutor(_HEADER_READERS) as pool:
+            return [plan.size for plan in pool.map(plan_file, paths)]
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Without ``--pack`` it describes the data set (lengths, fill of both packings, dropped samples,
 broken images); with ``--pack N`` one pack, as a table and, with ``--out``, as a picture. It reads
-what is in the folder and downloads nothing.
+what is in the folder and downloads nothing. ``--picture FILE`` needs no folder: it shows how
+multicrop sees one image file (canvas, windows, token layout).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from step37_data.crop_picture import describe_picture, draw_crops
 from step37_data.decode import DECODE_ERRORS, default_threads, read_rgb
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
+from step37_data.multicrop import picture_size
 from step37_data.pack_picture import PackDescription, describe_pack, draw_pack
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader, Packing
@@ -37,12 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``step37-data``; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        dataset = _open(options)
-        if options.pack is None:
-            lines = _describe_dataset(dataset, options)
-        else:
-            lines = _describe_pack(dataset, options)
-        for line in lines:
+        for line in _describe(options):
             print(line)
     except (OSError, ValueError) as error:
         print(f"step37-data: {error}", file=sys.stderr)
@@ -60,10 +58,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = inspect.add_argument
-    add("cache_dir", type=Path, help="folder in the layout of the data set")
-    add("--tokenizer", required=True, help="folder of the tokenizer")
+    add("cache_dir", type=Path, nargs="?", help="folder in the layout of the data set")
+    add("--tokenizer", help="folder of the tokenizer")
+    add("--picture", type=Path, metavar="FILE", help="show how multicrop sees this image file")
     add("--pack", type=int, metavar="N", help="show this pack instead of the data set")
-    add("--out", type=Path, metavar="FILE", help="with --pack: write its picture, such as p.png")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="with --pack or --picture: draw it into this file, such as p.png",
+    )
+    add("--multicrop", action="store_true", help="see images in crops")
     add("--split", default="train")
     add("--sample-count", type=int, metavar="N", help="look at the first N samples only")
     add("--caption-key", default="caption_0", metavar="COLUMN")
@@ -79,13 +84,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe(options: argparse.Namespace) -> Iterator[str]:
+    if options.picture is not None:
+        yield from _describe_picture(str(options.picture), options.out)
+        return
+    if options.cache_dir is None or options.tokenizer is None:
+        raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
+    dataset = _open(options)
+    describe = _describe_dataset if options.pack is None else _describe_pack
+    yield from describe(dataset, options)
+
+
+def _describe_picture(path: str, out: Path | None) -> Iterator[str]:
+    try:
+        size = picture_size(path)
+        drawing = None if out is None else draw_crops(path)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    yield from describe_picture(path, size)
+    if drawing is not None:
+        drawing.save(out)
+        yield f"drawing   {out}"
+
+
 def _open(options: argparse.Namespace) -> Step37Flickr8kDataset:
     metadata = options.cache_dir / options.split / "metadata.csv"
     samples = read_flickr8k_metadata(metadata, options.caption_key, options.sample_count)
     if not samples:
         raise ValueError(f"{metadata}: no row has a file_name and a {options.caption_key}")
     template = Step37MultimodalTemplate(
-        tokenizer_path=options.tokenizer, max_sequence_length=options.max_length
+        tokenizer_path=options.tokenizer,
+        max_sequence_length=options.max_length,
+        multicrop=options.multicrop,
     )
     return Step37Flickr8kDataset(samples, template, options.prompt)
 

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from step37_data.decode import DECODE_ERRORS, read_rgb
+from step37_data.multicrop import Window, plan_crops
+from step37_data.multicrop_pixels import canvas_image, cut, full_image
 from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 _BACKGROUND, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (120, 120, 120)
@@ -26,12 +28,17 @@ _MARGIN, _HEADER, _THUMBNAIL, _LABEL = 16, 44, 112, 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpan:
-    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens."""
+    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens.
+
+    Attributes:
+        window: of a picture seen in crops, else None.
+    """
 
     start: int
     end: int
     path: str
     kind: int
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +107,20 @@ def describe_pack(
     images: list[ImageSpan] = []
     for kind, (token, rows) in start_tokens.items():
         starts = np.flatnonzero(tokens == token) + 1
-        paths = [path for path, its_kind in packed["image_paths"] if its_kind == kind]
-        if len(starts) != len(paths):
+        entries = [entry for entry in packed["image_paths"] if entry[1] == kind]
+        if len(starts) != len(entries):
             raise ValueError(
-                f"pack {index}: {len(starts)} start tokens {token} for {len(paths)} image paths"
+                f"pack {index}: {len(starts)} start tokens {token} for {len(entries)} image paths"
             )
         images += [
-            ImageSpan(start=start, end=start + rows, path=path, kind=kind)
-            for start, path in zip(starts.tolist(), paths, strict=True)
+            ImageSpan(
+                start=start,
+                end=start + rows,
+                path=path,
+                kind=kind,
+                window=window[0] if window else None,
+            )
+            for start, (path, _, *window) in zip(starts.tolist(), entries, strict=True)
         ]
     images.sort(key=lambda image: image.start)
     segments = []
@@ -153,7 +166,7 @@ def draw_pack(pack: PackDescription) -> Image.Image:
         draw.text((left + 15, 26), name, _INK, font)
         left += 30 + int(draw.textlength(name, font))
 
-    thumbnails = [_thumbnail(image.path) for _, image in images]
+    thumbnails = [_thumbnail(image) for _, image in images]
     broken = {image.path for (_, image), small in zip(images, thumbnails, strict=True) if not small}
     colours = _token_colours(pack, lines * _TOKENS_A_LINE, length, broken)
     for line in range(lines):
@@ -207,10 +220,13 @@ def _place(token: int) -> tuple[int, int]:
     return _MARGIN + column * _TOKEN_WIDTH, line
 
 
-def _thumbnail(path: str) -> Image.Image | None:
+def _thumbnail(image: ImageSpan) -> Image.Image | None:
     try:
-        picture = read_rgb(path)
+        picture = read_rgb(image.path)
     except DECODE_ERRORS:  # shown in the picture as unreadable
         return None
+    if image.kind == PATCH_ITEM_TYPE and image.window is not None:
+        plan = plan_crops(*picture.size)
+        picture = cut(canvas_image(full_image(picture, plan), plan), image.window)
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return picture

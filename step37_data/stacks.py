@@ -74,7 +74,7 @@ def load_stacks(
     )
     pixels = [each.pixels for each in decoded]
     if not on_host:
-        uploaded = _upload(pixels, device)
+        uploaded = upload(pixels, device)
     result, start = [], 0
     for paths, side in stacks:
         end = start + len(paths)
@@ -133,7 +133,7 @@ def decode_all(
     return decoded
 
 
-def _upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> RaggedImages:
+def upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> RaggedImages:
     """Copy ``[h, w, 3]`` pictures into one buffer on a CUDA device, on a stream for copies.
 
     PyTorch's pinned allocator hands the staging buffer out again once its copy is done.

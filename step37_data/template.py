@@ -19,25 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from step37_data.multicrop import ImageEntry, SampleImages, token_runs
+from step37_data.tokens import (
+    IMAGE_END_TOKEN,
+    IMAGE_ITEM_TYPE,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_COUNT,
+    MULTICROP_IMAGE_PLACEHOLDER,
+    MULTICROP_PATCH_PLACEHOLDER,
+    PATCH_END_TOKEN,
+    PATCH_ITEM_TYPE,
+    PATCH_NEWLINE_TOKEN,
+    PATCH_START_TOKEN,
+    PATCH_TOKEN_COUNT,
+)
+
 logger = logging.getLogger(__name__)
 
-IMAGE_PLACEHOLDER = "<image>"
-MULTICROP_IMAGE_PLACEHOLDER = "<@image@>"
-MULTICROP_PATCH_PLACEHOLDER = "<#image#>"
-IMAGE_TOKEN = "<im_patch>"
-IMAGE_START_TOKEN = "<im_start>"
-IMAGE_END_TOKEN = "<im_end>"
-PATCH_START_TOKEN = "<patch_start>"
-PATCH_NEWLINE_TOKEN = "<patch_newline>"
-PATCH_END_TOKEN = "<patch_end>"
 THINK_TOKENS = ("<think>", "</think>")
-IMAGE_TOKEN_COUNT = 169
-PATCH_TOKEN_COUNT = 81
-
-# The same numbers as step37_data.preprocess, which decodes the files; importing them from there
-# would load Pillow for tokenising.
-IMAGE_ITEM_TYPE = 0
-PATCH_ITEM_TYPE = 1
 
 _PLACEHOLDERS = (IMAGE_PLACEHOLDER, MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
 _IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})
@@ -46,14 +47,16 @@ _MULTICROP_PLACEHOLDERS = re.compile(
 )
 # Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
 _TEMPLATE_VERSION = 1
+_MULTICROP_VERSION = 1
 
 
 class MultimodalSFTSample(dict[str, Any]):
     """One tokenised conversation.
 
     Items: ``tokens`` int64 ``[n]``, ``loss_mask`` float32 ``[n]``, ``image_paths`` (list of
-    ``(path, item type)``). ``len()`` is its length in training, n − 1 and never below 0, because
-    inputs are ``tokens[:-1]`` and labels ``tokens[1:]``.
+    ``(path, item type)``, with multicrop of ``(path, item type, window)``). ``len()`` is its length
+    in training, n − 1 and never below 0, because inputs are ``tokens[:-1]`` and labels
+    ``tokens[1:]``.
     """
 
     def __len__(self) -> int:
@@ -68,6 +71,11 @@ class Step37MultimodalTemplate:
     and end tokens, and those two become 169 or 81 bare ``<im_patch>``. Texts that spell any other
     special token, and assistant texts that spell a placeholder or image token, are refused: they
     would shift later images or end a turn early.
+
+    With ``multicrop`` one ``<image>`` becomes all that the model was trained to see of a picture:
+    its crops, row by row, each ``<patch_start>``, 81 ``<im_patch>`` and ``<patch_end>``, with a
+    ``<patch_newline>`` between rows; then the full image as above. How many there are is read from
+    the header of the image file (see :mod:`step37_data.multicrop`).
 
     The loss is on the assistant turns after the last user turn; a message with ``loss_mask: 0`` is
     left out. A turn's loss begins after the generation prompt (``<|im_start|>assistant`` and what
@@ -84,6 +92,7 @@ class Step37MultimodalTemplate:
             special tokens; each must be one token of the tokenizer.
         max_sequence_length: a longer sample is logged; packing decides what happens to it.
         path_rewrite_fn: applied to every image path.
+        multicrop: expand ``<image>`` into crops and full image.
 
     Raises:
         ValueError: no tokenizer path, a special token missing from the tokenizer, or a chat
@@ -107,6 +116,7 @@ class Step37MultimodalTemplate:
         patch_end_token: str = PATCH_END_TOKEN,
         max_sequence_length: int = 2048,
         path_rewrite_fn: Callable[[str], str] | None = None,
+        multicrop: bool = False,
     ) -> None:
         if not tokenizer_path:
             raise ValueError("tokenizer_path: expected the folder of a tokenizer, got none")
@@ -126,6 +136,9 @@ class Step37MultimodalTemplate:
         self._special_id(image_end_token)
         self.patch_start_token_id = self._special_id(patch_start_token)
         self._special_id(patch_end_token)
+        self.multicrop = multicrop
+        if multicrop:
+            self._special_id(PATCH_NEWLINE_TOKEN)
         crop_structure = {
             image_start_token,
             image_end_token,
@@ -161,14 +174,15 @@ class Step37MultimodalTemplate:
                 agree in number. The message names the message, the text and the position.
         """
         rows: list[int] = []
-        messages = self._expand_messages(data["conversations"], rows)
+        images = SampleImages(self._image_items(data.get("images")))
+        messages = self._expand_messages(data["conversations"], rows, images)
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("conversations: a sample must end with an assistant message")
         if all(message["role"] != "user" for message in messages):
             raise ValueError("conversations: a sample needs a user message, found none")
-        images = self._image_items(data.get("images"))
+        entries = images.seen if self.multicrop else images.given
         short_ids = self._encode(self._render(messages, False))
-        repeats = self._repeats(short_ids, rows, images)
+        repeats = self._repeats(short_ids, rows, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
             short_mask[start:end] = 1.0
@@ -178,7 +192,7 @@ class Step37MultimodalTemplate:
         return MultimodalSFTSample(
             tokens=torch.from_numpy(ids),
             loss_mask=torch.from_numpy(np.repeat(short_mask, repeats)),
-            image_paths=images,
+            image_paths=entries,
         )
 
     def fingerprint(self) -> str:
@@ -197,6 +211,8 @@ class Step37MultimodalTemplate:
             [self.image_token, self.image_start_token, self.image_end_token],
             [self.patch_start_token, self.patch_end_token],
         ]
+        if self.multicrop:
+            parts.append(["multicrop", _MULTICROP_VERSION])
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -248,7 +264,7 @@ class Step37MultimodalTemplate:
         return self._generation_prompts[reasoning_effort]
 
     def _expand_messages(
-        self, conversations: Sequence[Mapping[str, Any]], rows: list[int]
+        self, conversations: Sequence[Mapping[str, Any]], rows: list[int], images: SampleImages
     ) -> list[dict[str, Any]]:
         """Messages with one ``<im_patch>`` per placeholder; ``rows`` gets the number it stands for.
 
@@ -264,7 +280,7 @@ class Step37MultimodalTemplate:
             where = f"conversations[{number}] ({role})"
             expand = self._refuse_reserved
             if role != "assistant":
-                expand = functools.partial(self._expand, rows)
+                expand = functools.partial(self._expand, rows, images)
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key] = _map_texts(value, expand, where)
@@ -274,24 +290,39 @@ class Step37MultimodalTemplate:
             messages.append(message)
         return messages
 
-    def _expand(self, rows: list[int], text: str, where: str) -> str:
-        multicrop = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
+    def _expand(self, rows: list[int], images: SampleImages, text: str, where: str) -> str:
+        spelled_out = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
         self._refuse_reserved(
-            text, where, self._multicrop_markup if multicrop else _IMAGE_PLACEHOLDER_ONLY
+            text, where, self._multicrop_markup if spelled_out else _IMAGE_PLACEHOLDER_ONLY
         )
-        if multicrop:
-            kinds = _MULTICROP_PLACEHOLDERS.findall(text)
-            rows += [
-                self.image_token_count
-                if kind == MULTICROP_IMAGE_PLACEHOLDER
-                else self.patch_token_count
-                for kind in kinds
-            ]
+        if spelled_out:
+            for placeholder in _MULTICROP_PLACEHOLDERS.findall(text):
+                of_image = placeholder == MULTICROP_IMAGE_PLACEHOLDER
+                rows.append(self.image_token_count if of_image else self.patch_token_count)
+                images.see_whole(IMAGE_ITEM_TYPE if of_image else PATCH_ITEM_TYPE)
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
+        if self.multicrop:
+            pieces = text.split(IMAGE_PLACEHOLDER)
+            expanded = [self._expand_crops(rows, images) + piece for piece in pieces[1:]]
+            return "".join([pieces[0], *expanded])
         rows += [self.image_token_count] * text.count(IMAGE_PLACEHOLDER)
         return text.replace(
             IMAGE_PLACEHOLDER, f"{self.image_start_token}{self.image_token}{self.image_end_token}"
         )
+
+    def _expand_crops(self, rows: list[int], images: SampleImages) -> str:
+        runs = token_runs(
+            images.see_in_crops(),
+            image_token=self.image_token,
+            image_start_token=self.image_start_token,
+            image_end_token=self.image_end_token,
+            patch_start_token=self.patch_start_token,
+            patch_end_token=self.patch_end_token,
+            image_token_count=self.image_token_count,
+            patch_token_count=self.patch_token_count,
+        )
+        rows += [count for token, count in runs if token == self.image_token]
+        return "".join(token for token, _ in runs)
 
     def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
@@ -317,9 +348,7 @@ class Step37MultimodalTemplate:
             items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, kind))
         return items
 
-    def _repeats(
-        self, ids: list[int], rows: list[int], images: list[tuple[str, int]]
-    ) -> np.ndarray:
+    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[ImageEntry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
         places = [place for place, token in enumerate(ids) if token == self._image_id]
         if len(places) != len(rows):
@@ -353,7 +382,7 @@ class Step37MultimodalTemplate:
                     f"conversations: {ids.count(start_id)} start tokens of type {name} for "
                     f"{counts[kind]} placeholders"
                 )
-            paths = [path for path, item in images if item == kind]
+            paths = [entry[0] for entry in images if entry[1] == kind]
             if len(paths) != counts[kind]:
                 raise ValueError(
                     f"images: {len(paths)} files of type {name} for {counts[kind]} placeholders "

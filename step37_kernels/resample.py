@@ -77,10 +77,17 @@ def resize(image: torch.Tensor, size: int, pillow: tuple[int, int]) -> torch.Ten
     Returns:
         uint8 ``[size, size, 3]``.
     """
-    height, width, _ = image.shape
-    if vertical_pass_first(height, width, size, size, pillow):
-        return _filter_axis(_filter_axis(image, size, dim=0), size, dim=1)
-    return _filter_axis(_filter_axis(image, size, dim=1), size, dim=0)
+    return resize_to(image, size, size, pillow)
+
+
+def resize_to(
+    image: torch.Tensor, height: int, width: int, pillow: tuple[int, int]
+) -> torch.Tensor:
+    """As :func:`resize`, to ``[height, width, 3]``."""
+    in_height, in_width, _ = image.shape
+    if vertical_pass_first(in_height, in_width, height, width, pillow):
+        return _filter_axis(_filter_axis(image, height, dim=0), width, dim=1)
+    return _filter_axis(_filter_axis(image, width, dim=1), height, dim=0)
 
 
 def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:

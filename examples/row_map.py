@@ -64,7 +64,7 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any, path
     )
 
     x = MARGIN
-    for k, (file, _) in enumerate(pack["image_paths"]):
+    for k, (file, *_) in enumerate(pack["image_paths"]):
         with Image.open(file) as photograph:
             thumbnail = photograph.convert("RGB")
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))

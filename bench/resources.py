@@ -84,6 +84,7 @@ def insert_specs(arch: int) -> Iterator[Spec]:
             ("batch_size", "seq_len", "stride_b", "stride_s", "num_positions"), False
         ),
         constants={"BLOCK": plan.LOCATE_BLOCK},
+        num_warps=plan.LOCATE_WARPS,
     )
     rows = {"offsets_ptr": "*i32", "starts_ptr": "*i32", "row_at_ptr": "*i32"}
     positions = dict.fromkeys(("batch_size", "num_positions"), False)

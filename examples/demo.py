@@ -37,7 +37,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from examples.pack_picture import draw_pack
+from examples.row_map import draw_row_map
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, clip_normalize, plan_insert
@@ -299,7 +299,7 @@ def main() -> int:
         [(g.insert_start_token, [IMAGE_ROWS] * len(g.images)) for g in batch["images"]],
     )
     picture = arguments.out / "pack.png"
-    draw_pack(packs[0], plan, packs.datasets[0].template.tokenizer, picture)
+    draw_row_map(packs[0], plan, packs.datasets[0].template.tokenizer, picture)
     print(f"picture of a pack: {picture}")
 
     dist.destroy_process_group()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -186,15 +187,16 @@ def prepare_flickr8k_samples(
         )
 
     def read() -> list[Flickr8kSample]:
-        return _read_metadata(metadata, caption_key, sample_count)
+        return read_flickr8k_metadata(metadata, caption_key, sample_count)
 
     def fill() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _check_origin(root, repo_id, revision)
-        fetch(f"{split}/metadata.csv")
-        missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
-        names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
-        _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
+        with _no_bar_per_file():
+            fetch(f"{split}/metadata.csv")
+            missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
+            names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
+            _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
 
     def is_filled() -> bool:
         return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
@@ -211,9 +213,16 @@ def prepare_flickr8k_samples(
     return samples
 
 
-def _read_metadata(
-    metadata: Path, caption_key: str, sample_count: int | None
+def read_flickr8k_metadata(
+    metadata: Path, caption_key: str = "caption_0", sample_count: int | None = None
 ) -> list[Flickr8kSample]:
+    """Image and caption pairs that a ``metadata.csv`` lists, whether or not the images are there.
+
+    Rows without a caption or file name are skipped.
+
+    Raises:
+        ValueError: a file name leaves the folder of ``metadata``; the message names the line.
+    """
     samples: list[Flickr8kSample] = []
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -258,7 +267,7 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
             raise ValueError(
                 f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
             )
-    elif any(root.iterdir()):
+    elif any(entry.name != ".cache" for entry in root.iterdir()):
         if revision is not None:
             logger.warning(
                 "%s was not filled by this loader: its files are taken as they are, whether or "
@@ -267,7 +276,7 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
                 revision,
             )
     else:
-        note.parent.mkdir()
+        note.parent.mkdir(exist_ok=True)
         write_atomically(note, json.dumps(wanted).encode())
 
 
@@ -309,7 +318,6 @@ def _download(
                     local_dir=root,
                     revision=revision,
                     endpoint=endpoint,
-                    tqdm_class=_NoBar,
                 )
             )
         except network_errors as error:
@@ -349,8 +357,20 @@ def _plain_error(error: Exception, what: str, attempts: int) -> OSError:
     return kind(f"{what} could not be downloaded{tried}: {error}")
 
 
-class _NoBar(tqdm):
-    """The bar of one file, silenced: the files together have one."""
+@contextlib.contextmanager
+def _no_bar_per_file() -> Iterator[None]:
+    """huggingface_hub shows a bar for every file; our files together have one."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": True})
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -133,14 +133,21 @@ class LengthCache:
         """int64 ``[N]``: the known lengths, −1 for the others."""
         records = _unique_records([_read(path) for path in self._files()])
         lengths = np.full(len(self.keys), -1, dtype=np.int64)
-        if len(records) == 0:
-            return lengths
-        places = np.searchsorted(records["high"], self.keys[:, 0])
-        places = np.minimum(places, len(records) - 1)
-        known = (records["high"][places] == self.keys[:, 0]) & (
-            records["low"][places] == self.keys[:, 1]
-        )
-        lengths[known] = records["length"][places[known]]
+        # Asked for in order, neighbouring keys are found in the cache of the processor.
+        open_ones = np.argsort(self.keys[:, 0])
+        places = np.searchsorted(np.ascontiguousarray(records["high"]), self.keys[open_ones, 0])
+        # One turn, but for samples that share the first half of their key: records are sorted by
+        # both halves, so theirs are neighbours.
+        while len(open_ones):
+            inside = places < len(records)
+            open_ones, places = open_ones[inside], places[inside]
+            candidates = records[places]
+            found = (candidates["high"] == self.keys[open_ones, 0]) & (
+                candidates["low"] == self.keys[open_ones, 1]
+            )
+            lengths[open_ones[found]] = candidates["length"][found]
+            next_too = (candidates["high"] == self.keys[open_ones, 0]) & ~found
+            open_ones, places = open_ones[next_too], places[next_too] + 1
         return lengths
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -150,16 +157,19 @@ class LengthCache:
         written = time.monotonic()
         try:
             for indices, lengths in measured:
-                part = np.empty(len(indices), dtype=_RECORD)
-                part["high"], part["low"] = self.keys[indices].T
-                part["length"] = lengths
-                pending.append(part)
+                pending.append(self._records(indices, lengths))
                 if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
                     self._write_part(pending)
                     pending, written = [], time.monotonic()
         finally:
             self._write_part(pending)
         self._merge()
+
+    def _records(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        records = np.empty(len(indices), dtype=_RECORD)
+        records["high"], records["low"] = self.keys[indices].T
+        records["length"] = lengths
+        return np.sort(records, order=["high", "low"])
 
     def _write_part(self, parts: list[np.ndarray]) -> None:
         if parts:
@@ -253,7 +263,9 @@ def _available_cores() -> int:
 
 
 def _unique_records(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The records of all parts, sorted by key, one per key."""
+    """The records of all parts, each sorted, merged: sorted by key, one per key."""
+    if len(parts) == 1:
+        return parts[0]
     records = np.concatenate(parts) if parts else np.empty(0, dtype=_RECORD)
     records = records[np.lexsort((records["low"], records["high"]))]
     again = (records["high"][1:] == records["high"][:-1]) & (

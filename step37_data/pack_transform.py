@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 _INT32_MAX = 2**31 - 1
@@ -17,11 +19,15 @@ def get_position_id_from_cu_seqlens(cu_seqlens: torch.Tensor) -> torch.Tensor:
         cu_seqlens: ``[n + 1]`` integers, 0 first, rising to the total length T.
 
     Returns:
-        int64 ``[T]`` on the same device; ``[0, 3, 5]`` gives ``[0, 1, 2, 0, 1]``.
+        int64 ``[T]`` on the same device; ``[0, 3, 5]`` gives ``[0, 1, 2, 0, 1]``. They are counted
+        on the host: bounds on a CUDA device are fetched, which waits for the device.
     """
-    bounds = cu_seqlens.to(torch.long)
-    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-    return torch.arange(len(starts), device=bounds.device) - starts
+    positions = torch.from_numpy(_positions(cu_seqlens.numpy(force=True).astype(np.int64)))
+    return positions.to(cu_seqlens.device)
+
+
+def _positions(bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
 
 
 def pack_samples(
@@ -58,13 +64,14 @@ def pack_samples(
         raise ValueError("pieces: expected at least one sample, got none")
     if seqlen_divisible_by < 1:
         raise ValueError(f"seqlen_divisible_by: expected at least 1, got {seqlen_divisible_by}")
-    all_tokens = [torch.as_tensor(piece["tokens"]).to(torch.long) for piece in pieces]
-    all_masks = [torch.as_tensor(piece["loss_mask"]).to(torch.float32) for piece in pieces]
+    # NumPy throughout: torch would start threads for a few thousand elements, in every worker.
+    all_tokens = [_as_numpy(piece["tokens"], np.int64) for piece in pieces]
+    all_masks = [_as_numpy(piece["loss_mask"], np.float32) for piece in pieces]
     for number, (tokens, mask) in enumerate(zip(all_tokens, all_masks, strict=True)):
         if tokens.ndim != 1 or tokens.shape != mask.shape:
             raise ValueError(
                 f"pieces[{number}]: expected tokens and loss_mask of one length, "
-                f"got shapes {tuple(tokens.shape)} and {tuple(mask.shape)}"
+                f"got shapes {tokens.shape} and {mask.shape}"
             )
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
@@ -73,19 +80,22 @@ def pack_samples(
                 f"pad_token_id: {pad_token_id} marks an image or crop, so padding would be taken "
                 f"for images; choose a token outside {sorted(start_token_ids)}"
             )
-        all_tokens.append(torch.full((padding + 1,), pad_token_id, dtype=torch.long))
-        all_masks.append(torch.zeros(padding + 1))
-    sizes = torch.tensor([max(0, len(tokens) - 1) for tokens in all_tokens])
-    bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    total = int(bounds[-1])
-    if total > _INT32_MAX:
-        raise ValueError(f"pieces: {total} tokens do not fit the int32 cu_seqlens")
+        all_tokens.append(np.full(padding + 1, pad_token_id, dtype=np.int64))
+        all_masks.append(np.zeros(padding + 1, dtype=np.float32))
+    sizes = [max(0, len(tokens) - 1) for tokens in all_tokens]
+    bounds = np.cumsum([0, *sizes], dtype=np.int64)
+    if bounds[-1] > _INT32_MAX:
+        raise ValueError(f"pieces: {bounds[-1]} tokens do not fit the int32 cu_seqlens")
     return {
-        "tokens": torch.cat([tokens[:-1] for tokens in all_tokens]),
-        "labels": torch.cat([tokens[1:] for tokens in all_tokens]),
-        "loss_masks": torch.cat([mask[1:] for mask in all_masks]),
-        "cu_seqlens": bounds.to(torch.int32),
-        "max_seq_len": sizes.max(),
-        "position_id": get_position_id_from_cu_seqlens(bounds),
+        "tokens": torch.from_numpy(np.concatenate([tokens[:-1] for tokens in all_tokens])),
+        "labels": torch.from_numpy(np.concatenate([tokens[1:] for tokens in all_tokens])),
+        "loss_masks": torch.from_numpy(np.concatenate([mask[1:] for mask in all_masks])),
+        "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+        "max_seq_len": torch.tensor(max(sizes)),
+        "position_id": torch.from_numpy(_positions(bounds)),
         "image_paths": [image for piece in pieces for image in piece.get("image_paths", ())],
     }
+
+
+def _as_numpy(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return torch.as_tensor(values).numpy().astype(dtype, copy=False)

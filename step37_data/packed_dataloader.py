@@ -85,6 +85,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self.transform = transform
         self.max_length = max_length
         self.position = 0
+        self._fingerprint = ""
+        self._warned_about_lengths = False
         lengths = [
             probe_lengths(
                 dataset,
@@ -117,8 +119,29 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         return len(self._ranges)
 
     def __getitem__(self, idx: int) -> Any:
-        samples = [self.datasets[domain][index] for domain, index in self.pieces(idx)]
+        pieces = self.pieces(idx)
+        samples = [self.datasets[domain][index] for domain, index in pieces]
+        self._check_lengths(idx, pieces, samples)
         return self.transform(samples) if self.transform else samples
+
+    def _check_lengths(
+        self, idx: int, pieces: Sequence[tuple[int, int]], samples: Sequence[Any]
+    ) -> None:
+        start, count = self._ranges[idx % len(self._ranges)]
+        planned = self.piece_sizes[start : start + count].tolist()
+        for (domain, index), sample, size in zip(pieces, samples, planned, strict=True):
+            if len(sample) != size and not self._warned_about_lengths:
+                self._warned_about_lengths = True
+                logger.warning(
+                    "datasets[%d][%d] has %d tokens now and had %d when the packs were made: the "
+                    "data set gives other samples from time to time, and packs can hold more than "
+                    "%d tokens (said once)",
+                    domain,
+                    index,
+                    len(sample),
+                    size,
+                    self.max_length,
+                )
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
         """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
@@ -194,6 +217,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def schedule_fingerprint(self) -> str:
         """Hex digest of which sample stands where in which pack."""
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.blake2b(digest_size=16)
         for array in (
             self.piece_domains,
@@ -202,7 +227,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             self._ranges.counts,
         ):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 def draw_schedule(

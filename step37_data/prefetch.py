@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from step37_data.decode import BrokenImages
-from step37_data.preprocess import Device, resolve_device
+from step37_data.stacks import Device, resolve_device
 
 _Input = TypeVar("_Input")
 
@@ -59,6 +59,9 @@ class Prefetcher(Iterator[_Input]):
     at once: the stream waits for it, the host does not.
 
     A pack that fails raises :class:`PackError`; the next call goes on with the pack after it.
+
+    Packs are read ahead of their use. To resume, save :meth:`state_dict` of the prefetcher: a state
+    of ``packs`` itself is ``depth`` packs further.
 
     Args:
         packs: a dataset with ``len`` and integer indices, or any iterable, a dataloader say.

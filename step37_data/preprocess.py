@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from step37_data.decode import ON_BROKEN, BrokenImages, Decoded, OnBroken, decode, map_threads
+from step37_data.decode import BrokenImages, OnBroken
+from step37_data.stacks import Device, decode_all, load_stacks, resolve_device, to_device
 from step37_kernels.image_insert_embedding import ImageForInsert
-from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 
 IMAGE_ITEM_TYPE = 0
 PATCH_ITEM_TYPE = 1
 
-Device = torch.device | str | None
 ImagePath = tuple[str, int]
 RopeArgs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, int]]
 
@@ -65,7 +63,7 @@ def load_images(
     by_type: dict[int, list[int]] = {IMAGE_ITEM_TYPE: [], PATCH_ITEM_TYPE: []}
     for i, (_, kind) in enumerate(image_paths):
         by_type[_checked_type(kind)].append(i)
-    loaded = _load_stacks(
+    loaded = load_stacks(
         [
             ([image_paths[i][0] for i in by_type[kind]], side)
             for kind, side in ((IMAGE_ITEM_TYPE, image_size), (PATCH_ITEM_TYPE, patch_image_size))
@@ -87,113 +85,6 @@ def _checked_type(kind: int) -> int:
             f"got {kind!r}"
         )
     return int(kind)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stack:
-    """Images of one size.
-
-    Attributes:
-        images: ``[N, 3, side, side]``.
-        broken: per image None, or what was wrong with its file.
-    """
-
-    images: torch.Tensor
-    broken: list[str | None]
-
-
-def _load_stacks(
-    stacks: Sequence[tuple[Sequence[str], int]],
-    device: torch.device,
-    dtype: torch.dtype,
-    on_broken: OnBroken,
-    broken: BrokenImages | None,
-    threads: int | None,
-) -> list[_Stack]:
-    """Read the files of several ``(paths, side)`` at once.
-
-    On the CPU, Pillow resizes in the decoding threads. For CUDA, the pixels travel as they are and
-    are resized there, to the same values.
-    """
-    on_host = device.type != "cuda"
-    decoded = _decode_all(
-        [(path, side if on_host else None) for paths, side in stacks for path in paths],
-        on_broken,
-        broken,
-        threads,
-    )
-    pixels = [each.pixels for each in decoded]
-    if not on_host:
-        uploaded = _upload(pixels, device)
-    result, start = [], 0
-    for paths, side in stacks:
-        end = start + len(paths)
-        if start == end:
-            images = torch.empty((0, 3, side, side), dtype=dtype, device=device)
-        elif on_host:
-            images = clip_normalize(torch.from_numpy(np.stack(pixels[start:end])), dtype=dtype)
-        else:
-            part = RaggedImages(
-                data=uploaded.data,
-                offsets=uploaded.offsets[start:end],
-                shapes=uploaded.shapes[start:end],
-            )
-            images = resize_clip_normalize(part, side, dtype=dtype)
-        result.append(_Stack(images=images, broken=[each.broken for each in decoded[start:end]]))
-        start = end
-    return result
-
-
-def _decode_all(
-    items: Sequence[tuple[str, int | None]],
-    on_broken: OnBroken,
-    broken: BrokenImages | None,
-    threads: int | None,
-) -> list[Decoded]:
-    """Read ``(path, side to resize to or None)`` each, in order."""
-    if on_broken not in ON_BROKEN:
-        raise ValueError(f"on_broken: expected one of {', '.join(ON_BROKEN)}, got {on_broken!r}")
-    decoded = list(map_threads(lambda item: decode(item[0], on_broken, item[1]), items, threads))
-    if broken is not None:
-        for (path, _), each in zip(items, decoded, strict=True):
-            broken.record(path, each.broken)
-    return decoded
-
-
-def _upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> RaggedImages:
-    """Copy ``[h, w, 3]`` pictures into one buffer on a CUDA device, on a stream for copies.
-
-    PyTorch's pinned allocator hands the staging buffer out again once its copy is done.
-    """
-    offsets, end = [], 0
-    for picture in pictures:
-        offsets.append(end)
-        end += picture.size
-    staging = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-    view = staging.numpy()
-    for offset, picture in zip(offsets, pictures, strict=True):
-        view[offset : offset + picture.size] = picture.reshape(-1)
-    stream = _copy_stream(device)
-    current = torch.cuda.current_stream(device)
-    with torch.cuda.stream(stream):
-        data = staging.to(device, non_blocking=True)
-    current.wait_stream(stream)
-    # Allocated on the copy stream, used on this one: not to be handed out before this one is done.
-    data.record_stream(current)
-    return RaggedImages(
-        data=data,
-        offsets=offsets,
-        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
-    )
-
-
-_copy_streams: dict[int, torch.cuda.Stream] = {}
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device.index not in _copy_streams:
-        _copy_streams[device.index] = torch.cuda.Stream(device)
-    return _copy_streams[device.index]
 
 
 def build_image_for_insert(
@@ -332,7 +223,7 @@ def preprocess_packed_batch(
     groups: list[ImageForInsert] = []
     reasons: list[list[str | None]] = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
-        stacks = _load_stacks(
+        stacks = load_stacks(
             [(used[0].paths, patch_image_size), (used[1].paths, image_size)],
             target,
             dtype,
@@ -356,7 +247,7 @@ def preprocess_packed_batch(
         # The loss is computed on this stage, perhaps: it has to know as much as the first one.
         for images in used:
             items = [(path, None) for path in images.paths]
-            decoded = _decode_all(items, on_broken, broken, threads)
+            decoded = decode_all(items, on_broken, broken, threads)
             reasons.append([each.broken for each in decoded])
     if on_broken == "skip-loss":
         loss_masks = _without_broken(loss_masks, cu_seqlens.cpu(), used, reasons)
@@ -433,23 +324,6 @@ def _without_broken(
         len(cu_seqlens) - 1,
     )
     return loss_masks
-
-
-def resolve_device(device: Device) -> torch.device:
-    """``device``; for None the current CUDA device, or the CPU where there is none."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and resolved.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return resolved
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to ``device`` without waiting: through pinned memory where the device is CUDA."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _is_first_pipeline_stage() -> bool:

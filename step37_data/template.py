@@ -258,7 +258,9 @@ class Step37MultimodalTemplate:
         messages = []
         for number, original in enumerate(conversations):
             message = dict(original)
-            role = message["role"]
+            role = message.get("role")
+            if not isinstance(role, str):
+                raise ValueError(f"conversations[{number}]: expected a role, got {role!r}")
             where = f"conversations[{number}] ({role})"
             expand = self._refuse_reserved
             if role != "assistant":

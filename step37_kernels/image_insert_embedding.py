@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_kernels._dispatch import Impl, use_triton
-from step37_kernels.insert import InsertPlan, insert_rows, plan_insert, project_and_insert
+from step37_kernels.insert import InsertPlan, insert_rows, plan_runs, project_and_insert
+from step37_kernels.parallel import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
     return tensors
 
 
-def _row_counts(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.shape[1] for tensor in tensors for _ in range(tensor.shape[0])]
+def _run(token: int, tensors: Sequence[Tensor]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    return token, tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
 
 
 def _holders(tensor: Tensor) -> tuple[int, ...] | None:
@@ -102,6 +103,8 @@ class _CountWatch:
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
+        if torch.compiler.is_compiling():
+            return
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
@@ -113,6 +116,8 @@ class _CountWatch:
 
     def poll(self) -> None:
         """Warn about the plans whose counts have arrived."""
+        if torch.compiler.is_compiling():
+            return
         if self._pending and torch.cuda.is_current_stream_capturing():
             return
         while self._pending and self._pending[0][2].query():
@@ -203,6 +208,8 @@ class ImageInsertEmbedding(nn.Module):
             reduction that overlaps with backward waits for it in vain. Costs one write of the
             weight's size in backward; a frozen projector costs nothing. A vision tower that is
             trained has the same need, which this class cannot meet.
+        layout: which rows of the sequence this rank holds, under sequence or context parallelism;
+            None for all. ``forward`` takes the whole ``input_ids`` all the same.
 
     A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
     shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
@@ -219,10 +226,9 @@ class ImageInsertEmbedding(nn.Module):
         impl: Impl = "auto",
         strict: bool = False,
         text_only_gradient: bool = False,
+        layout: SequenceLayout | None = None,
     ) -> None:
         super().__init__()
-        if impl not in ("auto", "triton", "torch"):
-            raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
         # Around nn.Module's own __setattr__, which would register a module, and with it count the
         # embedding's parameters twice.
         self._language_embedding: Callable[..., Tensor]
@@ -231,9 +237,29 @@ class ImageInsertEmbedding(nn.Module):
         nn.init.kaiming_normal_(self.align_projector.weight, mode="fan_in", nonlinearity="relu")
         if projector_bias:
             nn.init.zeros_(self.align_projector.bias)
+        self.configure(
+            impl=impl, strict=strict, text_only_gradient=text_only_gradient, layout=layout
+        )
+
+    def configure(
+        self,
+        *,
+        impl: Impl = "auto",
+        strict: bool = False,
+        text_only_gradient: bool = False,
+        layout: SequenceLayout | None = None,
+    ) -> None:
+        """Set the options, which are those of the constructor."""
+        if impl not in ("auto", "triton", "torch"):
+            raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
         self.impl = impl
         self.strict = strict
         self.text_only_gradient = text_only_gradient
+        self.layout = layout
+        if layout is not None and layout.sequence_parallel_group is not None:
+            for parameter in self.align_projector.parameters():
+                # Each rank's gradient is that of its own rows; Megatron sums those so marked.
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         return (
@@ -264,7 +290,7 @@ class ImageInsertEmbedding(nn.Module):
             ValueError: a rank or width that does not fit.
         """
         tensors = _feature_tensors(image_features, "image_features")
-        plan = plan_insert(input_ids, [(flag, _row_counts(tensors))])
+        plan = plan_runs(input_ids, (_run(flag, tensors),))
         _count_watch.watch(plan)
         hidden = input_embeddings.shape[-1]
         rows = []
@@ -304,7 +330,11 @@ class ImageInsertEmbedding(nn.Module):
                 ``strict``, a batch whose tokens and features do not fit.
         """
         _count_watch.poll()
-        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.layout is None:
+            embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+            positions = None
+        else:
+            embeddings, positions = self._look_up_shard(input_ids, position_ids)
         if not images:
             return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
@@ -312,7 +342,7 @@ class ImageInsertEmbedding(nn.Module):
         if plain:
             _run_forward_pre_hooks(self.align_projector)
         weight = next(self.align_projector.parameters())
-        groups: list[tuple[int, list[int]]] = []
+        runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
             if image.image_features is None:
@@ -321,19 +351,22 @@ class ImageInsertEmbedding(nn.Module):
                     " run the vision tower first"
                 )
             tensors = _feature_tensors(image.image_features, f"images[{i}].image_features")
-            groups.append((image.insert_start_token, _row_counts(tensors)))
+            runs.append(_run(image.insert_start_token, tensors))
             features += [
                 tensor.to(device=weight.device, dtype=weight.dtype)
                 for tensor in tensors
                 if tensor.numel()
             ]
-        plan = plan_insert(input_ids, groups, impl=self.impl)
+        plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
             plan.check()
         else:
             _count_watch.watch(plan)
         if not features:
             return self._without_image_rows(embeddings)
+        if self.layout is not None and positions is not None:
+            plan = plan.shard(positions)
+            features = [self.layout.complete_gradient(tensor) for tensor in features]
         if not plain:
             flat = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in features])
             return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
@@ -386,3 +419,17 @@ class ImageInsertEmbedding(nn.Module):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = _ZeroGradient.apply(embeddings, *parameters)
         return result
+
+    def _look_up_shard(
+        self, input_ids: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's word embeddings, and their positions in the whole sequence."""
+        assert self.layout is not None
+        seq_len = input_ids.shape[1]
+        looked_up = self.layout.positions_looked_up(seq_len, input_ids.device)
+        if looked_up is not None:
+            input_ids = input_ids.index_select(1, looked_up)
+            if position_ids is not None:
+                position_ids = position_ids.index_select(1, looked_up)
+        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
+        return self.layout.shard(embeddings, seq_len, looked_up)

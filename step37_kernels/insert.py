@@ -7,7 +7,7 @@ feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from step37_kernels import _library as library
 from step37_kernels._dispatch import Impl, use_triton
+from step37_kernels._plan import Runs, num_rows, to_runs
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INT32_MAX = 2**31 - 1
@@ -55,15 +57,24 @@ class InsertPlan:
     for a feature without a start token."""
     found: Tensor
     """``[G]`` int32: start tokens of each group in ``input_ids``."""
-    start_tokens: tuple[int, ...]
-    """Start token of each group."""
-    row_counts: tuple[tuple[int, ...], ...]
-    """Rows of each feature, by group; known on the host."""
+    runs: Runs
+    """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
+    local_rows: Tensor | None = None
+    """Of a plan cut by :meth:`shard`: ``[M]`` int32, the feature row that each entry of
+    ``destinations`` (then ``[M]``) is about, −1 past the last; None where it is every row."""
 
     @property
     def num_rows(self) -> int:
         """R, the rows of all features of all groups."""
-        return self.destinations.shape[0]
+        return num_rows(self.runs)
+
+    @property
+    def row_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of each feature, by group."""
+        return tuple(
+            tuple(rows for features, rows in group for _ in range(features))
+            for _, group in self.runs
+        )
 
     @property
     def seq_len(self) -> int:
@@ -84,9 +95,47 @@ class InsertPlan:
         return [
             f"start token {token}: {count} in input_ids, {len(rows)} features; "
             f"inserting {min(count, len(rows))}"
-            for token, rows, count in zip(self.start_tokens, self.row_counts, found, strict=True)
+            for (token, _), rows, count in zip(self.runs, self.row_counts, found, strict=True)
             if count != len(rows)
         ]
+
+    def shard(self, positions: Tensor) -> InsertPlan:
+        """The plan of a rank that holds only some rows of the sequence.
+
+        No more rows than positions can land there, so M = min(R, S_local · B) rows are projected,
+        whatever their number turns out to be: nothing waits for the device.
+
+        Args:
+            positions: ``[S_local]`` integers, the position in the whole sequence of each local row;
+                no position twice.
+
+        Returns:
+            A plan for ``[S_local, B, H]``: ``row_at``, ``destinations`` and ``local_rows`` are this
+            rank's; ``starts`` and ``found`` stay those of the whole.
+
+        Raises:
+            ValueError: ``positions`` is not one-dimensional, or this plan is a shard already.
+        """
+        if positions.ndim != 1:
+            raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
+        if self.local_rows is not None:
+            raise ValueError("plan: already the plan of a shard")
+        row_at = self.row_at.index_select(0, positions)
+        capacity = min(self.num_rows, row_at.numel())
+        flat = row_at.flatten().long()
+        # Rows in order: number those that land here, and let one slot past the end take the rest.
+        lands = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=flat.device)
+        lands = lands.index_fill(0, torch.where(flat < 0, self.num_rows, flat), True)[:-1]
+        slot_of_row = torch.where(lands, lands.cumsum(0) - 1, capacity)
+        everyone = torch.arange(self.num_rows, dtype=torch.int32, device=flat.device)
+        local_rows = everyone.new_full((capacity + 1,), -1).scatter(0, slot_of_row, everyone)[:-1]
+        slot_of_row = torch.cat([slot_of_row, slot_of_row.new_full((1,), capacity)])
+        slots = slot_of_row[flat]
+        here = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
+        destinations = here.new_full((capacity + 1,), -1).scatter(0, slots, here)[:-1]
+        return dataclasses.replace(
+            self, row_at=row_at, destinations=destinations, local_rows=local_rows
+        )
 
     def check(self) -> None:
         """Raise on what a correct batch never has. Waits for the device.
@@ -96,9 +145,11 @@ class InsertPlan:
                 its sequence; two spans overlap. The message names group, feature and position.
         """
         problems = self.count_mismatches(self.found.tolist())
+        if self.local_rows is not None:
+            raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
         starts = iter(self.starts.tolist())
         spans: dict[int, list[tuple[int, int, str]]] = {}
-        for token, rows in zip(self.start_tokens, self.row_counts, strict=True):
+        for (token, _), rows in zip(self.runs, self.row_counts, strict=True):
             for k, count in enumerate(rows):
                 position = next(starts)
                 if position < 0:
@@ -120,106 +171,6 @@ class InsertPlan:
                 furthest = max(furthest, span, key=lambda item: item[1])
         if problems:
             raise ValueError("input_ids and image features do not fit: " + "; ".join(problems))
-
-
-Groups = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-def _host_tables(groups: Groups) -> tuple[list[list[int]], list[int]]:
-    """``[G + 1, 2]`` (start token, first feature) and ``[N + 1]`` first rows."""
-    table: list[list[int]] = []
-    offsets = [0]
-    for token, row_counts in groups:
-        table.append([token, len(offsets) - 1])
-        for count in row_counts:
-            offsets.append(offsets[-1] + count)
-    table.append([0, len(offsets) - 1])
-    return table, offsets
-
-
-def _upload(values: list[int], device: torch.device) -> Tensor:
-    """int64 values to the device without waiting for it, also while a CUDA graph is captured."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    if not torch.cuda.is_current_stream_capturing():
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(
-            device, non_blocking=True
-        )
-    # A captured copy would read its host memory again at every replay, when it is long gone. Fill
-    # kernels carry their value in the launch itself; equal steps make one arithmetic run.
-    runs: list[Tensor] = []
-    first = 0
-    while first < len(values):
-        end = min(first + 2, len(values))
-        step = values[end - 1] - values[first]
-        while end < len(values) and values[end] - values[end - 1] == step:
-            end += 1
-        count = end - first
-        run = torch.arange(count, dtype=torch.int64, device=device).mul_(step).add_(values[first])
-        runs.append(run)
-        first = end
-    return torch.cat(runs)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _build_tables(groups, device)
-
-
-def _build_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
-    table, offsets = _host_tables(groups)
-    flat = _upload([entry for line in table for entry in line] + offsets, device)
-    return flat[: 2 * len(table)].view(-1, 2), flat[2 * len(table) :].to(torch.int32)
-
-
-def _device_tables(groups: Groups, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The layout of the groups on the device; kept for the layouts seen last."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of a graph's own pool must not outlive it in a cache.
-        return _build_tables(groups, device)
-    return _cached_tables(groups, device)
-
-
-def _plan_torch(
-    input_ids: Tensor, groups: Groups, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The plan by PyTorch operations; like the kernels it never waits for the device.
-
-    A slot past the end of each result takes what has no place, and is cut off afterwards.
-    """
-    batch_size, seq_len = input_ids.shape
-    num_positions = batch_size * seq_len
-    device = input_ids.device
-    num_rows = sum(sum(rows) for _, rows in groups)
-    flat_ids = input_ids.flatten()
-    index = torch.arange(num_positions, device=device)
-    first_position = (index % max(seq_len, 1) + 1) * batch_size + index // max(seq_len, 1)
-    starts: list[Tensor] = []
-    found: list[Tensor] = []
-    for token, row_counts in groups:
-        match = flat_ids == token
-        rank = match.cumsum(0) - 1
-        slot = torch.where(match, rank, len(row_counts)).clamp_max(len(row_counts))
-        slots = first_position.new_full((len(row_counts) + 1,), -1)
-        starts.append(slots.scatter(0, slot, first_position)[:-1])
-        found.append(match.sum())
-    start = torch.cat(starts) if starts else index.new_empty(0)
-
-    row = torch.arange(num_rows, device=device)
-    counts = offsets.diff().long()
-    start_of_row = start.repeat_interleave(counts, output_size=num_rows)
-    first_of_row = offsets[:-1].long().repeat_interleave(counts, output_size=num_rows)
-    position = start_of_row + (row - first_of_row) * batch_size
-    lands = (start_of_row >= 0) & (position < num_positions)
-    slot = torch.where(lands, position, num_positions)
-    row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
-    kept = lands & (row_at[slot] == row)
-    return (
-        torch.where(kept, position, -1).to(torch.int32),
-        row_at[:-1].view(seq_len, batch_size).to(torch.int32),
-        start.to(torch.int32),
-        torch.stack(found).to(torch.int32) if found else start.to(torch.int32),
-    )
 
 
 def plan_insert(
@@ -249,39 +200,43 @@ def plan_insert(
             int32, or ``impl`` cannot run there.
         TypeError: ``input_ids`` is neither int32 nor int64.
     """
+    runs = to_runs(groups)
+    smallest = min((rows for _, group in runs for _, rows in group), default=0)
+    if smallest < 0:
+        raise ValueError(f"groups: row counts must not be negative, got {smallest}")
+    return plan_runs(input_ids, runs, impl=impl)
+
+
+def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPlan:
+    """:func:`plan_insert` for features that come as tensors ``[N, L, C]``.
+
+    Args:
+        input_ids: ``[B, S]``.
+        runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
+        impl: as there.
+    """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     triton = use_triton(impl, input_ids.device)
-    frozen: Groups = tuple((int(token), tuple(map(int, rows))) for token, rows in groups)
-    row_counts = [count for _, rows in frozen for count in rows]
-    if any(count < 0 for count in row_counts):
-        raise ValueError(f"groups: row counts must not be negative, got {min(row_counts)}")
-    num_rows = sum(row_counts)
     batch_size, seq_len = input_ids.shape
-    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+    if max(num_rows(runs), (seq_len + 1) * batch_size) > _INT32_MAX:
         raise ValueError(
             f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
-            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
+            f"got {tuple(input_ids.shape)} ids and {num_rows(runs)} rows"
         )
-    group_table, offsets = _device_tables(frozen, input_ids.device)
-    if triton and frozen and input_ids.numel():
-        from step37_kernels.ops import plan as ops
-
-        tensors = ops.plan_rows(
-            input_ids, group_table, offsets, num_rows, max(row_counts, default=0)
-        )
-    else:
-        tensors = _plan_torch(input_ids, frozen, offsets)
-    destinations, row_at, starts, found = tensors
+    flat = [run for _, group in runs for run in group]
+    destinations, row_at, starts, found = library.plan(
+        input_ids,
+        [token for token, _ in runs],
+        [len(group) for _, group in runs],
+        [features for features, _ in flat],
+        [rows for _, rows in flat],
+        triton,
+    )
     return InsertPlan(
-        destinations=destinations,
-        row_at=row_at,
-        starts=starts,
-        found=found,
-        start_tokens=tuple(token for token, _ in frozen),
-        row_counts=tuple(rows for _, rows in frozen),
+        destinations=destinations, row_at=row_at, starts=starts, found=found, runs=runs
     )
 
 
@@ -298,6 +253,8 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     seq_len, batch_size, hidden = embeddings.shape
     num_positions = seq_len * batch_size
+    if plan.local_rows is not None:
+        rows = rows.index_select(0, plan.local_rows.clamp_min(0))
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
@@ -318,12 +275,12 @@ class _ProjectAndInsert(torch.autograd.Function):
         embeddings: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        plan: InsertPlan,
+        destinations: Tensor,
+        row_at: Tensor,
+        local_rows: Tensor | None,
         inplace: bool,
         *features: Tensor,
     ) -> Tensor:
-        from step37_kernels.ops import project as ops
-
         if inplace:
             # Another tensor on the same memory. Whoever saved the old values for a backward pass
             # against our assurance is told so by autograd.
@@ -332,67 +289,71 @@ class _ProjectAndInsert(torch.autograd.Function):
                 torch.autograd.graph.increment_version(embeddings)
         else:
             out = embeddings.detach().clone(memory_format=torch.contiguous_format)
-        x = _as_rows(features, plan.num_rows)
-        ops.project_scatter(x, weight, bias, plan.destinations, out)
+        if len(features) == 1 and features[0].is_contiguous():
+            x = features[0].view(-1, features[0].shape[2])
+        else:
+            x = library.pack_rows(list(features))
+        if local_rows is not None:
+            x = x.index_select(0, local_rows.clamp_min(0))
+            # Unused entries: zero, so that nothing of row 0 gets into the weight's gradient.
+            x = x.masked_fill_((local_rows < 0)[:, None], 0)
+        library.project_scatter(x, weight, bias, destinations, out)
 
-        need_embeddings, need_weight, need_bias, _, _, *need_features = ctx.needs_input_grad
+        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
         ctx.need_rows = need_weight or need_bias or any(need_features)
         ctx.save_for_backward(
-            plan.row_at if need_embeddings else None,
-            plan.destinations if ctx.need_rows else None,
+            row_at if need_embeddings else None,
+            destinations if ctx.need_rows else None,
+            local_rows if any(need_features) else None,
             x if need_weight else None,
             weight if any(need_features) else None,
         )
         ctx.dtype = weight.dtype
-        ctx.shapes = [feature.shape for feature in features]
+        ctx.shapes = [tuple(feature.shape) for feature in features]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        from step37_kernels.ops import project_backward as ops
-
-        need_embeddings, need_weight, need_bias, _, _, *need_features = ctx.needs_input_grad
-        row_at, destinations, x, weight = ctx.saved_tensors
-        grad_embeddings = ops.embedding_grad(grad_output, row_at) if need_embeddings else None
+        need_embeddings, need_weight, need_bias, _, _, _, _, *need_features = ctx.needs_input_grad
+        row_at, destinations, local_rows, x, weight = ctx.saved_tensors
+        grad_embeddings = library.embedding_grad(grad_output, row_at) if need_embeddings else None
         grad_weight = grad_bias = None
         grad_features: list[Tensor | None] = [None] * len(need_features)
         if ctx.need_rows:
-            rows, grad_bias = ops.gather_grad(
-                grad_output, destinations, ctx.dtype, bias_sum=need_bias
-            )
+            rows, row_sum = library.gather_grad(grad_output, destinations, ctx.dtype, need_bias)
+            grad_bias = row_sum if need_bias else None
             if need_weight:
-                grad_weight = ops.grad_weight(rows, x)
+                grad_weight = library.grad_weight(rows, x)
             if any(need_features):
-                grad_features = _grad_features(rows, weight, ctx.shapes, need_features)
-        return (grad_embeddings, grad_weight, grad_bias, None, None, *grad_features)
-
-
-def _as_rows(features: Sequence[Tensor], num_rows: int) -> Tensor:
-    """``[N, L, C]`` tensors → ``[R, C]`` contiguous; without a copy for one contiguous tensor."""
-    from step37_kernels.ops import project as ops
-
-    if len(features) == 1 and features[0].is_contiguous():
-        return features[0].view(num_rows, -1)
-    return ops.pack_rows(list(features), num_rows)
+                grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
+        return (grad_embeddings, grad_weight, grad_bias, None, None, None, None, *grad_features)
 
 
 def _grad_features(
-    rows: Tensor, weight: Tensor, shapes: Sequence[torch.Size], needed: Sequence[bool]
+    rows: Tensor,
+    weight: Tensor,
+    local_rows: Tensor | None,
+    shapes: Sequence[tuple[int, ...]],
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the feature tensors, from one product over the rows between the first and the
     last that needs one."""
-    from step37_kernels.ops import project_backward as ops
-
     ends = []
     end = 0
     for shape in shapes:
         end += shape[0] * shape[1]
         ends.append(end)
     begins = [0, *ends[:-1]]
-    first = min(begin for begin, need in zip(begins, needed, strict=True) if need)
-    last = max(end for end, need in zip(ends, needed, strict=True) if need)
-    grads = ops.grad_features(rows[first:last], weight)
+    positions = [i for i, need in enumerate(needed) if need]
+    first, last = begins[positions[0]], ends[positions[-1]]
+    if local_rows is None:
+        grads = library.grad_features(rows[first:last], weight)
+    else:
+        local = library.grad_features(rows, weight)
+        slots = torch.where(local_rows < 0, end, local_rows).long()
+        # The row past the end takes the unused entries.
+        grads = local.new_zeros(end + 1, local.shape[1]).index_copy_(0, slots, local)[first:last]
     return [
         grads[begin - first : end - first].view(shape) if need else None
         for begin, end, shape, need in zip(begins, ends, shapes, needed, strict=True)
@@ -510,7 +471,9 @@ def project_and_insert(
         embeddings,
         weight.contiguous(),
         bias if bias is None else bias.contiguous(),
-        plan,
+        plan.destinations,
+        plan.row_at,
+        plan.local_rows,
         inplace,
         *rows,
     )

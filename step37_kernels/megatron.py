@@ -19,6 +19,7 @@ from torch import nn
 
 from step37_kernels._dispatch import Impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
+from step37_kernels.parallel import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class _Options:
     impl: Impl = "auto"
     strict: bool = False
     text_only_gradient: bool = True
+    layout: SequenceLayout | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def __post_init__(self) -> None:
         if self.impl not in ("auto", "triton", "torch"):
@@ -55,7 +60,7 @@ _stock: dict[str, type[nn.Module]] = {}
 class Step37ImageInsertEmbedding(ImageInsertEmbedding):
     """:class:`ImageInsertEmbedding` with the stock constructor.
 
-    ``impl``, ``strict`` and ``text_only_gradient`` are those of the last :func:`patch_step37`.
+    The options are those of the last :func:`patch_step37`.
     """
 
     def __init__(
@@ -70,14 +75,16 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             encoder_output_dim,
             hidden_size,
             projector_bias,
-            impl=_options.impl,
-            strict=_options.strict,
-            text_only_gradient=_options.text_only_gradient,
+            **_options.arguments(),
         )
 
 
 def patch_step37(
-    *, impl: Impl = "auto", strict: bool = False, text_only_gradient: bool = True
+    *,
+    impl: Impl = "auto",
+    strict: bool = False,
+    text_only_gradient: bool = True,
+    layout: SequenceLayout | None = None,
 ) -> tuple[str, ...]:
     """Let every ``Step37Model`` built from now on use the fused embedding.
 
@@ -92,8 +99,9 @@ def patch_step37(
     forward step (see ``step37_data``).
 
     Args:
-        impl, strict, text_only_gradient: see :class:`ImageInsertEmbedding`; the last is on here,
-            because Megatron reduces gradients while backward runs.
+        impl, strict, text_only_gradient, layout: see :class:`ImageInsertEmbedding`.
+            ``text_only_gradient`` is on here, because Megatron may reduce gradients while backward
+            runs.
 
     Returns:
         The dotted names that hold our class now.
@@ -103,7 +111,9 @@ def patch_step37(
         ValueError: ``impl`` is none of the three.
     """
     global _options
-    options = _Options(impl=impl, strict=strict, text_only_gradient=text_only_gradient)
+    options = _Options(
+        impl=impl, strict=strict, text_only_gradient=text_only_gradient, layout=layout
+    )
     modules = {name: _import(name) for name in _MODULES}
     found = {name: _look_up(module) for name, module in modules.items()}
     _options = options
@@ -158,6 +168,7 @@ def replace_in(
     impl: Impl = "auto",
     strict: bool = False,
     text_only_gradient: bool = True,
+    layout: SequenceLayout | None = None,
 ) -> tuple[str, ...]:
     """Let a built model use the fused embedding, whatever wraps it (DDP, FSDP, Float16Module).
 
@@ -167,7 +178,7 @@ def replace_in(
 
     Args:
         model: the model, or Megatron's list of model chunks.
-        impl, strict, text_only_gradient: see :class:`ImageInsertEmbedding`.
+        impl, strict, text_only_gradient, layout: see :class:`ImageInsertEmbedding`.
 
     Returns:
         Names of the modules that have the fused embedding now, by ``named_modules`` of the model
@@ -178,7 +189,9 @@ def replace_in(
     """
     from torch.distributed.fsdp import FSDPModule
 
-    options = _Options(impl=impl, strict=strict, text_only_gradient=text_only_gradient)
+    options = _Options(
+        impl=impl, strict=strict, text_only_gradient=text_only_gradient, layout=layout
+    )
     chunks = [("", model)] if isinstance(model, nn.Module) else _numbered(model)
     ours: dict[str, nn.Module] = {}
     for prefix, chunk in chunks:
@@ -194,9 +207,8 @@ def replace_in(
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
-        module.impl = options.impl  # type: ignore[assignment]
-        module.strict = options.strict  # type: ignore[assignment]
-        module.text_only_gradient = options.text_only_gradient  # type: ignore[assignment]
+        fused: Any = module
+        fused.configure(**options.arguments())
     if ours:
         logger.info("fused embedding in %s (%s)", ", ".join(ours), options)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):

@@ -249,9 +249,12 @@ def look_up(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     n, height, width, _ = pixels.shape
     out = torch.empty((n, 3, height, width), dtype=table.dtype, device=pixels.device)
-    for channel in range(3):
-        # uint8 indices would be taken for a mask.
-        out[:, channel] = table[channel][pixels[..., channel].to(torch.int32)]
+    # Plane by plane: a plane and its indices stay in a processor's cache. Indices must not be
+    # uint8, which would be taken for a mask.
+    for image in range(n):
+        for channel in range(3):
+            levels = pixels[image, :, :, channel].reshape(-1).to(torch.int32)
+            torch.index_select(table[channel], 0, levels, out=out[image, channel].view(-1))
     return out
 
 

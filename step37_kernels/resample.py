@@ -41,10 +41,10 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     """Fixed-point coefficients of one axis, read-only, cached.
 
     Returns:
-        int32 ``[1 + taps, out_size]``. Row 0 holds the first input position that counts for each
-        output position; row ``1 + j`` the coefficient of the j-th position from there, zero beyond
-        the last. An axis that keeps its size has the coefficient 2**22 and otherwise zeros: its
-        pass changes nothing, as if it were not made.
+        int32 ``[1 + taps, out_size]``, taps even. Row 0 holds the first input position that counts
+        for each output position; row ``1 + j`` the coefficient of the j-th position from there,
+        zero beyond the last. An axis that keeps its size has the coefficient 2**22 and otherwise
+        zeros: its pass changes nothing, as if it were not made.
     """
     scale = in_size / out_size
     support = max(scale, 1.0)
@@ -53,6 +53,7 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     end = np.minimum((center + support + 0.5).astype(np.int64), in_size)
     taps = int((end - first).max())
+    taps += taps % 2
     position = first[:, None] + np.arange(taps)
     # Pillow's order of operations: the last bit of a weight can decide how it rounds.
     weight = 1.0 - np.abs((position - center[:, None] + 0.5) * (1.0 / support))
@@ -90,14 +91,20 @@ def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
     if pixels.is_cuda:
         host = host.pin_memory()
     table = host.to(pixels.device, non_blocking=True)
-    first, coefficients = table[0], table[1:]
-    shape = list(pixels.shape)
-    shape[dim] = out_size
-    total = torch.full(shape, 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=pixels.device)
+    first, coefficients = table[0], table[1:].view(-1, out_size, 1)
+    # The filtered axis in front: positions are whole rows, which copy and multiply fast.
+    lines = pixels.movedim(dim, 0)
+    flat = lines.reshape(in_size, -1).to(torch.int32)
+    total = torch.full(
+        (out_size, flat.shape[1]),
+        1 << (PRECISION_BITS - 1),
+        dtype=torch.int32,
+        device=pixels.device,
+    )
+    tapped = torch.empty_like(total)
     for tap, coefficient in enumerate(coefficients):
         # Past the last position the coefficient is zero, the index need only be valid.
-        line = pixels.index_select(dim, (first + tap).clamp_(max=in_size - 1))
-        total += line.to(torch.int32).mul_(
-            coefficient.view(-1, 1, 1) if dim == 0 else coefficient.view(-1, 1)
-        )
-    return (total >> PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+        position = (first + tap).clamp_(max=in_size - 1)
+        total.addcmul_(torch.index_select(flat, 0, position, out=tapped), coefficient)
+    result = total.bitwise_right_shift_(PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+    return result.view(out_size, *lines.shape[1:]).movedim(0, dim)

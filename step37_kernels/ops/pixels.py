@@ -47,12 +47,12 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
         "column_stride",
         "channel_stride",
     ],
-    do_not_specialize_on_alignment=["pixels"],
+    do_not_specialize_on_alignment=["pixels_ptr"],
 )
 def normalize_kernel(
-    pixels,
-    table,
-    out,
+    pixels_ptr,
+    table_ptr,
+    out_ptr,
     rows: tl.int64,
     columns: tl.int64,
     image_stride: tl.int64,
@@ -81,9 +81,9 @@ def normalize_kernel(
 
     x = block * BLOCK + tl.arange(0, BLOCK)
     inside = x < columns
-    source = pixels + image * image_stride + row * row_stride
+    source = pixels_ptr + image * image_stride + row * row_stride
     plane = rows * columns
-    target = out + image * 3 * plane + row * columns + x
+    target = out_ptr + image * 3 * plane + row * columns + x
     if PACKED:
         group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         words = source.to(tl.pointer_type(tl.int32)) + group * 3
@@ -97,7 +97,7 @@ def normalize_kernel(
         else:
             address = source + x * column_stride + channel * channel_stride
             value = tl.load(address, mask=inside, other=0).to(tl.int32)
-        normalized = tl.load(table + channel * 256 + value)
+        normalized = tl.load(table_ptr + channel * 256 + value)
         tl.store(target + channel * plane, normalized, mask=inside)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from step37_kernels.ops.common import device_of
 
 LOCATE_BLOCK = 2048
+LOCATE_WARPS = 8
 ROW_BLOCK = 256
 _RUNTIME = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions"]
 
@@ -163,6 +164,7 @@ def plan_rows(
             input_ids.stride(1),
             num_positions,
             BLOCK=LOCATE_BLOCK,
+            num_warps=LOCATE_WARPS,
         )
         if num_rows:
             grid = (num_features, triton.cdiv(max_rows, ROW_BLOCK))

@@ -194,7 +194,7 @@ def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
 
 def gather_grad(
     grad_output: Tensor, destinations: Tensor, dtype: torch.dtype, *, bias_sum: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Gather the gradient of every feature row, zeros for rows that did not survive.
 
     Args:
@@ -204,8 +204,8 @@ def gather_grad(
         bias_sum: also sum the rows, as the bias gradient.
 
     Returns:
-        ``[R, H]`` contiguous, and ``[H]`` or None. The sum is taken in fp32 over blocks of rows in
-        a fixed order.
+        ``[R, H]`` contiguous, and ``[H]`` (``[0]`` without ``bias_sum``). The sum is taken in fp32
+        over blocks of rows in a fixed order.
     """
     _, batch_size, hidden = grad_output.shape
     num_rows = destinations.shape[0]
@@ -229,7 +229,7 @@ def gather_grad(
             BLOCK_R=GATHER_BLOCK_R,
             BLOCK_H=GATHER_BLOCK_H,
         )
-    return rows, partial.sum(0).to(dtype) if bias_sum else None
+    return rows, partial.sum(0).to(dtype) if bias_sum else rows.new_empty(0)
 
 
 def grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ import triton.language as tl
 
 from step37_kernels.ops.common import device_of
 
-ROWS_PER_TILE = 8
-COLUMNS_PER_TILE = 256
+# Rows and columns of a program's tile. The first pass spends its registers on addresses.
+FIRST_PASS_TILE = (4, 256)
+SECOND_PASS_TILE = (8, 256)
 ROW_PAD = 16
 
 PRECISION_BITS = tl.constexpr(22)
 HALF = tl.constexpr(1 << 21)
+TAPS_PER_STEP = tl.constexpr(2)
 
 # The columns of a job record, int64 each.
 SOURCE = tl.constexpr(0)  # byte offset of the first pixel in the flat buffer
@@ -62,9 +64,10 @@ class ResizeJob:
 
 @triton.jit
 def filter_tile(
-    source,
-    table,
+    source_ptr,
+    table_ptr,
     taps,
+    last,
     size,
     row,
     column,
@@ -76,41 +79,47 @@ def filter_tile(
     """One tile of one plane, filtered along one axis: int32 ``[rows, columns]`` of 0…255.
 
     Args:
-        source: the plane that is filtered, uint8.
-        table: ``[1 + taps, size]``: first positions, then coefficients (zero past the last one).
+        source_ptr: the plane that is filtered, uint8.
+        table_ptr: ``[1 + taps, size]``: first positions, then coefficients, zero past the last.
         row, column: int32, coordinates of the tile in the result.
         inside: ``[rows, columns]`` mask of what may be read.
-        row_stride, column_stride: bytes, in ``source``.
+        row_stride, column_stride: bytes, in the source.
     """
     if VERTICAL:
         along = row
     else:
         along = column
     exists = along < size
-    first = tl.load(table + along, mask=exists, other=0)
+    first = tl.load(table_ptr + along, mask=exists, other=0)
     total = tl.full(inside.shape, HALF, tl.int32)
-    for tap in range(0, taps):
-        weight = tl.load(table + (1 + tap) * size + along, mask=exists, other=0)
-        if VERTICAL:
-            weight = weight[:, None]
-            address = source + ((first + tap).to(tl.int64) * row_stride)[:, None]
-            address = address + (column * column_stride)[None, :]
-        else:
-            weight = weight[None, :]
-            address = source + (row.to(tl.int64) * row_stride)[:, None]
-            address = address + ((first + tap) * column_stride)[None, :]
-        value = tl.load(address, mask=inside & (weight != 0), other=0)
-        total += value.to(tl.int32) * weight
+    # Two taps a step: their loads are on the way together, and enlarging takes but two.
+    for step in range(0, taps, TAPS_PER_STEP):
+        for ahead in tl.static_range(TAPS_PER_STEP):
+            tap = step + ahead
+            weight = tl.load(table_ptr + (1 + tap) * size + along, mask=exists, other=0)
+            # Past the last one the coefficient is zero. Clamping the position, where a mask would
+            # do, keeps this load from waiting for that one.
+            position = tl.minimum(first + tap, last)
+            if VERTICAL:
+                weight = weight[:, None]
+                address = source_ptr + (position.to(tl.int64) * row_stride)[:, None]
+                address = address + (column * column_stride)[None, :]
+            else:
+                weight = weight[None, :]
+                address = source_ptr + (row.to(tl.int64) * row_stride)[:, None]
+                address = address + (position * column_stride)[None, :]
+            value = tl.load(address, mask=inside, other=0)
+            total += value.to(tl.int32) * weight
     return tl.minimum(total >> PRECISION_BITS, 255)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels_ptr"])
 def first_pass_kernel(
-    pixels,
-    jobs,
-    tables,
-    tile_jobs,
-    middle,
+    pixels_ptr,
+    jobs_ptr,
+    tables_ptr,
+    tile_jobs_ptr,
+    middle_ptr,
     size: tl.int32,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -118,21 +127,23 @@ def first_pass_kernel(
 ):
     """Interleaved source to planes: ``[3, height, size]``, or ``[3, size, width]`` vertical first.
 
-    One program a tile; ``tile_jobs`` says which job it belongs to.
+    One program a tile; ``tile_jobs_ptr`` says which job it belongs to.
     """
-    job = jobs + tl.load(tile_jobs + tl.program_id(0)).to(tl.int64) * FIELDS
-    source = pixels + tl.load(job + SOURCE)
+    job = jobs_ptr + tl.load(tile_jobs_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
+    source = pixels_ptr + tl.load(job + SOURCE)
     source_pitch = tl.load(job + SOURCE_PITCH)
     vertical = tl.load(job + VERTICAL_FIRST) != 0
+    height = tl.load(job + HEIGHT).to(tl.int32)
+    width = tl.load(job + WIDTH).to(tl.int32)
     if vertical:
         rows = size
-        columns = tl.load(job + WIDTH).to(tl.int32)
-        table = tables + tl.load(job + ROW_TABLE)
+        columns = width
+        table = tables_ptr + tl.load(job + ROW_TABLE)
         taps = tl.load(job + ROW_TAPS).to(tl.int32)
     else:
-        rows = tl.load(job + HEIGHT).to(tl.int32)
+        rows = height
         columns = size
-        table = tables + tl.load(job + COLUMN_TABLE)
+        table = tables_ptr + tl.load(job + COLUMN_TABLE)
         taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
 
     tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
@@ -145,28 +156,48 @@ def first_pass_kernel(
     # Nothing tells the compiler that the planes start aligned, and that is on purpose: vector
     # stores would give a thread adjacent columns, and the byte loads of a warp, which gather, many
     # cache lines instead of one or two.
-    target = middle + tl.load(job + MIDDLE)
+    target = middle_ptr + tl.load(job + MIDDLE)
     target = target + row.to(tl.int64)[:, None] * pitch + column[None, :]
     plane = rows * pitch
     for channel in range(3):
         if vertical:
             value = filter_tile(
-                source + channel, table, taps, size, row, column, inside, source_pitch, 3, True
+                source + channel,
+                table,
+                taps,
+                height - 1,
+                size,
+                row,
+                column,
+                inside,
+                source_pitch,
+                3,
+                True,
             )
         else:
             value = filter_tile(
-                source + channel, table, taps, size, row, column, inside, source_pitch, 3, False
+                source + channel,
+                table,
+                taps,
+                width - 1,
+                size,
+                row,
+                column,
+                inside,
+                source_pitch,
+                3,
+                False,
             )
         tl.store(target + channel * plane, value.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
 def second_pass_kernel(
-    middle,
-    jobs,
-    tables,
-    normalized,
-    out,
+    middle_ptr,
+    jobs_ptr,
+    tables_ptr,
+    normalized_ptr,
+    out_ptr,
     size: tl.int32,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -175,7 +206,7 @@ def second_pass_kernel(
 ):
     """Planes to ``out[n, c]``: the other axis, then the look-up. One program a tile of a plane.
 
-    ``ALIGNED``: the side is a multiple of eight, so that rows of ``out`` are written in vectors.
+    ``ALIGNED``: the side is a multiple of eight, so that rows of the result are written in vectors.
     """
     if ALIGNED:
         size = size // 8 * 8
@@ -189,15 +220,17 @@ def second_pass_kernel(
     channel = pid % 3
     n = (pid // 3).to(tl.int64)
 
-    job = jobs + n * FIELDS
-    planes = middle + tl.load(job + MIDDLE) // PAD * PAD
+    job = jobs_ptr + n * FIELDS
+    planes = middle_ptr + tl.load(job + MIDDLE) // PAD * PAD
     exists = row < size
     if tl.load(job + VERTICAL_FIRST) != 0:
-        pitch = (tl.cdiv(tl.load(job + WIDTH), PAD) * PAD).to(tl.int64)
+        width = tl.load(job + WIDTH)
+        pitch = (tl.cdiv(width, PAD) * PAD).to(tl.int64)
         value = filter_tile(
             planes + channel * (size * pitch),
-            tables + tl.load(job + COLUMN_TABLE),
+            tables_ptr + tl.load(job + COLUMN_TABLE),
             tl.load(job + COLUMN_TAPS).to(tl.int32),
+            width.to(tl.int32) - 1,
             size,
             row,
             column,
@@ -207,11 +240,13 @@ def second_pass_kernel(
             False,
         )
     else:
+        height = tl.load(job + HEIGHT)
         pitch = (tl.cdiv(size, PAD) * PAD).to(tl.int64)
         value = filter_tile(
-            planes + channel * (tl.load(job + HEIGHT) * pitch),
-            tables + tl.load(job + ROW_TABLE),
+            planes + channel * (height * pitch),
+            tables_ptr + tl.load(job + ROW_TABLE),
             tl.load(job + ROW_TAPS).to(tl.int32),
+            height.to(tl.int32) - 1,
             size,
             row,
             column,
@@ -221,8 +256,8 @@ def second_pass_kernel(
             1,
             True,
         )
-    result = tl.load(normalized + channel * 256 + value)
-    target = out + (n * 3 + channel) * size * size
+    result = tl.load(normalized_ptr + channel * 256 + value)
+    target = out_ptr + (n * 3 + channel) * size * size
     target = target + row.to(tl.int64)[:, None] * size + column[None, :]
     tl.store(target, result, mask=exists[:, None] & (column < size)[None, :])
 
@@ -240,7 +275,7 @@ def resize(
         pixels: uint8, flat: the buffer that the jobs point into.
         jobs: what to resize, at least one.
         tables: per job, the coefficients of its rows and of its columns, int32 ``[1 + taps, size]``
-            each. The same array object is uploaded once.
+            each, taps even. The same array object is uploaded once.
         normalized: ``[3, 256]``, the look-up table, in the dtype of the result.
         size: side of the results.
 
@@ -274,7 +309,7 @@ def resize(
             first_tile,
         )
         middle_bytes += 3 * height * triton.cdiv(width, ROW_PAD) * ROW_PAD
-        tiles.append(triton.cdiv(height, ROWS_PER_TILE) * triton.cdiv(width, COLUMNS_PER_TILE))
+        tiles.append(_tiles(height, width, FIRST_PASS_TILE))
         first_tile += tiles[-1]
     tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
 
@@ -284,13 +319,19 @@ def resize(
     )
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
     out = torch.empty((len(jobs), 3, size, size), dtype=normalized.dtype, device=pixels.device)
-    tiles_a_plane = triton.cdiv(size, ROWS_PER_TILE) * triton.cdiv(size, COLUMNS_PER_TILE)
-    blocks = {"ROWS": ROWS_PER_TILE, "COLUMNS": COLUMNS_PER_TILE, "PAD": ROW_PAD}
     with device_of(pixels):
         first_pass_kernel[(len(tile_jobs),)](
-            pixels, device_records, device_tables, device_tile_jobs, middle, size, **blocks
+            pixels,
+            device_records,
+            device_tables,
+            device_tile_jobs,
+            middle,
+            size,
+            ROWS=FIRST_PASS_TILE[0],
+            COLUMNS=FIRST_PASS_TILE[1],
+            PAD=ROW_PAD,
         )
-        second_pass_kernel[(len(jobs) * 3 * tiles_a_plane,)](
+        second_pass_kernel[(len(jobs) * 3 * _tiles(size, size, SECOND_PASS_TILE),)](
             middle,
             device_records,
             device_tables,
@@ -298,9 +339,15 @@ def resize(
             out,
             size,
             ALIGNED=size % 8 == 0,
-            **blocks,
+            ROWS=SECOND_PASS_TILE[0],
+            COLUMNS=SECOND_PASS_TILE[1],
+            PAD=ROW_PAD,
         )
     return out
+
+
+def _tiles(rows: int, columns: int, tile: tuple[int, int]) -> int:
+    return triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
 
 
 def upload(
@@ -319,7 +366,7 @@ def upload(
     buffer = staging.to(device, non_blocking=True)
     return [
         buffer[start : start + array.nbytes]
-        .view(torch.from_numpy(array[:0]).dtype)
+        .view(torch.int64 if array.dtype == np.int64 else torch.int32)
         .view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     ]

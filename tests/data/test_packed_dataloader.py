@@ -225,6 +225,18 @@ def test_an_index_error_of_a_data_set_is_not_its_end() -> None:
         loader_of([], datasets=[EndsEarly([1, 1, 1, 1])])
 
 
+def test_a_sample_whose_length_has_changed_since_is_reported_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loader = loader_of([4, 5, 6], dataset_sampling="sequential")
+    loader[0]
+    assert "tokens now" not in caplog.text
+    loader.datasets[0].lengths[1] = 8
+    for _ in range(2):
+        assert len(loader[0][1]) == 8
+    assert caplog.text.count("datasets[0][1] has 8 tokens now and had 5 when the packs") == 1
+
+
 def test_a_loader_survives_pickling_with_its_position() -> None:
     loader = loader_of([4, 5, 6, 7])
     list(itertools.islice(loader.iterate(), 2))
@@ -354,6 +366,23 @@ def test_equal_samples_are_measured_once(tmp_path: Path) -> None:
     assert dataset.read_since_last_time() == [0]
 
 
+@given(keys=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=12))
+def test_samples_that_share_half_of_their_key_keep_their_own_lengths(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[tuple[int, int]]
+) -> None:
+    class Crowded(Words):
+        def sample_keys(self) -> np.ndarray:
+            return np.array(keys, dtype=np.uint64)
+
+    cache = tmp_path_factory.mktemp("cache")
+    dataset = Crowded([10 * high + low for high, low in keys])
+    half = Crowded(dataset.lengths[::2])
+    half.sample_keys = lambda: np.array(keys[::2], dtype=np.uint64)  # type: ignore[method-assign]
+    for part in (half, dataset, dataset):
+        lengths = probe_lengths(part, cache_dir=cache, progress=False)
+        assert lengths.tolist() == part.lengths
+
+
 def test_processes_measure_the_same_lengths(tmp_path: Path) -> None:
     lengths = [1 + (7 * i) % 50 for i in range(1000)]
     for cache in (None, tmp_path):
@@ -416,7 +445,7 @@ def test_every_token_of_an_epoch_is_in_exactly_one_pack(epochs: int) -> None:
 
 
 SCHEDULE_SCRIPT = """
-import resource, sys, time
+import pathlib, sys, time
 import numpy as np
 from step37_data.packed_dataloader import draw_schedule
 from step37_data.packing import pack
@@ -424,7 +453,9 @@ lengths = np.random.default_rng(0).integers(190, 260, int(sys.argv[1]))
 begin = time.perf_counter()
 _, _, sizes = draw_schedule([lengths], [float(len(lengths))], ["random"])
 pack(sizes, 2048, "drop")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which counts the parent of a forked process too.
+status = pathlib.Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
 print(time.perf_counter() - begin, peak)
 """
 

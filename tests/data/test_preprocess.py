@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,13 @@ from step37_data.preprocess import (
     load_images,
     preprocess_packed_batch,
 )
+from step37_data.stacks import kernels_match_pillow
+from step37_kernels import resample
 from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IM_START, PATCH_START = 128000, 128003
+PHOTOS = Path(__file__).resolve().parents[2] / "examples" / "flickr8k_mini" / "train"
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -94,12 +99,13 @@ def test_load_images_gives_what_pillow_and_numpy_give(photos):
 
 
 @pytest.mark.parametrize("size", [728, 504])
-def test_load_images_is_exact_at_the_sizes_of_the_model(photos, size):
+def test_load_images_is_exact_for_photographs_at_the_sizes_of_the_model(size):
+    photos = sorted(str(path) for path in PHOTOS.glob("*.jpg"))
+    assert len(photos) == 8
     items = [(path, IMAGE_ITEM_TYPE) for path in photos]
-    for threads in (1, 3):
-        loaded = load_images(items, image_size=size, patch_image_size=1, threads=threads)
-        for path, (got, _) in zip(photos, loaded, strict=True):
-            assert torch.equal(got, stock(path, size))
+    loaded = load_images(items, image_size=size, patch_image_size=1, device=DEVICE, threads=2)
+    for path, (got, _) in zip(photos, loaded, strict=True):
+        assert torch.equal(got.cpu(), stock(path, size))
 
 
 def test_load_images_of_nothing_is_nothing():
@@ -271,6 +277,27 @@ def test_decoded_pixels_through_the_kernels_are_what_the_host_path_gives(photos)
     got = resize_clip_normalize([p.to(DEVICE) for p in pictures], 28, impl="triton")
     expected = torch.stack([stock(path, 28) for path in photos]).bfloat16()
     assert torch.equal(got.cpu(), expected)
+
+
+def test_the_kernels_match_the_installed_pillow(caplog):
+    assert kernels_match_pillow.__wrapped__()
+    assert not caplog.records
+
+
+def test_a_pillow_of_another_order_is_noticed(monkeypatch, caplog):
+    other = (12, 1) if resample.installed_pillow() >= (12, 2) else (13, 0)
+    monkeypatch.setattr(resample, "installed_pillow", lambda: other)
+    assert not kernels_match_pillow.__wrapped__()
+    assert "resized by Pillow on the host" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: on the CPU it is the rule")
+def test_where_pillow_has_to_resize_the_values_are_the_same(photos, monkeypatch):
+    monkeypatch.setattr("step37_data.stacks.kernels_match_pillow", lambda: False)
+    loaded = load_images([(p, 0) for p in photos], image_size=56, patch_image_size=1, device=DEVICE)
+    for path, (got, _) in zip(photos, loaded, strict=True):
+        assert torch.equal(got.cpu(), stock(path, 56))
 
 
 @pytest.mark.gpu

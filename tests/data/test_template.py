@@ -21,6 +21,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import make_tokenizer
+from step37_data.pack_transform import pack_samples
 from step37_data.template import (
     IMAGE_TOKEN_COUNT,
     PATCH_TOKEN_COUNT,
@@ -62,13 +64,14 @@ def slow_template(tokenizer: Any, conversations: list[dict[str, Any]]) -> tuple[
 
     def tokens_of(count: int) -> list[int]:
         prefix = messages[:count]
-        encoded = tokenizer.apply_chat_template(
+        tokens: list[int] = tokenizer.apply_chat_template(
             prefix,
             tokenize=True,
+            return_dict=False,
             add_generation_prompt=prefix[-1]["role"] != "assistant",
             **({"tools": tools} if tools else {}),
         )
-        return list(encoded["input_ids"])
+        return tokens
 
     tokens = tokens_of(len(messages))
     mask = [0.0] * len(tokens)
@@ -152,6 +155,67 @@ def test_tokens_and_loss_spans_equal_those_of_tokenising_every_prefix(
     template: Step37MultimodalTemplate, drawn: tuple[list[Any], list[Any]]
 ) -> None:
     assert_as_the_oracle(template, *drawn)
+
+
+@pytest.fixture(scope="module")
+def other_layouts(tmp_path_factory: pytest.TempPathFactory) -> list[Step37MultimodalTemplate]:
+    """Chat templates that differ from ours where models of this family differ."""
+
+    def without_reasoning(chat: str) -> str:
+        chat = chat.replace('{{- "<|im_start|>assistant\\n<think>\\n" -}}',
+                            '{{- "<|im_start|>assistant\\n" -}}')  # fmt: skip
+        return chat.replace('{{- "<think>\\n" ~ reasoning ~ "\\n</think>\\n" -}}', "")
+
+    def tool_results_as_user_turns(chat: str) -> str:
+        return chat.replace("<|im_start|>tool_response", "<|im_start|>user")
+
+    def a_default_system_turn(chat: str) -> str:
+        turn = '"<|im_start|>system\\nBe kind.<|im_end|>\\n"'
+        return chat.replace("{{- bos_token -}}", f"{{{{- bos_token ~ {turn} -}}}}")
+
+    changes = (without_reasoning, tool_results_as_user_turns, a_default_system_turn)
+    return [
+        Step37MultimodalTemplate(
+            tokenizer_path=edited_tokenizer(tmp_path_factory.mktemp("chat"), change),
+            max_sequence_length=8192,
+        )
+        for change in changes
+    ]
+
+
+@given(drawn=conversations())
+def test_the_spans_do_not_depend_on_details_of_the_chat_template(
+    other_layouts: list[Step37MultimodalTemplate], drawn: tuple[list[Any], list[Any]]
+) -> None:
+    for template in other_layouts:
+        assert_as_the_oracle(template, *drawn)
+
+
+@given(drawn=st.lists(conversations(), min_size=1, max_size=4))
+def test_image_k_of_a_pack_lands_in_the_sample_that_owns_it(
+    template: Step37MultimodalTemplate, drawn: list[tuple[list[Any], list[Any]]]
+) -> None:
+    samples, owner = [], {}
+    for number, (messages, images) in enumerate(drawn):
+        named = []
+        for k, image in enumerate(images):
+            kind = image[1] if isinstance(image, tuple) else 0
+            named.append((f"{number}/{k}.jpg", kind))
+            owner[named[-1][0]] = number
+        samples.append(template({"conversations": messages, "images": named}))
+    packed = pack_samples(samples)
+    bounds = packed["cu_seqlens"][1:].contiguous()
+    for kind, token, rows in ((0, "<im_start>", 169), (1, "<patch_start>", 81)):
+        start_id = template.tokenizer.convert_tokens_to_ids(token)
+        starts = torch.nonzero(packed["tokens"] == start_id).flatten()
+        paths = [path for path, its_kind in packed["image_paths"] if its_kind == kind]
+        assert len(starts) == len(paths)
+        for start, path in zip(starts.tolist(), paths, strict=True):
+            place = int(torch.searchsorted(bounds, start, right=True))
+            assert place == owner[path]
+            patches = packed["tokens"][start + 1 : start + 1 + rows]
+            assert (patches == template.tokenizer.convert_tokens_to_ids("<im_patch>")).all()
+            assert start + rows < int(bounds[place])
 
 
 def flickr(caption: str = "A cat .", prompt: str = "Describe this image.") -> list[dict[str, Any]]:
@@ -308,6 +372,11 @@ def test_a_conversation_needs_a_question_and_ends_with_an_answer(
         template({"conversations": flickr()[1:]})
 
 
+def test_a_message_needs_a_role(template: Step37MultimodalTemplate) -> None:
+    with pytest.raises(ValueError, match=r"conversations\[1\]: expected a role, got None"):
+        template({"conversations": [*flickr()[:1], {"from": "gpt", "value": "x"}]})
+
+
 def test_tokenising_leaves_the_conversation_as_it_was(template: Step37MultimodalTemplate) -> None:
     data = {"conversations": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]},
                               *flickr()[1:]], "images": ["a.jpg"]}  # fmt: skip
@@ -441,6 +510,24 @@ def test_a_template_survives_pickling(template: Step37MultimodalTemplate) -> Non
     clone = pickle.loads(pickle.dumps(template))
     data = {"conversations": flickr(), "images": ["a.jpg"]}
     assert clone(data)["tokens"].tolist() == template(data)["tokens"].tolist()
+
+
+def test_the_shipped_tokenizer_is_what_its_script_makes(
+    template: Step37MultimodalTemplate, tmp_path: Path
+) -> None:
+    make_tokenizer.save(
+        make_tokenizer.train(
+            make_tokenizer.corpus(TOKENIZER.parent / "flickr8k_mini/train/metadata.csv")
+        ),
+        tmp_path,
+    )
+    made, shipped = (json.loads((folder / "tokenizer.json").read_text())
+                     for folder in (tmp_path, TOKENIZER))  # fmt: skip
+    assert made["model"] == shipped["model"]
+    assert made["added_tokens"] == shipped["added_tokens"]
+    config = "tokenizer_config.json"
+    assert (tmp_path / config).read_text() == (TOKENIZER / config).read_text()
+    assert template.tokenizer.bos_token_id == 0
 
 
 def test_the_length_of_a_sample_is_its_tokens_less_one() -> None:

@@ -1,4 +1,4 @@
-"""A picture of a pack: its sub-sequences, images, loss, and where every feature row landed."""
+"""A picture of a row map: a pack position by position, and the feature row that each received."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def draw_pack(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any, path: Path) -> None:
+def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any, path: Path) -> None:
     """Write a PNG: one cell a position, in reading order.
 
     A coloured cell holds a feature row, numbered as the plan numbers it, in the colour of its

@@ -1,0 +1,448 @@
+"""How everything in this suite is measured.
+
+One *group* of rows is one operation on one set of inputs, done by several implementations in one
+process. :func:`measure` takes a group through four steps:
+
+1. Gate. Every implementation runs once on freshly poisoned memory, and its result is held against
+   a float64 oracle. One that fails is reported, with the reason, and not timed.
+2. Count. Host synchronisations, kernel launches, and peak memory above what was there before.
+3. Time. One sample of each implementation in turn, round after round, until the group's time is
+   used up: a clock that drifts or a neighbour that wakes up meets all of them alike.
+4. Report the median and the 20th and 80th percentile.
+
+What a sample on CUDA is: events before and after the call, behind a backlog of device work that is
+longer than the host needs to issue the call. That is how a training step meets an operation: the
+host runs ahead, so launches are free until somebody waits for the device, and waiting costs what it
+costs. (Host time is a column of its own, for those who are bound by it.) The backlog reads a
+buffer larger than L2, and inputs rotate among several random sets, so nothing is found in cache; it
+reads because dirty lines would be written back at the expense of what is timed.
+
+On a CPU the same code runs with a host clock and without backlog; that path exists for the data
+subjects and for this suite's own tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["ours", "stock", "peer", "floor"]
+"""``stock`` is what is replaced; a ``peer`` does the same by other means; a ``floor`` does only a
+part of the work (the bare matrix product), so it is no competitor."""
+
+LATE = "not run: time budget used up"
+"""The problem of rows whose turn did not come before the deadline."""
+WARM_UP_ROUNDS = 3
+MAX_SAMPLES = 200
+MIN_SAMPLES = 5
+MAX_BACKLOG_US = 1500.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run measures, and for how long."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    impl: Literal["auto", "triton", "torch"] = "auto"
+    """Implementation of the kernels under test."""
+    shapes: tuple[str, ...] = ()
+    """Names; empty for the subject's own choice."""
+    row_seconds: float = 0.25
+    """Timing budget of one row."""
+    deadline: float = math.inf
+    """``time.perf_counter()`` after which groups are reported as not run."""
+    compile_backend: str | None = "inductor"
+    """Of ``torch.compile`` peers; None leaves them out."""
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """One way to do a group's operation."""
+
+    name: str
+    kind: Kind
+    prepare: Callable[[int], Any]
+    """Untimed: the arguments of :attr:`run` on input set ``i``, for any i ≥ 0."""
+    run: Callable[[Any], Any]
+    """Timed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What identifies a group of rows across runs."""
+
+    subject: str
+    operation: str
+    shape: str
+    variant: str
+    """Layout of the inputs, or whatever else a subject varies; may be empty."""
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """The least that a group's operation must do: what × limit and the rates are computed from.
+
+    Each input that is needed is read once, each output is written once.
+    """
+
+    flops: int
+    bytes: int
+    rows: int
+    """Feature rows, images or samples: the abscissa of the plot of time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One implementation's result. None is a figure that was not measured."""
+
+    key: Key
+    work: Work
+    implementation: str
+    kind: Kind
+    problem: str | None = None
+    """Why there are no figures: failed gate, error, out of time."""
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    host_us: float | None = None
+    """Median host time of the call, until it returns."""
+    samples: int = 0
+    host_syncs: int | None = None
+    launches: int | None = None
+    peak_bytes: int | None = None
+    """Most memory allocated during the call above what was allocated before it."""
+
+
+Check = Callable[[Implementation, Any], str | None]
+"""Told an implementation and its result on input set 0; says what is wrong with it, or None."""
+
+
+class CpuClock:
+    """Wall time of calls on the CPU."""
+
+    def sample(self, implementation: Implementation, i: int) -> tuple[Callable[[], float], float]:
+        """Run once on set ``i``: how to read the time, in µs, after :meth:`settle`; host µs."""
+        state = implementation.prepare(i)
+        begin = time.perf_counter()
+        implementation.run(state)
+        elapsed = 1e6 * (time.perf_counter() - begin)
+        return lambda: elapsed, elapsed
+
+    def settle(self) -> None:
+        """Wait until samples can be read."""
+
+    def adapt(self, implementation: Implementation, host_us: float) -> None:
+        """Learn how long the host needs to issue the call."""
+
+    def poison(self, numbytes: int) -> None:
+        """Fill memory that is about to be handed out again with NaN."""
+        torch.full((max(numbytes, 4) // 4,), math.nan)
+
+    def count(self, implementation: Implementation) -> dict[str, int | None]:  # noqa: ARG002
+        """Host syncs, launches and peak memory of one call, by field of :class:`Row`."""
+        return {}
+
+
+class CudaClock(CpuClock):
+    """Device time of calls, between events, behind a backlog."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._scratch = torch.rand(max(4 * cache, 2**28) // 4, device=device)
+        self._sum = torch.empty((), device=device)
+        self._reads: dict[str, int] = {}
+        self._read_us = 0.0
+        times = []
+        for _ in range(8):
+            start, end = self._events()
+            start.record()
+            self._read()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(1e3 * start.elapsed_time(end))
+        self._read_us = statistics.median(times)
+
+    @staticmethod
+    def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def _read(self) -> None:
+        torch.sum(self._scratch, dim=0, out=self._sum)
+
+    def sample(self, implementation: Implementation, i: int) -> tuple[Callable[[], float], float]:
+        state = implementation.prepare(i)
+        for _ in range(self._reads.get(implementation.name, 1)):
+            self._read()
+        start, end = self._events()
+        start.record()
+        begin = time.perf_counter()
+        implementation.run(state)
+        host = 1e6 * (time.perf_counter() - begin)
+        end.record()
+        return lambda: 1e3 * start.elapsed_time(end), host
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def adapt(self, implementation: Implementation, host_us: float) -> None:
+        wanted = min(1.5 * host_us, MAX_BACKLOG_US)
+        self._reads[implementation.name] = max(1, math.ceil(wanted / self._read_us))
+
+    def poison(self, numbytes: int) -> None:
+        torch.full((max(numbytes, 4) // 4,), math.nan, device=self._device)
+
+    def count(self, implementation: Implementation) -> dict[str, int | None]:
+        state = implementation.prepare(1)
+        self.settle()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        result = implementation.run(state)
+        self.settle()
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        del result, state
+        return {
+            "host_syncs": count_syncs(implementation),
+            "launches": count_launches(implementation),
+            "peak_bytes": peak,
+        }
+
+
+def count_syncs(implementation: Implementation) -> int:
+    """Host synchronisations of one call, as far as PyTorch's debug mode detects them."""
+    state = implementation.prepare(1)
+    torch.cuda.synchronize()
+    previous = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            implementation.run(state)
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+def count_launches(implementation: Implementation) -> int | None:
+    """Kernels that one call ran, without copies and fills; None where the profiler saw none."""
+    state = implementation.prepare(1)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        implementation.run(state)
+        torch.cuda.synchronize()
+    kernels = [
+        event.name
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return len(kernels) or None
+
+
+@functools.cache
+def clock_for(device: torch.device) -> CpuClock:
+    """The clock of a device; one for the process, since it holds a buffer."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def measure(
+    key: Key,
+    work: Work,
+    implementations: Sequence[Implementation],
+    check: Check,
+    settings: Settings,
+) -> list[Row]:
+    """Gate, count and time one group.
+
+    An error of a competitor (out of memory, a compiler that gives up) becomes its row's problem;
+    one of ours is raised.
+    """
+    if settings.out_of_time:
+        return [
+            Row(key=key, work=work, implementation=i.name, kind=i.kind, problem=LATE)
+            for i in implementations
+        ]
+    clock = clock_for(settings.device)
+    rows: dict[str, Row] = {}
+    timed: list[Implementation] = []
+    for implementation in implementations:
+        row = Row(key=key, work=work, implementation=implementation.name, kind=implementation.kind)
+        try:
+            problem = _gate(implementation, check, clock, work)
+            counts = {} if problem else clock.count(implementation)
+        except RuntimeError as error:
+            if implementation.kind == "ours":
+                raise
+            problem, counts = f"{type(error).__name__}: {str(error).splitlines()[0]}", {}
+        rows[implementation.name] = replace(row, problem=problem, **counts)  # type: ignore[arg-type]
+        if problem is None:
+            timed.append(implementation)
+    for name, figures in _time(timed, clock, settings.row_seconds * len(timed)).items():
+        rows[name] = replace(rows[name], **figures)
+    return list(rows.values())
+
+
+def _gate(implementation: Implementation, check: Check, clock: CpuClock, work: Work) -> str | None:
+    """Check one result; then run until warm, and tell the clock about the host's share."""
+    state = implementation.prepare(0)
+    clock.poison(work.bytes)
+    result = implementation.run(state)
+    problem = check(implementation, result)
+    if problem is not None:
+        return f"failed the gate: {problem}"
+    del result, state
+    host = []
+    for i in range(WARM_UP_ROUNDS):
+        clock.settle()
+        host.append(clock.sample(implementation, i)[1])
+    clock.settle()
+    clock.adapt(implementation, statistics.median(host))
+    return None
+
+
+def _time(
+    implementations: Sequence[Implementation], clock: CpuClock, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Interleaved samples for about ``seconds``; the timing fields of each row."""
+    device: dict[str, list[float]] = {i.name: [] for i in implementations}
+    host: dict[str, list[float]] = {i.name: [] for i in implementations}
+    end = time.perf_counter() + seconds
+    for i in range(MAX_SAMPLES if implementations else 0):
+        pending = [(one.name, *clock.sample(one, i)) for one in implementations]
+        clock.settle()
+        for name, read, host_us in pending:
+            device[name].append(read())
+            host[name].append(host_us)
+        if i + 1 >= MIN_SAMPLES and time.perf_counter() > end:
+            break
+    return {
+        name: {
+            "median_us": statistics.median(times),
+            "p20_us": percentile(times, 20),
+            "p80_us": percentile(times, 80),
+            "host_us": statistics.median(host[name]),
+            "samples": len(times),
+        }
+        for name, times in device.items()
+    }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which ``percent`` of the values lie, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def rotation(device: torch.device, set_bytes: int) -> int:
+    """How many input sets of this size pass L2 three times over before one comes up again."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, math.ceil(3 * cache / max(set_bytes, 1)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What the device reaches in this run, on random data: the limits that rows are held to."""
+
+    copy_bytes_per_s: float
+    """Of one large device-to-device copy, bytes read plus bytes written."""
+    flops_per_s: dict[str, float] = field(default_factory=dict)
+    """Of one large square matrix product, by dtype."""
+
+
+def measure_ceilings(settings: Settings) -> Ceilings:
+    """Time one large copy and one large matrix product a dtype."""
+    device = settings.device
+    cuda = device.type == "cuda"
+    clock = clock_for(device)
+
+    def best_us(name: str, run: Callable[[Any], Any]) -> float:
+        one = Implementation(name=name, kind="floor", prepare=lambda _: None, run=run)
+        figures = _time([one], clock, settings.row_seconds)[name]
+        return float(figures["median_us"])
+
+    source = torch.rand((2**30 if cuda else 2**22) // 4, device=device)
+    target = torch.empty_like(source)
+    copy_us = best_us("copy", lambda _: target.copy_(source))
+    rates: dict[str, float] = {}
+    size = 8192 if cuda else 128
+    for dtype in settings.dtypes:
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        out = torch.empty_like(a)
+        product_us = best_us("product", functools.partial(_product, a, b, out))
+        rates[dtype_name(dtype)] = 2 * size**3 / product_us * 1e6
+    return Ceilings(
+        copy_bytes_per_s=2 * source.nbytes / copy_us * 1e6,
+        flops_per_s=rates,
+    )
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, _: object) -> torch.Tensor:
+    return torch.mm(a, b, out=out)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Hardware, software, commit and date of this run."""
+    found = {
+        "device": platform.processor() or platform.machine(),
+        "driver": "",
+        "cuda": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _command(
+            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
+        ),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found["driver"] = _command(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
+        )
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _command(*command: str) -> str:
+    """First line of a command's output; empty where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]

@@ -1,0 +1,135 @@
+"""The gate of the insertion rows: right values in float64, and how far rounding may be from them.
+
+The bounds are those of the tests (:func:`step37_kernels.testing.product_bound`). The reference
+itself is a float64 loop on the CPU: minutes at the sizes of this suite. So the same quantities are
+computed here on the device, and of large products only some rows: one in every 64, so that no tile
+of any kernel goes unseen, and the first and last row of every feature, where a wrong map would
+show. All columns of these rows are compared. Two things are compared in full, and exactly: text
+rows of the output, and the gradient of the embeddings. Every result is searched in full for NaN,
+with which the memory was filled before. ``tests/bench`` holds this oracle against the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.shapes import Batch
+from step37_kernels.testing import InsertCase, deviation, product_bound, rounding_unit
+
+SAMPLE_EVERY = 64
+EXACT_BELOW = 2**30
+"""Products of fewer multiplications than this are compared whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Some rows of a product."""
+
+    rows: Tensor
+    exact: Tensor
+    bound: Tensor
+    """Of fp32 accumulation, rounded once."""
+    loose_bound: Tensor
+    """Of partial sums that are rounded to the narrow type too."""
+
+
+class Oracle:
+    """Knows the result of every operation on one case, and checks results by name.
+
+    Names: ``output`` [S, B, H]; ``projected`` [R, H] (a bare product); ``grad_embeddings``
+    [S, B, H]; ``grad_features`` [R, C] or one tensor a group; ``grad_weight`` [H, C].
+    """
+
+    def __init__(self, case: InsertCase, batch: Batch) -> None:
+        width = case.weight.shape[1]
+        self._hidden = case.weight.shape[0]
+        self._destinations = batch.destinations
+        self._is_text = torch.ones(
+            case.embeddings.shape[0] * case.embeddings.shape[1],
+            dtype=torch.bool,
+            device=batch.destinations.device,
+        )
+        self._is_text[batch.destinations] = False
+        # A copy: an implementation that works in place has the original in its hands.
+        self._text = case.embeddings.reshape(-1, self._hidden)[self._is_text]
+        grad = case.grad_output.reshape(-1, self._hidden)
+        self._grad_embeddings = grad * self._is_text.unsqueeze(-1)
+
+        dtype = case.weight.dtype
+        x = torch.cat([features.reshape(-1, width) for features in case.features])
+        g = grad[batch.destinations]
+        rows = self._sample(batch, x.shape[0] * x.shape[1] * self._hidden)
+        every = SAMPLE_EVERY if rows.shape[0] < x.shape[0] else 1
+        units = torch.arange(0, self._hidden, every, device=x.device)
+        weight = case.weight
+        self._products = {
+            "projected": _sampled(rows, x[rows], weight.T, dtype),
+            "grad_features": _sampled(rows, g[rows], weight, dtype),
+            "grad_weight": _sampled(units, g[:, units].T, x, dtype),
+        }
+
+    @staticmethod
+    def _sample(batch: Batch, multiplications: int) -> Tensor:
+        """Row numbers to compare."""
+        num_rows = batch.destinations.shape[0]
+        if multiplications < EXACT_BELOW:
+            return torch.arange(num_rows, device=batch.destinations.device)
+        picked = set(range(0, num_rows, SAMPLE_EVERY)) | {num_rows - 1}
+        first = 0
+        for _, n, rows in batch.groups:
+            for _ in range(n):
+                picked |= {first, first + rows - 1}
+                first += rows
+        return torch.tensor(sorted(picked), device=batch.destinations.device)
+
+    def check(
+        self, results: Mapping[str, Tensor | list[Tensor]], *, narrow_partial_sums: bool
+    ) -> str | None:
+        """What is wrong with the results of one implementation, or None.
+
+        Args:
+            results: by name.
+            narrow_partial_sums: allow sums of parts that were rounded to the narrow type: what
+                PyTorch lets cuBLAS do by default (``allow_bf16_reduced_precision_reduction``), and
+                what adding up one weight gradient a group comes to. Our kernels are held to fp32
+                accumulation.
+        """
+        for name, result in results.items():
+            tensors = [result] if isinstance(result, Tensor) else result
+            flat = torch.cat([tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors])
+            problem = self._check_one(name, flat, narrow_partial_sums)
+            if problem is not None:
+                return f"{name}: {problem}"
+        return None
+
+    def _check_one(self, name: str, flat: Tensor, narrow_partial_sums: bool) -> str | None:
+        if not torch.isfinite(flat).all():
+            return "holds NaN or infinity"
+        if name == "grad_embeddings":
+            equal = torch.equal(flat, self._grad_embeddings)
+            return None if equal else "differs from grad_output with the inserted rows zeroed"
+        if name == "output":
+            if not torch.equal(flat[self._is_text], self._text):
+                return "a text row differs from its embedding"
+            flat = flat[self._destinations]
+            name = "projected"
+        wanted = self._products[name]
+        bound = wanted.loose_bound if narrow_partial_sums else wanted.bound
+        worst, share = deviation(flat[wanted.rows], wanted.exact, bound)
+        if share > 1:
+            return f"off by {worst:.3g}, {share:.3g} of what rounding allows"
+        return None
+
+
+def _sampled(rows: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Sampled:
+    a, b = a.detach().double(), b.detach().double()
+    return Sampled(
+        rows=rows,
+        exact=(a @ b).cpu(),
+        bound=product_bound(a, b, [dtype]).cpu(),
+        loose_bound=product_bound(a, b, [dtype], input_error=rounding_unit(dtype)).cpu(),
+    )

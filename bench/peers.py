@@ -1,0 +1,161 @@
+"""Other ways to do what :func:`step37_kernels.project_and_insert` does, to be measured beside it.
+
+Each is a function ``(embeddings [S, B, H], input_ids [B, S], groups, weight [H, C]) → [S, B, H]``
+with ``groups`` a sequence of ``(start_token, features [N, L, C])``. The vectorised ones assume what
+every batch of the suite has: as many start tokens as features, whole spans, no overlap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Kind
+from step37_kernels import plan_insert, project_and_insert
+
+Groups = Sequence[tuple[int, Tensor]]
+Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
+
+BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding"
+
+
+def step37(impl: Literal["auto", "triton", "torch"], *, inplace: bool) -> Forward:
+    """Ours: plan, then project and insert. The module works in place wherever it may."""
+
+    def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+        plan = plan_insert(
+            input_ids, [(token, [x.shape[1]] * x.shape[0]) for token, x in groups], impl=impl
+        )
+        features = [x for _, x in groups]
+        return project_and_insert(
+            embeddings, features, weight, None, plan, inplace=inplace, impl=impl
+        )
+
+    return forward
+
+
+def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+    """The algorithm that is replaced, operation for operation.
+
+    :mod:`step37_kernels.reference` gives the same values but projects picture by picture and reads
+    all locations at once; here it is one product a group and two ``.item()`` a picture, as
+    Megatron-Bridge has it.
+    """
+    for token, features in groups:
+        projected = F.linear(features, weight)
+        locations = (input_ids == token).nonzero()
+        fused = embeddings.clone()
+        for location, feature in zip(locations, projected.unbind(0), strict=True):
+            batch, start = int(location[0].item()), int(location[1].item()) + 1
+            fused[start : start + feature.shape[0], batch] = feature
+        embeddings = fused
+    return embeddings
+
+
+def span_mask(input_ids: Tensor, token: int, rows: int) -> Tensor:
+    """``[B, S]`` bool: the ``rows`` positions after each start token."""
+    seq_len = input_ids.shape[1]
+    started = (input_ids == token).cumsum(1)
+    recent = started - F.pad(started, (rows, 0))[:, :seq_len]
+    return F.pad(recent, (1, 0))[:, :seq_len] > 0
+
+
+def masked_scatter(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+    """What most vision-language models in PyTorch do: a mask, and ``masked_scatter``."""
+    fused = embeddings.transpose(0, 1)
+    for token, features in groups:
+        mask = span_mask(input_ids, token, features.shape[1])
+        fused = fused.masked_scatter(mask.unsqueeze(-1), F.linear(features, weight))
+    return fused.transpose(0, 1)
+
+
+def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+    """The best plain PyTorch we know: one product, one ``index_copy``, no synchronisation."""
+    seq_len, batch_size, hidden = embeddings.shape
+    positions = []
+    for token, features in groups:
+        num_rows = features.shape[0] * features.shape[1]
+        mask = span_mask(input_ids, token, features.shape[1]).flatten()
+        slot = torch.where(mask, mask.cumsum(0) - 1, num_rows)
+        index = torch.arange(mask.shape[0], device=mask.device)
+        position = index % seq_len * batch_size + index // seq_len
+        # One slot past the end takes what is not in the mask.
+        slots = position.new_zeros(num_rows + 1)
+        positions.append(slots.scatter(0, slot, position)[:num_rows])
+    rows = torch.cat([features.reshape(-1, features.shape[-1]) for _, features in groups])
+    flat = embeddings.reshape(seq_len * batch_size, hidden)
+    fused = flat.index_copy(0, torch.cat(positions), F.linear(rows, weight))
+    return fused.view(seq_len, batch_size, hidden)
+
+
+def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
+    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors.
+
+    The word embedding that it borrows hands out the embeddings of the case.
+    """
+    given: list[Tensor] = []
+    # On the meta device: each call puts the weight of the case in its place.
+    with torch.device("meta"):
+        module = cls(lambda **_: given.pop(), width, hidden)
+
+    def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
+        given.append(embeddings)
+        images = [
+            SimpleNamespace(insert_start_token=token, image_features=features)
+            for token, features in groups
+        ]
+        out: Tensor = torch.func.functional_call(
+            module, {"align_projector.weight": weight}, (input_ids, images)
+        )
+        return out
+
+    return forward
+
+
+def bridge(hidden: int, width: int) -> Forward | None:
+    """Megatron-Bridge's own class, or None where it is not installed."""
+    try:
+        module = importlib.import_module(BRIDGE)
+    except ModuleNotFoundError:
+        return None
+    return module_peer(module.ImageInsertEmbedding, hidden, width)
+
+
+class Peer(NamedTuple):
+    """One way to do the whole insertion."""
+
+    name: str
+    kind: Kind
+    function: Forward
+    overwrites: bool = False
+    """Whether it writes into the embeddings that it is given."""
+
+
+def peers(
+    hidden: int,
+    width: int,
+    impl: Literal["auto", "triton", "torch"],
+    compile_backend: str | None,
+) -> list[Peer]:
+    """Everything that does the whole insertion, ours first."""
+    found = [
+        Peer("step37 in place", "ours", step37(impl, inplace=True), overwrites=True),
+        Peer("step37", "ours", step37(impl, inplace=False)),
+        Peer("stock", "stock", stock),
+        Peer("masked_scatter", "peer", masked_scatter),
+        Peer("index_copy", "peer", index_copy),
+    ]
+    theirs = bridge(hidden, width)
+    if theirs is not None:
+        found.append(Peer("Megatron-Bridge", "peer", theirs))
+    if compile_backend is not None:
+        for name, function in (("masked_scatter", masked_scatter), ("index_copy", index_copy)):
+            compiled = torch.compile(function, dynamic=False, backend=compile_backend)
+            found.append(Peer(f"torch.compile {name}", "peer", compiled))
+    return found

@@ -1,0 +1,68 @@
+"""Subject ``plan``: from token ids to the destination of every feature row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import Implementation, Key, Row, Settings, Work, measure
+from bench.shapes import SHAPES, Batch, Shape, make_batch, shapes_named
+from step37_kernels import plan_insert
+
+
+def locations(batch: Batch) -> Tensor:
+    """How stock finds where its features begin: one position a feature, read one by one."""
+    found = []
+    for token, _, _ in batch.groups:
+        for location in (batch.input_ids == token).nonzero():
+            found.append(int(location[0].item()) + int(location[1].item()) + 1)
+    return torch.tensor(found)
+
+
+def run(settings: Settings) -> Iterator[list[Row]]:
+    """One group a shape."""
+    for shape in shapes_named(settings.shapes or tuple(SHAPES)):
+        yield run_shape(shape, settings)
+
+
+def run_shape(shape: Shape, settings: Settings) -> list[Row]:
+    """The group of one shape."""
+    batch = make_batch(shape, settings.device)
+    groups = [(token, [rows] * n) for token, n, rows in batch.groups]
+
+    def check(implementation: Implementation, result: Any) -> str | None:
+        wanted = batch.destinations
+        if implementation.kind == "stock":
+            starts = torch.tensor([rows for _, n, rows in batch.groups for _ in range(n)])
+            wanted = wanted.cpu()[starts.cumsum(0) - starts]
+        same = torch.equal(result.to(wanted), wanted)
+        return None if same else "rows do not land where the batch was laid out"
+
+    def ours(_: object) -> Tensor:
+        return plan_insert(batch.input_ids, groups, impl=settings.impl).destinations
+
+    def vectorised(_: object) -> Tensor:
+        return plan_insert(batch.input_ids, groups, impl="torch").destinations
+
+    key = Key(subject="plan", operation="plan", shape=shape.name, variant="", dtype="int64")
+    # Ids are read; destinations and what each position receives are written, both int32.
+    moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
+    return measure(
+        key,
+        Work(flops=0, bytes=moved, rows=shape.num_rows),
+        [
+            Implementation(name="step37", kind="ours", prepare=int, run=ours),
+            Implementation(
+                name="stock (starts only)",
+                kind="stock",
+                prepare=int,
+                run=lambda _: locations(batch),
+            ),
+            Implementation(name="PyTorch operations", kind="peer", prepare=int, run=vectorised),
+        ],
+        check,
+        settings,
+    )

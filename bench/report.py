@@ -1,0 +1,329 @@
+"""From measured rows to JSON, and from JSON to a table, plots and a comparison of two runs.
+
+``python -m bench.report RESULTS.json`` writes the table and the plots again.
+
+Ratios are computed here, from medians of one run, so that they cannot disagree with them:
+
+- × stock, × best peer: how many times faster than stock, and than the fastest competitor (stock
+  included). Above 1 is faster.
+- × GEMM, × limit: time over that of the bare matrix product, and over the least time that the
+  operation's work can take at the copy bandwidth and product rate measured in the same run. At
+  best 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Ceilings, Row
+from bench.targets import judge
+
+logger = logging.getLogger(__name__)
+
+NOTABLE_CHANGE = 0.03
+COLUMNS = (
+    ("shape", "l"),
+    ("layout", "l"),
+    ("dtype", "l"),
+    ("implementation", "l"),
+    ("µs (p20–p80)", "r"),
+    ("TFLOP/s", "r"),
+    ("GB/s", "r"),
+    ("× stock", "r"),
+    ("× best peer", "r"),
+    ("× GEMM", "r"),
+    ("× limit", "r"),
+    ("host µs", "r"),
+    ("syncs", "r"),
+    ("launches", "r"),
+    ("peak MiB", "r"),
+)
+
+Record = dict[str, Any]
+"""A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
+
+
+def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]) -> Record:
+    """The whole of a run as plain data."""
+    records = []
+    for row in rows:
+        record = asdict(row)
+        records.append({**record.pop("key"), **record.pop("work"), **record})
+    return {"environment": environment, "ceilings": asdict(ceilings), "rows": records}
+
+
+def group_of(record: Record) -> tuple[str, ...]:
+    """What the rows of one group share."""
+    names = ("subject", "operation", "shape", "variant", "dtype")
+    return tuple(record[name] for name in names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios:
+    """What one row is compared with; None where there is nothing to compare."""
+
+    stock: float | None
+    best_peer: float | None
+    gemm: float | None
+    limit: float | None
+
+
+def limit_us(record: Record, ceilings: Record) -> float | None:
+    """Least time of the work; None where the rate of its dtype was not measured."""
+    moving = record["bytes"] / ceilings["copy_bytes_per_s"]
+    if not record["flops"]:
+        return 1e6 * moving
+    rate = ceilings["flops_per_s"].get(record["dtype"])
+    return 1e6 * max(moving, record["flops"] / rate) if rate else None
+
+
+def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
+    """Compare a row with the others of its group, itself excepted."""
+    own = record["median_us"]
+
+    def best(*kinds: str) -> float | None:
+        times = [
+            other["median_us"]
+            for other in group
+            if other is not record and other["kind"] in kinds and other["median_us"]
+        ]
+        return min(times, default=None)
+
+    def over(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    gemm = [other["median_us"] for other in group if other["implementation"] == "GEMM alone"]
+    # A floor does less than the others: how much faster it is says nothing.
+    whole = None if record["kind"] == "floor" else own
+    return Ratios(
+        stock=over(best("stock"), whole),
+        best_peer=over(best("stock", "peer"), whole),
+        gemm=over(own, gemm[0]) if gemm else None,
+        limit=over(own, limit_us(record, ceilings)),
+    )
+
+
+def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Rows by group, in order of first appearance."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(group_of(record), []).append(record)
+    yield from groups.values()
+
+
+def _figure(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list[str]:
+    """The cells of one row, as :data:`COLUMNS` names them."""
+    name = [record["shape"], record["variant"], record["dtype"], record["implementation"]]
+    if record["problem"]:
+        return [*name, record["problem"], *[""] * (len(COLUMNS) - len(name) - 1)]
+    own = record["median_us"]
+    ratio = ratios(record, group, ceilings)
+    spread = f"{own:.1f} ({record['p20_us']:.1f}–{record['p80_us']:.1f})"
+    flops, peak = record["flops"], record["peak_bytes"]
+    return [
+        *name,
+        spread,
+        _figure(flops / own / 1e6 if flops else None, ".1f"),
+        _figure(record["bytes"] / own / 1e3, ".0f"),
+        *map(_figure, (ratio.stock, ratio.best_peer, ratio.gemm, ratio.limit)),
+        _figure(record["host_us"], ".0f"),
+        _figure(record["host_syncs"], "d"),
+        _figure(record["launches"], "d"),
+        _figure(None if peak is None else peak / 2**20, ".1f"),
+    ]
+
+
+def markdown(results: Record) -> str:
+    """The run as Markdown: where and when, what the device reaches, one table an operation."""
+    environment, ceilings = results["environment"], results["ceilings"]
+    lines = ["# Benchmark", ""]
+    lines += [f"- {name}: {value}" for name, value in environment.items() if value]
+    lines.append(f"- copy: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read plus written")
+    for dtype, rate in ceilings["flops_per_s"].items():
+        lines.append(f"- matrix product, {dtype}: {rate / 1e12:.1f} TFLOP/s")
+    lines += [
+        "",
+        "× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over "
+        "that of the bare product, and over what the copy and product rates above allow (at best "
+        "1). Rates are those of the least work. Peak: allocated above the inputs. "
+        "An empty cell was not measured.",
+    ]
+    operation = None
+    for group in grouped(results["rows"]):
+        title = f"{group[0]['subject']}: {group[0]['operation']}"
+        if title != operation:
+            operation = title
+            lines += ["", f"## {title}", "", _line(name for name, _ in COLUMNS)]
+            lines.append(_line("---" if side == "l" else "---:" for _, side in COLUMNS))
+        lines += [_line(table_row(record, group, ceilings)) for record in group]
+    met = targets(results)
+    if met:
+        lines += ["", "## Targets", "", "The worst group of each.", "", *met]
+    return "\n".join([*lines, ""])
+
+
+def targets(results: Record) -> list[str]:
+    """The targets that a run speaks to, as the lines of a Markdown table; none, no table."""
+    lines = [
+        _line((target.text, f"≤ {target.limit:.3g}", f"{worst:.3g}", where, verdict))
+        for target, worst, where in judge(list(grouped(results["rows"])))
+        for verdict in ["met" if worst <= target.limit else "missed"]
+    ]
+    header = [_line(("target", "limit", "measured", "where", "")), _line(["---"] * 5)]
+    return header + lines if lines else []
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def console(group: Sequence[Row], ceilings: Ceilings) -> str:
+    """The rows of one group as aligned text."""
+    results = to_json(group, ceilings, {})
+    records = results["rows"]
+    columns = COLUMNS[3:]
+    cells = [[name for name, _ in columns]]
+    cells += [table_row(record, records, results["ceilings"])[3:] for record in records]
+    # The reason of a row without figures stands where the figures would, however long.
+    figures = [line for line in cells if line[2] or line[3]]
+    widths = [max(len(line[i]) for line in figures) for i in range(len(columns))]
+    widths[0] = max(len(line[0]) for line in cells)
+    lines = ["", " · ".join(filter(None, group_of(records[0])))]
+    for line in cells:
+        padded = [f"{line[0]:<{widths[0]}}"]
+        padded += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def compare(old: Record, new: Record) -> str:
+    """Medians of two runs side by side; changes above 3 % are marked, and counted at the end."""
+    lines = []
+    for name in ("device", "driver", "torch", "triton", "commit"):
+        before, after = old["environment"].get(name), new["environment"].get(name)
+        if before != after:
+            lines.append(f"{name}: {before} before, {after} now")
+    known = {(*group_of(r), r["implementation"]): r for r in old["rows"]}
+    changed = compared = 0
+    for record in new["rows"]:
+        before = known.get((*group_of(record), record["implementation"]))
+        if before is None or not before["median_us"] or not record["median_us"]:
+            continue
+        ratio = record["median_us"] / before["median_us"]
+        compared += 1
+        mark = ""
+        if abs(math.log(ratio)) > math.log1p(NOTABLE_CHANGE):
+            changed += 1
+            mark = "  slower" if ratio > 1 else "  faster"
+        what = " ".join(filter(None, (*group_of(record), record["implementation"])))
+        times = f"{before['median_us']:10.1f} → {record['median_us']:10.1f} µs"
+        lines.append(f"{times}  × {ratio:.3f}  {what}{mark}")
+    lines.append(f"{changed} of {compared} rows changed by more than {NOTABLE_CHANGE:.0%}")
+    return "\n".join(lines)
+
+
+def plot(results: Record, stem: Path) -> list[Path]:
+    """Draw the roofline and time against rows as SVG, if Matplotlib is there.
+
+    Returns:
+        The files written: ``<stem>-roofline.svg`` and ``<stem>-rows.svg``.
+    """
+    timed = [r for r in results["rows"] if r["median_us"] and r["flops"]]
+    if not timed:
+        return []
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no plots: they need Matplotlib (pip install matplotlib)")
+        return []
+    new_figure = importlib.import_module("matplotlib.figure").Figure
+    environment = results["environment"]
+    written = []
+    for name, draw in (("roofline", _draw_roofline), ("rows", _draw_rows)):
+        figure = new_figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        draw(axes, timed, results["ceilings"])
+        axes.set_title(f"{environment['device']}, {environment['date']}", fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7)
+        written.append(stem.with_name(f"{stem.name}-{name}.svg"))
+        figure.savefig(written[-1])
+    return written
+
+
+def _draw_roofline(axes: Any, records: Sequence[Record], ceilings: Record) -> None:
+    intensity = [record["flops"] / record["bytes"] for record in records]
+    low, high = min(intensity) / 2, max(intensity) * 2
+    for dtype, rate in ceilings["flops_per_s"].items():
+        corner = rate / ceilings["copy_bytes_per_s"]
+        xs = sorted({low, min(max(corner, low), high), high})
+        ys = [min(rate, x * ceilings["copy_bytes_per_s"]) / 1e12 for x in xs]
+        axes.plot(xs, ys, color="black", linewidth=1, label=f"measured limit, {dtype}")
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        own = [record for record in records if record["implementation"] == name]
+        axes.scatter(
+            [record["flops"] / record["bytes"] for record in own],
+            [record["flops"] / record["median_us"] / 1e6 for record in own],
+            s=14,
+            label=name,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+
+
+def _draw_rows(axes: Any, records: Sequence[Record], _: Record) -> None:
+    first = records[0]
+    like = (first["subject"], first["operation"], first["variant"], first["dtype"])
+    same = [r for r in records if (r["subject"], r["operation"], r["variant"], r["dtype"]) == like]
+    for name in dict.fromkeys(record["implementation"] for record in same):
+        points = sorted(
+            (record["rows"], record["median_us"])
+            for record in same
+            if record["implementation"] == name
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=f"µs: {', '.join(like)}")
+
+
+def write(results: Record, stem: Path) -> list[Path]:
+    """Write ``<stem>.json``, ``<stem>.md`` and the plots; returns what was written."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    data, table = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md")
+    data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    table.write_text(markdown(results), encoding="utf-8")
+    return [data, table, *plot(results, stem)]
+
+
+def read(path: Path) -> Record:
+    """Results that :func:`write` wrote.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    results: Record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(results, dict) or not {"environment", "ceilings", "rows"} <= results.keys():
+        raise ValueError(f"{path}: not a file of benchmark results")
+    return results
+
+
+def main() -> None:
+    """Write table and plots of stored results again."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", type=Path, help="JSON of an earlier run")
+    path = parser.parse_args().results
+    for written in write(read(path), path.with_suffix("")):
+        print(written)
+
+
+if __name__ == "__main__":
+    main()

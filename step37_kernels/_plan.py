@@ -1,0 +1,147 @@
+"""The plan's implementation: layout tables on the device, and the plan by PyTorch operations.
+
+A *run* is ``(features, rows of each)``, one per feature tensor ``[N, L, C]``. The layout of a batch
+is a handful of runs however many images it holds, so nothing here loops over images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+"""``(start_token, ((features, rows), …))`` of each insertion group."""
+
+PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``found [G]``, all int32."""
+
+
+def num_features(runs: Runs) -> int:
+    """N, features of all groups."""
+    return sum(features for _, group in runs for features, _ in group)
+
+
+def num_rows(runs: Runs) -> int:
+    """R, rows of all features of all groups."""
+    return sum(features * rows for _, group in runs for features, rows in group)
+
+
+def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
+    """Join neighbours with equal row counts."""
+    result = []
+    for token, row_counts in groups:
+        group: list[tuple[int, int]] = []
+        for count in map(int, row_counts):
+            if group and group[-1][1] == count:
+                group[-1] = (group[-1][0] + 1, count)
+            else:
+                group.append((1, count))
+        result.append((int(token), tuple(group)))
+    return tuple(result)
+
+
+def _host_tables(runs: Runs) -> tuple[list[int], list[int]]:
+    """``[G + 1, 2]`` (start token, first feature), flattened, and ``[N + 1]`` first rows."""
+    table: list[int] = []
+    offsets = [0]
+    for token, group in runs:
+        table += [token, len(offsets) - 1]
+        for features, rows in group:
+            first = offsets[-1]
+            offsets += [first + rows * k for k in range(1, features + 1)]
+    table += [0, len(offsets) - 1]
+    return table, offsets
+
+
+def _upload(values: list[int], device: torch.device) -> Tensor:
+    """int64 values to the device without waiting for it, also while a CUDA graph is captured."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(
+            device, non_blocking=True
+        )
+    # A captured copy would read its host memory again at every replay, when it is long gone. Fill
+    # kernels carry their value in the launch itself; equal steps make one arithmetic sequence.
+    parts: list[Tensor] = []
+    first = 0
+    while first < len(values):
+        end = min(first + 2, len(values))
+        step = values[end - 1] - values[first]
+        while end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        steps = torch.arange(end - first, dtype=torch.int64, device=device)
+        parts.append(steps.mul_(step).add_(values[first]))
+        first = end
+    return torch.cat(parts)
+
+
+def _build_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
+    table, offsets = _host_tables(runs)
+    flat = _upload(table + offsets, device)
+    return flat[: len(table)].view(-1, 2), flat[len(table) :].to(torch.int32)
+
+
+_cached_tables = functools.lru_cache(maxsize=64)(_build_tables)
+
+
+def _device_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The layout of the groups on the device; kept for the layouts seen last."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of a graph's own pool must not outlive it in a cache.
+        return _build_tables(runs, device)
+    return _cached_tables(runs, device)
+
+
+def make_plan(input_ids: Tensor, runs: Runs, triton: bool) -> PlanTensors:
+    """Plan by the kernels or by PyTorch; arguments are valid."""
+    group_table, offsets = _device_tables(runs, input_ids.device)
+    if triton and runs and input_ids.numel():
+        from step37_kernels.ops import plan as ops
+
+        longest = max((rows for _, group in runs for _, rows in group), default=0)
+        return ops.plan_rows(input_ids, group_table, offsets, num_rows(runs), longest)
+    return _plan_torch(input_ids, runs, offsets)
+
+
+def _plan_torch(input_ids: Tensor, runs: Runs, offsets: Tensor) -> PlanTensors:
+    """Like the kernels it never waits for the device.
+
+    A slot past the end of each result takes what has no place, and is cut off afterwards.
+    """
+    batch_size, seq_len = input_ids.shape
+    num_positions = batch_size * seq_len
+    total = num_rows(runs)
+    flat_ids = input_ids.flatten()
+    index = torch.arange(num_positions, device=input_ids.device)
+    first_position = (index % max(seq_len, 1) + 1) * batch_size + index // max(seq_len, 1)
+    starts: list[Tensor] = []
+    found: list[Tensor] = []
+    for token, group in runs:
+        capacity = sum(features for features, _ in group)
+        match = flat_ids == token
+        rank = match.cumsum(0) - 1
+        slot = torch.where(match, rank, capacity).clamp_max(capacity)
+        slots = first_position.new_full((capacity + 1,), -1)
+        starts.append(slots.scatter(0, slot, first_position)[:-1])
+        found.append(match.sum())
+    start = torch.cat(starts) if starts else index.new_empty(0)
+
+    row = torch.arange(total, device=input_ids.device)
+    counts = offsets.diff().long()
+    start_of_row = start.repeat_interleave(counts, output_size=total)
+    first_of_row = offsets[:-1].long().repeat_interleave(counts, output_size=total)
+    position = start_of_row + (row - first_of_row) * batch_size
+    lands = (start_of_row >= 0) & (position < num_positions)
+    slot = torch.where(lands, position, num_positions)
+    row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
+    kept = lands & (row_at[slot] == row)
+    return (
+        torch.where(kept, position, -1).to(torch.int32),
+        row_at[:-1].view(seq_len, batch_size).to(torch.int32),
+        start.to(torch.int32),
+        torch.stack(found).to(torch.int32) if found else start.to(torch.int32),
+    )

@@ -1,0 +1,172 @@
+"""Sequence and context parallelism: which rows of the sequence a rank holds.
+
+One mechanism serves both: the positions, in the whole sequence, of the rows that this rank has. The
+plan is made for the whole sequence, on every rank alike, and :meth:`InsertPlan.shard` keeps what
+lands on the rank, so each projects only rows of its own shard.
+
+Plain ``torch.distributed``; :mod:`step37_kernels.megatron` builds a layout from Megatron's groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Slice(torch.autograd.Function):
+    """This rank's ``[S / n, B, H]`` of a tensor that all ranks hold; backward gathers all."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return whole.tensor_split(dist.get_world_size(group))[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size = dist.get_world_size(ctx.group)
+        whole = gradient.new_empty(size * gradient.shape[0], *gradient.shape[1:])
+        dist.all_gather_into_tensor(whole, gradient.contiguous(), group=ctx.group)
+        return whole, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity; backward sums the gradient over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # grad_output belongs to autograd.
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def context_parallel_positions(
+    seq_len: int,
+    size: int,
+    rank: int,
+    cu_seqlens: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Positions of a context-parallel rank's rows: Megatron's balanced halves.
+
+    A sequence is cut into ``2 · size`` equal chunks, and rank r holds chunks r and
+    ``2 · size − 1 − r``. Packed sequences (``thd``) are cut one by one.
+
+    Args:
+        seq_len: S of the whole sequence.
+        size, rank: of the context-parallel group.
+        cu_seqlens: ``[n + 1]`` bounds of the packed sequences, from 0 to S; each length a multiple
+            of ``2 · size``. On its own device, never read on the host. None: one sequence.
+        device: of the result where there is no ``cu_seqlens``.
+
+    Returns:
+        int64 ``[S / size]``, rising within each chunk.
+
+    Raises:
+        ValueError: S is no multiple of ``2 · size``, or the rank is not in the group.
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank: expected 0 to {size - 1}, got {rank}")
+    if seq_len % (2 * size):
+        raise ValueError(f"seq_len: expected a multiple of {2 * size}, got {seq_len}")
+    if cu_seqlens is None:
+        half = seq_len // (2 * size)
+        first = torch.arange(half, device=device)
+        return torch.cat([first + rank * half, first + (2 * size - 1 - rank) * half])
+    bounds = cu_seqlens.long()
+    # Each packed sequence gives this rank 1 / size of its rows, in order.
+    row = torch.arange(seq_len // size, device=bounds.device)
+    sequence = torch.bucketize(row, bounds[1:] // size, right=True)
+    start = bounds[:-1].index_select(0, sequence)
+    chunk = (bounds.diff() // (2 * size)).index_select(0, sequence)
+    inside = row - start // size
+    second = inside >= chunk
+    offset = torch.where(second, (2 * size - 2 - rank) * chunk, rank * chunk)
+    return start + offset + inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceLayout:
+    """How this rank's shard of the sequence relates to the whole.
+
+    With a context-parallel group, only the ids of this rank's positions are looked up. With a
+    sequence-parallel group (Megatron's tensor-parallel ranks), the looked-up rows are divided once
+    more among its ranks, unless the embedding has done so already; the gradient of the features is
+    then summed over the group, so that it is complete on each rank, and the projector's parameters
+    carry ``sequence_parallel = True``, by which Megatron sums their gradients. Over a
+    context-parallel group Megatron reduces all gradients itself, together with data parallelism.
+
+    Attributes:
+        sequence_parallel_group: ranks that share the rows looked up, or None.
+        context_parallel_group: ranks that share the sequence, or None.
+        cu_seqlens: bounds of packed sequences for the context-parallel cut, or None.
+    """
+
+    sequence_parallel_group: dist.ProcessGroup | None = None
+    context_parallel_group: dist.ProcessGroup | None = None
+    cu_seqlens: Tensor | None = None
+
+    def positions_looked_up(self, seq_len: int, device: torch.device) -> Tensor | None:
+        """Positions whose ids this rank looks up; None for all."""
+        group = self.context_parallel_group
+        if group is None or dist.get_world_size(group) == 1:
+            return None
+        return context_parallel_positions(
+            seq_len,
+            dist.get_world_size(group),
+            dist.get_rank(group),
+            self.cu_seqlens,
+            device=device,
+        )
+
+    def shard(
+        self, embeddings: Tensor, seq_len: int, looked_up: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's rows, and their positions in the whole sequence.
+
+        Args:
+            embeddings: what the embedding returned: ``[S', B, H]`` for the S' rows looked up, or
+                its sequence-parallel part.
+            seq_len: S.
+            looked_up: from :meth:`positions_looked_up`.
+
+        Raises:
+            ValueError: S' cannot be divided among the ranks, or the embeddings have neither of the
+                two lengths.
+        """
+        if looked_up is None:
+            looked_up = torch.arange(seq_len, device=embeddings.device)
+        group = self.sequence_parallel_group
+        if group is None or dist.get_world_size(group) == 1:
+            return embeddings, looked_up
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        rows = looked_up.shape[0]
+        if rows % size:
+            raise ValueError(
+                f"input_ids: {rows} rows cannot be divided among {size} sequence-parallel ranks"
+            )
+        if embeddings.shape[0] == rows:
+            embeddings = _Slice.apply(embeddings, group)
+        if embeddings.shape[0] != rows // size:
+            raise ValueError(
+                f"embeddings: expected {rows} rows or {rows // size}, got {embeddings.shape[0]}"
+            )
+        return embeddings, looked_up.tensor_split(size)[rank]
+
+    def complete_gradient(self, features: Tensor) -> Tensor:
+        """The features, with a gradient that is summed over the sequence-parallel ranks."""
+        group = self.sequence_parallel_group
+        if group is None or dist.get_world_size(group) == 1 or not features.requires_grad:
+            return features
+        result: Tensor = _SumGradient.apply(features, group)
+        return result

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.harness import (
+    LATE,
+    MIN_SAMPLES,
+    CudaClock,
+    Implementation,
+    Key,
+    Kind,
+    Settings,
+    Work,
+    clock_for,
+    environment,
+    measure,
+    measure_ceilings,
+    percentile,
+)
+
+KEY = Key(subject="s", operation="o", shape="x", variant="", dtype="fp32")
+WORK = Work(flops=10, bytes=100, rows=1)
+
+
+def implementation(
+    name: str, run: Any = lambda state: state, kind: Kind = "peer", prepare: Any = int
+) -> Implementation:
+    return Implementation(name=name, kind=kind, prepare=prepare, run=run)
+
+
+def accept(_: Implementation, __: object) -> None:
+    return None
+
+
+def test_every_implementation_is_timed_and_its_spread_is_ordered(settings: Settings) -> None:
+    rows = measure(KEY, WORK, [implementation("a"), implementation("b")], accept, settings)
+    assert [row.implementation for row in rows] == ["a", "b"]
+    for row in rows:
+        assert row.problem is None
+        assert row.samples >= MIN_SAMPLES
+        assert 0 <= row.p20_us <= row.median_us <= row.p80_us
+
+
+def test_a_slower_call_measures_slower(settings: Settings) -> None:
+    pause = implementation("pause", lambda _: time.sleep(0.002))
+    quick, slow = measure(KEY, WORK, [implementation("quick"), pause], accept, settings)
+    assert quick.median_us < 2000 <= slow.median_us
+
+
+def test_samples_of_the_implementations_alternate_and_inputs_rotate(settings: Settings) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def recording(name: str) -> Implementation:
+        return implementation(name, lambda i: calls.append((name, i)))
+
+    measure(KEY, WORK, [recording("a"), recording("b")], accept, settings)
+    rounds = calls[-2 * MIN_SAMPLES :]
+    assert [name for name, _ in rounds] == ["a", "b"] * MIN_SAMPLES
+    numbers = [i for name, i in rounds if name == "a"]
+    assert numbers == list(range(numbers[0], numbers[0] + MIN_SAMPLES))
+
+
+def test_a_row_that_fails_its_gate_is_reported_and_not_timed(settings: Settings) -> None:
+    calls = []
+
+    def check(one: Implementation, _: object) -> str | None:
+        return "wrong by 3" if one.name == "wrong" else None
+
+    wrong = implementation("wrong", calls.append, kind="ours")
+    rows = measure(KEY, WORK, [wrong, implementation("right")], check, settings)
+    assert rows[0].problem == "failed the gate: wrong by 3"
+    assert rows[0].median_us is None
+    assert calls == [0]
+    assert rows[1].median_us is not None
+
+
+def test_an_error_of_a_competitor_is_its_rows_problem(settings: Settings) -> None:
+    def crash(_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left\nand more")
+
+    rows = measure(KEY, WORK, [implementation("x", crash), implementation("y")], accept, settings)
+    assert rows[0].problem == "OutOfMemoryError: no memory left"
+    assert rows[1].problem is None
+
+
+def test_an_error_of_ours_ends_the_run(settings: Settings) -> None:
+    def crash(_: object) -> None:
+        raise RuntimeError("illegal access")
+
+    with pytest.raises(RuntimeError, match="illegal access"):
+        measure(KEY, WORK, [implementation("x", crash, kind="ours")], accept, settings)
+
+
+def test_preparation_is_not_timed(settings: Settings) -> None:
+    def prepare(i: int) -> int:
+        time.sleep(0.002)
+        return i
+
+    (row,) = measure(KEY, WORK, [implementation("a", prepare=prepare)], accept, settings)
+    assert row.median_us < 2000
+
+
+def test_past_the_deadline_nothing_runs(settings: Settings) -> None:
+    late = dataclasses.replace(settings, deadline=time.perf_counter() - 1)
+    calls: list[int] = []
+    (row,) = measure(KEY, WORK, [implementation("a", calls.append)], accept, late)
+    assert row.problem == LATE
+    assert calls == []
+
+
+@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
+@pytest.mark.parametrize("count", [1, 2, 5, 10])
+def test_percentiles_are_those_of_numpy(percent: int, count: int) -> None:
+    values = np.random.default_rng(count).normal(size=count).tolist()
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_ceilings_and_environment_are_measured_and_named(settings: Settings) -> None:
+    ceilings = measure_ceilings(settings)
+    assert ceilings.copy_bytes_per_s > 0
+    assert ceilings.flops_per_s.keys() == {"fp32"}
+    found = environment(settings.device)
+    assert found["torch"] == torch.__version__
+    assert {"device", "commit", "driver", "cuda", "triton", "python", "date"} <= found.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_on_the_gpu_are_those_of_the_call() -> None:
+    clock = clock_for(torch.device("cuda"))
+    assert isinstance(clock, CudaClock)
+    x = torch.rand(2**20, device="cuda")
+    counts = clock.count(implementation("add", lambda _: x + 1))
+    assert counts == {"host_syncs": 0, "launches": 1, "peak_bytes": x.nbytes}
+    counts = clock.count(implementation("item", lambda _: (x.sum().item(), x[0].item())))
+    assert counts["host_syncs"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_copy_on_the_gpu_takes_the_time_of_its_bytes() -> None:
+    settings = Settings(device=torch.device("cuda"), row_seconds=0.05)
+    ceilings = measure_ceilings(settings)
+    source = torch.rand(2**27, device="cuda")
+    target = torch.empty_like(source)
+    copy = implementation("copy", lambda _: target.copy_(source))
+    (row,) = measure(KEY, WORK, [copy], accept, settings)
+    assert row.median_us == pytest.approx(2e6 * source.nbytes / ceilings.copy_bytes_per_s, rel=0.1)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench import report, targets
+from bench.harness import Kind
+from bench.shapes import SHAPES
+
+
+def record(name: str, kind: Kind, microseconds: float, **fields: Any) -> report.Record:
+    return {
+        "subject": "insert",
+        "operation": "forward",
+        "shape": "flickr8k",
+        "variant": "contiguous",
+        "dtype": "bf16",
+        "implementation": name,
+        "kind": kind,
+        "median_us": microseconds,
+        "host_syncs": None,
+        "peak_bytes": None,
+        **fields,
+    }
+
+
+def judged(*records: report.Record) -> dict[str, tuple[float, str]]:
+    groups = list(report.grouped(records))
+    return {target.text: (worst, where) for target, worst, where in targets.judge(groups)}
+
+
+def test_the_worst_group_speaks_for_a_target() -> None:
+    found = judged(
+        record("step37 in place", "ours", 104.0),
+        record("GEMM alone", "floor", 100.0),
+        record("step37 in place", "ours", 440.0, shape="long"),
+        record("GEMM alone", "floor", 400.0, shape="long"),
+        record("step37 in place", "ours", 300.0, shape="multicrop"),
+        record("GEMM alone", "floor", 100.0, shape="multicrop"),
+    )
+    assert found == {
+        "forward / GEMM alone": (pytest.approx(1.1), "long, contiguous, bf16, forward")
+    }
+
+
+def test_peers_count_the_fastest_and_compiled_ones_apart() -> None:
+    fields = {"operation": "forward+backward"}
+    found = judged(
+        record("step37 in place", "ours", 100.0, **fields),
+        record("stock", "stock", 400.0, **fields),
+        record("torch.compile index_copy", "peer", 120.0, **fields),
+        record("torch.compile masked_scatter", "peer", 200.0, **fields),
+        record("index_copy", "peer", 50.0, **fields),
+    )
+    assert {text: worst for text, (worst, _) in found.items()} == {
+        "forward + backward / stock, flickr8k": pytest.approx(0.25),
+        "forward + backward / best torch.compile": pytest.approx(100 / 120),
+    }
+
+
+def test_memory_is_compared_above_the_output_and_syncs_are_counted() -> None:
+    shape = SHAPES["flickr8k"]
+    output = 2 * shape.seq_len * shape.hidden
+    found = judged(
+        record("step37 in place", "ours", 90.0, peak_bytes=1000, host_syncs=0),
+        record("step37", "ours", 95.0, peak_bytes=output, host_syncs=2),
+        record("stock", "stock", 100.0, peak_bytes=output + 10_000, host_syncs=18),
+    )
+    assert found["memory above the output / stock's"][0] == pytest.approx(0.1)
+    assert found["host synchronisations"][0] == 2
+    assert found["forward / fastest peer"][0] == pytest.approx(0.9)
+
+
+def test_a_run_of_other_subjects_speaks_to_no_target() -> None:
+    assert judged(record("step37", "ours", 1.0, subject="step")) == {}
+
+
+def test_the_report_says_which_targets_are_met() -> None:
+    rows = [record("step37 in place", "ours", 104.0), record("GEMM alone", "floor", 100.0)]
+    *_, line = report.targets({"rows": rows})
+    assert line == (
+        "| forward / GEMM alone | ≤ 1.05 | 1.04 | flickr8k, contiguous, bf16, forward | met |"
+    )
+    rows[0]["median_us"] = 106.0
+    assert report.targets({"rows": rows})[-1].endswith("| missed |")

@@ -1,0 +1,227 @@
+"""What the inspect command says about packs and data sets is what is in them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from step37_data.inspect import find_broken_images, main
+from step37_data.pack_picture import describe_pack, draw_pack
+from step37_data.pack_transform import pack_samples
+from step37_data.template import Step37MultimodalTemplate
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TOKENIZER = str(EXAMPLES / "tokenizer")
+CROPS = "<im_start><@image@><im_end><patch_start><#image#><patch_end>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(EXAMPLES / "flickr8k_mini" / "train", tmp_path / "data" / "train")
+    return tmp_path / "data"
+
+
+def inspect(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> list[str]:
+    assert main(["inspect", str(folder), "--tokenizer", TOKENIZER, *options]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_data_set_is_described_with_lengths_fill_and_drops(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    lines = inspect(capsys, folder, "--max-length", "650")
+    assert lines[0].endswith("train, caption_0: 8 samples, 8 image files")
+    assert lines[1].startswith("lengths   212 to 216 tokens, median 214")
+    counts = [int(line.rsplit(" ", 1)[1]) for line in lines if re.match(r" +\d+ – \d+ ", line)]
+    assert sum(counts) == 8
+    assert "          next_fit: 3 packs, 87.8% filled, 0 dropped" in lines
+    assert lines[-1] == "images    0 of 8 files cannot be read"
+    dropping = inspect(capsys, folder, "--max-length", "214")
+    assert "          best_fit: 4 packs, 99.5% filled, 4 dropped" in dropping
+
+
+def test_broken_images_are_named_and_nothing_is_downloaded(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "train" / "coffee.jpg").write_bytes(b"not a jpeg")
+    (folder / "train" / "retina.jpg").unlink()
+    whole = (folder / "train" / "rocket.jpg").read_bytes()
+    (folder / "train" / "rocket.jpg").write_bytes(whole[: len(whole) // 2])
+    lines = inspect(capsys, folder)
+    first = lines.index("images    3 of 8 files cannot be read")
+    names = [re.search(r"(\w+)\.jpg: (\w+)", line) for line in lines[first + 1 :]]
+    assert [match.groups() for match in names if match] == [
+        ("coffee", "UnidentifiedImageError"),
+        ("retina", "FileNotFoundError"),
+        ("rocket", "OSError"),
+    ]
+    assert inspect(capsys, folder, "--skip-images")[-1] == "images    not read (--skip-images)"
+
+
+def test_long_work_shows_its_progress_unless_it_is_to_be_quiet(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER]
+    main(command)
+    shown = capsys.readouterr().err
+    assert "Probing data set 0: 100%" in shown
+    assert "Reading images: 100%" in shown
+    main([*command, "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pack_is_shown_as_a_table_and_a_picture(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pack.png"
+    lines = inspect(
+        capsys, folder, "--pack", "1", "--max-length", "450", "--sampling", "sequential",
+        "--out", str(out),
+    )  # fmt: skip
+    assert lines[0].startswith("pack 1 of 4: 430 of 450 tokens (95.6%), 448 with padding")
+    cells = [re.split(r"  +", line) for line in lines[1:-1]]
+    assert cells[0] == ["segment", "sample", "tokens", "trained", "images", "text trained"]
+    assert [row[1] for row in cells[1:]] == ["2", "3", "padding"]
+    assert [row[2] for row in cells[1:]] == ["0–215", "215–430", "430–448"]
+    assert cells[1][4] == "chelsea.jpg 6–175"
+    assert "A tabby cat with green eyes" in cells[1][5]
+    with Image.open(out) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_pack_that_is_not_there_or_a_folder_without_metadata_is_an_error(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    command = ["--tokenizer", TOKENIZER, "--quiet"]
+    assert main(["inspect", str(folder), *command, "--pack", "7"]) == 1
+    assert "step37-data: --pack: expected 0 to 0, got 7" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none"), *command]) == 1
+    assert "metadata.csv" in capsys.readouterr().err
+    assert main(["inspect", str(folder), *command, "--caption-key", "caption_7"]) == 1
+    assert "no row has a file_name and a caption_7" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command(folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "step37_data.inspect", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: step37-data inspect" in run.stdout
+    assert str(folder) not in run.stdout
+
+
+def pack_of(template: Step37MultimodalTemplate, paths: list[str]) -> tuple[dict[str, Any], Any]:
+    samples = [
+        template(
+            {
+                "conversations": [
+                    {"role": "user", "content": f"{CROPS} what?"},
+                    {"role": "assistant", "content": "one"},
+                    {"role": "tool", "content": "result"},
+                    {"role": "assistant", "content": "two"},
+                ],
+                "images": [(path, 0), (path, 1)],
+            }
+        )
+        for path in paths
+    ]
+    packed = pack_samples(samples)
+    starts = {
+        0: (template.img_start_token_id, 169),
+        1: (template.patch_start_token_id, 81),
+    }
+    description = describe_pack(
+        packed, [(0, 10), (0, 11)], index=3, capacity=1024, start_tokens=starts
+    )
+    return packed, description
+
+
+@pytest.fixture(scope="module")
+def template() -> Step37MultimodalTemplate:
+    return Step37MultimodalTemplate(tokenizer_path=TOKENIZER)
+
+
+def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_are(
+    template: Step37MultimodalTemplate,
+) -> None:
+    packed, pack = pack_of(template, ["a.jpg", "b.jpg"])
+    assert [(s.start, s.end) for s in pack.segments] == list(
+        zip(packed["cu_seqlens"][:-1].tolist(), packed["cu_seqlens"][1:].tolist(), strict=True)
+    )
+    assert [segment.source for segment in pack.segments] == [(0, 10), (0, 11), None]
+    assert pack.used == pack.segments[1].end
+    assert pack.fill == pack.used / 1024
+    trained = np.zeros(len(packed["tokens"]), dtype=bool)
+    for segment in pack.segments:
+        assert len(segment.loss) == (2 if segment.source else 0)
+        for start, end in segment.loss:
+            trained[start:end] = True
+    assert torch.equal(torch.from_numpy(trained), packed["loss_masks"] > 0)
+    assert sum(segment.loss_tokens for segment in pack.segments) == int(trained.sum())
+    is_row = packed["tokens"] == template.tokenizer.convert_tokens_to_ids("<im_patch>")
+    for segment, path in zip(pack.segments, ["a.jpg", "b.jpg"], strict=False):
+        assert [(image.path, image.kind) for image in segment.images] == [(path, 0), (path, 1)]
+        for image in segment.images:
+            assert is_row[image.start : image.end].all()
+            assert not is_row[image.start - 1]
+            assert not is_row[image.end]
+
+
+def test_a_description_needs_as_many_images_as_start_tokens(
+    template: Step37MultimodalTemplate,
+) -> None:
+    packed, _ = pack_of(template, ["a.jpg", "b.jpg"])
+    packed["image_paths"].pop()
+    with pytest.raises(ValueError, match="pack 3: 2 start tokens 6 for 1 image paths"):
+        describe_pack(packed, [], index=3, capacity=1024, start_tokens={1: (6, 81)})
+
+
+def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate) -> None:
+    good = str(EXAMPLES / "flickr8k_mini/train/coffee.jpg")
+    _, pack = pack_of(template, [good, "missing.jpg"])
+    pixels = np.asarray(draw_pack(pack))
+
+    def colour(token: int) -> tuple[int, ...]:
+        line, column = divmod(token, 256)
+        # The last pixel row of a line: no label is written there.
+        return tuple(pixels[44 + line * 26 + 19, 16 + column * 4 + 2].tolist())
+
+    first, second, padding = pack.segments
+    image, crop = first.images
+    assert colour(image.start) == colour(image.end - 1) == (72, 118, 196)
+    assert colour(crop.start) == colour(crop.end - 1) == (150, 96, 186)
+    assert colour(image.end) == colour(first.start + 1) == (205, 208, 214)
+    for start, end in first.loss:
+        assert colour(start) == colour(end - 2) == (70, 160, 90)
+    assert colour(second.images[0].start) == (214, 60, 60)
+    assert colour(padding.start + 1) == colour(1023) == (240, 240, 240)
+
+
+def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
+    template: Step37MultimodalTemplate,
+) -> None:
+    packed, _ = pack_of(template, ["a.jpg", "b.jpg"])
+    starts = {0: (template.img_start_token_id, 169)}
+    oversize = describe_pack(packed, [(0, 0), (0, 1)], index=0, capacity=100, start_tokens=starts)
+    assert oversize.fill > 1
+    assert draw_pack(oversize).size[1] > 4 * 26
+
+
+def test_broken_images_are_found_in_order(folder: Path) -> None:
+    broken = folder / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff")
+    paths = [str(folder / "train" / "coffee.jpg"), str(broken), str(folder / "none.jpg")]
+    found = find_broken_images(paths, progress=False)
+    assert list(found) == paths[1:]
+    assert found[paths[2]].startswith("FileNotFoundError")

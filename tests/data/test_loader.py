@@ -1,0 +1,467 @@
+"""Download, cache and ranks: the real huggingface_hub client against a hub on loopback.
+
+The hub is a stand-in because the tests must work offline; it speaks the part of the protocol that
+``hf_hub_download`` needs, and can fail in the ways a hub and a network fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step37_data import flickr8k_loader
+from step37_data.flickr8k_loader import (
+    Flickr8kSample,
+    Step37Flickr8kDataset,
+    get_flickr8k_dataset_file,
+    prepare_flickr8k_samples,
+)
+from tests.data.ranks import in_ranks
+
+MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
+REPO = "intro/flickr8k"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Files of one data set behind the hub's URLs, with failures to order."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.revisions = {"main", COMMIT}
+        self.gets: Counter[str] = Counter()
+        self.failures: dict[str, list[str]] = {}
+        self.slow = 0.0
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, with_body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, with_body=True)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, request: Any, *, with_body: bool) -> None:
+        path = request.path.partition("?")[0]
+        match = re.fullmatch(rf"/datasets/{REPO}/resolve/([^/]+)/(.+)", path)
+        if match is None or match[1] not in self.revisions:
+            known = match is not None
+            return self.refuse(request, 404, "RevisionNotFound" if known else "RepoNotFound")
+        name = match[2]
+        if name not in self.files:
+            return self.refuse(request, 404, "EntryNotFound")
+        body = self.files[name]
+        failure = ""
+        if with_body:
+            with self.lock:
+                self.gets[name] += 1
+                self.at_once += 1
+                self.most_at_once = max(self.most_at_once, self.at_once)
+                failure = self.failures.get(name, [""]).pop(0) if self.failures.get(name) else ""
+        try:
+            threading.Event().wait(self.slow if with_body else 0)
+            if failure in ("500", "503"):
+                return self.refuse(request, int(failure), "")
+            etag = hashlib.sha256(body).hexdigest()
+            resumed = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+            request.send_response(206 if resumed and with_body else 200)
+            if resumed and with_body:
+                first, last = int(resumed[1]), len(body) - 1
+                request.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+                body = body[first:]
+            request.send_header("ETag", f'"{etag}"')
+            request.send_header("X-Repo-Commit", COMMIT)
+            sent = body[: len(body) // 2] if failure in ("cut", "wrong length") else body
+            # A wrong length is a whole answer with half of the bytes; a cut one breaks off.
+            promised = len(sent) if failure == "wrong length" else len(body)
+            request.send_header("Content-Length", str(promised))
+            request.end_headers()
+            if with_body:
+                request.wfile.write(sent)
+            if failure == "cut":
+                request.close_connection = True
+        finally:
+            if with_body:
+                with self.lock:
+                    self.at_once -= 1
+        return None
+
+    def refuse(self, request: Any, status: int, code: str) -> None:
+        request.send_response(status)
+        if code:
+            request.send_header("X-Error-Code", code)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+
+def mini_files() -> dict[str, bytes]:
+    return {
+        path.relative_to(MINI).as_posix(): path.read_bytes() for path in (MINI / "train").iterdir()
+    }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # The client waits a second and more before it resumes a broken download by itself. This is
+    # time.sleep for everyone: whatever must take time here waits for an event instead.
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    served = Hub(mini_files())
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+def prepare(hub: Hub, cache: Path, **options: Any) -> list[Flickr8kSample]:
+    return prepare_flickr8k_samples(
+        **{"cache_dir": cache, "endpoint": hub.url, "progress": False} | options
+    )
+
+
+def data_files(cache: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(cache).as_posix(): path.read_bytes()
+        for path in cache.rglob("*")
+        if path.is_file() and ".cache" not in path.relative_to(cache).parts
+    }
+
+
+def test_the_first_samples_are_downloaded_in_the_order_of_the_metadata(
+    hub: Hub, tmp_path: Path
+) -> None:
+    samples = prepare(hub, tmp_path, sample_count=3)
+    assert [Path(sample.image_path).name for sample in samples] == [
+        "astronaut.jpg", "camera.jpg", "chelsea.jpg",
+    ]  # fmt: skip
+    assert samples[2].caption == "A tabby cat with green eyes looks past the camera ."
+    names = {"train/metadata.csv", *(f"train/{Path(s.image_path).name}" for s in samples)}
+    assert data_files(tmp_path) == {name: hub.files[name] for name in names}
+
+
+def test_eight_samples_are_the_default_and_none_takes_all(hub: Hub, tmp_path: Path) -> None:
+    lines = hub.files["train/metadata.csv"].decode().splitlines()
+    hub.files["train/metadata.csv"] = "\n".join([*lines, lines[1]]).encode()
+    assert len(prepare(hub, tmp_path)) == 8
+    assert len(prepare(hub, tmp_path, sample_count=None)) == 9
+
+
+def test_the_caption_column_can_be_chosen(hub: Hub, tmp_path: Path) -> None:
+    (sample,) = prepare(hub, tmp_path, sample_count=1, caption_key="caption_3")
+    assert sample.caption == "A person with short hair wears a pressure suit with blue patches ."
+
+
+def test_a_filled_cache_is_used_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    first = prepare(hub, tmp_path)
+    hub.gets.clear()
+    hub.files.clear()
+    assert prepare(hub, tmp_path) == first
+    assert not hub.gets
+
+
+def test_a_folder_copied_from_elsewhere_works_offline_and_is_not_written_to(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(MINI / "train", tmp_path / "train")
+    before = sorted(tmp_path.rglob("*"))
+    samples = prepare_flickr8k_samples(cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
+    assert len(samples) == 8
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_files_are_downloaded_at_a_time(hub: Hub, tmp_path: Path) -> None:
+    hub.slow = 0.1
+    prepare(hub, tmp_path, max_workers=4)
+    assert hub.most_at_once == 4
+
+
+def test_a_progress_bar_counts_the_files(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(hub, tmp_path, progress=True)
+    shown = capsys.readouterr().err
+    assert "Downloading intro/flickr8k/train: 100%" in shown
+    assert "8/8" in shown
+    assert "astronaut" not in shown
+
+
+@pytest.mark.parametrize("failure", ["500", "503", "cut", "wrong length"])
+def test_a_failure_in_passing_is_overcome(hub: Hub, tmp_path: Path, failure: str) -> None:
+    hub.failures = {"train/coffee.jpg": [failure], "train/metadata.csv": [failure]}
+    prepare(hub, tmp_path)
+    assert data_files(tmp_path) == hub.files
+    assert hub.gets["train/coffee.jpg"] >= 2
+
+
+@pytest.mark.parametrize("failure", ["500", "cut", "wrong length"])
+def test_a_lasting_failure_names_the_file_and_leaves_no_half_file(
+    hub: Hub, tmp_path: Path, failure: str
+) -> None:
+    hub.failures = {"train/coffee.jpg": [failure] * 999}
+    with pytest.raises(OSError, match=r"intro/flickr8k/train/coffee\.jpg could not be downloaded"):
+        prepare(hub, tmp_path)
+    assert "train/coffee.jpg" not in data_files(tmp_path)
+    assert all(content == hub.files[name] for name, content in data_files(tmp_path).items())
+
+
+def test_a_missing_file_is_not_tried_again(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["train/coffee.jpg"]
+    with pytest.raises(FileNotFoundError, match=r"train/coffee\.jpg could not be downloaded: "):
+        prepare(hub, tmp_path)
+
+
+def test_an_interrupted_download_continues(hub: Hub, tmp_path: Path) -> None:
+    hub.failures = {"train/retina.jpg": ["500"] * 999}
+    with pytest.raises(OSError, match=r"retina\.jpg"):
+        prepare(hub, tmp_path, max_workers=1)
+    there = set(data_files(tmp_path))
+    assert there
+    hub.failures.clear()
+    hub.gets.clear()
+    prepare(hub, tmp_path)
+    assert set(hub.gets) == set(hub.files) - there
+
+
+def test_an_empty_file_is_not_taken_for_a_whole_one(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "coffee.jpg").touch()
+    prepare(hub, tmp_path)
+    assert data_files(tmp_path) == hub.files
+
+
+def test_a_hub_out_of_reach_is_an_error_that_says_so(tmp_path: Path, hub: Hub) -> None:
+    hub.server.shutdown()
+    hub.server.server_close()
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded after 5"):
+        prepare(hub, tmp_path)
+
+
+def test_offline_mode_is_not_tried_again(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded: "):
+        prepare(hub, tmp_path)
+    assert not hub.gets
+
+
+def test_a_revision_can_be_pinned(hub: Hub, tmp_path: Path) -> None:
+    hub.revisions = {COMMIT}
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded"):
+        prepare(hub, tmp_path / "a")
+    assert len(prepare(hub, tmp_path / "b", revision=COMMIT)) == 8
+
+
+def test_a_cache_of_another_revision_or_data_set_is_refused(hub: Hub, tmp_path: Path) -> None:
+    prepare(hub, tmp_path, revision=COMMIT)
+    for other in ({"revision": "main"}, {}, {"revision": COMMIT, "repo_id": "a/b"}):
+        with pytest.raises(ValueError, match=f"holds .*{COMMIT}.*asked for"):
+            prepare(hub, tmp_path, **other)
+
+
+def test_a_revision_of_a_copied_folder_is_said_to_be_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(MINI / "train", tmp_path / "train")
+    with caplog.at_level(logging.WARNING):
+        prepare_flickr8k_samples(cache_dir=tmp_path, revision=COMMIT)
+    assert f"whether or not they are those of revision {COMMIT}" in caplog.text
+
+
+OUTSIDE = ["../evil.jpg", "/etc/passwd", "a/../../evil.jpg", "..\\evil.jpg", "C:evil.jpg", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE[:-1])
+def test_a_file_name_in_the_metadata_that_leaves_the_cache_is_refused(
+    hub: Hub, tmp_path: Path, name: str
+) -> None:
+    hub.files["train/metadata.csv"] += f'"{name}",a,b,c,d,e\n'.encode()
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 10: file name .* leaves the folder"):
+        prepare(hub, tmp_path / "cache", sample_count=None)
+    assert set(hub.gets) == {"train/metadata.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_single_file_outside_the_cache_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="leaves the folder"):
+        get_flickr8k_dataset_file(repo_id=REPO, filename=name, cache_dir=tmp_path)
+
+
+def test_a_single_file_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
+    for _ in range(2):
+        path = get_flickr8k_dataset_file(
+            repo_id=REPO, filename="train/coffee.jpg", cache_dir=tmp_path, endpoint=hub.url
+        )
+    assert path == tmp_path / "train" / "coffee.jpg"
+    assert hub.gets == {"train/coffee.jpg": 1}
+
+
+def test_rows_without_a_caption_or_file_name_and_short_rows_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("a.jpg", "d.jpg", "f.jpg"):
+        (tmp_path / "train" / name).write_bytes(b"x")
+    (tmp_path / "train" / "metadata.csv").write_text(
+        "\ufefffile_name,caption_0,caption_1\n"
+        "a.jpg, first ,x\n"
+        "b.jpg,,x\n"
+        " ,no file,x\n"
+        "c.jpg\n"
+        "\n"
+        "d.jpg,second\n"
+        'f.jpg,"third, with ""quotes"" and é",x,too,many\n',
+        encoding="utf-8",
+    )
+    samples = prepare_flickr8k_samples(cache_dir=tmp_path)
+    assert [(Path(sample.image_path).name, sample.caption) for sample in samples] == [
+        ("a.jpg", "first"),
+        ("d.jpg", "second"),
+        ("f.jpg", 'third, with "quotes" and é'),
+    ]
+
+
+def test_nothing_prepared_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
+    shutil.copytree(MINI / "train", tmp_path / "train")
+    with pytest.raises(RuntimeError, match=r"no sample prepared.*'caption_9'|caption_9.*caption_0"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, caption_key="caption_9")
+
+
+def test_fewer_than_one_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sample_count: expected at least 1 or None, got 0"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, sample_count=0)
+
+
+def test_a_data_set_needs_samples_and_names_the_one_that_fails() -> None:
+    with pytest.raises(ValueError, match="samples: expected at least one, got none"):
+        Step37Flickr8kDataset([], None, "?")  # type: ignore[arg-type]
+
+    def refuse(_: Any) -> Any:
+        raise ValueError("no good")
+
+    dataset = Step37Flickr8kDataset([Flickr8kSample("a.jpg", "c")], refuse, "?")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sample 0 \(a\.jpg\): no good"):
+        dataset[0]
+
+
+def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
+    def keys(prompt: str, *samples: tuple[str, str]) -> list[list[int]]:
+        made = [Flickr8kSample(*sample) for sample in samples]
+        return Step37Flickr8kDataset(made, None, prompt).sample_keys().tolist()  # type: ignore[arg-type]
+
+    one, two, three = keys("p", ("a.jpg", "x"), ("b.jpg", "x"), ("a.jpg", "y"))
+    assert one == two != three
+    assert keys("q", ("a.jpg", "x"))[0] not in (one, three)
+
+
+def prepare_in_rank(rank: int, url: str, caches: list[Path], options: dict[str, Any]) -> list[str]:
+    samples = prepare_flickr8k_samples(
+        cache_dir=caches[rank], endpoint=url, progress=False, **options
+    )
+    return [Path(sample.image_path).name for sample in samples]
+
+
+def test_rank_0_downloads_every_file_once_and_all_ranks_read_them(hub: Hub, tmp_path: Path) -> None:
+    outcomes = in_ranks(3, prepare_in_rank, hub.url, [tmp_path] * 3, {})
+    assert (
+        outcomes
+        == [
+            [
+                f"{name}.jpg"
+                for name in (
+                    "astronaut",
+                    "camera",
+                    "chelsea",
+                    "clock",
+                    "coffee",
+                    "hubble",
+                    "retina",
+                    "rocket",
+                )
+            ]
+        ]
+        * 3
+    )
+    assert set(hub.gets.values()) == {1}
+
+
+def test_a_cache_on_each_nodes_own_disk_is_filled_on_that_node(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ranks 0 and 1 share a disk, 2 and 3 another. One machine: their host names are made up.
+    caches = [tmp_path / "n0", tmp_path / "n0", tmp_path / "n1", tmp_path / "n1"]
+
+    def as_node(rank: int, *arguments: Any) -> list[str]:
+        monkeypatch.setattr("step37_data.rank_order.socket.gethostname", lambda: f"n{rank // 2}")
+        return prepare_in_rank(rank, *arguments)
+
+    outcomes = in_ranks(4, as_node, hub.url, caches, {"sample_count": 2})
+    assert outcomes == [["astronaut.jpg", "camera.jpg"]] * 4
+    assert set(hub.gets.values()) == {2}
+    assert data_files(tmp_path / "n0") == data_files(tmp_path / "n1")
+
+
+def test_the_failure_of_rank_0_reaches_every_rank_as_that_error(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["train/coffee.jpg"]
+    outcomes = in_ranks(3, prepare_in_rank, hub.url, [tmp_path] * 3, {})
+    assert [name for name, _ in outcomes] == ["FileNotFoundError"] * 3
+    assert all("train/coffee.jpg could not be downloaded" in text for _, text in outcomes)
+    assert all("failed on rank 0" in text for _, text in outcomes[1:])
+
+
+def test_a_refused_file_name_is_a_value_error_on_every_rank(hub: Hub, tmp_path: Path) -> None:
+    hub.files["train/metadata.csv"] += b"../x.jpg,a,b,c,d,e\n"
+    outcomes = in_ranks(2, prepare_in_rank, hub.url, [tmp_path] * 2, {"sample_count": None})
+    assert [name for name, _ in outcomes] == ["ValueError"] * 2
+
+
+def test_a_rank_0_that_dies_leaves_no_rank_waiting(hub: Hub, tmp_path: Path) -> None:
+    def die_on_rank_0(rank: int, *arguments: Any) -> list[str]:
+        if rank == 0:
+            flickr8k_loader._fetch_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        return prepare_in_rank(rank, *arguments)
+
+    outcomes = in_ranks(3, die_on_rank_0, hub.url, [tmp_path] * 3, {})
+    assert outcomes[0] is None
+    for name, text in outcomes[1:]:
+        assert name == "RuntimeError"
+        assert "preparing intro/flickr8k/train: another rank stopped before it was done" in text
+
+
+def test_an_error_of_another_kind_reaches_every_rank_by_name(hub: Hub, tmp_path: Path) -> None:
+    def fail_on_rank_0(rank: int, *arguments: Any) -> list[str]:
+        def fail(*_: Any) -> None:
+            raise LookupError("odd")
+
+        if rank == 0:
+            flickr8k_loader._fetch_all = fail
+        return prepare_in_rank(rank, *arguments)
+
+    outcomes = in_ranks(2, fail_on_rank_0, hub.url, [tmp_path] * 2, {})
+    assert outcomes[0] == ("LookupError", "odd")
+    assert outcomes[1][0] == "RuntimeError"
+    assert "failed on rank 0: odd (LookupError)" in outcomes[1][1]

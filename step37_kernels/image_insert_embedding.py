@@ -232,8 +232,6 @@ class ImageInsertEmbedding(nn.Module):
         text_only_gradient: bool = False,
     ) -> None:
         super().__init__()
-        if impl not in ("auto", "triton", "torch"):
-            raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
         # Around nn.Module's own __setattr__, which would register a module, and with it count the
         # embedding's parameters twice.
         self._language_embedding: Callable[..., Tensor]
@@ -242,15 +240,31 @@ class ImageInsertEmbedding(nn.Module):
         nn.init.kaiming_normal_(self.align_projector.weight, mode="fan_in", nonlinearity="relu")
         if projector_bias:
             nn.init.zeros_(self.align_projector.bias)
+        self.configure(
+            impl=impl,
+            strict=strict,
+            layout=layout,
+            gradient_accumulation_fusion=gradient_accumulation_fusion,
+            text_only_gradient=text_only_gradient,
+        )
+
+    def configure(
+        self,
+        *,
+        impl: Impl = "auto",
+        strict: bool = False,
+        layout: SequenceLayout | None = None,
+        gradient_accumulation_fusion: bool = False,
+        text_only_gradient: bool = False,
+    ) -> None:
+        """Set all options, which are those of the constructor."""
+        if impl not in ("auto", "triton", "torch"):
+            raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
         self.impl = impl
         self.strict = strict
-        self.gradient_accumulation_fusion = gradient_accumulation_fusion
-        self.set_layout(layout)
-        self.text_only_gradient = text_only_gradient
-
-    def set_layout(self, layout: SequenceLayout | None) -> None:
-        """Set which rows of the sequence this rank holds, and mark the projector accordingly."""
         self.layout = layout
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
+        self.text_only_gradient = text_only_gradient
         parted = layout is not None and layout.sequence_parallel_group is not None
         for parameter in self.align_projector.parameters():
             # Each rank's gradient is that of its own rows; Megatron sums those so marked.

@@ -45,6 +45,10 @@ class _Options:
     gradient_accumulation_fusion: bool = False
     layout: SequenceLayout | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """For the constructor and :meth:`ImageInsertEmbedding.configure`."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def __post_init__(self) -> None:
         if self.impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl: expected one of auto, triton, torch, got {self.impl!r}")
@@ -73,11 +77,7 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             encoder_output_dim,
             hidden_size,
             projector_bias,
-            impl=_options.impl,
-            strict=_options.strict,
-            text_only_gradient=_options.text_only_gradient,
-            gradient_accumulation_fusion=_options.gradient_accumulation_fusion,
-            layout=_options.layout,
+            **_options.arguments(),
         )
 
 
@@ -250,12 +250,7 @@ def replace_in(
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
-        fused = cast(ImageInsertEmbedding, module)
-        fused.impl = options.impl
-        fused.strict = options.strict
-        fused.text_only_gradient = options.text_only_gradient
-        fused.gradient_accumulation_fusion = options.gradient_accumulation_fusion
-        fused.set_layout(options.layout)
+        cast(ImageInsertEmbedding, module).configure(**options.arguments())
     if ours:
         logger.info("fused embedding in %s (%s)", ", ".join(ours), options)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):

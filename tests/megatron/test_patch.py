@@ -22,6 +22,7 @@ from step37_kernels.megatron import (
     replace_in,
     unpatch_step37,
 )
+from step37_kernels.parallel import SequenceLayout
 from tests.megatron.stand_ins import bridge
 from tests.megatron.stand_ins.models import HIDDEN, IM_START, WIDTH, build, features, forward, train
 from tests.megatron.stand_ins.processes import (
@@ -74,12 +75,15 @@ def test_replacing_the_class_in_its_own_module_alone_would_change_nothing():
 
 
 def test_the_options_reach_the_model():
-    patch_step37(impl="torch", strict=True, text_only_gradient=False)
+    layout = SequenceLayout()
+    patch_step37(impl="torch", strict=True, text_only_gradient=False, layout=layout)
     module = build().image_insert_embedding
     assert (module.impl, module.strict, module.text_only_gradient) == ("torch", True, False)
+    assert module.layout is layout
     patch_step37()
     module = build().image_insert_embedding
     assert (module.impl, module.strict, module.text_only_gradient) == ("auto", False, True)
+    assert module.layout is None
 
 
 def test_an_unknown_impl_patches_nothing():

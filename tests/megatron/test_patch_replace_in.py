@@ -12,6 +12,7 @@ from torch import nn
 
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, replace_in, unpatch_step37
+from step37_kernels.parallel import SequenceLayout
 from tests.megatron.stand_ins import bridge
 from tests.megatron.stand_ins.models import HIDDEN, WIDTH, build, forward
 from tests.megatron.stand_ins.processes import (
@@ -133,6 +134,15 @@ def test_a_list_of_chunks_is_searched_and_the_options_arrive():
     )
     module = chunks[0].image_insert_embedding
     assert (module.impl, module.strict, module.text_only_gradient) == ("torch", True, False)
+
+
+def test_a_sequence_parallel_layout_marks_the_projector_of_a_built_model():
+    model = build()
+    group = torch.distributed.group.WORLD
+    layout = SequenceLayout(sequence_parallel_group=group)
+    replace_in(model, layout=layout)
+    assert model.image_insert_embedding.layout is layout
+    assert model.image_insert_embedding.align_projector.weight.sequence_parallel
 
 
 def test_replacing_twice_only_sets_the_options():

@@ -157,9 +157,9 @@ Schedule = list[tuple[int, int]]
 # Images of rank 0 and rank 1, step by step.
 
 
-def make_model(fused: bool) -> Any:
+def make_model(fused: bool, fusion: bool = False) -> Any:
     if fused:
-        patch_step37()
+        patch_step37(gradient_accumulation_fusion=fusion)
     else:
         unpatch_step37()
     model = build(projector_bias=True)
@@ -204,12 +204,14 @@ def expected_gradients(schedule: Schedule) -> Gradients:
         return steps
 
 
-def reduced_gradients(rank: int, schedule: Schedule, fused: bool, **options: Any) -> Gradients:
+def reduced_gradients(
+    rank: int, schedule: Schedule, fused: bool, fusion: bool = False, **options: Any
+) -> Gradients:
     """The same, as Megatron's DDP reduces them while backward runs."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     with bridge.installed():
-        model = make_model(fused)
+        model = make_model(fused, fusion)
         wrapped = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=1, **options),
@@ -247,7 +249,7 @@ def gather_shards(wrapped: Any, rank: int) -> None:
 
 def in_a_process(rank: int) -> tuple[dict[str, Gradients], str]:
     results = {
-        f"{name}, {reduction}": reduced_gradients(rank, schedule, True, **options)
+        f"{name}, {reduction}": reduced_gradients(rank, schedule, fused=True, **options)
         for name, schedule in SCHEDULES.items()
         for reduction, options in REDUCTIONS.items()
     }
@@ -264,6 +266,11 @@ SCHEDULES: dict[str, Schedule] = {
 REDUCTIONS: dict[str, dict[str, Any]] = {
     "all-reduce": {},
     "reduce-scatter": {"use_distributed_optimizer": True},
+    "weight gradient into main_grad": {"fusion": True},
+    "weight gradient into main_grad, reduce-scatter": {
+        "fusion": True,
+        "use_distributed_optimizer": True,
+    },
 }
 
 

@@ -26,7 +26,7 @@ lint: setup
 	@$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 resources: setup
-	@$(RUN) -m bench.resources
+	@$(RUN) -m bench.resources --arch 80 --arch 90 --arch 100
 
 bench: setup
 	@$(RUN) -m bench

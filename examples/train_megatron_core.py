@@ -219,6 +219,8 @@ def run_rank(rank: int, folder: str) -> None:
     # megatron-core asks for the current CUDA device wherever it allocates, and forks the CUDA
     # random state around a dropout that is off here. There is no such device.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    # Newer releases ask for the stream before a reduction, to order it behind CUDA graphs.
+    torch.cuda.current_stream = lambda: None  # type: ignore[assignment, misc]
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     torch.set_num_threads(1)

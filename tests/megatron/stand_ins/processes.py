@@ -35,16 +35,18 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def let_the_cpu_play_the_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Take three assumptions of megatron-core away; no value depends on any.
+    """Take four assumptions of megatron-core away; no value depends on any.
 
     It asks for the current CUDA device wherever it allocates, only to hand the answer on as
-    ``device=``; it waits for the device after communication; and it forks the CUDA random state
-    around a dropout that is off here.
+    ``device=``; it waits for the device after communication; it asks for the current stream before
+    a reduction, to order it behind events that only CUDA graphs record; and it forks the CUDA
+    random state around a dropout that is off here.
     """
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     patch.setattr(torch.cuda, "synchronize", lambda: None)
+    patch.setattr(torch.cuda, "current_stream", lambda: None)
     patch.setattr(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
 
 

@@ -165,10 +165,7 @@ def _gemm_spec(
     constants: dict[str, Any] = {
         "PRECISION": "ieee",
         "INTERPRET": False,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
+        **tile.constants(),
     }
     if product == "forward":
         kernel = project.project_scatter_kernel

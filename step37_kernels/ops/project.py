@@ -162,10 +162,5 @@ def project_scatter(
             EVEN_K=width % tile.block_k == 0,
             PRECISION=dot_precision(x.dtype),
             INTERPRET=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options(),
         )

@@ -255,12 +255,7 @@ def grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:
             EVEN_K=hidden % tile.block_k == 0,
             PRECISION=dot_precision(out.dtype),
             INTERPRET=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options(),
         )
     return out
 
@@ -290,10 +285,5 @@ def grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, *, accumulate: b
             ACCUMULATE=accumulate,
             PRECISION=dot_precision(x.dtype),
             INTERPRET=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options(),
         )

@@ -33,6 +33,19 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def constants(self) -> dict[str, int]:
+        """The constexpr arguments of the kernels."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+        }
+
+    def options(self) -> dict[str, int]:
+        """All that a launch takes."""
+        return self.constants() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @dataclass(frozen=True, slots=True)
 class _Buckets:

@@ -75,6 +75,14 @@ def _holders(tensor: Tensor) -> tuple[int, ...] | None:
     )
 
 
+def _holders_of_argument(tensor: Tensor) -> tuple[int, ...] | None:
+    """:func:`_holders` of a variable of the caller, one call further down.
+
+    Whether that call counts as a reference of its own depends on the version of Python.
+    """
+    return _holders(tensor)
+
+
 def _is_unshared(embeddings: Tensor) -> bool:
     """Whether the caller's variable is the only way to this memory, so that it may be overwritten.
 
@@ -87,11 +95,16 @@ def _is_unshared(embeddings: Tensor) -> bool:
         return False
     if embeddings.is_leaf and embeddings.requires_grad:
         return False
-    probe = torch.empty(1) if embeddings._base is None else torch.empty(1).view(1)
-    # The caller's own variable refers to the embeddings once more than ours does to the probe.
-    alias = probe
-    holders, alone = _holders(embeddings), _holders(probe)
-    del alias
+    if embeddings.is_inference() and not torch.is_inference_mode_enabled():
+        # Nothing that shares its memory can take part in autograd.
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
+        # It has no memory of its own.
+        return False
+    probe = torch.empty(1, device="cpu")
+    if embeddings._base is not None:
+        probe = probe.view(1)
+    holders, alone = _holders(embeddings), _holders_of_argument(probe)
     return holders is not None and holders == alone
 
 

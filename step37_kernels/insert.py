@@ -533,6 +533,9 @@ def project_and_insert(
         raise ValueError(
             f"embeddings: inplace=True needs a contiguous tensor, got strides {embeddings.stride()}"
         )
+    if inplace and embeddings.is_inference() and not torch.is_inference_mode_enabled():
+        # Autograd would leave the output without any gradient, and not say so.
+        raise ValueError("embeddings: inplace=True needs a normal tensor, got an inference tensor")
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

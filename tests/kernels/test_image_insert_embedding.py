@@ -385,3 +385,33 @@ class TestOwnership:
             wanted = module(ids, self.images(device))
         with torch.inference_mode():
             assert torch.equal(module(ids, self.images(device)), wanted)
+
+    def test_an_inference_tensor_is_copied_and_the_projector_still_learns(self, device):
+        with torch.inference_mode():
+            words = torch.zeros(3, 1, 16, device=device)
+        module = ImageInsertEmbedding(
+            lambda **_: _fresh_inference_copy(words), 24, 16, impl="triton"
+        ).to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        module(ids, self.images(device)).sum().backward()
+        assert module.align_projector.weight.grad.abs().max() > 0
+
+    def test_torch_func_differentiates_the_pytorch_implementation(self, device):
+        table = torch.randn(97, 16, device=device)
+        module = ImageInsertEmbedding(lambda **_: table[:3, None] * 1, 24, 16, impl="torch")
+        module.to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        images = self.images(device)
+
+        def total(table: Tensor) -> Tensor:
+            module._language_embedding = lambda **_: table[:3, None] * 1
+            return module(ids, images).sum()
+
+        grad = torch.func.grad(total)(table)
+        assert grad[0].eq(1).all()
+        assert not grad[1:].any()
+
+
+def _fresh_inference_copy(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()

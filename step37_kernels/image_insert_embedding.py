@@ -121,7 +121,7 @@ class _CountWatch:
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(plan.found.shape, dtype=torch.int32, pin_memory=True)
+            host = torch.empty(plan.found.shape, dtype=torch.int32, device="cpu", pin_memory=True)
             host.copy_(plan.found, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(plan.found.device))

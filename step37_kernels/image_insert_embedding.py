@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class _CountWatch:
 
     def __init__(self) -> None:
         self._pending: deque[tuple[InsertPlan, Tensor, torch.cuda.Event]] = deque()
+        # Between looking at the oldest and taking it, another thread's forward may have taken it.
+        self._polling = threading.Lock()
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
@@ -133,8 +136,11 @@ class _CountWatch:
             return
         if self._pending and torch.cuda.is_current_stream_capturing():
             return
-        while self._pending and self._pending[0][2].query():
-            plan, host, _ = self._pending.popleft()
+        arrived = []
+        with self._polling:
+            while self._pending and self._pending[0][2].query():
+                arrived.append(self._pending.popleft())
+        for plan, host, _ in arrived:
             self._warn(plan, host)
 
     @staticmethod
@@ -314,6 +320,7 @@ class ImageInsertEmbedding(nn.Module):
         Raises:
             ValueError: a rank or width that does not fit.
         """
+        _count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
         plan = plan_runs(input_ids, (_run(flag, tensors),))
         _count_watch.watch(plan)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import logging
 import pickle
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,8 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
-from step37_kernels.image_insert_embedding import _is_unshared
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    image_insert_embedding,
+    plan_insert,
+    reference,
+)
+from step37_kernels.image_insert_embedding import _CountWatch, _is_unshared
 from step37_kernels.testing import make_insert_case
 from tests.kernels.checks import assert_gradients, assert_output
 from tests.kernels.strategies import TOKENS, feature_groups, token_ids
@@ -275,6 +283,55 @@ class TestInsertFeatures:
         embeddings = torch.zeros(2, 1, 4, device=device)
         with pytest.raises(ValueError, match=r"image_features: expected width 4 .*\(1, 1, 5\)"):
             ImageInsertEmbedding.insert_features(embeddings, torch.zeros(1, 1, 5), ids, IM_START)
+
+
+class Arrived:
+    """Stands for the event of a copy that has arrived; events need a GPU."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.meanwhile = meanwhile
+
+    def query(self) -> bool:
+        self.meanwhile()
+        return True
+
+
+class TestCountsThatArriveLater:
+    @staticmethod
+    def pending(event: Arrived) -> tuple[object, Tensor, Arrived]:
+        plan = plan_insert(torch.tensor([[IM_START, 2, 3]]), [(IM_START, [1, 1])])
+        return plan, plan.found, event
+
+    @pytest.fixture
+    def watch(self, monkeypatch) -> _CountWatch:
+        # As on CUDA, but for the question that only CUDA can answer.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        watch = _CountWatch()
+        monkeypatch.setattr(image_insert_embedding, "_count_watch", watch)
+        return watch
+
+    def test_insert_features_warns_of_them_and_keeps_no_more_of_them(self, watch, caplog):
+        watch._pending.append(self.pending(Arrived()))
+        ids = torch.tensor([[IM_START, 2, 3]])
+        ImageInsertEmbedding.insert_features(
+            torch.zeros(3, 1, 4), torch.ones(1, 1, 4), ids, IM_START
+        )
+        assert not watch._pending
+        assert "1 in input_ids, 2 features" in caplog.text
+
+    def test_each_is_warned_about_once_when_two_threads_ask(self, watch, caplog):
+        others: list[threading.Thread] = []
+
+        def another_thread_asks() -> None:
+            if not others:
+                others.append(threading.Thread(target=watch.poll))
+                others[0].start()
+                others[0].join(timeout=0.2)
+
+        watch._pending.append(self.pending(Arrived(another_thread_asks)))
+        watch.poll()
+        others[0].join()
+        assert len(caplog.records) == 1
 
 
 class TestOwnership:

@@ -329,10 +329,17 @@ class _ProjectAndInsert(torch.autograd.Function):
             rows, row_sum = library.gather_grad(grad_output, destinations, ctx.dtype, need_bias)
             grad_bias = row_sum if need_bias else None
             if need_weight and ctx.fused_into is not None:
-                grad_weight = _into_main_grad(
-                    ctx.fused_into[0],
-                    lambda main_grad, add: library.grad_weight_into(rows, x, main_grad, add),
-                )
+
+                def put(main_grad: Tensor, add: bool) -> None:
+                    shape = (rows.shape[1], x.shape[1])
+                    if tuple(main_grad.shape) != shape or not main_grad.is_contiguous():
+                        raise ValueError(
+                            f"weight.main_grad: expected {shape}, contiguous, got "
+                            f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+                        )
+                    library.grad_weight_into(rows, x, main_grad, add)
+
+                grad_weight = _into_main_grad(ctx.fused_into[0], put)
             elif need_weight:
                 grad_weight = library.grad_weight(rows, x)
             if any(need_features):

@@ -327,13 +327,13 @@ class ImageInsertEmbedding(nn.Module):
         hidden = input_embeddings.shape[-1]
         rows = []
         for tensor in tensors:
-            if tensor.numel():
+            if tensor.shape[:2].numel():
                 if tensor.shape[-1] != hidden:
                     raise ValueError(
                         f"image_features: expected width {hidden} (the embeddings'), got "
                         f"{tuple(tensor.shape)}"
                     )
-                rows.append(tensor.to(input_embeddings).reshape(-1, hidden))
+                rows.append(tensor.to(input_embeddings).flatten(0, 1))
         if not rows:
             return input_embeddings
         return insert_rows(input_embeddings, torch.cat(rows), plan)
@@ -387,7 +387,7 @@ class ImageInsertEmbedding(nn.Module):
             features += [
                 tensor.to(device=weight.device, dtype=weight.dtype)
                 for tensor in tensors
-                if tensor.numel()
+                if tensor.shape[:2].numel()
             ]
         plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
@@ -400,7 +400,7 @@ class ImageInsertEmbedding(nn.Module):
             plan = plan.shard(positions)
             features = [self.layout.complete_gradient(tensor) for tensor in features]
         if not plain:
-            flat = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in features])
+            flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
             return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
         return project_and_insert(
             embeddings,

@@ -291,7 +291,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         else:
             out = embeddings.detach().clone(memory_format=torch.contiguous_format)
         if len(features) == 1 and features[0].is_contiguous():
-            x = features[0].view(-1, features[0].shape[2])
+            x = features[0].flatten(0, 1)
         else:
             x = library.pack_rows(list(features))
         if local_rows is not None:
@@ -520,13 +520,12 @@ def project_and_insert(
     rows = [
         (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(weight.dtype)
         for tensor in tensors
-        if tensor.numel()
+        if tensor.shape[:-1].numel()
     ]
     if not rows or embeddings.numel() == 0:
         return embeddings
     if not triton:
-        width = weight.shape[1]
-        flat = torch.cat([tensor.reshape(-1, width) for tensor in rows])
+        flat = torch.cat([tensor.flatten(0, 1) for tensor in rows])
         if fused_into is not None:
             weight = _MainGrad.apply(weight, fused_into)
         return insert_rows(embeddings, F.linear(flat, weight, bias).to(embeddings.dtype), plan)

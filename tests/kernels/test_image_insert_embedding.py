@@ -142,6 +142,7 @@ def test_features_are_required(device):
         ([torch.zeros(24)], r"image_features\[0\]: expected \[L, C\] or \[N, L, C\], got \(24,\)"),
         ([torch.zeros(1, 1, 2, 24)], r"image_features\[0\]: expected .*, got \(1, 1, 2, 24\)"),
         (torch.zeros(1, 2, 23), r"features: expected C = 24 \(the weight's\), got \(1, 2, 23\)"),
+        (torch.zeros(1, 2, 0), r"features: expected C = 24 \(the weight's\), got \(1, 2, 0\)"),
     ],
 )
 def test_features_of_a_wrong_shape_are_refused(device, features, message):
@@ -283,6 +284,8 @@ class TestInsertFeatures:
         embeddings = torch.zeros(2, 1, 4, device=device)
         with pytest.raises(ValueError, match=r"image_features: expected width 4 .*\(1, 1, 5\)"):
             ImageInsertEmbedding.insert_features(embeddings, torch.zeros(1, 1, 5), ids, IM_START)
+        with pytest.raises(ValueError, match=r"image_features: expected width 4 .*\(1, 1, 0\)"):
+            ImageInsertEmbedding.insert_features(embeddings, torch.zeros(1, 1, 0), ids, IM_START)
 
 
 class Arrived:

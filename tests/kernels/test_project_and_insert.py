@@ -279,6 +279,15 @@ def test_no_rows_return_the_embeddings_themselves(device, impl):
     assert run(case, impl) is case.embeddings
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_rows_without_channels_are_the_bias(device, impl, bias):
+    case = small_case(device, width=0, bias=bias)
+    output = run(case, impl)
+    assert_output(case, output)
+    assert_gradients(case, output, case.grad_output)
+
+
 def arguments_of(case: InsertCase) -> dict[str, object]:
     return {
         "embeddings": case.embeddings,

@@ -43,8 +43,14 @@ def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
     return tuple(result)
 
 
-def _host_tables(runs: Runs) -> tuple[list[int], list[int]]:
-    """``[G + 1, 2]`` (start token, first feature), flattened, and ``[N + 1]`` first rows."""
+@functools.lru_cache(maxsize=64)
+def _host_tables(runs: Runs) -> tuple[int, ...]:
+    """``[G + 1, 2]`` (start token, first feature), then ``[N + 1]`` first rows, flattened.
+
+    Numbers, not a tensor, are what is kept for the layouts seen last. A tensor would belong to
+    where it was made: to a stream, on which alone it is known to have arrived; to the pool of a
+    CUDA graph, which it must not outlive; to a mode, such as that of fake tensors.
+    """
     table: list[int] = []
     offsets = [0]
     for token, group in runs:
@@ -53,17 +59,16 @@ def _host_tables(runs: Runs) -> tuple[list[int], list[int]]:
             first = offsets[-1]
             offsets += [first + rows * k for k in range(1, features + 1)]
     table += [0, len(offsets) - 1]
-    return table, offsets
+    return (*table, *offsets)
 
 
-def _upload(values: list[int], device: torch.device) -> Tensor:
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 values to the device without waiting for it, also while a CUDA graph is captured."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     if not torch.cuda.is_current_stream_capturing():
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(
-            device, non_blocking=True
-        )
+        staged = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
+        return staged.to(device, non_blocking=True)
     # A captured copy would read its host memory again at every replay, when it is long gone. Fill
     # kernels carry their value in the launch itself; equal steps make one arithmetic sequence.
     parts: list[Tensor] = []
@@ -79,21 +84,11 @@ def _upload(values: list[int], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
-def _build_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    table, offsets = _host_tables(runs)
-    flat = _upload(table + offsets, device)
-    return flat[: len(table)].view(-1, 2), flat[len(table) :].to(torch.int32)
-
-
-_cached_tables = functools.lru_cache(maxsize=64)(_build_tables)
-
-
 def _device_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The layout of the groups on the device; kept for the layouts seen last."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of a graph's own pool must not outlive it in a cache.
-        return _build_tables(runs, device)
-    return _cached_tables(runs, device)
+    """The layout of the groups on the device: ``[G + 1, 2]`` int64 and ``[N + 1]`` int32."""
+    flat = _upload(_host_tables(runs), device)
+    length = 2 * (len(runs) + 1)
+    return flat[:length].view(-1, 2), flat[length:].to(torch.int32)
 
 
 def make_plan(input_ids: Tensor, runs: Runs, triton: bool) -> PlanTensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ def _holders(tensor: Tensor) -> tuple[int, ...] | None:
     )
 
 
+def _holders_of_argument(tensor: Tensor) -> tuple[int, ...] | None:
+    """:func:`_holders` of a variable of the caller, one call further down.
+
+    Whether that call counts as a reference of its own depends on the version of Python.
+    """
+    return _holders(tensor)
+
+
 def _is_unshared(embeddings: Tensor) -> bool:
     """Whether the caller's variable is the only way to this memory, so that it may be overwritten.
 
@@ -87,11 +96,16 @@ def _is_unshared(embeddings: Tensor) -> bool:
         return False
     if embeddings.is_leaf and embeddings.requires_grad:
         return False
-    probe = torch.empty(1) if embeddings._base is None else torch.empty(1).view(1)
-    # The caller's own variable refers to the embeddings once more than ours does to the probe.
-    alias = probe
-    holders, alone = _holders(embeddings), _holders(probe)
-    del alias
+    if embeddings.is_inference() and not torch.is_inference_mode_enabled():
+        # Nothing that shares its memory can take part in autograd.
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
+        # It has no memory of its own.
+        return False
+    probe = torch.empty(1, device="cpu")
+    if embeddings._base is not None:
+        probe = probe.view(1)
+    holders, alone = _holders(embeddings), _holders_of_argument(probe)
     return holders is not None and holders == alone
 
 
@@ -100,6 +114,8 @@ class _CountWatch:
 
     def __init__(self) -> None:
         self._pending: deque[tuple[InsertPlan, Tensor, torch.cuda.Event]] = deque()
+        # Between looking at the oldest and taking it, another thread's forward may have taken it.
+        self._polling = threading.Lock()
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
@@ -108,7 +124,7 @@ class _CountWatch:
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(plan.found.shape, dtype=torch.int32, pin_memory=True)
+            host = torch.empty(plan.found.shape, dtype=torch.int32, device="cpu", pin_memory=True)
             host.copy_(plan.found, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(plan.found.device))
@@ -120,8 +136,11 @@ class _CountWatch:
             return
         if self._pending and torch.cuda.is_current_stream_capturing():
             return
-        while self._pending and self._pending[0][2].query():
-            plan, host, _ = self._pending.popleft()
+        arrived = []
+        with self._polling:
+            while self._pending and self._pending[0][2].query():
+                arrived.append(self._pending.popleft())
+        for plan, host, _ in arrived:
             self._warn(plan, host)
 
     @staticmethod
@@ -301,19 +320,20 @@ class ImageInsertEmbedding(nn.Module):
         Raises:
             ValueError: a rank or width that does not fit.
         """
+        _count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
         plan = plan_runs(input_ids, (_run(flag, tensors),))
         _count_watch.watch(plan)
         hidden = input_embeddings.shape[-1]
         rows = []
         for tensor in tensors:
-            if tensor.numel():
+            if tensor.shape[:2].numel():
                 if tensor.shape[-1] != hidden:
                     raise ValueError(
                         f"image_features: expected width {hidden} (the embeddings'), got "
                         f"{tuple(tensor.shape)}"
                     )
-                rows.append(tensor.to(input_embeddings).reshape(-1, hidden))
+                rows.append(tensor.to(input_embeddings).flatten(0, 1))
         if not rows:
             return input_embeddings
         return insert_rows(input_embeddings, torch.cat(rows), plan)
@@ -367,7 +387,7 @@ class ImageInsertEmbedding(nn.Module):
             features += [
                 tensor.to(device=weight.device, dtype=weight.dtype)
                 for tensor in tensors
-                if tensor.numel()
+                if tensor.shape[:2].numel()
             ]
         plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
@@ -380,7 +400,7 @@ class ImageInsertEmbedding(nn.Module):
             plan = plan.shard(positions)
             features = [self.layout.complete_gradient(tensor) for tensor in features]
         if not plain:
-            flat = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in features])
+            flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
             return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
         return project_and_insert(
             embeddings,

@@ -291,7 +291,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         else:
             out = embeddings.detach().clone(memory_format=torch.contiguous_format)
         if len(features) == 1 and features[0].is_contiguous():
-            x = features[0].view(-1, features[0].shape[2])
+            x = features[0].flatten(0, 1)
         else:
             x = library.pack_rows(list(features))
         if local_rows is not None:
@@ -329,10 +329,17 @@ class _ProjectAndInsert(torch.autograd.Function):
             rows, row_sum = library.gather_grad(grad_output, destinations, ctx.dtype, need_bias)
             grad_bias = row_sum if need_bias else None
             if need_weight and ctx.fused_into is not None:
-                grad_weight = _into_main_grad(
-                    ctx.fused_into[0],
-                    lambda main_grad, add: library.grad_weight_into(rows, x, main_grad, add),
-                )
+
+                def put(main_grad: Tensor, add: bool) -> None:
+                    shape = (rows.shape[1], x.shape[1])
+                    if tuple(main_grad.shape) != shape or not main_grad.is_contiguous():
+                        raise ValueError(
+                            f"weight.main_grad: expected {shape}, contiguous, got "
+                            f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+                        )
+                    library.grad_weight_into(rows, x, main_grad, add)
+
+                grad_weight = _into_main_grad(ctx.fused_into[0], put)
             elif need_weight:
                 grad_weight = library.grad_weight(rows, x)
             if any(need_features):
@@ -513,13 +520,12 @@ def project_and_insert(
     rows = [
         (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(weight.dtype)
         for tensor in tensors
-        if tensor.numel()
+        if tensor.shape[:-1].numel()
     ]
     if not rows or embeddings.numel() == 0:
         return embeddings
     if not triton:
-        width = weight.shape[1]
-        flat = torch.cat([tensor.reshape(-1, width) for tensor in rows])
+        flat = torch.cat([tensor.flatten(0, 1) for tensor in rows])
         if fused_into is not None:
             weight = _MainGrad.apply(weight, fused_into)
         return insert_rows(embeddings, F.linear(flat, weight, bias).to(embeddings.dtype), plan)
@@ -533,6 +539,9 @@ def project_and_insert(
         raise ValueError(
             f"embeddings: inplace=True needs a contiguous tensor, got strides {embeddings.stride()}"
         )
+    if inplace and embeddings.is_inference() and not torch.is_inference_mode_enabled():
+        # Autograd would leave the output without any gradient, and not say so.
+        raise ValueError("embeddings: inplace=True needs a normal tensor, got an inference tensor")
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

@@ -201,7 +201,7 @@ def expected(case: InsertCase) -> Expected:
     hidden, width = weight.shape
     destinations = reference.plan_insert(input_ids, case.plan_groups).destinations.long()
     kept = destinations >= 0
-    rows = torch.cat([f.detach().reshape(-1, width) for f in features] or [torch.empty(0, width)])
+    rows = torch.cat([f.detach().flatten(0, 1) for f in features] or [torch.empty(0, width)])
     rows = rows.double()
     gradient_rows = grad_output.reshape(-1, hidden)[destinations.clamp_min(0)]
     gradient_rows = gradient_rows * kept[:, None]

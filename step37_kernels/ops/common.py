@@ -49,8 +49,12 @@ def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: fp32 follows ``torch.set_float32_matmul_precision``."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    """How ``tl.dot`` multiplies: fp32 follows ``torch.backends.cuda.matmul.fp32_precision``.
+
+    ``torch.set_float32_matmul_precision`` and ``allow_tf32`` show there too, whereas their own
+    getters raise once the newer setting has been used.
+    """
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

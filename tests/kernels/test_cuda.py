@@ -270,3 +270,25 @@ def test_a_new_number_of_rows_compiles_nothing():
     for count, seq_len in ((2, 1001), (3, 512), (5, 64), (12, 4096), (16, 777), (31, 1)):
         step(count, max(seq_len, 6))
     assert compiled() == before
+
+
+def test_a_layout_first_seen_on_a_busy_stream_is_right_on_another_at_once():
+    input_ids = make_ids([5, 180, 400])
+    groups = [(IM_START, [3, 1, 4])]
+    wanted = reference.plan_insert(input_ids.cpu(), groups)
+    plan_insert(input_ids, [(IM_START, [9, 9, 9])])
+    torch.cuda.synchronize()
+    busy = torch.cuda.Stream()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(1_000_000_000)
+        plan_insert(input_ids, groups)
+    plan = plan_insert(input_ids, groups)
+    assert torch.equal(plan.destinations.cpu(), wanted.destinations)
+
+
+def test_tensors_made_on_the_gpu_by_default_do_not_break_staging():
+    module, _ = make_module()
+    ids, images = make_ids([5, 180, 400]), make_images(3, "contiguous")
+    wanted = module(ids, images)
+    with torch.device("cuda"):
+        assert torch.equal(module(ids, [*images]), wanted)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import logging
 import pickle
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,8 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
-from step37_kernels.image_insert_embedding import _is_unshared
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    image_insert_embedding,
+    plan_insert,
+    reference,
+)
+from step37_kernels.image_insert_embedding import _CountWatch, _is_unshared
 from step37_kernels.testing import make_insert_case
 from tests.kernels.checks import assert_gradients, assert_output
 from tests.kernels.strategies import TOKENS, feature_groups, token_ids
@@ -134,6 +142,7 @@ def test_features_are_required(device):
         ([torch.zeros(24)], r"image_features\[0\]: expected \[L, C\] or \[N, L, C\], got \(24,\)"),
         ([torch.zeros(1, 1, 2, 24)], r"image_features\[0\]: expected .*, got \(1, 1, 2, 24\)"),
         (torch.zeros(1, 2, 23), r"features: expected C = 24 \(the weight's\), got \(1, 2, 23\)"),
+        (torch.zeros(1, 2, 0), r"features: expected C = 24 \(the weight's\), got \(1, 2, 0\)"),
     ],
 )
 def test_features_of_a_wrong_shape_are_refused(device, features, message):
@@ -275,6 +284,57 @@ class TestInsertFeatures:
         embeddings = torch.zeros(2, 1, 4, device=device)
         with pytest.raises(ValueError, match=r"image_features: expected width 4 .*\(1, 1, 5\)"):
             ImageInsertEmbedding.insert_features(embeddings, torch.zeros(1, 1, 5), ids, IM_START)
+        with pytest.raises(ValueError, match=r"image_features: expected width 4 .*\(1, 1, 0\)"):
+            ImageInsertEmbedding.insert_features(embeddings, torch.zeros(1, 1, 0), ids, IM_START)
+
+
+class Arrived:
+    """Stands for the event of a copy that has arrived; events need a GPU."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.meanwhile = meanwhile
+
+    def query(self) -> bool:
+        self.meanwhile()
+        return True
+
+
+class TestCountsThatArriveLater:
+    @staticmethod
+    def pending(event: Arrived) -> tuple[object, Tensor, Arrived]:
+        plan = plan_insert(torch.tensor([[IM_START, 2, 3]]), [(IM_START, [1, 1])])
+        return plan, plan.found, event
+
+    @pytest.fixture
+    def watch(self, monkeypatch) -> _CountWatch:
+        # As on CUDA, but for the question that only CUDA can answer.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        watch = _CountWatch()
+        monkeypatch.setattr(image_insert_embedding, "_count_watch", watch)
+        return watch
+
+    def test_insert_features_warns_of_them_and_keeps_no_more_of_them(self, watch, caplog):
+        watch._pending.append(self.pending(Arrived()))
+        ids = torch.tensor([[IM_START, 2, 3]])
+        ImageInsertEmbedding.insert_features(
+            torch.zeros(3, 1, 4), torch.ones(1, 1, 4), ids, IM_START
+        )
+        assert not watch._pending
+        assert "1 in input_ids, 2 features" in caplog.text
+
+    def test_each_is_warned_about_once_when_two_threads_ask(self, watch, caplog):
+        others: list[threading.Thread] = []
+
+        def another_thread_asks() -> None:
+            if not others:
+                others.append(threading.Thread(target=watch.poll))
+                others[0].start()
+                others[0].join(timeout=0.2)
+
+        watch._pending.append(self.pending(Arrived(another_thread_asks)))
+        watch.poll()
+        others[0].join()
+        assert len(caplog.records) == 1
 
 
 class TestOwnership:
@@ -385,3 +445,33 @@ class TestOwnership:
             wanted = module(ids, self.images(device))
         with torch.inference_mode():
             assert torch.equal(module(ids, self.images(device)), wanted)
+
+    def test_an_inference_tensor_is_copied_and_the_projector_still_learns(self, device):
+        with torch.inference_mode():
+            words = torch.zeros(3, 1, 16, device=device)
+        module = ImageInsertEmbedding(
+            lambda **_: _fresh_inference_copy(words), 24, 16, impl="triton"
+        ).to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        module(ids, self.images(device)).sum().backward()
+        assert module.align_projector.weight.grad.abs().max() > 0
+
+    def test_torch_func_differentiates_the_pytorch_implementation(self, device):
+        table = torch.randn(97, 16, device=device)
+        module = ImageInsertEmbedding(lambda **_: table[:3, None] * 1, 24, 16, impl="torch")
+        module.to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        images = self.images(device)
+
+        def total(table: Tensor) -> Tensor:
+            module._language_embedding = lambda **_: table[:3, None] * 1
+            return module(ids, images).sum()
+
+        grad = torch.func.grad(total)(table)
+        assert grad[0].eq(1).all()
+        assert not grad[1:].any()
+
+
+def _fresh_inference_copy(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()

@@ -124,3 +124,18 @@ def test_without_main_grad_it_is_an_error_before_anything_is_lost(device, impl):
         step()
     weight.requires_grad_(False)
     step()
+
+
+@pytest.mark.parametrize(
+    ("main_grad", "got"),
+    [
+        (torch.zeros(WIDTH, HIDDEN).T, r"\(48, 40\) with strides \(1, 48\)"),
+        (torch.zeros(HIDDEN * WIDTH), r"\(1920,\) with strides \(1,\)"),
+    ],
+)
+def test_a_main_grad_that_the_kernel_would_write_wrong_is_refused(device, main_grad, got):
+    _, weight, _, step = make(device, "triton", torch.float32, torch.float32)
+    weight.main_grad = main_grad.to(device)
+    with pytest.raises(ValueError, match=r"weight.main_grad: expected \(48, 40\), contig.*" + got):
+        step()
+    assert not weight.main_grad.any()

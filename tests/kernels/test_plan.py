@@ -134,3 +134,23 @@ def test_check_names_what_does_not_fit(device, ids, groups, message):
     plan = plan_insert(torch.tensor([ids], device=device), groups)
     with pytest.raises(ValueError, match=message):
         plan.check()
+
+
+def test_a_plan_made_under_fake_tensors_leaves_nothing_to_the_next():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    groups = [(7, [3, 1, 4, 1, 5, 9, 2, 6])]
+    input_ids = torch.tensor([[7, 5, 5, 7, 5, 7]])
+    with FakeTensorMode() as mode:
+        plan_insert(mode.from_tensor(input_ids), groups, impl="torch")
+    assert_same_plan(
+        plan_insert(input_ids, groups, impl="torch"), reference.plan_insert(input_ids, groups)
+    )
+
+
+def test_the_default_device_is_not_where_a_plan_is_made(device):
+    groups = [(7, [2, 7, 1, 8])]
+    input_ids = torch.tensor([[7, 5, 5, 7, 5, 7]])
+    with torch.device("meta"):
+        plan = plan_insert(input_ids.to(device), groups)
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))

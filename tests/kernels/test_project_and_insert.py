@@ -279,6 +279,15 @@ def test_no_rows_return_the_embeddings_themselves(device, impl):
     assert run(case, impl) is case.embeddings
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_rows_without_channels_are_the_bias(device, impl, bias):
+    case = small_case(device, width=0, bias=bias)
+    output = run(case, impl)
+    assert_output(case, output)
+    assert_gradients(case, output, case.grad_output)
+
+
 def arguments_of(case: InsertCase) -> dict[str, object]:
     return {
         "embeddings": case.embeddings,
@@ -364,3 +373,35 @@ def test_in_place_needs_contiguous_embeddings(device):
     embeddings = case.embeddings.detach()[:1].expand(case.embeddings.shape)
     with pytest.raises(ValueError, match=r"embeddings: inplace=True needs a contiguous tensor"):
         run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
+
+
+def test_in_place_refuses_an_inference_tensor_outside_inference_mode(device):
+    case = small_case(device)
+    with torch.inference_mode():
+        embeddings = case.embeddings.clone()
+    with pytest.raises(ValueError, match=r"embeddings: inplace=True needs a normal tensor"):
+        run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
+    assert run(dataclasses.replace(case, embeddings=embeddings), "triton").requires_grad
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "tf32", "tf32 everywhere"])
+def test_fp32_products_follow_either_of_pytorchs_precision_settings(setting):
+    from step37_kernels.ops.common import dot_precision
+
+    matmul = torch.backends.cuda.matmul
+    everywhere = torch.backends.fp32_precision
+    try:
+        if setting == "tf32":
+            matmul.fp32_precision = "tf32"
+        elif setting == "tf32 everywhere":
+            torch.backends.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(setting)
+        wanted = "ieee" if setting == "highest" else "tf32"
+        assert dot_precision(torch.float32) == wanted
+        assert dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.fp32_precision = everywhere
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"

@@ -2,7 +2,8 @@
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
 # make lint   set up, then ruff, mypy, import-linter
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
-# make gpu    everything that wants a GPU: the GPU tests, then the benchmarks
+# make gpu    everything that wants a GPU: the GPU tests, all tests of the kernels (compiled there),
+#             then the benchmarks
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -32,7 +33,8 @@ bench: setup
 	@$(RUN) -m bench
 
 gpu: setup
-	@$(RUN) -m pytest -m gpu tests/kernels
+	@$(RUN) -m pytest -m gpu
+	@$(RUN) -m pytest -m "not slow and not gpu" tests/kernels
 	@$(RUN) -m bench
 
 clean:

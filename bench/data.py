@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.harness import environment
 from step37_data.flickr8k_loader import Flickr8kSample, Step37Flickr8kDataset
 from step37_data.lengths import probe_lengths
 from step37_data.pack_transform import pack_samples
@@ -244,9 +245,7 @@ def bench_fill(rows: list[dict[str, Any]]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = environment(torch.device("cpu"))["commit"]
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import platform
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from bench.harness import environment
 from bench.pixels import (
     PHOTOS,
-    ROOT,
     Row,
     copy_bandwidth,
     median_device_seconds,
@@ -194,13 +193,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = environment(device)["commit"]
     plan = plan_crops(*SIZE)
     print(
         f"{where}, Python {platform.python_version()}, PyTorch {torch.__version__}, "

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from bench.harness import environment
 from step37_data.decode import decode, default_threads, map_threads
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
@@ -381,13 +381,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = environment(device)["commit"]
     print(
         f"{where}, {default_threads()} decoding threads, Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}, Pillow {pillow_version}, commit {commit or 'unknown'}\n"

@@ -142,7 +142,7 @@ def upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> R
     for picture in pictures:
         offsets.append(end)
         end += picture.size
-    staging = torch.empty(end, dtype=torch.uint8, pin_memory=True)
+    staging = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=True)
     view = staging.numpy()
     for offset, picture in zip(offsets, pictures, strict=True):
         view[offset : offset + picture.size] = picture.reshape(-1)

@@ -18,8 +18,8 @@ import torch
 Impl = Literal["auto", "triton", "torch"]
 
 _CHOICES = ("auto", "triton", "torch")
-# Looked up once: torch.compile does not trace into the import system.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Looked up once, here: torch.compile of PyTorch 2.11 cannot trace the look-up.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(impl: Impl, device: torch.device) -> bool:
@@ -41,7 +41,7 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
         raise ValueError(f"impl: expected one of {', '.join(_CHOICES)}, got {impl!r}")
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return False
-    if not _HAS_TRITON:
+    if not _TRITON_INSTALLED:
         raise ImportError(
             f"impl={impl!r} on {device} needs Triton, which is not installed; "
             "install 'triton', or pass impl='torch'"

@@ -260,7 +260,7 @@ def look_up(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _three(name: str, values: tuple[float, ...]) -> _RGB:
-    rounded = torch.tensor(values, dtype=torch.float32)
+    rounded = torch.tensor(values, dtype=torch.float32, device="cpu")
     if len(values) != 3 or not bool(torch.isfinite(rounded).all()):
         raise ValueError(f"{name}: expected three finite numbers, got {list(values)}")
     if name == "std" and bool((rounded == 0).any()):
@@ -298,7 +298,9 @@ def normalize_table(
 
 @functools.lru_cache(maxsize=64)
 def _table_on(mean: _RGB, std: _RGB, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3)
+    levels = (
+        torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 256, 1).expand(1, 1, 256, 3)
+    )
     table = reference_pixels.clip_normalize(levels, mean=mean, std=std, dtype=dtype)
     return table.view(3, 256).to(device)
 

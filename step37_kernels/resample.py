@@ -94,7 +94,7 @@ def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
     in_size = pixels.shape[dim]
     if in_size == out_size:
         return pixels
-    host = torch.tensor(axis_table(in_size, out_size))
+    host = torch.tensor(axis_table(in_size, out_size), device="cpu")
     if pixels.is_cuda:
         host = host.pin_memory()
     table = host.to(pixels.device, non_blocking=True)

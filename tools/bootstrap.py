@@ -57,13 +57,17 @@ def venv_python() -> Path:
     return VENV / "bin" / "python"
 
 
-def create_venv() -> None:
+def create_venv(*, with_pip: bool) -> None:
     say(f"creating {VENV.name} with Python {sys.version.split()[0]}")
-    venv.EnvBuilder(clear=True, with_pip=True).create(VENV)
+    venv.EnvBuilder(clear=True, with_pip=with_pip).create(VENV)
 
 
 def borrow_interpreter_packages() -> None:
-    """Add this interpreter's site-packages, and the checkout, to the environment's path."""
+    """A new environment with this interpreter's site-packages, and the checkout, on its path.
+
+    Without pip, which not every Python can put there (Debian's needs a package for it).
+    """
+    create_venv(with_pip=False)
     purelib = subprocess.run(
         [str(venv_python()), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True,
@@ -75,8 +79,9 @@ def borrow_interpreter_packages() -> None:
 
 
 def pip_install() -> bool:
-    """Install the project with everything it needs; False when pip could not."""
+    """A new environment with the project and everything it needs; False when pip could not."""
     torch = os.environ.get("STEP37_TORCH") or ("torch" if has_nvidia_gpu() else CPU_TORCH)
+    create_venv(with_pip=True)
     say(f"installing {torch} and the project's dependencies (a few minutes on a first run)")
     command = [str(venv_python()), "-m", "pip", "install", "--quiet", "--retries", "2"]
     command += ["--disable-pip-version-check", torch, "--editable", f"{ROOT}[dev]"]
@@ -91,7 +96,6 @@ def main() -> int:
     if STAMP.exists() and STAMP.read_text() == wanted and venv_python().exists():
         return 0
     missing = [name for name in BORROWABLE if importlib.util.find_spec(name) is None]
-    create_venv()
     if not missing and has_nvidia_gpu():
         say("this interpreter has torch and the test tools: using them, installing nothing")
         borrow_interpreter_packages()
@@ -100,7 +104,6 @@ def main() -> int:
             say(f"pip failed, and {sys.executable} lacks {', '.join(missing)}: nothing to run with")
             return 1
         say("pip failed: using this interpreter's own torch and test tools instead")
-        create_venv()
         borrow_interpreter_packages()
     STAMP.write_text(wanted)
     say("ready")

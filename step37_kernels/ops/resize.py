@@ -359,7 +359,7 @@ def upload(
         starts.append(end)
         # Every array starts as aligned as an allocation of its own.
         end += -(-array.nbytes // 256) * 256
-    staging = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staging = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     view = staging.numpy()
     for start, array in zip(starts, arrays, strict=True):
         view[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from step37_kernels import image_insert_embedding
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
@@ -13,17 +15,27 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
+def own_count_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a later forward warns about a mismatch: one of the same test, or nobody."""
+    watch = image_insert_embedding._CountWatch()
+    monkeypatch.setattr(image_insert_embedding, "_count_watch", watch)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill new memory with NaN or a huge integer, so that an element nobody writes shows up."""
     real_empty, real_empty_like = torch.empty, torch.empty_like
 
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        # Host staging buffers are filled by copies, and writing them here would hide a sync.
-        if tensor.is_pinned() or tensor.requires_grad:
+    def poison(tensor: torch.Tensor, pin_memory: bool = False) -> torch.Tensor:
+        # Host staging buffers are filled by copies, and writing them here would hide a sync. Known
+        # by the argument: is_pinned() asks the driver, also while a graph is captured.
+        if pin_memory or tensor.requires_grad:
             return tensor
         if tensor.is_floating_point():
             return tensor.fill_(float("nan"))
         return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real_empty(*a, **k)))
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: poison(real_empty(*a, **k), k.get("pin_memory", False))
+    )
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_empty_like(*a, **k)))

@@ -37,8 +37,8 @@ def clip_normalize(
         ``[N, 3, H, W]`` in ``dtype``, on the device of ``pixels``.
     """
     x = pixels.cpu().to(torch.float32).permute(0, 3, 1, 2)
-    mean_3 = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-    std_3 = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    mean_3 = torch.tensor(mean, dtype=torch.float32, device="cpu").view(3, 1, 1)
+    std_3 = torch.tensor(std, dtype=torch.float32, device="cpu").view(3, 1, 1)
     normalized = (x / 255 - mean_3) / std_3
     return normalized.to(dtype).contiguous().to(pixels.device)
 

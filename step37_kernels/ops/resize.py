@@ -282,15 +282,7 @@ def resize(
     Returns:
         ``[N, 3, size, size]`` contiguous.
     """
-    offsets: dict[int, int] = {}
-    unique: list[npt.NDArray[np.int32]] = []
-    coefficients = 0
-    for table in (table for pair in tables for table in pair):
-        if id(table) not in offsets:
-            offsets[id(table)] = coefficients
-            unique.append(table)
-            coefficients += table.size
-
+    offsets, coefficients = join_tables(tables)
     records = np.empty((len(jobs), FIELDS.value), dtype=np.int64)
     middle_bytes, first_tile, tiles = 0, 0, []
     for record, job, (rows, columns) in zip(records, jobs, tables, strict=True):
@@ -314,7 +306,7 @@ def resize(
     tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
 
     device_records, device_tables, device_tile_jobs = upload(
-        [records, np.concatenate([table.reshape(-1) for table in unique]), tile_jobs],
+        [records, coefficients, tile_jobs],
         pixels.device,
     )
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
@@ -344,6 +336,21 @@ def resize(
             PAD=ROW_PAD,
         )
     return out
+
+
+def join_tables(
+    tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
+) -> tuple[dict[int, int], npt.NDArray[np.int32]]:
+    """Where each table begins, by ``id`` of the array, in the flat array of all, each once."""
+    offsets: dict[int, int] = {}
+    unique: list[npt.NDArray[np.int32]] = []
+    end = 0
+    for table in (table for pair in tables for table in pair):
+        if id(table) not in offsets:
+            offsets[id(table)] = end
+            unique.append(table)
+            end += table.size
+    return offsets, np.concatenate([table.reshape(-1) for table in unique])
 
 
 def _tiles(rows: int, columns: int, tile: tuple[int, int]) -> int:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import device_of
-from step37_kernels.ops.resize import filter_tile, upload
+from step37_kernels.ops.resize import filter_tile, join_tables, upload
 
 # Rows and columns of a program's tile: what ops.resize found best for its first pass.
 TILE = (4, 256)
@@ -145,15 +145,7 @@ def resize(
             each, taps even. The same array object is uploaded once.
         target: uint8, flat: the buffer that the jobs write.
     """
-    offsets: dict[int, int] = {}
-    unique: list[npt.NDArray[np.int32]] = []
-    coefficients = 0
-    for table in (table for pair in tables for table in pair):
-        if id(table) not in offsets:
-            offsets[id(table)] = coefficients
-            unique.append(table)
-            coefficients += table.size
-
+    offsets, coefficients = join_tables(tables)
     records = np.empty((2, len(jobs), FIELDS.value), dtype=np.int64)
     tiles: tuple[list[int], list[int]] = ([], [])
     first_tile = [0, 0]
@@ -193,7 +185,7 @@ def resize(
         [
             records[0],
             records[1],
-            np.concatenate([table.reshape(-1) for table in unique]),
+            coefficients,
             first_tiles,
             second_tiles,
         ],

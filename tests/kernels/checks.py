@@ -1,14 +1,28 @@
-"""Assertions against the float64 reference, shared by the kernel tests."""
+"""Assertions against the float64 reference, and a Python that compiles; for the kernel tests."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from step37_kernels import reference
 from step37_kernels.testing import InsertCase, deviation, expected
+
+
+def run_compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without Triton's interpreter, whatever this process uses."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def assert_within(name: str, actual: Tensor, exact: Tensor, bound: Tensor) -> None:

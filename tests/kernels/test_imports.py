@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from step37_kernels._dispatch import use_triton
+from tests.kernels.checks import run_compiling
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), variables.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False
-    )
+def python(script: str) -> subprocess.CompletedProcess[str]:
+    return run_compiling("-c", script)
 
 
 WITHOUT_TRITON = """

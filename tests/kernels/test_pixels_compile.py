@@ -7,14 +7,10 @@ nothing. What is specialised, cached and compiled is decided by Triton.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels.checks import run_compiling
 
 SCRIPT = """
 import json, sys
@@ -102,15 +98,7 @@ print(json.dumps({"once": once, "resources": resources}))
     [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
 )
 def test_one_compilation_serves_all_sizes_and_nothing_spills(arch):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_compiling("-c", SCRIPT, str(arch))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["once"] == {

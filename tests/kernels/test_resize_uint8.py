@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +15,8 @@ from PIL import Image
 from step37_kernels import reference_pixels
 from step37_kernels.pixels import RaggedImages
 from step37_kernels.resize import resize_uint8
+from tests.kernels.checks import run_compiling
 
-ROOT = Path(__file__).resolve().parents[2]
 IMPLS = ("triton", "torch")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter takes seconds for what a GPU does in microseconds.
@@ -143,15 +139,7 @@ for steps in ((3, 1), (1, 3)):
     [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)],
 )
 def test_the_kernel_compiles_and_nothing_spills(arch):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_compiling("-c", SCRIPT, str(arch))
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         registers, stack, shared = json.loads(line)

@@ -8,7 +8,6 @@ import logging
 import pickle
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,6 @@ from step37_kernels.megatron import (
 from step37_kernels.parallel import SequenceLayout
 from tests.megatron.stand_ins import bridge
 from tests.megatron.stand_ins.models import HIDDEN, IM_START, WIDTH, build, features, forward, train
-from tests.megatron.stand_ins.processes import (
-    let_the_cpu_play_the_gpu,
-    start_megatron,
-    stop_megatron,
-)
 
 BOTH = (
     f"{bridge.MODEL}.ImageInsertEmbedding",
@@ -37,21 +31,7 @@ BOTH = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        let_the_cpu_play_the_gpu(patch)
-        start_megatron(str(tmp_path_factory.mktemp("gloo") / "store"), 0, 1)
-        yield
-        stop_megatron()
-
-
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    with bridge.installed():
-        yield
-        unpatch_step37()
+pytestmark = pytest.mark.usefixtures("megatron", "stand_ins")
 
 
 def load(name: str) -> Any:

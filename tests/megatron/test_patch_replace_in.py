@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,32 +11,11 @@ import torch
 from torch import nn
 
 from step37_kernels import ImageInsertEmbedding
-from step37_kernels.megatron import patch_step37, replace_in, unpatch_step37
+from step37_kernels.megatron import patch_step37, replace_in
 from step37_kernels.parallel import SequenceLayout
-from tests.megatron.stand_ins import bridge
 from tests.megatron.stand_ins.models import HIDDEN, WIDTH, build, forward
-from tests.megatron.stand_ins.processes import (
-    let_the_cpu_play_the_gpu,
-    start_megatron,
-    stop_megatron,
-)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        let_the_cpu_play_the_gpu(patch)
-        start_megatron(str(tmp_path_factory.mktemp("gloo") / "store"), 0, 1)
-        yield
-        stop_megatron()
-
-
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    with bridge.installed():
-        yield
-        unpatch_step37()
+pytestmark = pytest.mark.usefixtures("megatron", "stand_ins")
 
 
 def megatron_ddp(model: Any, **options: Any) -> nn.Module:

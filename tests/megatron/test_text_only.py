@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +14,7 @@ from step37_kernels.megatron import patch_step37, unpatch_step37
 from tests.megatron.stand_ins import bridge
 from tests.megatron.stand_ins.models import IM_START, build, forward, groups
 from tests.megatron.stand_ins.processes import (
-    let_the_cpu_play_the_gpu,
     run,
-    start_megatron,
-    stop_megatron,
 )
 
 IDS = torch.tensor([[11, 12, 13, 14]])
@@ -272,16 +268,6 @@ REDUCTIONS: dict[str, dict[str, Any]] = {
         "use_distributed_optimizer": True,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        let_the_cpu_play_the_gpu(patch)
-        start_megatron(str(tmp_path_factory.mktemp("gloo") / "store"), 0, 1)
-        yield
-        stop_megatron()
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,16 @@ import numpy as np
 import torch
 
 
-class LoopedSequentialSampler:
-    """``0, 1, … size − 1``, over and over.
+class _Sampler(Iterator[int]):
+    """One draw after the other, and the place in them.
 
     Args:
-        size: number of samples, at least 1.
+        size: number of indices, at least 1.
     """
 
     def __init__(self, size: int) -> None:
         self.size = _checked_size(size)
         self.data_idx = 0
-
-    def __iter__(self) -> Iterator[int]:
-        return self
 
     def __next__(self) -> int:
         value = self.get()
@@ -35,17 +32,11 @@ class LoopedSequentialSampler:
 
     def get(self) -> int:
         """The next draw, without consuming it."""
-        return self.data_idx % self.size
+        raise NotImplementedError
 
     def update(self) -> None:
         """Consume one draw."""
         self.data_idx += 1
-
-    def take(self, count: int) -> np.ndarray:
-        """The next ``count`` draws, int64 ``[count]``; consumes them."""
-        draws = np.arange(self.data_idx, self.data_idx + _checked_count(count)) % self.size
-        self.data_idx += count
-        return draws
 
     def state_dict(self) -> dict[str, Any]:
         return {"size": self.size, "data_idx": self.data_idx}
@@ -55,7 +46,25 @@ class LoopedSequentialSampler:
         self.data_idx = int(state_dict["data_idx"])
 
 
-class LoopedShuffleSampler:
+class LoopedSequentialSampler(_Sampler):
+    """``0, 1, … size − 1``, over and over.
+
+    Args:
+        size: number of samples, at least 1.
+    """
+
+    def get(self) -> int:
+        """The next draw, without consuming it."""
+        return self.data_idx % self.size
+
+    def take(self, count: int) -> np.ndarray:
+        """The next ``count`` draws, int64 ``[count]``; consumes them."""
+        draws = np.arange(self.data_idx, self.data_idx + _checked_count(count)) % self.size
+        self.data_idx += count
+        return draws
+
+
+class LoopedShuffleSampler(_Sampler):
     """A fresh permutation of ``0 … size − 1`` every epoch.
 
     The permutation of epoch ``e`` is ``torch.randperm`` under a ``torch.Generator`` seeded
@@ -70,29 +79,16 @@ class LoopedShuffleSampler:
     def __init__(
         self, size: int = 0, base_seed: int = 1234, same_order_for_each_epoch: bool = False
     ) -> None:
-        self.size = _checked_size(size)
+        super().__init__(size)
         self.base_seed = base_seed
         self.same_order_for_each_epoch = same_order_for_each_epoch
-        self.data_idx = 0
         self._order: np.ndarray | None = None
         self._order_epoch = -1
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        value = self.get()
-        self.update()
-        return value
 
     def get(self) -> int:
         """The next draw, without consuming it."""
         epoch, position = divmod(self.data_idx, self.size)
         return int(self._permutation(epoch)[position])
-
-    def update(self) -> None:
-        """Consume one draw."""
-        self.data_idx += 1
 
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` draws, int64 ``[count]``; consumes them."""
@@ -106,13 +102,6 @@ class LoopedShuffleSampler:
             self.data_idx += len(part)
         return draws
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "data_idx": self.data_idx}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        _check_same_size(self.size, state_dict)
-        self.data_idx = int(state_dict["data_idx"])
-
     def _permutation(self, epoch: int) -> np.ndarray:
         if self.same_order_for_each_epoch:
             epoch = 0
@@ -123,7 +112,7 @@ class LoopedShuffleSampler:
         return self._order
 
 
-class WeightedRandomSampler:
+class WeightedRandomSampler(_Sampler):
     """Always the index with the least ``count / weight``: proportional, without chance.
 
     Every index has a score that starts at 0 and grows by ``1 / weight`` with each draw of it; the
@@ -142,9 +131,8 @@ class WeightedRandomSampler:
         base_seed: int = 1234,
         weights: Sequence[float] | torch.Tensor | None = None,
     ) -> None:
-        self.size = _checked_size(size)
+        super().__init__(size)
         self.base_seed = base_seed
-        self.data_idx = 0
         if weights is None:
             weights = torch.ones(self.size)
         rounded = torch.as_tensor(weights, dtype=torch.float32)
@@ -157,14 +145,6 @@ class WeightedRandomSampler:
         self._steps = (1.0 / rounded).double().numpy()
         self._counts = np.zeros(self.size, dtype=np.int64)
         self._scores = np.zeros(self.size, dtype=np.float64)
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        value = self.get()
-        self.update()
-        return value
 
     def get(self) -> int:
         """The next draw, without consuming it."""

@@ -19,11 +19,6 @@ PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``found [G]``, all int32."""
 
 
-def num_features(runs: Runs) -> int:
-    """N, features of all groups."""
-    return sum(features for _, group in runs for features, _ in group)
-
-
 def num_rows(runs: Runs) -> int:
     """R, rows of all features of all groups."""
     return sum(features * rows for _, group in runs for features, rows in group)

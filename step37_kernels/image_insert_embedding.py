@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_kernels._dispatch import Impl, use_triton
-from step37_kernels.insert import InsertPlan, insert_rows, plan_runs, project_and_insert
+from step37_kernels.insert import (
+    InsertPlan,
+    insert_rows,
+    pick_rows,
+    plan_runs,
+    project_and_insert,
+)
 from step37_kernels.parallel import SequenceLayout
 
 logger = logging.getLogger(__name__)
@@ -401,6 +407,7 @@ class ImageInsertEmbedding(nn.Module):
             features = [self.layout.complete_gradient(tensor) for tensor in features]
         if not plain:
             flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
+            flat = pick_rows(flat, plan.local_rows)
             return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)
         return project_and_insert(
             embeddings,

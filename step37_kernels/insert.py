@@ -240,12 +240,23 @@ def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPl
     )
 
 
+def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
+    """The rows that a shard's plan is about: ``[R, …]`` → ``[M, …]``, zeros in unused entries.
+
+    Zeros, so that nothing of row 0 gets into the weight's gradient. All rows for a whole plan.
+    """
+    if local_rows is None:
+        return rows
+    picked = rows.index_select(0, local_rows.clamp_min(0))
+    return picked.masked_fill_((local_rows < 0)[:, None], 0)
+
+
 def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """Put rows that are already projected at their destinations, by PyTorch operations.
 
     Args:
         embeddings: ``[S, B, H]``, left as it is.
-        rows: ``[R, H]`` in the embeddings' dtype.
+        rows: ``[R, H]`` (of a shard: ``[M, H]``, see :func:`pick_rows`) in the embeddings' dtype.
         plan: from :func:`plan_insert`.
 
     Returns:
@@ -253,8 +264,6 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     seq_len, batch_size, hidden = embeddings.shape
     num_positions = seq_len * batch_size
-    if plan.local_rows is not None:
-        rows = rows.index_select(0, plan.local_rows.clamp_min(0))
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
@@ -294,10 +303,7 @@ class _ProjectAndInsert(torch.autograd.Function):
             x = features[0].flatten(0, 1)
         else:
             x = library.pack_rows(list(features))
-        if local_rows is not None:
-            x = x.index_select(0, local_rows.clamp_min(0))
-            # Unused entries: zero, so that nothing of row 0 gets into the weight's gradient.
-            x = x.masked_fill_((local_rows < 0)[:, None], 0)
+        x = pick_rows(x, local_rows)
         library.project_scatter(x, weight, bias, destinations, out)
 
         need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -525,7 +531,7 @@ def project_and_insert(
     if not rows or embeddings.numel() == 0:
         return embeddings
     if not triton:
-        flat = torch.cat([tensor.flatten(0, 1) for tensor in rows])
+        flat = pick_rows(torch.cat([tensor.flatten(0, 1) for tensor in rows]), plan.local_rows)
         if fused_into is not None:
             weight = _MainGrad.apply(weight, fused_into)
         return insert_rows(embeddings, F.linear(flat, weight, bias).to(embeddings.dtype), plan)

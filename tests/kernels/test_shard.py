@@ -136,6 +136,35 @@ def test_a_rank_projects_no_more_rows_than_it_has_positions(device, monkeypatch)
     assert launched == [60, 32, 32, 16, 16, 16, 16]
 
 
+def test_the_pytorch_implementation_projects_no_more_rows_either(device, monkeypatch):
+    projected: list[int] = []
+    real = torch.nn.functional.linear
+
+    def spy(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        projected.append(x.shape[0])
+        return real(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    ids = torch.full((1, 64), FILLER)
+    ids[0, 1] = TOKENS[0]
+    case = make_insert_case(
+        ids,
+        [(TOKENS[0], [(1, 60)])],
+        hidden=16,
+        width=16,
+        seed=0,
+        dtype=torch.float32,
+        device=device,
+    )
+    plan = plan_insert(case.input_ids, case.plan_groups, impl="torch")
+    for positions in torch.arange(64, device=device).tensor_split(2):
+        part = plan.shard(positions)
+        project_and_insert(
+            case.embeddings[positions], case.features, case.weight, None, part, impl="torch"
+        )
+    assert projected == [32, 32]
+
+
 def test_what_an_unused_entry_would_read_stays_out_of_the_gradients(device):
     ids = torch.full((1, 8), FILLER)
     ids[0, 0] = TOKENS[0]

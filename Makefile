@@ -27,7 +27,7 @@ lint: setup
 	@$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 resources: setup
-	@$(RUN) -m bench.resources --arch 80 --arch 90 --arch 100
+	@for arch in sm_80 sm_90 sm_100 gfx942; do $(RUN) -m bench.resources --arch $$arch; done
 
 bench: setup
 	@$(RUN) -m bench

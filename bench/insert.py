@@ -185,8 +185,8 @@ def kernel_alone(operation: str, inputs: Inputs) -> Iterator[Implementation]:
 
     floor = next(floors(operation, inputs, "contiguous"))
     runs: dict[str, Callable[[Any], Results]] = {
-        "dX": lambda operands: {"grad_features": ops.grad_features(operands[1], operands[2])},
-        "dW": lambda operands: {"grad_weight": ops.grad_weight(operands[1], operands[0])},
+        "dX": lambda operands: {"grad_features": ops.grad_features(operands[1], operands[2], None)},
+        "dW": lambda operands: {"grad_weight": ops.grad_weight(operands[1], operands[0], None)},
     }
     if operation in runs:
         yield Implementation(

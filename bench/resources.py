@@ -3,9 +3,10 @@
 ``python -m bench.resources`` prints a Markdown table; ``--json`` one object a line. Run it without
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
 
-For each kernel × tile × dtype × architecture: registers a thread, stack bytes (spills), shared
-memory, whether the matrix unit's instruction of that architecture is there, and how wide the
-widest global access is.
+The launchers themselves are called, on a driver that launches nothing: what is compiled is what a
+GPU of that architecture would get, for each entry of the tile table and each dtype. Reported are
+registers a thread, bytes of stack (spills), shared memory, whether the matrix unit's instruction
+is there, whether the copy engine (TMA) is used, and how wide the widest global access is.
 """
 
 from __future__ import annotations
@@ -13,233 +14,235 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
+from triton.backends.nvidia.compiler import get_ptxas
 
-from step37_kernels.ops import plan, project, project_backward, tiles
+from bench.no_gpu import ARCHITECTURES, NoDriver, compiled
+from step37_kernels import pixels
+from step37_kernels import resize as picture_resize
+from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels.ops import pixels as pixel_ops
+from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops import resize_uint8 as resize_uint8_ops
+from step37_kernels.resize import resize_uint8
 
-HIDDEN, WIDTH = 4096, 6144
-MAX_SHARED = {80: 166912, 90: 232448, 100: 232448}
-MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+HIDDEN, WIDTH, ROWS = 4096, 6144, 169
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+MATRIX_UNIT = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma_",
+}
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
-    """One kernel as its launcher would compile it."""
-
-    kernel: Any
-    label: str
-    """What the row is called: dtype and tile."""
-    pointers: dict[str, str]
-    """Pointer arguments and their types."""
-    integers: dict[str, bool]
-    """Integer arguments; True where the value is a multiple of 16 and specialised as such."""
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    is_gemm: bool = False
-    ones: tuple[str, ...] = ()
-    """Integer arguments whose value is 1, which the launcher folds in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     kernel: str
-    label: str
-    arch: int
-    is_gemm: bool
+    variant: str
+    arch: str
+    gemm: bool
+    """A matrix product of 16-bit numbers: it has to use the matrix unit."""
     registers: int
     stack: int
     shared: int
     matrix_unit: bool
+    copy_engine: bool
+    serialized: bool
+    """On sm_90: the assembler found that it has to wait for each ``wgmma`` before the next."""
     global_bytes: int
-    """Bytes of the widest global load or store, or of one asynchronous copy."""
+    """Bytes of the widest global load or store, or of one asynchronous copy; 0: not read off."""
 
 
-def insert_specs(arch: int) -> Iterator[Spec]:
-    """The kernels of plan, projection and its backward pass."""
-    yield Spec(
-        kernel=plan.locate_kernel,
-        label="int64 ids",
-        pointers={
-            "ids_ptr": "*i64",
-            "group_ptr": "*i64",
-            "starts_ptr": "*i32",
-            "found_ptr": "*i32",
-            "row_at_ptr": "*i32",
-        },
-        integers=dict.fromkeys(
-            ("batch_size", "seq_len", "stride_b", "stride_s", "num_positions"), False
-        ),
-        constants={"BLOCK": plan.LOCATE_BLOCK},
-        num_warps=plan.LOCATE_WARPS,
-    )
-    rows = {"offsets_ptr": "*i32", "starts_ptr": "*i32", "row_at_ptr": "*i32"}
-    positions = dict.fromkeys(("batch_size", "num_positions"), False)
-    block = {"BLOCK": plan.ROW_BLOCK}
-    yield Spec(
-        kernel=plan.claim_kernel, label="", pointers=rows, integers=positions, constants=block
-    )
-    yield Spec(
-        kernel=plan.settle_kernel,
-        label="",
-        pointers={**rows, "destinations_ptr": "*i32"},
-        integers=positions,
-        constants=block,
-    )
+def _launches(arch: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
+    for ids in (torch.int64, torch.int32):
+        for inline in (True, False):
+            variant = f"{ids} ids{'' if inline else ', tables'}".removeprefix("torch.")
+            yield variant, False, functools.partial(_plan, ids, inline)
     for dtype, short in SHORT.items():
-        yield from _copy_specs(short)
-        for product, tile in tiles.entries(arch, dtype):
-            for has_bias in (False, True) if product == "forward" else (False,):
-                yield _gemm_spec(product, tile, dtype, has_bias)
+        yield from _copies(dtype, short)
+        yield from _products(CAPABILITY[arch], dtype, short)
+    yield from _pixels()
 
 
-def _copy_specs(short: str) -> Iterator[Spec]:
-    pointer = f"*{short}"
-    for label, one in (("channels-first", "stride_l"), ("contiguous", "stride_c")):
-        other = "stride_c" if one == "stride_l" else "stride_l"
-        yield Spec(
-            kernel=project.pack_rows_kernel,
-            label=f"{short} {label}",
-            pointers={"source_ptr": pointer, "packed_ptr": pointer},
-            integers={
-                "rows_each": False,
-                "C": True,
-                "first_row": False,
-                "stride_n": False,
-                # L = 169 rows: the stride of the channels-first view is no multiple of 16.
-                other: other == "stride_l",
-            },
-            ones=(one,),
-            constants={"BLOCK_L": project.PACK_BLOCK_L, "BLOCK_C": project.PACK_BLOCK_C},
+def _plan(ids: torch.dtype, inline: bool) -> None:
+    tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
+    groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
+    plan.plan_rows(torch.empty(1, 2048, dtype=ids), groups, runs, None if inline else tables)
+
+
+def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
+    view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
+    gradient = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    positions = torch.empty(ROWS, dtype=torch.int32)
+    yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
+    yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
+    yield short, False, lambda: project_backward.embedding_grad(gradient, positions)
+    for bias in (True, False):
+        gather = functools.partial(
+            project_backward.gather_grad, gradient, positions, dtype, bias_sum=bias
         )
-    strides = {"batch_size": False, "stride_s": False, "stride_b": False}
-    yield Spec(
-        kernel=project_backward.embedding_grad_kernel,
-        label=short,
-        pointers={"grad_ptr": pointer, "row_at_ptr": "*i32", "out_ptr": pointer},
-        integers={"num_positions": False, "H": True, **strides},
-        ones=("stride_h",),
-        constants={
-            "BLOCK_P": project_backward.COPY_BLOCK_P,
-            "BLOCK_H": project_backward.COPY_BLOCK_H,
-        },
-    )
-    yield Spec(
-        kernel=project_backward.gather_grad_kernel,
-        label=short,
-        pointers={
-            "grad_ptr": pointer,
-            "destinations_ptr": "*i32",
-            "rows_ptr": pointer,
-            "partial_ptr": "*fp32",
-        },
-        integers={"num_rows": False, "H": True, **strides},
-        ones=("stride_h",),
-        constants={
-            "BIAS_SUM": True,
-            "INTERPRET": False,
-            "BLOCK_R": project_backward.GATHER_BLOCK_R,
-            "BLOCK_H": project_backward.GATHER_BLOCK_H,
-        },
-    )
+        yield f"{short}{' bias' * bias}", False, gather
 
 
-def _gemm_spec(
-    product: tiles.Product, tile: tiles.Tile, dtype: torch.dtype, has_bias: bool
-) -> Spec:
-    pointer = f"*{SHORT[dtype]}"
-    label = f"{SHORT[dtype]} {tile.block_m}×{tile.block_n}×{tile.block_k}"
-    constants: dict[str, Any] = {
-        "PRECISION": "ieee",
-        "INTERPRET": False,
-        **tile.constants(),
-    }
-    if product == "forward":
-        kernel = project.project_scatter_kernel
-        pointers = {
-            "x_ptr": pointer,
-            "weight_ptr": pointer,
-            "bias_ptr": pointer,
-            "destinations_ptr": "*i32",
-            "out_ptr": pointer,
-        }
-        constants |= {"HAS_BIAS": has_bias, "EVEN_K": WIDTH % tile.block_k == 0}
-        label += " bias" if has_bias else ""
-    elif product == "grad_features":
-        kernel = project_backward.grad_features_kernel
-        pointers = {"grad_ptr": pointer, "weight_ptr": pointer, "out_ptr": pointer}
-        constants |= {"EVEN_K": HIDDEN % tile.block_k == 0}
-    else:
-        kernel = project_backward.grad_weight_kernel
-        pointers = {"grad_ptr": pointer, "x_ptr": pointer, "out_ptr": pointer}
-        accumulate = product == "accumulate_weight"
-        constants |= {"ACCUMULATE": accumulate}
-        if accumulate:
-            pointers["out_ptr"] = "*fp32"
-            label += " onto fp32"
-    return Spec(
-        kernel=kernel,
-        label=label,
-        pointers=pointers,
-        integers={"num_rows": False, "H": True, "C": True},
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        is_gemm=True,
-    )
+def _products(
+    capability: int, dtype: torch.dtype, short: str
+) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
+    x = torch.empty(ROWS, WIDTH, dtype=dtype)
+    gradient = torch.empty(ROWS, HIDDEN, dtype=dtype)
+    out = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    main_grad = torch.empty(HIDDEN, WIDTH)
+    bias = weight[:, 0].contiguous()
+    destinations = torch.empty(ROWS, dtype=torch.int32)
+    live_rows = torch.empty(1, dtype=torch.int32)
 
-
-def compile_spec(spec: Spec, arch: int) -> Resources:
-    """Compile one kernel for ``sm_<arch>`` and read its resources from the binary."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[object]]] = {}
-    for i, name in enumerate(spec.kernel.arg_names):
-        if name in spec.pointers:
-            signature[name] = spec.pointers[name]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in spec.integers:
-            signature[name] = "i32"
-            if spec.integers[name]:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    def call(product: tiles.Product, live: Tensor | None, bias: Tensor | None) -> None:
+        if product == "forward":
+            project.project_scatter(x, weight, bias, destinations, live, out)
+        elif product == "grad_features":
+            project_backward.grad_features(gradient, weight, live)
+        elif product == "grad_weight":
+            project_backward.grad_weight(gradient, x, live)
         else:
-            signature[name] = "constexpr"
-            constants[(i,)] = 1 if name in spec.ones else spec.constants[name]
-    source = ASTSource(spec.kernel, signature, constants, attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
-    )
-    registers, stack = _resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+            project_backward.grad_weight_into(gradient, x, live, main_grad, accumulate=True)
+
+    for product, tile in tiles.entries(capability, dtype):
+        options: list[tuple[bool, Tensor | None]] = [(False, None)]
+        if dtype == torch.bfloat16:
+            biases = (False, True) if product == "forward" else (False,)
+            options = [(with_bias, live) for with_bias in biases for live in (None, live_rows)]
+        for with_bias, live in options:
+
+            def launch(
+                product: tiles.Product = product,
+                tile: tiles.Tile = tile,
+                live: Tensor | None = live,
+                bias: Tensor | None = bias if with_bias else None,
+            ) -> None:
+                tiles.pick = lambda *_: tile
+                call(product, live, bias)
+
+            variant = f"{short} {tile}{' bias' * with_bias}{' shard' * (live is not None)}"
+            variant += " onto fp32" * (product == "accumulate_weight")
+            yield variant, dtype != torch.float32, launch
+
+
+def _pixels() -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    def picture(*shape: int) -> Tensor:
+        return torch.empty(*shape, 3, dtype=torch.uint8)
+
+    images = [picture(333, 500), picture(500, 16)]
+    for dtype, short in SHORT.items():
+        normalize = functools.partial(pixels.clip_normalize, picture(1, 31, 31), dtype=dtype)
+        yield short, False, normalize
+        for size, rows in ((31, "odd rows"), (32, "aligned rows")):
+            resize = functools.partial(pixels.resize_clip_normalize, images, size, dtype=dtype)
+            yield f"{short} {rows}", False, resize
+    ragged = pixels.RaggedImages.gather(images)
+    yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
+
+
+KERNELS = (
+    plan.locate_kernel,
+    plan.assign_kernel,
+    project.pack_rows_kernel,
+    project.project_scatter_kernel,
+    gemm.sum_splits_kernel,
+    project_backward.embedding_grad_kernel,
+    project_backward.gather_grad_kernel,
+    project_backward.grad_features_kernel,
+    project_backward.grad_weight_kernel,
+    pixel_ops.normalize_kernel,
+    resize_ops.first_pass_kernel,
+    resize_ops.second_pass_kernel,
+    resize_uint8_ops.filter_pass_kernel,
+)
+
+
+def resources(arch: str) -> Iterator[Resources]:
+    """What every kernel needs on ``arch``, as its launchers compile it."""
+    NoDriver(arch).install()
+    pixels.use_triton = picture_resize.use_triton = lambda *_: True
+    seen: set[int] = set()
+    for variant, is_gemm, launch in _launches(arch):
+        launch()
+        for kernel in KERNELS:
+            for binary in compiled(kernel):
+                if id(binary) not in seen:
+                    seen.add(id(binary))
+                    product = is_gemm and kernel is not gemm.sum_splits_kernel
+                    yield _read(kernel.__name__, variant, arch, product, binary)
+
+
+def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Resources:
+    serialized = False
+    if arch.startswith("gfx"):
+        assembly = binary.asm["amdgcn"]
+        registers, stack = (
+            _number(r"\.vgpr_count:\s+", assembly),
+            _number("ScratchSize: ", assembly),
+        )
+        widest = 0
+    else:
+        assembly = binary.asm["ptx"]
+        registers, stack = usage(binary.asm["cubin"])
+        widest = _widest_access(assembly)
+        serialized = is_gemm and arch == "sm_90" and _serialized(assembly)
     return Resources(
-        kernel=spec.kernel.__name__,
-        label=spec.label,
+        kernel=name,
+        variant=variant,
         arch=arch,
-        is_gemm=spec.is_gemm,
+        gemm=is_gemm,
         registers=registers,
         stack=stack,
-        shared=compiled.metadata.shared,
-        matrix_unit=MATRIX_UNIT[arch] in ptx,
-        global_bytes=_widest_access(ptx),
+        shared=binary.metadata.shared,
+        matrix_unit=MATRIX_UNIT[arch] in assembly,
+        copy_engine="cp.async.bulk.tensor" in assembly,
+        serialized=serialized,
+        global_bytes=widest,
     )
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
+def _number(label: str, text: str) -> int:
+    found = re.search(label + r"(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"no number after {label!r} in the binary's report:\n{text[-2000:]}")
+    return int(found[1])
+
+
+def _serialized(ptx: str) -> bool:
+    """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(ptx.encode())
+        file.flush()
+        report = subprocess.run(
+            [get_ptxas(90).path, "--verbose", "-arch=sm_90a", file.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return "wgmma.mma_async instructions are serialized" in report.stdout + report.stderr
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack of a kernel for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -250,11 +253,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
             text=True,
             check=True,
         ).stdout
-    registers = re.search(r"REG:(\d+)", report)
-    stack = re.search(r"STACK:(\d+)", report)
-    if registers is None or stack is None:
-        raise RuntimeError(f"cuobjdump reported no resources:\n{report}")
-    return int(registers[1]), int(stack[1])
+    return _number("REG:", report), _number("STACK:", report)
 
 
 def _widest_access(ptx: str) -> int:
@@ -268,32 +267,29 @@ def _widest_access(ptx: str) -> int:
     return max(widths, default=0)
 
 
-def all_resources(archs: tuple[int, ...]) -> Iterator[Resources]:
-    for arch in archs:
-        for spec in insert_specs(arch):
-            yield compile_spec(spec, arch)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(MATRIX_UNIT))
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.resources: unset TRITON_INTERPRET; interpreted kernels do not compile")
     show = functools.partial(print, flush=True)
     if not arguments.json:
-        show(f"Triton {triton.__version__}\n")
-        show("| kernel | variant | sm | registers | stack | shared | matrix unit | widest access |")
+        show(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
+        show(
+            "| kernel | variant | registers | stack | shared | matrix unit | TMA | widest access |"
+        )
         show("|---|---|---|---|---|---|---|---|")
-    for row in all_resources(tuple(arguments.arch or (90,))):
+    for row in resources(arguments.arch):
         if arguments.json:
             show(json.dumps(asdict(row)))
         else:
-            unit = ("yes" if row.matrix_unit else "no") if row.is_gemm else ""
+            unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
+            unit += " (serialized)" * row.serialized
             show(
-                f"| {row.kernel} | {row.label} | {row.arch} | {row.registers} | {row.stack} "
-                f"| {row.shared} | {unit} | {row.global_bytes} |"
+                f"| {row.kernel} | {row.variant} | {row.registers} | {row.stack} "
+                f"| {row.shared} | {unit} | {'yes' * row.copy_engine} | {row.global_bytes or ''} |"
             )
 
 

@@ -94,23 +94,34 @@ def pack_rows(features: list[Tensor]) -> Tensor:
 
 
 def _fake_project_scatter(
-    x: Tensor, weight: Tensor, bias: Tensor | None, destinations: Tensor, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    destinations: Tensor,
+    live_rows: Tensor | None,
+    out: Tensor,
 ) -> None:
-    del x, weight, bias, destinations, out
+    del x, weight, bias, destinations, live_rows, out
 
 
 @_operator(
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor destinations, Tensor(a!) out) -> ()",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor destinations, Tensor? live_rows, "
+    "Tensor(a!) out) -> ()",
     _fake_project_scatter,
     mutates=("out",),
 )
 def project_scatter(
-    x: Tensor, weight: Tensor, bias: Tensor | None, destinations: Tensor, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    destinations: Tensor,
+    live_rows: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``."""
     from step37_kernels.ops import project
 
-    project.project_scatter(x, weight, bias, destinations, out)
+    project.project_scatter(x, weight, bias, destinations, live_rows, out)
 
 
 def _fake_embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
@@ -148,41 +159,47 @@ def gather_grad(
     return project_backward.gather_grad(grad_output, destinations, dtype, bias_sum=bias_sum)
 
 
-def _fake_grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:
+def _fake_grad_features(grad_rows: Tensor, weight: Tensor, live_rows: Tensor | None) -> Tensor:
+    del live_rows
     return grad_rows.new_empty(grad_rows.shape[0], weight.shape[1])
 
 
-@_operator("(Tensor grad_rows, Tensor weight) -> Tensor", _fake_grad_features)
-def grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:
+@_operator("(Tensor grad_rows, Tensor weight, Tensor? live_rows) -> Tensor", _fake_grad_features)
+def grad_features(grad_rows: Tensor, weight: Tensor, live_rows: Tensor | None) -> Tensor:
     """``grad_rows [R, H] @ weight [H, C]``."""
     from step37_kernels.ops import project_backward
 
-    return project_backward.grad_features(grad_rows, weight)
+    return project_backward.grad_features(grad_rows, weight, live_rows)
 
 
-def _fake_grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
+def _fake_grad_weight(grad_rows: Tensor, x: Tensor, live_rows: Tensor | None) -> Tensor:
+    del live_rows
     return x.new_empty(grad_rows.shape[1], x.shape[1])
 
 
-@_operator("(Tensor grad_rows, Tensor x) -> Tensor", _fake_grad_weight)
-def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
+@_operator("(Tensor grad_rows, Tensor x, Tensor? live_rows) -> Tensor", _fake_grad_weight)
+def grad_weight(grad_rows: Tensor, x: Tensor, live_rows: Tensor | None) -> Tensor:
     """``grad_rowsᵀ [H, R] @ x [R, C]``."""
     from step37_kernels.ops import project_backward
 
-    return project_backward.grad_weight(grad_rows, x)
+    return project_backward.grad_weight(grad_rows, x, live_rows)
 
 
-def _fake_grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
-    del grad_rows, x, out, accumulate
+def _fake_grad_weight_into(
+    grad_rows: Tensor, x: Tensor, live_rows: Tensor | None, out: Tensor, accumulate: bool
+) -> None:
+    del grad_rows, x, live_rows, out, accumulate
 
 
 @_operator(
-    "(Tensor grad_rows, Tensor x, Tensor(a!) out, bool accumulate) -> ()",
+    "(Tensor grad_rows, Tensor x, Tensor? live_rows, Tensor(a!) out, bool accumulate) -> ()",
     _fake_grad_weight_into,
     mutates=("out",),
 )
-def grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+def grad_weight_into(
+    grad_rows: Tensor, x: Tensor, live_rows: Tensor | None, out: Tensor, accumulate: bool
+) -> None:
     """The same into ``out`` of any floating dtype; added in fp32 to what it holds, or written."""
     from step37_kernels.ops import project_backward
 
-    project_backward.grad_weight_into(grad_rows, x, out, accumulate=accumulate)
+    project_backward.grad_weight_into(grad_rows, x, live_rows, out, accumulate=accumulate)

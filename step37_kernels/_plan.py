@@ -88,13 +88,15 @@ def _device_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def make_plan(input_ids: Tensor, runs: Runs, triton: bool) -> PlanTensors:
     """Plan by the kernels or by PyTorch; arguments are valid."""
-    group_table, offsets = _device_tables(runs, input_ids.device)
     if triton and runs and input_ids.numel():
         from step37_kernels.ops import plan as ops
 
-        longest = max((rows for _, group in runs for _, rows in group), default=0)
-        return ops.plan_rows(input_ids, group_table, offsets, num_rows(runs), longest)
-    return _plan_torch(input_ids, runs, offsets)
+        groups = [(token, sum(features for features, _ in group)) for token, group in runs]
+        flat = [run for _, group in runs for run in group]
+        small = max(len(groups), len(flat)) <= ops.MAX_INLINE
+        tables = None if small else _device_tables(runs, input_ids.device)
+        return ops.plan_rows(input_ids, groups, flat, tables)
+    return _plan_torch(input_ids, runs, _device_tables(runs, input_ids.device)[1])
 
 
 def _plan_torch(input_ids: Tensor, runs: Runs, offsets: Tensor) -> PlanTensors:

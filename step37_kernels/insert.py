@@ -62,6 +62,9 @@ class InsertPlan:
     local_rows: Tensor | None = None
     """Of a plan cut by :meth:`shard`: ``[M]`` int32, the feature row that each entry of
     ``destinations`` (then ``[M]``) is about, −1 past the last; None where it is every row."""
+    live_rows: Tensor | None = None
+    """Of a shard: ``[1]`` int32, how many entries of ``local_rows`` are in use. The kernels stop
+    there, so a rank computes its own rows, not M."""
 
     @property
     def num_rows(self) -> int:
@@ -102,8 +105,8 @@ class InsertPlan:
     def shard(self, positions: Tensor) -> InsertPlan:
         """The plan of a rank that holds only some rows of the sequence.
 
-        No more rows than positions can land there, so M = min(R, S_local · B) rows are projected,
-        whatever their number turns out to be: nothing waits for the device.
+        No more rows than positions can land there, so there is room for M = min(R, S_local · B) of
+        them, whatever their number turns out to be: nothing waits for the device.
 
         Args:
             positions: ``[S_local]`` integers, the position in the whole sequence of each local row;
@@ -134,7 +137,11 @@ class InsertPlan:
         here = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
         destinations = here.new_full((capacity + 1,), -1).scatter(0, slots, here)[:-1]
         return dataclasses.replace(
-            self, row_at=row_at, destinations=destinations, local_rows=local_rows
+            self,
+            row_at=row_at,
+            destinations=destinations,
+            local_rows=local_rows,
+            live_rows=lands.sum(dtype=torch.int32).view(1),
         )
 
     def check(self) -> None:
@@ -287,6 +294,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         destinations: Tensor,
         row_at: Tensor,
         local_rows: Tensor | None,
+        live_rows: Tensor | None,
         inplace: bool,
         fused_into: tuple[Tensor] | None,
         *features: Tensor,
@@ -304,7 +312,7 @@ class _ProjectAndInsert(torch.autograd.Function):
         else:
             x = library.pack_rows(list(features))
         x = pick_rows(x, local_rows)
-        library.project_scatter(x, weight, bias, destinations, out)
+        library.project_scatter(x, weight, bias, destinations, live_rows, out)
 
         need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[-len(features) :]
@@ -313,6 +321,7 @@ class _ProjectAndInsert(torch.autograd.Function):
             row_at if need_embeddings else None,
             destinations if ctx.need_rows else None,
             local_rows if any(need_features) else None,
+            live_rows if need_weight or any(need_features) else None,
             x if need_weight else None,
             weight if any(need_features) else None,
         )
@@ -327,7 +336,7 @@ class _ProjectAndInsert(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[-len(ctx.shapes) :]
-        row_at, destinations, local_rows, x, weight = ctx.saved_tensors
+        row_at, destinations, local_rows, live_rows, x, weight = ctx.saved_tensors
         grad_embeddings = library.embedding_grad(grad_output, row_at) if need_embeddings else None
         grad_weight = grad_bias = None
         grad_features: list[Tensor | None] = [None] * len(need_features)
@@ -343,14 +352,16 @@ class _ProjectAndInsert(torch.autograd.Function):
                             f"weight.main_grad: expected {shape}, contiguous, got "
                             f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
                         )
-                    library.grad_weight_into(rows, x, main_grad, add)
+                    library.grad_weight_into(rows, x, live_rows, main_grad, add)
 
                 grad_weight = _into_main_grad(ctx.fused_into[0], put)
             elif need_weight:
-                grad_weight = library.grad_weight(rows, x)
+                grad_weight = library.grad_weight(rows, x, live_rows)
             if any(need_features):
-                grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
-        unused = (None,) * 5
+                grad_features = _grad_features(
+                    rows, weight, local_rows, live_rows, ctx.shapes, need_features
+                )
+        unused = (None,) * 6
         return (grad_embeddings, grad_weight, grad_bias, *unused, *grad_features)
 
 
@@ -399,6 +410,7 @@ def _grad_features(
     rows: Tensor,
     weight: Tensor,
     local_rows: Tensor | None,
+    live_rows: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -413,9 +425,9 @@ def _grad_features(
     positions = [i for i, need in enumerate(needed) if need]
     first, last = begins[positions[0]], ends[positions[-1]]
     if local_rows is None:
-        grads = library.grad_features(rows[first:last], weight)
+        grads = library.grad_features(rows[first:last], weight, None)
     else:
-        local = library.grad_features(rows, weight)
+        local = library.grad_features(rows, weight, live_rows)
         slots = torch.where(local_rows < 0, end, local_rows).long()
         # The row past the end takes the unused entries.
         grads = local.new_zeros(end + 1, local.shape[1]).index_copy_(0, slots, local)[first:last]
@@ -555,6 +567,7 @@ def project_and_insert(
         plan.destinations,
         plan.row_at,
         plan.local_rows,
+        plan.live_rows,
         inplace,
         fused_into,
         *rows,

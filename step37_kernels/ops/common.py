@@ -1,4 +1,4 @@
-"""What every kernel file shares: interpreter work-arounds, tile order, the device guard."""
+"""What every kernel file shares: interpreter work-arounds, the device guard."""
 
 from __future__ import annotations
 
@@ -29,25 +29,6 @@ def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
-def mma(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``acc + a @ b`` with fp32 accumulation."""
-    if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Tile coordinates of a program: ``GROUP_M`` rows of tiles share their columns in L2."""
-    per_group = GROUP_M * num_n
-    first_m = (pid // per_group) * GROUP_M
-    rows = tl.minimum(num_m - first_m, GROUP_M)
-    inside = pid % per_group
-    return first_m + inside % rows, inside // rows
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies: fp32 follows ``torch.backends.cuda.matmul.fp32_precision``.
 
@@ -61,6 +42,6 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one for a launch; Triton launches on the current GPU."""
-    if tensor.is_cuda:
+    if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:
         return torch.cuda.device_of(tensor)
     return contextlib.nullcontext()

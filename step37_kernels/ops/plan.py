@@ -1,15 +1,19 @@
-"""From token ids to destination rows: three short integer kernels, no host synchronisation.
+"""From token ids to destination rows: two short integer kernels, no host synchronisation.
 
 1. ``locate``  finds the start tokens of every group and numbers them in row-major order.
-2. ``claim``   lets every feature row claim its position; the largest row number wins, and since
-               rows are numbered in insertion order that is the latest write. An integer maximum
-               does not depend on the order of the programs: deterministic.
-3. ``settle``  gives each row its position if its claim held, and −1 otherwise.
+2. ``assign``  finds, for every position, the latest feature row that claims it: the largest row
+               number, since rows are numbered in insertion order. Each position has one program,
+               each row at most one position: no atomics, nothing depends on the order of programs.
+
+What the host knows of the layout (tokens, counts) travels in the launch itself where it is small,
+as it nearly always is, and in two tables in device memory where it is not.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,11 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from step37_kernels.ops.common import device_of
+from step37_kernels.ops.launch import Constants, Launcher
 
 LOCATE_BLOCK = 2048
 LOCATE_WARPS = 8
-ROW_BLOCK = 256
-_RUNTIME = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions"]
+ASSIGN_BLOCK = 128
+ASSIGN_CHUNK = 32
+MAX_INLINE = 4
+"""Groups, and runs of features with equal row counts, that fit into the arguments of a launch."""
+
+_GROUPS = ["token_0", "token_1", "token_2", "token_3", "first_1", "first_2", "first_3"]
+_RUNS = ["rows_0", "rows_1", "rows_2", "rows_3", "run_1", "run_2", "run_3"]
 
 
 @triton.jit
@@ -33,26 +43,53 @@ def _matches(ids_ptr, token, index, total, seq_len, stride_b, stride_s):
     return ((ids == token) & inside).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit
+def _pick(index, at_0, at_1, at_2, at_3):
+    high = tl.where(index == 2, at_2, at_3)
+    return tl.where(index == 0, at_0, tl.where(index == 1, at_1, high))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"],
+        *["num_features", *_GROUPS],
+    ]
+)
 def locate_kernel(
     ids_ptr,  # [B, S] int32 or int64, any strides
-    group_ptr,  # [G, 2] int64: start token, number of the group's first feature (then [1]: N)
+    group_ptr,  # [G, 2] int64, read if TABLE: start token, number of the group's first feature
     starts_ptr,  # [N] int32, out
     found_ptr,  # [G] int32, out
-    row_at_ptr,  # [S * B] int32, out: filled with −1
+    destinations_ptr,  # [R] int32, out: filled with −1
     batch_size,
     seq_len,
     stride_b,
     stride_s,
     num_positions,
+    num_rows,
+    num_features,
+    token_0,  # start token and first feature of each group, unless TABLE; first_0 is 0
+    token_1,
+    token_2,
+    token_3,
+    first_1,
+    first_2,
+    first_3,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     group = tl.program_id(1)
     lane = tl.arange(0, BLOCK)
-    token = tl.load(group_ptr + 2 * group)
-    first = tl.load(group_ptr + 2 * group + 1).to(tl.int32)
-    capacity = tl.load(group_ptr + 2 * group + 3).to(tl.int32) - first
+    if TABLE:
+        token = tl.load(group_ptr + 2 * group)
+        first = tl.load(group_ptr + 2 * group + 1).to(tl.int32)
+        end = tl.load(group_ptr + 2 * group + 3).to(tl.int32)
+    else:
+        token = _pick(group, token_0, token_1, token_2, token_3).to(tl.int64)
+        first = _pick(group, first_1 * 0, first_1, first_2, first_3)
+        end = _pick(group, first_1, first_2, first_3, num_features)
+    capacity = end - first
 
     # Each program counts the matches of all blocks before its own again: the ids are a few
     # kilobytes in L2, and nobody has to wait for another program.
@@ -67,109 +104,180 @@ def locate_kernel(
     position = (index % seq_len + 1) * batch_size + index // seq_len
     tl.store(starts_ptr + first + rank, position, mask=(match != 0) & (rank < capacity))
 
+    nothing = tl.full([BLOCK], -1, tl.int32)
     if group == 0:
-        tl.store(row_at_ptr + index, tl.full([BLOCK], -1, tl.int32), mask=index < num_positions)
+        for offset in range(block * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
+            rows = offset + lane
+            tl.store(destinations_ptr + rows, nothing, mask=rows < num_rows)
     if block == tl.num_programs(0) - 1:
         found = tl.sum(before, axis=0) + tl.sum(match, axis=0)
         tl.store(found_ptr + group, found)
         for offset in range(found, capacity, BLOCK):
-            tl.store(
-                starts_ptr + first + offset + lane,
-                tl.full([BLOCK], -1, tl.int32),
-                mask=offset + lane < capacity,
-            )
+            tl.store(starts_ptr + first + offset + lane, nothing, mask=offset + lane < capacity)
 
 
 @triton.jit
-def _rows_of(offsets_ptr, starts_ptr, batch_size, num_positions, BLOCK: tl.constexpr):
-    """Row numbers of this program's block of one feature, their positions, and which count."""
-    feature = tl.program_id(0)
-    first = tl.load(offsets_ptr + feature)
-    count = tl.load(offsets_ptr + feature + 1) - first
-    start = tl.load(starts_ptr + feature).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.where(start >= 0, start + lane.to(tl.int64) * batch_size, -1)
-    exists = lane < count
-    # s * B + b < S * B says exactly that s < S: a span cannot run into another batch column.
-    lands = exists & (position >= 0) & (position < num_positions)
-    return first + lane, position, exists, lands
+def _claim(
+    best,  # [BLOCK] the latest row so far
+    s,
+    b,
+    starts_ptr,
+    offsets_ptr,
+    batch_size,
+    feature,
+    end,
+    first_row,
+    rows,
+    TABLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``best`` after features ``feature`` … ``end − 1``, of ``rows`` rows each unless TABLE."""
+    for chunk in range(feature, end, CHUNK):
+        k = chunk + tl.arange(0, CHUNK)
+        exists = k < end
+        start = tl.load(starts_ptr + k, mask=exists, other=-1)
+        if TABLE:
+            first = tl.load(offsets_ptr + k, mask=exists, other=0)
+            count = tl.load(offsets_ptr + k + 1, mask=exists, other=0) - first
+        else:
+            first = first_row + (k - feature) * rows
+            count = tl.zeros_like(k) + rows
+        step = s[:, None] - (start // batch_size)[None, :]
+        lands = (start >= 0)[None, :] & (b[:, None] == (start % batch_size)[None, :])
+        lands &= (step >= 0) & (step < count[None, :])
+        claims = tl.where(lands, first[None, :] + step, -1)
+        best = tl.maximum(best, tl.max(claims, axis=1))
+    return best
 
 
-@triton.jit(do_not_specialize=["batch_size", "num_positions"])
-def claim_kernel(
-    offsets_ptr,  # [N + 1] int32: first row of each feature, then R
-    starts_ptr,  # [N] int32
-    row_at_ptr,  # [S * B] int32, in and out
+@triton.jit(do_not_specialize=["batch_size", "num_positions", "num_features", *_RUNS])
+def assign_kernel(
+    starts_ptr,  # [N] int32: s * B + b of each feature's first row, or −1
+    offsets_ptr,  # [N + 1] int32, read if TABLE: first row of each feature, then R
+    row_at_ptr,  # [S * B] int32, out
+    destinations_ptr,  # [R] int32, in as −1, and out
     batch_size,
     num_positions,
+    num_features,
+    rows_0,  # rows of each feature, and first feature, of each run, unless TABLE; run_0 is 0
+    rows_1,
+    rows_2,
+    rows_3,
+    run_1,
+    run_2,
+    run_3,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    row, position, _, lands = _rows_of(offsets_ptr, starts_ptr, batch_size, num_positions, BLOCK)
-    tl.atomic_max(row_at_ptr + position, row, mask=lands)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s = position // batch_size
+    b = position % batch_size
+    best = tl.full([BLOCK], -1, tl.int32)
+    if TABLE:
+        best = _claim(
+            best, s, b, starts_ptr, offsets_ptr, batch_size, 0, num_features, 0, 0, TABLE, CHUNK
+        )
+    else:
+        row_1 = run_1 * rows_0
+        row_2 = row_1 + (run_2 - run_1) * rows_1
+        row_3 = row_2 + (run_3 - run_2) * rows_2
+        best = _claim(
+            best, s, b, starts_ptr, offsets_ptr, batch_size, 0, run_1, 0, rows_0, TABLE, CHUNK
+        )
+        best = _claim(
+            best, s, b, starts_ptr, offsets_ptr, batch_size, run_1, run_2, row_1, rows_1,
+            TABLE, CHUNK,
+        )  # fmt: skip
+        best = _claim(
+            best, s, b, starts_ptr, offsets_ptr, batch_size, run_2, run_3, row_2, rows_2,
+            TABLE, CHUNK,
+        )  # fmt: skip
+        best = _claim(
+            best, s, b, starts_ptr, offsets_ptr, batch_size, run_3, num_features, row_3, rows_3,
+            TABLE, CHUNK,
+        )  # fmt: skip
+    inside = position < num_positions
+    tl.store(row_at_ptr + position, best, mask=inside)
+    tl.store(destinations_ptr + best, position, mask=inside & (best >= 0))
 
 
-@triton.jit(do_not_specialize=["batch_size", "num_positions"])
-def settle_kernel(
-    offsets_ptr,  # [N + 1] int32
-    starts_ptr,  # [N] int32
-    row_at_ptr,  # [S * B] int32
-    destinations_ptr,  # [R] int32, out
-    batch_size,
-    num_positions,
-    BLOCK: tl.constexpr,
-):
-    row, position, exists, lands = _rows_of(
-        offsets_ptr, starts_ptr, batch_size, num_positions, BLOCK
+_locate = Launcher(locate_kernel)
+_assign = Launcher(assign_kernel)
+
+
+@functools.lru_cache
+def _constants(table: bool) -> tuple[Constants, Constants]:
+    return (
+        Constants(TABLE=table, BLOCK=LOCATE_BLOCK, num_warps=LOCATE_WARPS),
+        Constants(TABLE=table, BLOCK=ASSIGN_BLOCK, CHUNK=ASSIGN_CHUNK),
     )
-    winner = tl.load(row_at_ptr + position, mask=lands, other=-1)
-    kept = tl.where(winner == row, position, -1).to(tl.int32)
-    tl.store(destinations_ptr + row, kept, mask=exists)
 
 
 def plan_rows(
-    input_ids: Tensor, group_table: Tensor, offsets: Tensor, num_rows: int, max_rows: int
+    input_ids: Tensor,
+    groups: Sequence[tuple[int, int]],
+    runs: Sequence[tuple[int, int]],
+    tables: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the three kernels.
+    """Launch the two kernels.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64, B·S > 0.
-        group_table: ``[G + 1, 2]`` int64, G > 0: start token and first feature of each group;
-            the last line's second entry is N.
-        offsets: ``[N + 1]`` int32: first row of each feature, then R.
-        num_rows: R.
-        max_rows: rows of the longest feature.
+        groups: ``(start token, features)`` of each group, at least one.
+        runs: ``(features, rows of each)``: the features of all groups, in order.
+        tables: the same on the device where groups or runs are more than :data:`MAX_INLINE`:
+            ``[G + 1, 2]`` int64 start token and first feature of each group (the last line's
+            second entry is N), ``[N + 1]`` int32 first row of each feature, then R.
 
     Returns:
         ``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``found [G]``, all int32.
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
-    num_groups = group_table.shape[0] - 1
-    num_features = offsets.shape[0] - 1
+    num_features = sum(features for _, features in groups)
+    num_rows = sum(features * rows for features, rows in runs)
+    if tables is None:
+        group_table = offsets = input_ids  # not read
+        tokens = _padded([token for token, _ in groups], MAX_INLINE, 0)
+        firsts = _padded(_ends(groups, 1), MAX_INLINE - 1, num_features)
+        rows = _padded([each for _, each in runs], MAX_INLINE, 0)
+        run_firsts = _padded(_ends(runs, 0), MAX_INLINE - 1, num_features)
+    else:
+        group_table, offsets = tables
+        tokens = rows = (0,) * MAX_INLINE
+        firsts = run_firsts = (0,) * (MAX_INLINE - 1)
+    locate_constants, assign_constants = _constants(tables is not None)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
     destinations = empty(num_rows)
     row_at = empty(seq_len, batch_size)
     starts = empty(num_features)
-    found = empty(num_groups)
+    found = empty(len(groups))
     with device_of(input_ids):
-        locate_kernel[(triton.cdiv(num_positions, LOCATE_BLOCK), num_groups)](
-            input_ids,
-            group_table,
-            starts,
-            found,
-            row_at,
-            batch_size,
-            seq_len,
-            input_ids.stride(0),
-            input_ids.stride(1),
-            num_positions,
-            BLOCK=LOCATE_BLOCK,
-            num_warps=LOCATE_WARPS,
+        _locate(
+            (triton.cdiv(num_positions, LOCATE_BLOCK), len(groups)),
+            (input_ids, group_table, starts, found, destinations),
+            (),
+            (
+                *(batch_size, seq_len, *input_ids.stride(), num_positions),
+                *(num_rows, num_features, *tokens, *firsts),
+            ),
+            locate_constants,
         )
-        if num_rows:
-            grid = (num_features, triton.cdiv(max_rows, ROW_BLOCK))
-            claim_kernel[grid](offsets, starts, row_at, batch_size, num_positions, BLOCK=ROW_BLOCK)
-            settle_kernel[grid](
-                offsets, starts, row_at, destinations, batch_size, num_positions, BLOCK=ROW_BLOCK
-            )
+        _assign(
+            (triton.cdiv(num_positions, ASSIGN_BLOCK),),
+            (starts, offsets, row_at, destinations),
+            (),
+            (batch_size, num_positions, num_features, *rows, *run_firsts),
+            assign_constants,
+        )
     return destinations, row_at, starts, found
+
+
+def _ends(counted: Sequence[tuple[int, int]], index: int) -> list[int]:
+    """Running totals of one entry of each pair, without the last."""
+    return list(itertools.accumulate(pair[index] for pair in counted))[:-1]
+
+
+def _padded(values: Sequence[int], length: int, fill: int) -> tuple[int, ...]:
+    return (*values, *(fill,) * (length - len(values)))

@@ -6,20 +6,26 @@ Shape letters: ``R`` feature rows of all groups, ``C`` encoder output width, ``H
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import (
-    INTERPRETED,
-    device_of,
-    dot_precision,
+from step37_kernels.ops.common import INTERPRETED, device_of, dot_precision
+from step37_kernels.ops.gemm import (
+    finish_tile,
+    load_block,
     mma,
-    round_to,
+    num_programs,
+    operand,
+    partial_sums,
+    sum_splits,
     tile_of,
 )
-from step37_kernels.ops.tiles import tile_for
+from step37_kernels.ops.launch import Constants, Launcher
+from step37_kernels.ops.tiles import Tile, tile_for
 
 PACK_BLOCK_L = 64
 PACK_BLOCK_C = 64
@@ -29,12 +35,12 @@ PACK_BLOCK_C = 64
 def pack_rows_kernel(
     source_ptr,  # [N, L, C], any strides
     packed_ptr,  # [R, C] contiguous, out: rows first_row … first_row + N·L
-    rows_each,
     C,
-    first_row,
-    stride_n,
     stride_l,
     stride_c,
+    rows_each,
+    first_row,
+    stride_n,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -56,13 +62,17 @@ def pack_rows_kernel(
     tl.store(packed_ptr + target, values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def project_scatter_kernel(
-    x_ptr,  # [R, C] contiguous
-    weight_ptr,  # [H, C] contiguous
-    bias_ptr,  # [H], read if HAS_BIAS
-    destinations_ptr,  # [R] int32: position s * B + b, or −1
-    out_ptr,  # [P, H] contiguous: only the rows of destinations are written
+@triton.jit
+def _project_tile(
+    tile,
+    num_m,
+    split,
+    x,
+    weight,
+    bias_ptr,
+    destinations_ptr,
+    out_ptr,
+    partial_ptr,
     num_rows,
     H,
     C,
@@ -70,43 +80,83 @@ def project_scatter_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = tile_of(
-        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP_M
-    )
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end read others' values again and are never stored: no load in the
-    # loop needs a mask unless C is no multiple of BLOCK_K.
-    x_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
-    w_rows = tl.minimum(cols, H - 1).to(tl.int64)
-    x_ptrs = x_ptr + x_rows[:, None] * C + ks[None, :]
-    w_ptrs = weight_ptr + w_rows[None, :] * C + ks[:, None]
+    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(H, BLOCK_N), GROUP_M)
+    row = pid_m * BLOCK_M
+    col = pid_n * BLOCK_N
+    K_EDGE: tl.constexpr = "none" if EVEN_K else "zero"
+    blocks_k = tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K)
+    first_k = split * blocks_k * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, C, BLOCK_K):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(ks < C - k)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(ks < C - k)[:, None], other=0.0)
-        acc = mma(x, w, acc, PRECISION, INTERPRET)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + w_rows).to(tl.float32)[None, :]
+    for k in range(first_k, tl.minimum(first_k + blocks_k * BLOCK_K, C), BLOCK_K):
+        # Rows and columns past the end are never stored, so they may hold anything.
+        a = load_block(x, row, k, num_rows, C, BLOCK_M, BLOCK_K, "clamp", K_EDGE, TMA)
+        b = load_block(weight, col, k, H, C, BLOCK_N, BLOCK_K, "clamp", K_EDGE, TMA)
+        acc = mma(a, b.T, acc, PRECISION, INTERPRET)
+    finish_tile(
+        acc, bias_ptr, destinations_ptr, out_ptr, partial_ptr, row, col, split, num_rows, H,
+        HAS_BIAS, True, INTERPRET, BLOCK_M, BLOCK_N, SPLIT_K, SUBTILES,
+    )  # fmt: skip
 
-    # To the weight's dtype first, as a projector on its own would, then to the embeddings'.
-    projected = round_to(acc, weight_ptr.dtype.element_ty, INTERPRET).to(tl.float32)
-    projected = round_to(projected, out_ptr.dtype.element_ty, INTERPRET)
-    destinations = tl.load(destinations_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int64)
-    out_ptrs = out_ptr + destinations[:, None] * H + cols[None, :]
-    tl.store(out_ptrs, projected, mask=(destinations >= 0)[:, None] & (cols < H)[None, :])
+
+@triton.jit(do_not_specialize=["num_rows"])
+def project_scatter_kernel(
+    x,  # [R, C] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
+    weight,  # [H, C] contiguous; descriptor of [BLOCK_N, BLOCK_K] blocks, or pointer
+    bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
+    destinations_ptr,  # [R] int32: position s * B + b, or −1
+    live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are dropped, and not computed
+    out_ptr,  # [P, H] contiguous: only the rows of destinations are written
+    partial_ptr,  # [SPLIT_K, R, H] fp32, out if SPLIT_K > 1; then out is left to the second pass
+    H,
+    C,
+    num_rows,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    live_rows = num_rows
+    if HAS_LIVE:
+        live_rows = tl.load(live_ptr)
+    num_m = tl.cdiv(live_rows, BLOCK_M)
+    num_tiles = num_m * tl.cdiv(H, BLOCK_N)
+    first = tl.program_id(0)
+    split = tl.program_id(1)
+    if PERSISTENT:
+        for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
+            _project_tile(
+                tile, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
+                num_rows, H, C, HAS_BIAS, EVEN_K, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            )  # fmt: skip
+    elif first < num_tiles:
+        _project_tile(
+            first, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
+            num_rows, H, C, HAS_BIAS, EVEN_K, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+        )  # fmt: skip
+
+
+_pack_rows = Launcher(pack_rows_kernel)
+_PACK = Constants(BLOCK_L=PACK_BLOCK_L, BLOCK_C=PACK_BLOCK_C)
+_project_scatter = Launcher(project_scatter_kernel)
 
 
 def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
@@ -118,49 +168,66 @@ def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
         for feature in features:
             n, rows_each, _ = feature.shape
             grid = (n * triton.cdiv(rows_each, PACK_BLOCK_L), triton.cdiv(width, PACK_BLOCK_C))
-            pack_rows_kernel[grid](
-                feature,
-                packed,
-                rows_each,
-                width,
-                first_row,
-                *feature.stride(),
-                BLOCK_L=PACK_BLOCK_L,
-                BLOCK_C=PACK_BLOCK_C,
+            stride_n, *strides = feature.stride()
+            _pack_rows(
+                grid, (feature, packed), (width, *strides), (rows_each, first_row, stride_n), _PACK
             )
             first_row += n * rows_each
     return packed
 
 
+@functools.lru_cache
+def _constants(tile: Tile, width: int, has_bias: bool, has_live: bool, precision: str) -> Constants:
+    return Constants(
+        HAS_BIAS=has_bias,
+        HAS_LIVE=has_live,
+        EVEN_K=width % tile.block_k == 0,
+        PRECISION=precision,
+        INTERPRET=INTERPRETED,
+        **tile.options(),
+    )
+
+
 def project_scatter(
-    x: Tensor, weight: Tensor, bias: Tensor | None, destinations: Tensor, out: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    destinations: Tensor,
+    live_rows: Tensor | None,
+    out: Tensor,
 ) -> None:
-    """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``; one launch.
+    """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``; one launch, or two
+    where the tile table splits the reduction of a few rows.
 
     Args:
         x: ``[R, C]`` contiguous, R > 0, in the weight's dtype.
         weight: ``[H, C]`` contiguous.
         bias: ``[H]`` contiguous or None.
         destinations: ``[R]`` int32, unique where ≥ 0.
+        live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
+            where they may be anywhere.
         out: ``[S, B, H]`` contiguous.
     """
     num_rows, width = x.shape
     hidden = weight.shape[0]
-    tile = tile_for("forward", num_rows, x.dtype, x.device)
-    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(hidden, tile.block_n),)
+    tile = tile_for("forward", num_rows, x, weight)
+    partial = partial_sums(tile, num_rows, hidden, out)
     with device_of(x):
-        project_scatter_kernel[grid](
-            x,
-            weight,
-            weight if bias is None else bias,
-            destinations,
-            out,
-            num_rows,
-            hidden,
-            width,
-            HAS_BIAS=bias is not None,
-            EVEN_K=width % tile.block_k == 0,
-            PRECISION=dot_precision(x.dtype),
-            INTERPRET=INTERPRETED,
-            **tile.options(),
+        _project_scatter(
+            (num_programs(tile, num_rows, hidden, x.device), tile.split_k),
+            (
+                operand(x, tile.block_m, tile.block_k, tile),
+                operand(weight, tile.block_n, tile.block_k, tile),
+                weight if bias is None else bias,
+                destinations,
+                destinations if live_rows is None else live_rows,
+                out,
+                partial,
+            ),
+            (hidden, width),
+            (num_rows,),
+            _constants(
+                tile, width, bias is not None, live_rows is not None, dot_precision(x.dtype)
+            ),
         )
+        sum_splits(tile, partial, weight, bias, destinations, out)

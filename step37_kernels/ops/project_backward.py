@@ -6,20 +6,27 @@ Shape letters as in :mod:`step37_kernels.ops.project`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import (
-    INTERPRETED,
-    device_of,
-    dot_precision,
+from step37_kernels.ops.common import INTERPRETED, device_of, dot_precision, round_to
+from step37_kernels.ops.gemm import (
+    finish_tile,
+    halves,
+    load_block,
     mma,
-    round_to,
+    num_programs,
+    operand,
+    partial_sums,
+    sum_splits,
     tile_of,
 )
-from step37_kernels.ops.tiles import Product, tile_for
+from step37_kernels.ops.launch import Constants, Launcher
+from step37_kernels.ops.tiles import Product, Tile, tile_for
 
 COPY_BLOCK_P = 8
 COPY_BLOCK_H = 512
@@ -40,12 +47,12 @@ def embedding_grad_kernel(
     grad_ptr,  # [S, B, H] grad_output, any strides
     row_at_ptr,  # [S * B] int32: ≥ 0 where a feature row overwrote the embedding
     out_ptr,  # [P, H] contiguous, out
-    num_positions,
     H,
+    stride_h,
+    num_positions,
     batch_size,
     stride_s,
     stride_b,
-    stride_h,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -68,12 +75,12 @@ def gather_grad_kernel(
     destinations_ptr,  # [R] int32
     rows_ptr,  # [R, H] contiguous, out, in the weight's dtype
     partial_ptr,  # [cdiv(R, BLOCK_R), H] fp32, out if BIAS_SUM
-    num_rows,
     H,
+    stride_h,
+    num_rows,
     batch_size,
     stride_s,
     stride_b,
-    stride_h,
     BIAS_SUM: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -95,85 +102,203 @@ def gather_grad_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * H + cols, partial, mask=cols < H)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def grad_features_kernel(
-    grad_ptr,  # [R, H] contiguous
-    weight_ptr,  # [H, C] contiguous
-    out_ptr,  # [R, C] contiguous, out: grad @ weight
+@triton.jit
+def _grad_features_tile(
+    tile,
+    num_m,
+    split,
+    grad,
+    weight,
+    dtype_ptr,
+    out_ptr,
+    partial_ptr,
     num_rows,
     H,
     C,
     EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = tile_of(
-        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP_M
-    )
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    in_width = (cols < C)[None, :]
-    g_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
-    g_ptrs = grad_ptr + g_rows[:, None] * H + ks[None, :]
-    w_ptrs = weight_ptr + ks.to(tl.int64)[:, None] * C + cols[None, :]
+    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(C, BLOCK_N), GROUP_M)
+    row = pid_m * BLOCK_M
+    col = pid_n * BLOCK_N
+    K_EDGE: tl.constexpr = "none" if EVEN_K else "zero"
+    N_EDGE: tl.constexpr = "none" if EVEN_N else "zero"
+    blocks_k = tl.cdiv(tl.cdiv(H, BLOCK_K), SPLIT_K)
+    first_k = split * blocks_k * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, H, BLOCK_K):
-        if EVEN_K:
-            g = tl.load(g_ptrs)
-            w = tl.load(w_ptrs, mask=in_width, other=0.0)
-        else:
-            g = tl.load(g_ptrs, mask=(ks < H - k)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(ks < H - k)[:, None] & in_width, other=0.0)
-        acc = mma(g, w, acc, PRECISION, INTERPRET)
-        g_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * C
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :]
-    result = round_to(acc, out_ptr.dtype.element_ty, INTERPRET)
-    tl.store(out_ptrs, result, mask=(rows < num_rows)[:, None] & in_width)
+    for k in range(first_k, tl.minimum(first_k + blocks_k * BLOCK_K, H), BLOCK_K):
+        a = load_block(grad, row, k, num_rows, H, BLOCK_M, BLOCK_K, "clamp", K_EDGE, TMA)
+        b = load_block(weight, k, col, H, C, BLOCK_K, BLOCK_N, K_EDGE, N_EDGE, TMA)
+        acc = mma(a, b, acc, PRECISION, INTERPRET)
+    finish_tile(
+        acc, dtype_ptr, dtype_ptr, out_ptr, partial_ptr, row, col, split, num_rows, C,
+        False, False, INTERPRET, BLOCK_M, BLOCK_N, SPLIT_K, SUBTILES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def grad_weight_kernel(
-    grad_ptr,  # [R, H] contiguous
-    x_ptr,  # [R, C] contiguous
-    out_ptr,  # [H, C] contiguous, out: gradᵀ @ x, on top of what it holds if ACCUMULATE
+def grad_features_kernel(
+    grad,  # [R, H] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
+    weight,  # [H, C] contiguous; descriptor of [BLOCK_K, BLOCK_N] blocks, or pointer
+    dtype_ptr,  # any pointer of the weight's dtype; not read
+    live_ptr,  # [1] int32, read if HAS_LIVE: gradients of rows from this one on are not wanted
+    out_ptr,  # [R, C] contiguous, out: grad @ weight
+    partial_ptr,  # [SPLIT_K, R, C] fp32, out if SPLIT_K > 1; then out is left to the second pass
+    H,
+    C,
     num_rows,
+    HAS_LIVE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    live_rows = num_rows
+    if HAS_LIVE:
+        live_rows = tl.load(live_ptr)
+    num_m = tl.cdiv(live_rows, BLOCK_M)
+    num_tiles = num_m * tl.cdiv(C, BLOCK_N)
+    first = tl.program_id(0)
+    split = tl.program_id(1)
+    if PERSISTENT:
+        for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
+            _grad_features_tile(
+                tile, num_m, split, grad, weight, dtype_ptr, out_ptr, partial_ptr, num_rows, H, C,
+                EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            )  # fmt: skip
+    elif first < num_tiles:
+        _grad_features_tile(
+            first, num_m, split, grad, weight, dtype_ptr, out_ptr, partial_ptr, num_rows, H, C,
+            EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_sum(acc, out_ptr, row, col, H, C, ADD: tl.constexpr, INTERPRET: tl.constexpr,
+               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    rows = row + tl.arange(0, ROWS)
+    cols = col + tl.arange(0, COLS)
+    inside = (rows < H)[:, None] & (cols < C)[None, :]
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :]
+    if ADD:
+        acc += tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=inside)
+
+
+@triton.jit
+def _grad_weight_tile(
+    tile,
+    num_m,
+    grad,
+    x,
+    out_ptr,
+    num_rows,
+    live_rows,
     H,
     C,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    SUBTILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(H, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP_M)
-    hs = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    g_ptrs = grad_ptr + ks.to(tl.int64)[:, None] * H + hs[None, :]
-    x_ptrs = x_ptr + ks.to(tl.int64)[:, None] * C + cols[None, :]
-    out_ptrs = out_ptr + hs.to(tl.int64)[:, None] * C + cols[None, :]
-    inside = (hs < H)[:, None] & (cols < C)[None, :]
-    if ACCUMULATE:
-        # Read before the loop: an epilogue that reads what it writes needs twice the registers.
-        acc = tl.load(out_ptrs, mask=inside, other=0.0).to(tl.float32)
+    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(C, BLOCK_N), GROUP_M)
+    row = pid_m * BLOCK_M
+    col = pid_n * BLOCK_N
+    # An epilogue that reads what it writes needs registers for both: either the accumulator starts
+    # from there, or the epilogue goes by halves.
+    START: tl.constexpr = ACCUMULATE and SUBTILES == 1
+    if START:
+        hs = row + tl.arange(0, BLOCK_M)
+        cols = col + tl.arange(0, BLOCK_N)
+        held = out_ptr + hs.to(tl.int64)[:, None] * C + cols[None, :]
+        acc = tl.load(held, mask=(hs < H)[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, num_rows, BLOCK_K):
-        in_rows = (ks < num_rows - k)[:, None]
-        g = tl.load(g_ptrs, mask=in_rows & (hs < H)[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=in_rows & (cols < C)[None, :], other=0.0)
-        acc = mma(tl.trans(g), x, acc, PRECISION, INTERPRET)
-        g_ptrs += BLOCK_K * H
-        x_ptrs += BLOCK_K * C
-    tl.store(out_ptrs, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=inside)
+    for k in range(0, live_rows, BLOCK_K):
+        a = load_block(grad, k, row, num_rows, H, BLOCK_K, BLOCK_M, "zero", "zero", TMA)
+        b = load_block(x, k, col, num_rows, C, BLOCK_K, BLOCK_N, "zero", "zero", TMA)
+        acc = mma(a.T, b, acc, PRECISION, INTERPRET)
+    ADD: tl.constexpr = ACCUMULATE and SUBTILES == 2
+    if SUBTILES == 2:
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        HALF: tl.constexpr = BLOCK_N // 2
+        _store_sum(left, out_ptr, row, col, H, C, ADD, INTERPRET, BLOCK_M, HALF)
+        _store_sum(right, out_ptr, row, col + HALF, H, C, ADD, INTERPRET, BLOCK_M, HALF)
+    else:
+        _store_sum(acc, out_ptr, row, col, H, C, ADD, INTERPRET, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def grad_weight_kernel(
+    grad,  # [R, H] contiguous; descriptor of [BLOCK_K, BLOCK_M] blocks, or pointer
+    x,  # [R, C] contiguous; descriptor of [BLOCK_K, BLOCK_N] blocks, or pointer
+    live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are zero in both
+    out_ptr,  # [H, C] contiguous, out: gradᵀ @ x, on top of what it holds if ACCUMULATE
+    H,
+    C,
+    num_rows,
+    HAS_LIVE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    live_rows = num_rows
+    if HAS_LIVE:
+        live_rows = tl.load(live_ptr)
+    num_m = tl.cdiv(H, BLOCK_M)
+    num_tiles = num_m * tl.cdiv(C, BLOCK_N)
+    first = tl.program_id(0)
+    if PERSISTENT:
+        for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
+            _grad_weight_tile(
+                tile, num_m, grad, x, out_ptr, num_rows, live_rows, H, C,
+                ACCUMULATE, PRECISION, INTERPRET, TMA, SUBTILES,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            )  # fmt: skip
+    elif first < num_tiles:
+        _grad_weight_tile(
+            first, num_m, grad, x, out_ptr, num_rows, live_rows, H, C,
+            ACCUMULATE, PRECISION, INTERPRET, TMA, SUBTILES,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+        )  # fmt: skip
+
+
+_embedding_grad = Launcher(embedding_grad_kernel)
+_gather_grad = Launcher(gather_grad_kernel)
+_grad_features = Launcher(grad_features_kernel)
+_grad_weight = Launcher(grad_weight_kernel)
+_COPY = Constants(BLOCK_P=COPY_BLOCK_P, BLOCK_H=COPY_BLOCK_H)
 
 
 def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
@@ -182,19 +307,26 @@ def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
     out = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
     num_positions = seq_len * batch_size
     grid = (triton.cdiv(num_positions, COPY_BLOCK_P), triton.cdiv(hidden, COPY_BLOCK_H))
+    stride_s, stride_b, stride_h = grad_output.stride()
     with device_of(out):
-        embedding_grad_kernel[grid](
-            grad_output,
-            row_at,
-            out,
-            num_positions,
-            hidden,
-            batch_size,
-            *grad_output.stride(),
-            BLOCK_P=COPY_BLOCK_P,
-            BLOCK_H=COPY_BLOCK_H,
+        _embedding_grad(
+            grid,
+            (grad_output, row_at, out),
+            (hidden, stride_h),
+            (num_positions, batch_size, stride_s, stride_b),
+            _COPY,
         )
     return out
+
+
+@functools.lru_cache
+def _gather_constants(bias_sum: bool) -> Constants:
+    return Constants(
+        BIAS_SUM=bias_sum,
+        INTERPRET=INTERPRETED,
+        BLOCK_R=GATHER_BLOCK_R,
+        BLOCK_H=GATHER_BLOCK_H,
+    )
 
 
 def gather_grad(
@@ -219,71 +351,104 @@ def gather_grad(
     partial = torch.empty(
         blocks if bias_sum else 0, hidden, dtype=torch.float32, device=grad_output.device
     )
+    stride_s, stride_b, stride_h = grad_output.stride()
     with device_of(rows):
-        gather_grad_kernel[(blocks, triton.cdiv(hidden, GATHER_BLOCK_H))](
-            grad_output,
-            destinations,
-            rows,
-            partial,
-            num_rows,
-            hidden,
-            batch_size,
-            *grad_output.stride(),
-            BIAS_SUM=bias_sum,
-            INTERPRET=INTERPRETED,
-            BLOCK_R=GATHER_BLOCK_R,
-            BLOCK_H=GATHER_BLOCK_H,
+        _gather_grad(
+            (blocks, triton.cdiv(hidden, GATHER_BLOCK_H)),
+            (grad_output, destinations, rows, partial),
+            (hidden, stride_h),
+            (num_rows, batch_size, stride_s, stride_b),
+            _gather_constants(bias_sum),
         )
     return rows, partial.sum(0).to(dtype) if bias_sum else rows.new_empty(0)
 
 
-def grad_features(grad_rows: Tensor, weight: Tensor) -> Tensor:
-    """``grad_rows [R, H] @ weight [H, C]`` → ``[R, C]`` in their dtype; R > 0."""
+@functools.lru_cache
+def _features_constants(
+    tile: Tile, hidden: int, width: int, has_live: bool, precision: str
+) -> Constants:
+    return Constants(
+        HAS_LIVE=has_live,
+        EVEN_K=hidden % tile.block_k == 0,
+        EVEN_N=width % tile.block_n == 0,
+        PRECISION=precision,
+        INTERPRET=INTERPRETED,
+        **tile.options(),
+    )
+
+
+def grad_features(grad_rows: Tensor, weight: Tensor, live_rows: Tensor | None) -> Tensor:
+    """``grad_rows [R, H] @ weight [H, C]`` → ``[R, C]`` in their dtype; R > 0.
+
+    Rows from ``live_rows [1]`` (int32) on, where it is given, are left as they are in new memory.
+    """
     num_rows, hidden = grad_rows.shape
     width = weight.shape[1]
     out = torch.empty(num_rows, width, dtype=grad_rows.dtype, device=grad_rows.device)
-    tile = tile_for("grad_features", num_rows, grad_rows.dtype, grad_rows.device)
-    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(width, tile.block_n),)
+    tile = tile_for("grad_features", num_rows, grad_rows, weight)
+    partial = partial_sums(tile, num_rows, width, out)
     with device_of(out):
-        grad_features_kernel[grid](
-            grad_rows,
-            weight,
-            out,
-            num_rows,
-            hidden,
-            width,
-            EVEN_K=hidden % tile.block_k == 0,
-            PRECISION=dot_precision(out.dtype),
-            INTERPRET=INTERPRETED,
-            **tile.options(),
+        _grad_features(
+            (num_programs(tile, num_rows, width, out.device), tile.split_k),
+            (
+                operand(grad_rows, tile.block_m, tile.block_k, tile),
+                operand(weight, tile.block_k, tile.block_n, tile),
+                weight,
+                weight if live_rows is None else live_rows,
+                out,
+                partial,
+            ),
+            (hidden, width),
+            (num_rows,),
+            _features_constants(
+                tile, hidden, width, live_rows is not None, dot_precision(out.dtype)
+            ),
         )
+        sum_splits(tile, partial, weight, None, None, out)
     return out
 
 
-def grad_weight(grad_rows: Tensor, x: Tensor) -> Tensor:
+@functools.lru_cache
+def _weight_constants(tile: Tile, has_live: bool, accumulate: bool, precision: str) -> Constants:
+    options = tile.options()
+    del options["SPLIT_K"]  # the reduction over rows is not split: the output has tiles enough
+    return Constants(
+        HAS_LIVE=has_live,
+        ACCUMULATE=accumulate,
+        PRECISION=precision,
+        INTERPRET=INTERPRETED,
+        **options,
+    )
+
+
+def grad_weight(grad_rows: Tensor, x: Tensor, live_rows: Tensor | None) -> Tensor:
     """``grad_rowsᵀ [H, R] @ x [R, C]`` → ``[H, C]`` in their dtype; R > 0."""
     out = torch.empty(grad_rows.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-    grad_weight_into(grad_rows, x, out, accumulate=False)
+    grad_weight_into(grad_rows, x, live_rows, out, accumulate=False)
     return out
 
 
-def grad_weight_into(grad_rows: Tensor, x: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    """Write ``grad_rowsᵀ @ x`` to ``out [H, C]`` of any floating dtype, or add it in fp32."""
+def grad_weight_into(
+    grad_rows: Tensor, x: Tensor, live_rows: Tensor | None, out: Tensor, *, accumulate: bool
+) -> None:
+    """Write ``grad_rowsᵀ @ x`` to ``out [H, C]`` of any floating dtype, or add it in fp32.
+
+    Rows from ``live_rows [1]`` (int32) on, where it is given, are zeros and are passed over.
+    """
     num_rows, hidden = grad_rows.shape
     width = x.shape[1]
     product: Product = "accumulate_weight" if accumulate else "grad_weight"
-    tile = tile_for(product, num_rows, x.dtype, x.device)
-    grid = (triton.cdiv(hidden, tile.block_m) * triton.cdiv(width, tile.block_n),)
+    tile = tile_for(product, num_rows, grad_rows, x)
     with device_of(out):
-        grad_weight_kernel[grid](
-            grad_rows,
-            x,
-            out,
-            num_rows,
-            hidden,
-            width,
-            ACCUMULATE=accumulate,
-            PRECISION=dot_precision(x.dtype),
-            INTERPRET=INTERPRETED,
-            **tile.options(),
+        _grad_weight(
+            (num_programs(tile, hidden, width, out.device),),
+            (
+                operand(grad_rows, tile.block_k, tile.block_m, tile),
+                operand(x, tile.block_k, tile.block_n, tile),
+                grad_rows if live_rows is None else live_rows,
+                out,
+            ),
+            (hidden, width),
+            (num_rows,),
+            _weight_constants(tile, live_rows is not None, accumulate, dot_precision(x.dtype)),
         )

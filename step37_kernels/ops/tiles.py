@@ -8,11 +8,14 @@ of the projection (C = 6144, H = 4096) is the model's and does not vary.
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED
 
@@ -22,7 +25,7 @@ Product = Literal["forward", "grad_features", "grad_weight", "accumulate_weight"
 _PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: it is a key of every launch
 class Tile:
     """One program's share of an ``[M, N] = [M, K] · [K, N]`` product, and how it is compiled."""
 
@@ -32,17 +35,47 @@ class Tile:
     group_m: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Blocks come by the copy engine, where the operands' memory allows (:func:`tile_for`)."""
+    persistent: bool = False
+    """One program per multiprocessor walks over tiles: the next loads while the last is stored."""
+    split_k: int = 1
+    """Programs that share one tile's reduction; a second pass adds their parts in order."""
+    subtiles: int = 1
+    """2: the epilogue goes through the tile by halves, with fewer registers."""
 
-    def constants(self) -> dict[str, int]:
+    def __post_init__(self) -> None:
+        if self.persistent and self.split_k > 1:
+            raise ValueError("Tile: persistent programs do not split K")
+        if self.subtiles not in (1, 2):
+            raise ValueError(f"Tile: subtiles must be 1 or 2, got {self.subtiles}")
+
+    def __str__(self) -> str:
+        """As tables show it: ``128×256×64 TMA persistent halves``."""
+        parts = [f"{self.block_m}×{self.block_n}×{self.block_k}"]
+        parts += ["TMA"] * self.tma + ["persistent"] * self.persistent
+        parts += [f"split {self.split_k}"] * (self.split_k > 1) + ["halves"] * (self.subtiles > 1)
+        return " ".join(parts)
+
+    @functools.cached_property
+    def by_pointers(self) -> Tile:
+        """The tile for operands that the copy engine does not take."""
+        return dataclasses.replace(self, tma=False, persistent=False) if self.tma else self
+
+    def constants(self) -> dict[str, int | bool]:
         """The constexpr arguments of the kernels."""
         return {
+            "TMA": self.tma,
+            "PERSISTENT": self.persistent,
+            "SPLIT_K": self.split_k,
+            "SUBTILES": self.subtiles,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
             "GROUP_M": self.group_m,
         }
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
         """All that a launch takes."""
         return self.constants() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
@@ -58,27 +91,45 @@ class _Buckets:
         return self.tiles[bisect.bisect_left(self.bounds, rows)]
 
 
-# 16-bit operands on Hopper: chosen from what compiles without spills; speeds await a GPU.
+# 16-bit operands on Hopper. Up to some hundred rows the number of tiles decides: there should be
+# one for each of the 132 multiprocessors, and the weight is read once. From there to a few
+# thousand, two programs with 98 KiB each share a multiprocessor, so that one's loads hide the
+# other's store; with more rows wider tiles read less. Chosen by counting; speeds await a GPU.
 _HOPPER: dict[Product, _Buckets] = {
     "forward": _Buckets(
-        (512, 2048),
+        (64, 128, 256, 2048),
         (
-            Tile(128, 64, 128, 8, 4, 3),
-            Tile(128, 128, 64, 8, 8, 4),
-            Tile(128, 256, 64, 8, 8, 3),
+            Tile(64, 64, 128, 8, 4, 4, tma=True, split_k=2),
+            Tile(128, 64, 128, 8, 4, 4, tma=True, split_k=2),
+            Tile(128, 64, 128, 8, 4, 4, tma=True),
+            Tile(128, 128, 64, 8, 8, 3, tma=True),
+            # In one piece, Triton 3.6's ptxas waits for each wgmma before it issues the next.
+            Tile(128, 256, 64, 8, 8, 4, tma=True, subtiles=2),
         ),
     ),
     "grad_features": _Buckets(
-        (512, 2048),
+        (64, 128, 2048),
         (
-            Tile(128, 64, 128, 8, 4, 3),
-            Tile(128, 128, 64, 8, 8, 4),
-            Tile(128, 256, 64, 8, 8, 3),
+            Tile(64, 64, 128, 8, 4, 4, tma=True),
+            Tile(128, 64, 128, 8, 4, 4, tma=True),
+            Tile(128, 128, 64, 8, 8, 3, tma=True),
+            Tile(128, 256, 64, 8, 8, 4, tma=True),
         ),
     ),
-    "grad_weight": _Buckets((), (Tile(128, 256, 64, 8, 8, 3),)),
-    # Twice as wide, the tile of main_grad does not fit into the registers beside the addresses.
-    "accumulate_weight": _Buckets((), (Tile(128, 128, 64, 8, 8, 4),)),
+    "grad_weight": _Buckets(
+        (512,),
+        (
+            Tile(128, 128, 64, 8, 8, 3, tma=True),
+            Tile(128, 256, 64, 8, 8, 4, tma=True),
+        ),
+    ),
+    "accumulate_weight": _Buckets(
+        (512,),
+        (
+            Tile(128, 128, 64, 8, 8, 3, tma=True),
+            Tile(128, 256, 64, 8, 8, 4, tma=True, subtiles=2),
+        ),
+    ),
 }
 # 99 to 163 KiB of shared memory a block, no wgmma: smaller tiles.
 _DEFAULT: dict[Product, _Buckets] = {
@@ -101,12 +152,28 @@ def _table(capability: int, itemsize: int) -> dict[Product, _Buckets]:
     return _HOPPER if capability == 90 else _DEFAULT
 
 
-def tile_for(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of a product with ``rows`` feature rows of ``dtype`` on ``device``."""
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def takes_tma(matrix: Tensor) -> bool:
+    """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
+    return matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
+
+
+def pick(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The table's tile of a product with ``rows`` feature rows of ``dtype`` on ``device``."""
     if INTERPRETED:
         return _INTERPRETER[product].pick(rows)
-    major, minor = torch.cuda.get_device_capability(device)
-    return _table(10 * major + minor, dtype.itemsize)[product].pick(rows)
+    return _table(_capability(device), dtype.itemsize)[product].pick(rows)
+
+
+def tile_for(product: Product, rows: int, a: Tensor, b: Tensor) -> Tile:
+    """The tile with which to multiply two contiguous matrices, ``rows`` feature rows in one."""
+    tile = pick(product, rows, a.dtype, a.device)
+    return tile if tile.tma and takes_tma(a) and takes_tma(b) else tile.by_pointers
 
 
 def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile]]:
@@ -114,3 +181,5 @@ def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile
     for product, buckets in _table(capability, dtype.itemsize).items():
         for tile in buckets.tiles:
             yield product, tile
+            if tile.tma:
+                yield product, tile.by_pointers

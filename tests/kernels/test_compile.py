@@ -111,7 +111,9 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     torch.library.opcheck(operators.pack_rows.default, (pictures,))
     x = operators.pack_rows(pictures)
     out = case.embeddings.detach().clone()
-    torch.library.opcheck(operators.project_scatter.default, (x, weight, bias, destinations, out))
+    torch.library.opcheck(
+        operators.project_scatter.default, (x, weight, bias, destinations, None, out)
+    )
     torch.library.opcheck(operators.embedding_grad.default, (case.grad_output, row_at))
     for bias_sum in (True, False):
         torch.library.opcheck(
@@ -119,5 +121,5 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
             (case.grad_output, destinations, torch.float16, bias_sum),
         )
     grad_rows, _ = operators.gather_grad(case.grad_output, destinations, torch.float32, False)
-    torch.library.opcheck(operators.grad_features.default, (grad_rows, weight))
-    torch.library.opcheck(operators.grad_weight.default, (grad_rows, x))
+    torch.library.opcheck(operators.grad_features.default, (grad_rows, weight, None))
+    torch.library.opcheck(operators.grad_weight.default, (grad_rows, x, None))

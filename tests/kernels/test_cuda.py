@@ -244,8 +244,7 @@ def test_a_new_number_of_rows_compiles_nothing():
 
     kernels = [
         plan_ops.locate_kernel,
-        plan_ops.claim_kernel,
-        plan_ops.settle_kernel,
+        plan_ops.assign_kernel,
         project.project_scatter_kernel,
         project.pack_rows_kernel,
         project_backward.embedding_grad_kernel,

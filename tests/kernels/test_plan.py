@@ -54,6 +54,25 @@ def test_locations_are_numbered_across_blocks_of_ids(device, impl, seed, batch_s
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [(7, [2, 3] * 50)],
+        [(token, [3]) for token in (7, 8, 9, 10, 11)],
+        [(7, [1, 2]), (8, [1, 2]), (2**40, [4])],
+        [(7, [3] * 70 + [2] * 40), (8, []), (8, [1] * 33), (9, [0] * 5)],
+    ],
+    ids=["more runs than fit", "more groups than fit", "five runs", "four runs and groups"],
+)
+def test_a_layout_of_any_size_reaches_the_device_whole(device, impl, groups):
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(0, 12, (2, 700), generator=generator)
+    input_ids[1, 5] = 2**40
+    plan = plan_insert(input_ids.to(device), groups, impl=impl)
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_feature_longer_than_a_block_of_rows_is_planned_whole(device, impl):
     input_ids = torch.full((2, 700), 5)
     input_ids[0, 10] = input_ids[1, 300] = 7

@@ -1,0 +1,71 @@
+"""A Triton driver for machines without a GPU: kernels are specialised, cached and compiled by
+Triton's own launch path for the architecture it names, and launched nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+ARCHITECTURES = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class _Utils:
+    def __init__(self) -> None:
+        self._handles = itertools.count(1)
+
+    def load_binary(self, *_: object) -> tuple[int, ...]:
+        """Module, function (a new number each time), registers, spills, most threads."""
+        return 0, next(self._handles), 0, 0, 1024
+
+    def unload_module(self, *_: object) -> None:
+        pass
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 20, "multiprocessor_count": 132}
+
+
+@dataclasses.dataclass
+class NoDriver:
+    """Stands where Triton's driver would.
+
+    Args:
+        architecture: one of :data:`ARCHITECTURES`.
+        on_launch: called with the arguments of each launch that would have happened.
+    """
+
+    architecture: str
+    on_launch: Callable[..., None] = lambda *_: None
+    utils = _Utils()
+
+    def install(self) -> None:
+        """Become this process's driver; before the first launch, and without TRITON_INTERPRET."""
+        if triton.knobs.runtime.interpret:
+            raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+        triton.runtime.driver.set_active(self)
+
+    def get_current_target(self) -> GPUTarget:
+        return ARCHITECTURES[self.architecture]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return self.on_launch
+
+
+def compiled(kernel: Any) -> list[Any]:
+    """What Triton has compiled of a ``@triton.jit`` function, oldest first."""
+    return list(kernel.device_caches[0][0].values())

@@ -1,0 +1,140 @@
+"""What a launch costs the host and hands to the GPU, seen by a driver that launches nothing."""
+
+from __future__ import annotations
+
+import json
+
+from tests.kernels.checks import run_compiling
+
+SETUP = """
+import json
+import torch
+from bench.no_gpu import NoDriver, compiled
+
+launched = []
+NoDriver("sm_90", lambda *arguments: launched.append(arguments)).install()
+
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, insert
+from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+
+insert.use_triton = lambda *_: True
+tiles._capability = lambda _: 90
+H, C = 128, 256
+
+
+def module():
+    words = torch.nn.Embedding(16, H, dtype=torch.bfloat16)
+    lookup = lambda input_ids, position_ids: words(input_ids).transpose(0, 1)
+    return ImageInsertEmbedding(lookup, C, H, projector_bias=True).bfloat16()
+
+
+def step(fused, rows, seq_len, images=1):
+    input_ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    features = torch.zeros(images, rows, C, dtype=torch.bfloat16, requires_grad=True)
+    group = ImageForInsert(insert_start_token=7, image_features=features)
+    return fused(input_ids, [group])
+"""
+
+
+def run(script: str) -> object:
+    done = run_compiling("-c", SETUP + script)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_new_number_of_rows_images_or_tokens_compiles_nothing():
+    script = """
+kernels = [
+    plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
+    gemm.sum_splits_kernel, project_backward.embedding_grad_kernel,
+    project_backward.gather_grad_kernel, project_backward.grad_features_kernel,
+    project_backward.grad_weight_kernel,
+]
+fused = module()
+for rows in (1, 65, 129, 257, 513, 2049):  # each bucket of the tile table
+    step(fused, rows, 64).sum().backward()
+before = [len(compiled(kernel)) for kernel in kernels]
+for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80)):
+    step(fused, rows, seq_len, images).sum().backward()
+print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
+"""
+    before, after = run(script)
+    assert before == after
+    assert before[:2] == [1, 1]
+
+
+def test_a_forward_pass_is_three_launches():
+    script = """
+fused = module()
+step(fused, 169, 2048)
+launched.clear()
+step(fused, 169, 2048)
+print(len(launched))
+"""
+    assert run(script) == 3  # locate, assign, project and scatter
+
+
+def test_the_second_launch_gets_what_triton_gave_the_first():
+    script = """
+memory = torch.zeros(40 * C + 1, dtype=torch.bfloat16)
+aligned, shifted = memory[:-1].view(40, C), memory[1:].view(40, C)
+weight = torch.zeros(H, C, dtype=torch.bfloat16)
+out = torch.zeros(40, 1, H, dtype=torch.bfloat16)
+destinations = torch.zeros(40, dtype=torch.int32)
+
+
+def launch(x, rows):
+    launched.clear()
+    project.project_scatter(x[:rows], weight, None, destinations[:rows], None, out)
+    (arguments,) = launched
+    return arguments
+
+
+def plain(arguments):
+    # grid, stream, function, metadata; the hooks; then the kernel's arguments
+    first, hooks, rest = arguments[:6], arguments[6:9], arguments[9:]
+    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in rest]
+    return [*map(str, first), *map(repr, values)], [hook is not None for hook in hooks]
+
+
+pointers = tiles.Tile(64, 64, 64, 8, 4, 3)
+tiles.pick = lambda *_: pointers
+asked = []
+real_run = type(project.project_scatter_kernel).run
+type(project.project_scatter_kernel).run = lambda *a, **k: asked.append(0) or real_run(*a, **k)
+first, second = plain(launch(aligned, 40)), plain(launch(aligned, 40))
+fewer = plain(launch(aligned, 16))
+times = len(asked)
+other = plain(launch(shifted, 40)), plain(launch(shifted, 40))
+print(json.dumps([first, second, fewer, other, times, len(asked), launch(aligned, 1)[9 + 9]]))
+"""
+    first, second, fewer, other, times, asked, one_row = run(script)
+    assert first == second
+    assert times == 1  # and not for a new number of rows
+    assert [a for a, b in zip(first[0], fewer[0], strict=True) if a != b][-1:] == ["40"]
+    function = 4
+    assert fewer[0][function] == first[0][function]
+    # Memory that is not aligned is another binary.
+    assert other[0] == other[1]
+    assert other[0][0][function] != first[0][function]
+    assert asked == 2
+    assert one_row == 1  # a single row is passed as such
+
+
+def test_hooks_of_a_profiler_see_every_launch():
+    script = """
+import triton
+seen = []
+fused = module()
+step(fused, 169, 64)
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+hooks = []
+for _ in range(2):
+    launched.clear()
+    step(fused, 169, 64)
+    for arguments in launched:  # what the real launcher does with its hook
+        arguments[7](arguments[6])
+print(json.dumps(seen))
+"""
+    names = ["locate_kernel", "assign_kernel", "project_scatter_kernel"]
+    assert run(script) == names * 2

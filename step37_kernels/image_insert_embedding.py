@@ -23,7 +23,7 @@ from step37_kernels.insert import (
     plan_runs,
     project_and_insert,
 )
-from step37_kernels.parallel import SequenceLayout
+from step37_kernels.parallel import LayoutRule, SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,9 @@ class ImageInsertEmbedding(nn.Module):
             warning (on CUDA by a later forward, once the counts have arrived), and cut or
             overlapping spans are taken as they are.
         layout: which rows of the sequence this rank holds, under sequence or context parallelism;
-            None for all. ``forward`` takes the whole ``input_ids`` all the same.
+            None for all. ``forward`` takes the whole ``input_ids`` all the same. A function is
+            called with the language embedding in each forward and returns one of the two:
+            :func:`step37_kernels.megatron.auto_layout` reads Megatron's state then.
         gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
             fp32, by Megatron-Core's conventions, instead of handing it to autograd.
         text_only_gradient: give the projector a gradient of zeros where a forward has no image
@@ -252,7 +254,7 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
-        layout: SequenceLayout | None = None,
+        layout: SequenceLayout | LayoutRule | None = None,
         gradient_accumulation_fusion: bool = False,
         text_only_gradient: bool = False,
     ) -> None:
@@ -278,25 +280,24 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
-        layout: SequenceLayout | None = None,
+        layout: SequenceLayout | LayoutRule | None = None,
         gradient_accumulation_fusion: bool = False,
         text_only_gradient: bool = False,
     ) -> None:
         """Set all options, which are those of the constructor."""
         if impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
+        if not (layout is None or isinstance(layout, SequenceLayout) or callable(layout)):
+            raise ValueError(
+                "layout: expected a SequenceLayout, a function that returns one (such as "
+                f"step37_kernels.megatron.auto_layout) or None, got {layout!r}"
+            )
         self.impl = impl
         self.strict = strict
         self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.text_only_gradient = text_only_gradient
-        parted = layout is not None and layout.sequence_parallel_group is not None
-        for parameter in self.align_projector.parameters():
-            # Each rank's gradient is that of its own rows; Megatron sums those so marked.
-            if parted:
-                parameter.sequence_parallel = True  # type: ignore[attr-defined]
-            elif hasattr(parameter, "sequence_parallel"):
-                del parameter.sequence_parallel
+        self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
         return (
@@ -368,11 +369,12 @@ class ImageInsertEmbedding(nn.Module):
                 ``strict``, a batch whose tokens and features do not fit.
         """
         _count_watch.poll()
-        if self.layout is None:
+        layout = self._layout_now()
+        if layout is None:
             embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
             positions = None
         else:
-            embeddings, positions = self._look_up_shard(input_ids, position_ids)
+            embeddings, positions = self._look_up_shard(layout, input_ids, position_ids)
         if not images:
             return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
@@ -402,9 +404,9 @@ class ImageInsertEmbedding(nn.Module):
             _count_watch.watch(plan)
         if not features:
             return self._without_image_rows(embeddings)
-        if self.layout is not None and positions is not None:
+        if layout is not None and positions is not None:
             plan = plan.shard(positions)
-            features = [self.layout.complete_gradient(tensor) for tensor in features]
+            features = [layout.complete_gradient(tensor) for tensor in features]
         if not plain:
             flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
             flat = pick_rows(flat, plan.local_rows)
@@ -420,19 +422,36 @@ class ImageInsertEmbedding(nn.Module):
             impl=self.impl,
         )
 
+    def _layout_now(self) -> SequenceLayout | None:
+        if self.layout is None or isinstance(self.layout, SequenceLayout):
+            return self.layout
+        layout = self.layout(self._language_embedding)
+        self._mark_projector(layout)
+        return layout
+
+    def _mark_projector(self, layout: SequenceLayout | None) -> None:
+        """Under sequence parallelism each rank's gradient is that of its own rows; Megatron sums
+        the gradients of parameters so marked."""
+        parted = layout is not None and layout.sequence_parallel_group is not None
+        for parameter in self.align_projector.parameters():
+            marked = getattr(parameter, "sequence_parallel", False)
+            if parted and not marked:
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
+            elif marked and not parted:
+                del parameter.sequence_parallel  # type: ignore[attr-defined]
+
     def _look_up_shard(
-        self, input_ids: Tensor, position_ids: Tensor | None
+        self, layout: SequenceLayout, input_ids: Tensor, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """This rank's word embeddings, and their positions in the whole sequence."""
-        assert self.layout is not None
         seq_len = input_ids.shape[1]
-        looked_up = self.layout.positions_looked_up(seq_len, input_ids.device)
+        looked_up = layout.positions_looked_up(seq_len, input_ids.device)
         if looked_up is not None:
             input_ids = input_ids.index_select(1, looked_up)
             if position_ids is not None:
                 position_ids = position_ids.index_select(1, looked_up)
         embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
-        return self.layout.shard(embeddings, seq_len, looked_up)
+        return layout.shard(embeddings, seq_len, looked_up)
 
     def _is_projector_plain(self) -> bool:
         """Whether its weight and bias may stand for the projector.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -208,6 +209,14 @@ def _warn_unfused(kind: str) -> None:
     )
 
 
+def _layout_name(layout: SequenceLayout | LayoutRule) -> str:
+    """For a reader: what is divided, without the groups' addresses and the values of a tensor."""
+    if not isinstance(layout, SequenceLayout):
+        return getattr(layout, "__name__", repr(layout))
+    given = [f.name for f in dataclasses.fields(layout) if getattr(layout, f.name) is not None]
+    return f"SequenceLayout({', '.join(given)})"
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -300,10 +309,16 @@ class ImageInsertEmbedding(nn.Module):
         self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
-        return (
-            f"impl={self.impl!r}, strict={self.strict}, "
-            f"text_only_gradient={self.text_only_gradient}"
-        )
+        parts = [
+            f"impl={self.impl!r}",
+            f"strict={self.strict}",
+            f"text_only_gradient={self.text_only_gradient}",
+        ]
+        if self.gradient_accumulation_fusion:
+            parts.append("gradient_accumulation_fusion=True")
+        if self.layout is not None:
+            parts.append(f"layout={_layout_name(self.layout)}")
+        return ", ".join(parts)
 
     @staticmethod
     def insert_features(

@@ -126,8 +126,6 @@ class _CountWatch:
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
-        if torch.compiler.is_compiling():
-            return
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
@@ -158,6 +156,46 @@ class _CountWatch:
 
 _count_watch = _CountWatch()
 # Of the process, not of a module: a module with events in it could not be copied or pickled.
+
+
+@torch.library.custom_op(
+    "step37::watch_counts",
+    mutates_args=(),
+    schema="(Tensor found, int[] tokens, SymInt[] features) -> Tensor",
+)
+def _watch_in_graph(found: Tensor, tokens: list[int], features: list[int]) -> Tensor:
+    """:class:`_CountWatch` from within a compiled graph, which would drop what nobody needs.
+
+    Returns:
+        ``[1]`` int32, a zero that no compiler knows to be one: for what is needed to depend on.
+    """
+    nothing = found.new_empty(0)
+    runs = tuple((token, ((count, 0),)) for token, count in zip(tokens, features, strict=True))
+    _count_watch.poll()
+    # Only its counts are looked at.
+    _count_watch.watch(
+        InsertPlan(destinations=nothing, row_at=nothing, starts=nothing, found=found, runs=runs)
+    )
+    return found.new_zeros(1)
+
+
+@_watch_in_graph.register_fake
+def _(found: Tensor, tokens: list[int], features: list[int]) -> Tensor:
+    del tokens, features
+    return found.new_empty(1)
+
+
+def _watch(plan: InsertPlan) -> InsertPlan:
+    """See to it that differing counts are warned about; the plan to go on with."""
+    if not torch.compiler.is_compiling():
+        _count_watch.watch(plan)
+        return plan
+    tokens = [token for token, _ in plan.runs]
+    features = [sum(count for count, _ in group) for _, group in plan.runs]
+    zero = _watch_in_graph(plan.found, tokens, features)
+    return dataclasses.replace(
+        plan, destinations=plan.destinations + zero, row_at=plan.row_at + zero
+    )
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -234,8 +272,9 @@ class ImageInsertEmbedding(nn.Module):
         impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
         strict: raise ``ValueError`` at once where start tokens and features differ in number, a
             span is cut off at the end of its sequence, or spans overlap. Waits for the device in
-            every forward. Off, differing numbers are paired up to the smaller one and logged as a
-            warning (on CUDA by a later forward, once the counts have arrived), and cut or
+            every forward, so ``torch.compile`` breaks its graph there, and refuses to under
+            ``fullgraph=True``. Off, differing numbers are paired up to the smaller one and logged
+            as a warning (on CUDA by a later forward, once the counts have arrived), and cut or
             overlapping spans are taken as they are.
         layout: which rows of the sequence this rank holds, under sequence or context parallelism;
             None for all. ``forward`` takes the whole ``input_ids`` all the same. A function is
@@ -344,8 +383,7 @@ class ImageInsertEmbedding(nn.Module):
         """
         _count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
-        plan = plan_runs(input_ids, (_run(flag, tensors),))
-        _count_watch.watch(plan)
+        plan = _watch(plan_runs(input_ids, (_run(flag, tensors),)))
         hidden = input_embeddings.shape[-1]
         rows = []
         for tensor in tensors:
@@ -414,9 +452,14 @@ class ImageInsertEmbedding(nn.Module):
             ]
         plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(
+                    msg="strict=True of ImageInsertEmbedding waits for the device, which no graph "
+                    "can hold: compile without fullgraph=True, or pass strict=False"
+                )
             plan.check()
         else:
-            _count_watch.watch(plan)
+            plan = _watch(plan)
         if not features:
             return self._without_image_rows(embeddings)
         if layout is not None and positions is not None:

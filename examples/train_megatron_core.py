@@ -203,6 +203,8 @@ def train(rank: int, folder: str) -> list[float]:
             for parameter in trained:
                 parameter.grad = parameter.main_grad
             optimizer.step()
+            # Autograd would add the next gradient to it, and DDP's hook that sum to main_grad.
+            optimizer.zero_grad()
             mean = loss.detach() / WORLD
             dist.all_reduce(mean)
             means.append(mean.item())

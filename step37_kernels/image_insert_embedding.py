@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -23,7 +24,7 @@ from step37_kernels.insert import (
     plan_runs,
     project_and_insert,
 )
-from step37_kernels.parallel import SequenceLayout
+from step37_kernels.parallel import LayoutRule, SequenceLayout
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,6 @@ class _CountWatch:
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
-        if torch.compiler.is_compiling():
-            return
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
@@ -157,6 +156,46 @@ class _CountWatch:
 
 _count_watch = _CountWatch()
 # Of the process, not of a module: a module with events in it could not be copied or pickled.
+
+
+@torch.library.custom_op(
+    "step37::watch_counts",
+    mutates_args=(),
+    schema="(Tensor found, int[] tokens, SymInt[] features) -> Tensor",
+)
+def _watch_in_graph(found: Tensor, tokens: list[int], features: list[int]) -> Tensor:
+    """:class:`_CountWatch` from within a compiled graph, which would drop what nobody needs.
+
+    Returns:
+        ``[1]`` int32, a zero that no compiler knows to be one: for what is needed to depend on.
+    """
+    nothing = found.new_empty(0)
+    runs = tuple((token, ((count, 0),)) for token, count in zip(tokens, features, strict=True))
+    _count_watch.poll()
+    # Only its counts are looked at.
+    _count_watch.watch(
+        InsertPlan(destinations=nothing, row_at=nothing, starts=nothing, found=found, runs=runs)
+    )
+    return found.new_zeros(1)
+
+
+@_watch_in_graph.register_fake
+def _(found: Tensor, tokens: list[int], features: list[int]) -> Tensor:
+    del tokens, features
+    return found.new_empty(1)
+
+
+def _watch(plan: InsertPlan) -> InsertPlan:
+    """See to it that differing counts are warned about; the plan to go on with."""
+    if not torch.compiler.is_compiling():
+        _count_watch.watch(plan)
+        return plan
+    tokens = [token for token, _ in plan.runs]
+    features = [sum(count for count, _ in group) for _, group in plan.runs]
+    zero = _watch_in_graph(plan.found, tokens, features)
+    return dataclasses.replace(
+        plan, destinations=plan.destinations + zero, row_at=plan.row_at + zero
+    )
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -208,6 +247,14 @@ def _warn_unfused(kind: str) -> None:
     )
 
 
+def _layout_name(layout: SequenceLayout | LayoutRule) -> str:
+    """For a reader: what is divided, without the groups' addresses and the values of a tensor."""
+    if not isinstance(layout, SequenceLayout):
+        return getattr(layout, "__name__", repr(layout))
+    given = [f.name for f in dataclasses.fields(layout) if getattr(layout, f.name) is not None]
+    return f"SequenceLayout({', '.join(given)})"
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -225,11 +272,14 @@ class ImageInsertEmbedding(nn.Module):
         impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
         strict: raise ``ValueError`` at once where start tokens and features differ in number, a
             span is cut off at the end of its sequence, or spans overlap. Waits for the device in
-            every forward. Off, differing numbers are paired up to the smaller one and logged as a
-            warning (on CUDA by a later forward, once the counts have arrived), and cut or
+            every forward, so ``torch.compile`` breaks its graph there, and refuses to under
+            ``fullgraph=True``. Off, differing numbers are paired up to the smaller one and logged
+            as a warning (on CUDA by a later forward, once the counts have arrived), and cut or
             overlapping spans are taken as they are.
         layout: which rows of the sequence this rank holds, under sequence or context parallelism;
-            None for all. ``forward`` takes the whole ``input_ids`` all the same.
+            None for all. ``forward`` takes the whole ``input_ids`` all the same. A function is
+            called with the language embedding in each forward and returns one of the two:
+            :func:`step37_kernels.megatron.auto_layout` reads Megatron's state then.
         gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
             fp32, by Megatron-Core's conventions, instead of handing it to autograd.
         text_only_gradient: give the projector a gradient of zeros where a forward has no image
@@ -252,7 +302,7 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
-        layout: SequenceLayout | None = None,
+        layout: SequenceLayout | LayoutRule | None = None,
         gradient_accumulation_fusion: bool = False,
         text_only_gradient: bool = False,
     ) -> None:
@@ -278,31 +328,36 @@ class ImageInsertEmbedding(nn.Module):
         *,
         impl: Impl = "auto",
         strict: bool = False,
-        layout: SequenceLayout | None = None,
+        layout: SequenceLayout | LayoutRule | None = None,
         gradient_accumulation_fusion: bool = False,
         text_only_gradient: bool = False,
     ) -> None:
         """Set all options, which are those of the constructor."""
         if impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl: expected one of auto, triton, torch, got {impl!r}")
+        if not (layout is None or isinstance(layout, SequenceLayout) or callable(layout)):
+            raise ValueError(
+                "layout: expected a SequenceLayout, a function that returns one (such as "
+                f"step37_kernels.megatron.auto_layout) or None, got {layout!r}"
+            )
         self.impl = impl
         self.strict = strict
         self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.text_only_gradient = text_only_gradient
-        parted = layout is not None and layout.sequence_parallel_group is not None
-        for parameter in self.align_projector.parameters():
-            # Each rank's gradient is that of its own rows; Megatron sums those so marked.
-            if parted:
-                parameter.sequence_parallel = True  # type: ignore[attr-defined]
-            elif hasattr(parameter, "sequence_parallel"):
-                del parameter.sequence_parallel
+        self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
-        return (
-            f"impl={self.impl!r}, strict={self.strict}, "
-            f"text_only_gradient={self.text_only_gradient}"
-        )
+        parts = [
+            f"impl={self.impl!r}",
+            f"strict={self.strict}",
+            f"text_only_gradient={self.text_only_gradient}",
+        ]
+        if self.gradient_accumulation_fusion:
+            parts.append("gradient_accumulation_fusion=True")
+        if self.layout is not None:
+            parts.append(f"layout={_layout_name(self.layout)}")
+        return ", ".join(parts)
 
     @staticmethod
     def insert_features(
@@ -328,8 +383,7 @@ class ImageInsertEmbedding(nn.Module):
         """
         _count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
-        plan = plan_runs(input_ids, (_run(flag, tensors),))
-        _count_watch.watch(plan)
+        plan = _watch(plan_runs(input_ids, (_run(flag, tensors),)))
         hidden = input_embeddings.shape[-1]
         rows = []
         for tensor in tensors:
@@ -368,11 +422,12 @@ class ImageInsertEmbedding(nn.Module):
                 ``strict``, a batch whose tokens and features do not fit.
         """
         _count_watch.poll()
-        if self.layout is None:
+        layout = self._layout_now()
+        if layout is None:
             embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
             positions = None
         else:
-            embeddings, positions = self._look_up_shard(input_ids, position_ids)
+            embeddings, positions = self._look_up_shard(layout, input_ids, position_ids)
         if not images:
             return self._without_image_rows(embeddings)
         unshared = _is_unshared(embeddings)
@@ -397,14 +452,19 @@ class ImageInsertEmbedding(nn.Module):
             ]
         plan = plan_runs(input_ids, tuple(runs), impl=self.impl)
         if self.strict:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(
+                    msg="strict=True of ImageInsertEmbedding waits for the device, which no graph "
+                    "can hold: compile without fullgraph=True, or pass strict=False"
+                )
             plan.check()
         else:
-            _count_watch.watch(plan)
+            plan = _watch(plan)
         if not features:
             return self._without_image_rows(embeddings)
-        if self.layout is not None and positions is not None:
+        if layout is not None and positions is not None:
             plan = plan.shard(positions)
-            features = [self.layout.complete_gradient(tensor) for tensor in features]
+            features = [layout.complete_gradient(tensor) for tensor in features]
         if not plain:
             flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
             flat = pick_rows(flat, plan.local_rows)
@@ -420,19 +480,36 @@ class ImageInsertEmbedding(nn.Module):
             impl=self.impl,
         )
 
+    def _layout_now(self) -> SequenceLayout | None:
+        if self.layout is None or isinstance(self.layout, SequenceLayout):
+            return self.layout
+        layout = self.layout(self._language_embedding)
+        self._mark_projector(layout)
+        return layout
+
+    def _mark_projector(self, layout: SequenceLayout | None) -> None:
+        """Under sequence parallelism each rank's gradient is that of its own rows; Megatron sums
+        the gradients of parameters so marked."""
+        parted = layout is not None and layout.sequence_parallel_group is not None
+        for parameter in self.align_projector.parameters():
+            marked = getattr(parameter, "sequence_parallel", False)
+            if parted and not marked:
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
+            elif marked and not parted:
+                del parameter.sequence_parallel  # type: ignore[attr-defined]
+
     def _look_up_shard(
-        self, input_ids: Tensor, position_ids: Tensor | None
+        self, layout: SequenceLayout, input_ids: Tensor, position_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """This rank's word embeddings, and their positions in the whole sequence."""
-        assert self.layout is not None
         seq_len = input_ids.shape[1]
-        looked_up = self.layout.positions_looked_up(seq_len, input_ids.device)
+        looked_up = layout.positions_looked_up(seq_len, input_ids.device)
         if looked_up is not None:
             input_ids = input_ids.index_select(1, looked_up)
             if position_ids is not None:
                 position_ids = position_ids.index_select(1, looked_up)
         embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
-        return self.layout.shard(embeddings, seq_len, looked_up)
+        return layout.shard(embeddings, seq_len, looked_up)
 
     def _is_projector_plain(self) -> bool:
         """Whether its weight and bias may stand for the projector.

@@ -9,6 +9,7 @@ Plain ``torch.distributed``; :mod:`step37_kernels.megatron` builds a layout from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,3 +171,7 @@ class SequenceLayout:
             return features
         result: Tensor = _SumGradient.apply(features, group)
         return result
+
+
+LayoutRule = Callable[[Any], SequenceLayout | None]
+"""Gives the layout of this rank from the borrowed language embedding, in every forward anew."""

@@ -33,6 +33,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor
         if tensor.is_floating_point():
             return tensor.fill_(float("nan"))
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
         return tensor.fill_(torch.iinfo(tensor.dtype).max)
 
     monkeypatch.setattr(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, image_insert_embedding
 from step37_kernels._plan import to_runs
+from step37_kernels.parallel import SequenceLayout
 from step37_kernels.testing import make_insert_case
 from tests.kernels.strategies import FILLER, TOKENS
 
@@ -84,6 +85,70 @@ def test_one_graph_forward_and_backward_for_all_lengths(device, impl):
     assert len(graphs) == dynamic
 
 
+def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The compiler logs as well."""
+    name = image_insert_embedding.__name__
+    return [record.getMessage() for record in caplog.records if record.name == name]
+
+
+def wait_for_counts(device: str) -> None:
+    """On CUDA they are read by a later forward, once they have arrived."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        image_insert_embedding._count_watch.poll()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("layout", [None, SequenceLayout()], ids=["whole", "shard"])
+def test_a_count_mismatch_is_reported_out_of_a_compiled_graph(device, impl, layout, caplog):
+    module, _ = make_module(device, impl)
+    module.configure(impl=impl, layout=layout)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    ids, pictures, crops = make_batch(device, 3, 2, 60)
+    compiled(ids, groups_of(pictures, crops))
+    wait_for_counts(device)
+    assert our_warnings(caplog) == []
+    ids[0, 9] = FILLER
+    for _ in range(2):
+        compiled(ids, groups_of(pictures, crops)).sum().backward()
+    wait_for_counts(device)
+    sentence = f"start token {IM_START}: 2 in input_ids, 3 features; inserting 2"
+    first, second = our_warnings(caplog)
+    assert first == second
+    assert first.endswith(sentence)
+
+
+def test_insert_features_reports_it_too(device, caplog):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        ImageInsertEmbedding.insert_features, fullgraph=True, backend="aot_eager"
+    )
+    ids = torch.full((1, 8), FILLER, device=device)
+    ids[0, 1] = IM_START
+    compiled(torch.zeros(8, 1, 4, device=device), torch.ones(2, 2, 4, device=device), ids, IM_START)
+    wait_for_counts(device)
+    assert "1 in input_ids, 2 features; inserting 1" in caplog.text
+
+
+def test_strict_breaks_the_graph_and_says_so_where_it_may_not(device):
+    module, _ = make_module(device, "torch")
+    module.configure(strict=True)
+    ids, pictures, crops = make_batch(device, 3, 2, 60)
+    right = module(ids, groups_of(pictures, crops))
+    wrong = ids.clone()
+    wrong[0, 9] = FILLER
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, groups_of(pictures, crops)), right)
+    with pytest.raises(ValueError, match="2 in input_ids, 3 features"):
+        compiled(wrong, groups_of(pictures, crops))
+    torch._dynamo.reset()
+    whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"strict=True .* compile without fullgraph=True"):
+        whole(ids, groups_of(pictures, crops))
+
+
 @pytest.mark.parametrize("triton", [True, False])
 def test_the_operators_keep_what_their_schemas_say(device, triton):
     ids = torch.full((2, 20), FILLER)
@@ -103,6 +168,8 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     arguments = (case.input_ids, [token], [1], [features], [rows], triton)
     operators = torch.ops.step37
     torch.library.opcheck(operators.plan.default, arguments)
+    found = operators.plan(*arguments)[3]
+    torch.library.opcheck(operators.watch_counts.default, (found, [token], [features]))
     if not triton:
         return
     destinations, row_at, _, _ = operators.plan(*arguments)

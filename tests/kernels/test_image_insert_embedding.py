@@ -23,6 +23,8 @@ from step37_kernels import (
     reference,
 )
 from step37_kernels.image_insert_embedding import _CountWatch, _is_unshared
+from step37_kernels.megatron import auto_layout
+from step37_kernels.parallel import SequenceLayout
 from step37_kernels.testing import make_insert_case
 from tests.kernels.checks import assert_gradients, assert_output
 from tests.kernels.strategies import TOKENS, feature_groups, token_ids
@@ -239,6 +241,20 @@ def test_strict_lets_a_right_batch_pass(device):
 def test_an_unknown_implementation_is_refused_when_built():
     with pytest.raises(ValueError, match=r"impl: expected one of auto, triton, torch, got 'fast'"):
         ImageInsertEmbedding(WordEmbedding(16), 24, 16, impl="fast")
+
+
+def test_the_repr_names_the_options_that_are_set():
+    words = WordEmbedding(16)
+    module = ImageInsertEmbedding(words, 24, 16)
+    assert module.extra_repr() == "impl='auto', strict=False, text_only_gradient=False"
+    layout = SequenceLayout(cu_seqlens=torch.tensor([0, 8]))
+    module.configure(strict=True, gradient_accumulation_fusion=True, layout=layout)
+    assert module.extra_repr() == (
+        "impl='auto', strict=True, text_only_gradient=False, gradient_accumulation_fusion=True, "
+        "layout=SequenceLayout(cu_seqlens)"
+    )
+    module.configure(layout=auto_layout)
+    assert module.extra_repr().endswith("text_only_gradient=False, layout=auto_layout")
 
 
 def test_modules_copy_and_pickle(device):

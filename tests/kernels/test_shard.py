@@ -51,6 +51,32 @@ def test_the_shards_together_are_the_whole_plan(arguments):
     assert seen == wanted
 
 
+@given(arguments=sharded_plans())
+def test_every_row_that_lands_is_one_ranks_work_and_comes_before_unused_entries(arguments):
+    input_ids, groups, shards = arguments
+    whole = plan_insert(input_ids, groups, impl="torch")
+    live = []
+    for positions in shards:
+        part = whole.shard(positions)
+        assert part.local_rows.numel() == min(
+            whole.num_rows, positions.numel() * input_ids.shape[0]
+        )
+        live.append(int((part.local_rows >= 0).sum()))
+        assert (part.local_rows[: live[-1]] >= 0).all()
+    dropped = int((whole.destinations < 0).sum())
+    assert sum(live) == whole.num_rows - dropped
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_rows_of_a_rank_shrink_by_the_number_of_ranks(ranks):
+    ids = torch.full((1, 64), FILLER)
+    ids[0, ::16] = TOKENS[0]
+    plan = plan_insert(ids, [(TOKENS[0], [12] * 4)])
+    parts = [plan.shard(positions) for positions in torch.arange(64).tensor_split(ranks)]
+    assert [int((part.local_rows >= 0).sum()) for part in parts] == [48 // ranks] * ranks
+    assert [part.local_rows.numel() for part in parts] == [min(48, 64 // ranks)] * ranks
+
+
 @st.composite
 def sharded_cases(draw: st.DrawFn):
     input_ids = draw(token_ids(max_batch=2, max_seq=20))

@@ -21,7 +21,13 @@ from step37_data.prefetch import PackError
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, unpatch_step37
 from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.models import IM_START, PATCH_START, VOCABULARY, build
+from tests.megatron.stand_ins.models import (
+    IM_START,
+    PATCH_START,
+    VOCABULARY,
+    build,
+    set_weights,
+)
 from tests.megatron.stand_ins.processes import (
     CudaMeansCpu,
     let_the_cpu_play_the_gpu,
@@ -387,24 +393,6 @@ def train(folder: str, steps: int, parallel: dict[str, int]) -> list[float]:
                 results.append((total / tokens).item())
         step.close()
         return results
-
-
-def set_weights(model: Any, first_layer: int) -> None:
-    """The same weights for a layer wherever it is: drawn from its name in the whole model."""
-    import re
-    import zlib
-
-    for name, parameter in model.named_parameters():
-        whole = re.sub(
-            r"decoder\.layers\.(\d+)",
-            lambda match: f"decoder.layers.{int(match[1]) + first_layer}",
-            name,
-        )
-        if "norm" in name:
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(whole.encode()))
-        with torch.no_grad():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 STEPS = 3

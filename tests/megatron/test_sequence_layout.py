@@ -77,12 +77,13 @@ def one_rank(
     sequence_parallel: bool,
     scatter: bool,
     cu_seqlens: Tensor | None,
+    auto: bool = False,
 ) -> dict[str, Tensor]:
     """Forward and backward of one rank; ``positions`` says which rows are its own."""
     from megatron.core import parallel_state
 
     from step37_kernels import ImageForInsert
-    from step37_kernels.megatron import sequence_layout
+    from step37_kernels.megatron import auto_layout, sequence_layout
 
     del rank
     layout = sequence_layout(sequence_parallel=sequence_parallel, cu_seqlens=cu_seqlens)
@@ -91,12 +92,12 @@ def one_rank(
     words = make_words(sequence_parallel, tensor_ranks, scatter)
     module = ImageInsertEmbedding(words, WIDTH, HIDDEN, projector_bias=True, impl=impl, strict=True)
     module.align_projector = make_projector()
-    module.configure(impl=impl, strict=True, layout=layout)
+    module.configure(impl=impl, strict=True, layout=auto_layout if auto else layout)
     ids, features, grad_output = make_batch(batch_size)
     features.requires_grad_()
     output = module(ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
     with torch.no_grad():
-        _, positions = module._look_up_shard(ids, None)
+        _, positions = module._look_up_shard(layout, ids, None)
     output.backward(grad_output[positions])
     projector = module.align_projector
     for parameter in projector.parameters():
@@ -154,9 +155,13 @@ def assert_same(
 CU_SEQLENS = torch.tensor([0, 8, 20, SEQ_LEN], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("impl", "scatter", "batch_size"), [(IMPL, False, 1), ("torch", True, 2)])
-def test_two_sequence_parallel_ranks_are_one(impl, scatter, batch_size):
-    arguments: tuple[Any, ...] = (impl, batch_size, True, scatter, None)
+@pytest.mark.parametrize(
+    ("impl", "scatter", "batch_size", "auto"),
+    [(IMPL, False, 1, False), ("torch", True, 2, True)],
+    ids=["divided here", "divided by the embedding"],
+)
+def test_two_sequence_parallel_ranks_are_one(impl, scatter, batch_size, auto):
+    arguments: tuple[Any, ...] = (impl, batch_size, True, scatter, None, auto)
     ranks = run(one_rank, *arguments, tensor_model_parallel_size=2)
     assert_same(ranks, whole(batch_size), vocabulary_parts=2)
     for rank in ranks:

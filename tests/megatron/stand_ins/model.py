@@ -17,9 +17,17 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from step37_kernels.parallel import context_parallel_positions
 
 PATCH = 14
 
@@ -35,6 +43,55 @@ class VisionTower(nn.Module):
         return self.conv(images).flatten(2).transpose(1, 2)
 
 
+class GatheredAttention(nn.Module):
+    """Core attention for context parallelism, which megatron-core leaves to Transformer Engine.
+
+    Each rank gathers all keys and values and attends with its own queries: one of the ways in which
+    Transformer Engine does it (``cp_comm_type="all_gather"``). The mask is ``[1, 1, S / cp, S]``,
+    its columns in the order in which the ranks' rows are gathered.
+    """
+
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        super().__init__()
+        del config
+        self.group = options["pg_collection"].cp
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        del options
+        key, value = (
+            gather_from_sequence_parallel_region(t, group=self.group) for t in (key, value)
+        )
+        scores = torch.einsum("qbnd,kbnd->bnqk", query, key) / query.shape[-1] ** 0.5
+        shares = scores.masked_fill(attention_mask, float("-inf")).softmax(-1)
+        return torch.einsum("bnqk,kbnd->qbnd", shares, value).flatten(2)
+
+
+class MarkedNorm(nn.LayerNorm):
+    """A norm for sequence parallelism, which megatron-core leaves to Transformer Engine and Apex.
+
+    They mark the parameters, so that ``finalize_model_grads`` sums their gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+def local_layers(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Local layers, with the parts above where megatron-core has none of its own."""
+    layer = get_gpt_layer_local_spec()
+    parts, norm = layer.submodules, WrappedTorchNorm
+    if config.context_parallel_size > 1:
+        parts.self_attention.submodules.core_attention = GatheredAttention
+    if config.sequence_parallel:
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm = MarkedNorm
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
 class Step37Model(MegatronModule):
     """Vision tower and image insertion on the first pipeline stage, ``GPTModel`` on all."""
 
@@ -48,6 +105,7 @@ class Step37Model(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        position_embedding_type: str = "rope",
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder
@@ -57,12 +115,12 @@ class Step37Model(MegatronModule):
         self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         self.language_model = GPTModel(
             config,
-            get_gpt_layer_local_spec(),
+            local_layers(config, vp_stage),
             vocab_size=vocab_size,
             max_sequence_length=4096,
             pre_process=pre_process,
             post_process=post_process,
-            position_embedding_type="rope",
+            position_embedding_type=position_embedding_type,
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
@@ -109,10 +167,20 @@ class Step37Model(MegatronModule):
                 input_ids=input_ids, images=encoded, position_ids=position_ids
             )
         # Local attention takes no PackedSeqParams; only Transformer Engine's does.
+        hidden = hidden_from(packed_seq_params.cu_seqlens_q)
+        ranks = self.config.context_parallel_size
+        if ranks > 1:
+            rows = [
+                context_parallel_positions(
+                    hidden.shape[-1], ranks, r, packed_seq_params.cu_seqlens_q
+                )
+                for r in range(ranks)
+            ]
+            hidden = hidden[:, :, rows[self.pg_collection.cp.rank()]][..., torch.cat(rows)]
         return self.language_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=hidden_from(packed_seq_params.cu_seqlens_q),
+            attention_mask=hidden,
             decoder_input=embeddings,
             labels=labels,
             loss_mask=loss_mask,

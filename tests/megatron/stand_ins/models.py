@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
+import zlib
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ def build(*, seed: int | None = 0, projector_bias: bool = False, **options: Any)
     """Two layers in fp32; the same weights for the same seed, whichever class is in place."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    names = ("pre_process", "post_process", "vp_stage")
+    names = ("pre_process", "post_process", "vp_stage", "position_embedding_type")
     stage = {name: options.pop(name) for name in names if name in options}
     config = {
         "num_layers": 2,
@@ -45,6 +47,36 @@ def build(*, seed: int | None = 0, projector_bias: bool = False, **options: Any)
             projector_bias=projector_bias,
             **stage,
         )
+
+
+def set_weights(model: Any, first_layer: int = 0, tensor_rank: int = 0) -> None:
+    """The same weights for a layer wherever it is: drawn from its name in the whole model, and of
+    what tensor parallelism shards, this rank's part."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            continue
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(name_in_whole(name, first_layer).encode())
+        )
+        shape = list(parameter.shape)
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if sharded:
+            shape[parameter.partition_dim] *= model.config.tensor_model_parallel_size
+        whole = 0.1 * torch.randn(shape, generator=generator)
+        if sharded:
+            ranks = model.config.tensor_model_parallel_size
+            whole = whole.tensor_split(ranks, parameter.partition_dim)[tensor_rank]
+        with torch.no_grad():
+            parameter.copy_(whole)
+
+
+def name_in_whole(name: str, first_layer: int) -> str:
+    """A parameter's name in a model of one stage, from that in a chunk behind ``first_layer``."""
+    return re.sub(
+        r"decoder\.layers\.(\d+)",
+        lambda match: f"decoder.layers.{int(match[1]) + first_layer}",
+        name,
+    )
 
 
 def ids(seed: int = 1, images: int = 2) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from step37_kernels.ops.common import INTERPRETED, round_to
+from step37_kernels.ops.common import INTERPRETED, ceil_div, round_to
 from step37_kernels.ops.launch import Constants, Launcher
 from step37_kernels.ops.tiles import Tile
 
@@ -205,7 +205,7 @@ def operand(matrix: Tensor, rows: int, cols: int, tile: Tile) -> Tensor | Tensor
 
 def num_programs(tile: Tile, rows: int, cols: int, device: torch.device) -> int:
     """Programs along the first axis for an output of ``[rows, cols]``."""
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(cols, tile.block_n)
+    tiles = ceil_div(rows, tile.block_m) * ceil_div(cols, tile.block_n)
     return min(tiles, _processors(device)) if tile.persistent else tiles
 
 
@@ -248,7 +248,7 @@ def sum_splits(
         return
     split_k, rows, cols = partial.shape
     _sum_splits(
-        (triton.cdiv(rows, _SUM_ROWS), triton.cdiv(cols, _SUM_COLS)),
+        (ceil_div(rows, _SUM_ROWS), ceil_div(cols, _SUM_COLS)),
         (
             partial,
             weight if bias is None else bias,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import device_of
+from step37_kernels.ops.common import ceil_div, device_of
 
 BLOCK_PIXELS = 1024
 
@@ -127,7 +127,7 @@ def normalize(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         and (n == 1 or image_stride % 4 == 0)
         and pixels.data_ptr() % 4 == 0
     )
-    grid = (n * rows * triton.cdiv(columns, BLOCK_PIXELS),)
+    grid = (n * rows * ceil_div(columns, BLOCK_PIXELS),)
     with device_of(pixels):
         normalize_kernel[grid](
             pixels,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import device_of
+from step37_kernels.ops.common import ceil_div, device_of
 from step37_kernels.ops.launch import Constants, Launcher
 
 LOCATE_BLOCK = 2048
@@ -255,7 +255,7 @@ def plan_rows(
     found = empty(len(groups))
     with device_of(input_ids):
         _locate(
-            (triton.cdiv(num_positions, LOCATE_BLOCK), len(groups)),
+            (ceil_div(num_positions, LOCATE_BLOCK), len(groups)),
             (input_ids, group_table, starts, found, destinations),
             (),
             (
@@ -265,7 +265,7 @@ def plan_rows(
             locate_constants,
         )
         _assign(
-            (triton.cdiv(num_positions, ASSIGN_BLOCK),),
+            (ceil_div(num_positions, ASSIGN_BLOCK),),
             (starts, offsets, row_at, destinations),
             (),
             (batch_size, num_positions, num_features, *rows, *run_firsts),

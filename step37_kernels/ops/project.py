@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED, device_of, dot_precision
+from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision
 from step37_kernels.ops.gemm import (
     finish_tile,
     load_block,
@@ -167,7 +167,7 @@ def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
     with device_of(packed):
         for feature in features:
             n, rows_each, _ = feature.shape
-            grid = (n * triton.cdiv(rows_each, PACK_BLOCK_L), triton.cdiv(width, PACK_BLOCK_C))
+            grid = (n * ceil_div(rows_each, PACK_BLOCK_L), ceil_div(width, PACK_BLOCK_C))
             stride_n, *strides = feature.stride()
             _pack_rows(
                 grid, (feature, packed), (width, *strides), (rows_each, first_row, stride_n), _PACK

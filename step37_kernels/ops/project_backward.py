@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED, device_of, dot_precision, round_to
+from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision, round_to
 from step37_kernels.ops.gemm import (
     finish_tile,
     halves,
@@ -306,7 +306,7 @@ def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
     seq_len, batch_size, hidden = grad_output.shape
     out = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
     num_positions = seq_len * batch_size
-    grid = (triton.cdiv(num_positions, COPY_BLOCK_P), triton.cdiv(hidden, COPY_BLOCK_H))
+    grid = (ceil_div(num_positions, COPY_BLOCK_P), ceil_div(hidden, COPY_BLOCK_H))
     stride_s, stride_b, stride_h = grad_output.stride()
     with device_of(out):
         _embedding_grad(
@@ -347,14 +347,14 @@ def gather_grad(
     _, batch_size, hidden = grad_output.shape
     num_rows = destinations.shape[0]
     rows = torch.empty(num_rows, hidden, dtype=dtype, device=grad_output.device)
-    blocks = triton.cdiv(num_rows, GATHER_BLOCK_R)
+    blocks = ceil_div(num_rows, GATHER_BLOCK_R)
     partial = torch.empty(
         blocks if bias_sum else 0, hidden, dtype=torch.float32, device=grad_output.device
     )
     stride_s, stride_b, stride_h = grad_output.stride()
     with device_of(rows):
         _gather_grad(
-            (blocks, triton.cdiv(hidden, GATHER_BLOCK_H)),
+            (blocks, ceil_div(hidden, GATHER_BLOCK_H)),
             (grad_output, destinations, rows, partial),
             (hidden, stride_h),
             (num_rows, batch_size, stride_s, stride_b),

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import device_of
+from step37_kernels.ops.common import ceil_div, device_of
 
 # Rows and columns of a program's tile. The first pass spends its registers on addresses.
 FIRST_PASS_TILE = (4, 256)
@@ -300,7 +300,7 @@ def resize(
             middle_bytes,
             first_tile,
         )
-        middle_bytes += 3 * height * triton.cdiv(width, ROW_PAD) * ROW_PAD
+        middle_bytes += 3 * height * ceil_div(width, ROW_PAD) * ROW_PAD
         tiles.append(_tiles(height, width, FIRST_PASS_TILE))
         first_tile += tiles[-1]
     tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
@@ -354,7 +354,7 @@ def join_tables(
 
 
 def _tiles(rows: int, columns: int, tile: tuple[int, int]) -> int:
-    return triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+    return ceil_div(rows, tile[0]) * ceil_div(columns, tile[1])
 
 
 def upload(

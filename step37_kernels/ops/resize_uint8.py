@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import device_of
+from step37_kernels.ops.common import ceil_div, device_of
 from step37_kernels.ops.resize import filter_tile, join_tables, upload
 
 # Rows and columns of a program's tile: what ops.resize found best for its first pass.
@@ -174,7 +174,7 @@ def resize(
                 last,
                 first_tile[number],
             )
-            count = triton.cdiv(out_height, TILE[0]) * triton.cdiv(out_width, TILE[1])
+            count = ceil_div(out_height, TILE[0]) * ceil_div(out_width, TILE[1])
             tiles[number].append(count)
             first_tile[number] += count
         middle_bytes += 3 * height * width

@@ -199,7 +199,8 @@ _SUM_ROWS, _SUM_COLS = 8, 512
 def operand(matrix: Tensor, rows: int, cols: int, tile: Tile) -> Tensor | TensorDescriptor:
     """A matrix as the kernels of this tile take it, to be read in ``[rows, cols]`` blocks."""
     if tile.tma:
-        return TensorDescriptor.from_tensor(matrix, [rows, cols])
+        # Not the tensor's own strides: that of an only row may be anything, and is never used.
+        return TensorDescriptor(matrix, matrix.shape, (matrix.shape[1], 1), [rows, cols])
     return matrix
 
 

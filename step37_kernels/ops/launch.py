@@ -16,7 +16,7 @@ from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED
 
-_INT32_MAX = 2**31 - 1
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 # Elsewhere Triton launches by itself: in releases whose CompiledKernel.run was not seen to take
 # these arguments, and on AMD, where it also specialises on the size of a tensor.
 _KNOWN = (
@@ -73,7 +73,7 @@ class Launcher:
             constants,
             device,
             fixed,
-            *[value > _INT32_MAX for value in varying],
+            *[_INT32_MIN <= value <= _INT32_MAX for value in varying],
             *[
                 (tensor.dtype, tensor.data_ptr() % 16 == 0)
                 if isinstance(tensor, Tensor)

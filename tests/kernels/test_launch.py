@@ -121,6 +121,23 @@ print(json.dumps([first, second, fewer, other, times, len(asked), launch(aligned
     assert one_row == 1  # a single row is passed as such
 
 
+def test_numbers_beyond_32_bits_on_either_side_are_not_cut_off():
+    # Triton 3.9 takes the low half of a number that does not fit, and says nothing.
+    script = """
+ids = torch.zeros(1, 64, dtype=torch.int64)
+functions = []
+for token in (-(2**31), 2**31 - 1, -(2**31) - 1, 2**31, -(2**40)):
+    launched.clear()
+    plan.plan_rows(ids, [(token, 1)], [(1, 4)], None)
+    functions.append(launched[0][4])
+print(json.dumps(functions))
+"""
+    lowest, highest, *beyond = run(script)
+    assert lowest == highest
+    assert set(beyond) == {beyond[0]}
+    assert beyond[0] != lowest
+
+
 def test_hooks_of_a_profiler_see_every_launch():
     script = """
 import triton

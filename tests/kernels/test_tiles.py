@@ -120,6 +120,14 @@ def test_the_copy_engine_is_asked_only_for_what_it_can_read(device):
     assert tile.by_pointers is tile.by_pointers
 
 
+def test_the_only_row_of_a_wider_matrix_is_a_matrix_of_its_own(device):
+    row = torch.zeros(2, 100, dtype=torch.bfloat16, device=device)[:1, :96]
+    assert row.is_contiguous()  # whatever its stride, which is no multiple of 16 bytes
+    tile = dataclasses.replace(BASE, tma=True)
+    assert tiles.takes_tma(row)
+    assert list(gemm.operand(row, 16, 32, tile).strides) == [96, 1]
+
+
 def test_a_tiles_kind_reaches_the_launch(device, monkeypatch):
     used = []
     monkeypatch.setattr(

@@ -71,19 +71,21 @@ class Resources:
 def _launches(arch: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
-        for inline in (True, False):
-            variant = f"{ids} ids{'' if inline else ', tables'}".removeprefix("torch.")
-            yield variant, False, functools.partial(_plan, ids, inline)
+        for inline, step in ((True, 1), (True, 2), (False, 1)):
+            variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
+            variant += ", tables" * (not inline)
+            yield variant, False, functools.partial(_plan, ids, inline, step)
     for dtype, short in SHORT.items():
         yield from _copies(dtype, short)
         yield from _products(CAPABILITY[arch], dtype, short)
     yield from _pixels()
 
 
-def _plan(ids: torch.dtype, inline: bool) -> None:
+def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
     tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
     groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
-    plan.plan_rows(torch.empty(1, 2048, dtype=ids), groups, runs, None if inline else tables)
+    ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
+    plan.plan_rows(ids, groups, runs, None if inline else tables)
 
 
 def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:

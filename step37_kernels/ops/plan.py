@@ -35,11 +35,15 @@ _RUNS = ["rows_0", "rows_1", "rows_2", "rows_3", "run_1", "run_2", "run_3"]
 
 
 @triton.jit
-def _matches(ids_ptr, token, index, total, seq_len, stride_b, stride_s):
-    b = (index // seq_len).to(tl.int64)
-    s = (index % seq_len).to(tl.int64)
-    inside = index < total
-    ids = tl.load(ids_ptr + b * stride_b + s * stride_s, mask=inside, other=0).to(tl.int64)
+def _matches(ids_ptr, token, index, end, seq_len, stride_b, stride_s, CONTIGUOUS: tl.constexpr):
+    inside = index < end
+    if CONTIGUOUS:
+        offset = index
+    else:
+        b = (index // seq_len).to(tl.int64)
+        s = (index % seq_len).to(tl.int64)
+        offset = b * stride_b + s * stride_s
+    ids = tl.load(ids_ptr + offset, mask=inside, other=0).to(tl.int64)
     return ((ids == token) & inside).to(tl.int32)
 
 
@@ -76,6 +80,7 @@ def locate_kernel(
     first_2,
     first_3,
     TABLE: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -92,14 +97,17 @@ def locate_kernel(
     capacity = end - first
 
     # Each program counts the matches of all blocks before its own again: the ids are a few
-    # kilobytes in L2, and nobody has to wait for another program.
+    # kilobytes in L2, and nobody has to wait for another program. The last one walks over nearly
+    # all ids, so there are no divisions on the way where ids are contiguous, as they nearly always
+    # are; and the end is a multiple of BLOCK, so that loads are wide.
     before = tl.zeros([BLOCK], dtype=tl.int32)
     for earlier in range(0, block):
         before += _matches(
-            ids_ptr, token, earlier * BLOCK + lane, num_positions, seq_len, stride_b, stride_s
-        )
+            ids_ptr, token, earlier * BLOCK + lane, block * BLOCK, seq_len, stride_b, stride_s,
+            CONTIGUOUS,
+        )  # fmt: skip
     index = block * BLOCK + lane
-    match = _matches(ids_ptr, token, index, num_positions, seq_len, stride_b, stride_s)
+    match = _matches(ids_ptr, token, index, num_positions, seq_len, stride_b, stride_s, CONTIGUOUS)
     rank = tl.sum(before, axis=0) + tl.cumsum(match, axis=0) - 1
     position = (index % seq_len + 1) * batch_size + index // seq_len
     tl.store(starts_ptr + first + rank, position, mask=(match != 0) & (rank < capacity))
@@ -207,9 +215,9 @@ _assign = Launcher(assign_kernel)
 
 
 @functools.lru_cache
-def _constants(table: bool) -> tuple[Constants, Constants]:
+def _constants(table: bool, contiguous: bool) -> tuple[Constants, Constants]:
     return (
-        Constants(TABLE=table, BLOCK=LOCATE_BLOCK, num_warps=LOCATE_WARPS),
+        Constants(TABLE=table, CONTIGUOUS=contiguous, BLOCK=LOCATE_BLOCK, num_warps=LOCATE_WARPS),
         Constants(TABLE=table, BLOCK=ASSIGN_BLOCK, CHUNK=ASSIGN_CHUNK),
     )
 
@@ -247,7 +255,7 @@ def plan_rows(
         group_table, offsets = tables
         tokens = rows = (0,) * MAX_INLINE
         firsts = run_firsts = (0,) * (MAX_INLINE - 1)
-    locate_constants, assign_constants = _constants(tables is not None)
+    locate_constants, assign_constants = _constants(tables is not None, input_ids.is_contiguous())
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
     destinations = empty(num_rows)
     row_at = empty(seq_len, batch_size)

@@ -9,7 +9,9 @@ prints. For each product and number of feature rows, :func:`bench.tune_table.can
 3. timed, a few samples each; then the best of them again, beside the present table's tile, the
    proposal for the row count before, and cuBLAS, in turn and for longer.
 
-The budget is shared evenly: what one row count leaves goes to those after it.
+The budget is shared evenly: what one row count leaves goes to those after it. What is pasted has
+to pass ``tests/kernels/test_resources.py``, which asks more of the compiled kernels (under each
+Triton release that is to be supported).
 """
 
 from __future__ import annotations

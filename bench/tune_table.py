@@ -134,19 +134,25 @@ def _kinds(product: Product, tile: Tile, extents: Extents, chip: Chip) -> Iterat
         yield tile
         yield from (replace(tile, group_m=group) for group in groups)
         return
+    many_sums = accumulators(tile) == ACCUMULATORS[-1]
+    adds = product == "accumulate_weight"
+    if adds and many_sums:
+        tile = replace(tile, subtiles=2)  # reads what it adds to: in one piece, that spills
     by_copy_engine = replace(tile, tma=True)
     yield by_copy_engine
     if tile.block_k != 64:
         return  # what is left to vary was seen with 64
-    subtiles = [1]
+    whole_and_halves = [by_copy_engine]
     if tile.split_k == 1:
         yield tile
-        # Where registers are short: many sums, or an epilogue that adds to what is there.
-        if accumulators(tile) == ACCUMULATORS[-1] or product == "accumulate_weight":
-            yield replace(by_copy_engine, subtiles=2)
-            subtiles.append(2)
+        if adds != many_sums:
+            whole_and_halves.append(replace(by_copy_engine, subtiles=2))
+            yield whole_and_halves[1]
     if extents.tiles(tile.block_m, tile.block_n) > chip.processors:
-        yield from (replace(by_copy_engine, persistent=True, subtiles=n) for n in subtiles)
+        for one in whole_and_halves:
+            # Sums in fp32 go through shared memory beside the stages of the next tile.
+            stages = min(tile.num_stages, 3) if adds else tile.num_stages
+            yield replace(one, persistent=True, num_stages=stages)
     yield from (replace(by_copy_engine, group_m=group) for group in groups)
 
 

@@ -1,7 +1,7 @@
 """``python -m bench [subjects…]``: measure, print a table, keep JSON, Markdown and plots.
 
-Subjects: plan, step, insert, normalize, resize, multicrop, data; all of them by default. Those that
-need a GPU say so where there is none.
+Subjects: plan, step, insert, normalize, resize, multicrop, data; all of them by default. And tune,
+only if asked for: it proposes a tile table. Those that need a GPU say so where there is none.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import argparse
 import importlib
 import importlib.util
 import logging
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -38,6 +36,10 @@ class Subject:
     quick: tuple[str, ...] = ()
     """Options of a program for a short run."""
     needs_gpu: bool = False
+    on_request: bool = False
+    """Not among those that run by default."""
+    takes: tuple[str, ...] = ()
+    """Options of this command that a program takes as well."""
 
 
 SUBJECTS = {
@@ -49,6 +51,14 @@ SUBJECTS = {
     "resize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),
     "data": Subject("bench.data", program=True, quick=("--quick",)),
+    "tune": Subject(
+        "bench.tune",
+        program=True,
+        quick=("--budget", "80"),
+        needs_gpu=True,
+        on_request=True,
+        takes=("rows", "products", "dtype", "budget", "out"),
+    ),
 }
 
 
@@ -75,6 +85,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=360, help="seconds after which no row is begun (360)"
     )
+    parser.add_argument("--rows", help="of tune: comma-separated numbers of feature rows")
+    parser.add_argument("--products", help="of tune: comma-separated names of products")
     options = parser.parse_args(arguments)
     for subject in options.subjects:
         if subject not in SUBJECTS:
@@ -92,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def runnable(names: Sequence[str], device: torch.device) -> list[Subject]:
     """The subjects that can run here, each module once; the others are named, with the reason."""
     found: dict[str, Subject] = {}
-    for name in names or SUBJECTS:
+    for name in names or [name for name, one in SUBJECTS.items() if not one.on_request]:
         subject = SUBJECTS[name]
         if importlib.util.find_spec(subject.module) is None:
             print(f"{name}: not in this checkout ({subject.module} is missing)")
@@ -119,9 +131,8 @@ def run_rows(
         # Whatever ends the run early, what was measured is kept.
         results = report.to_json(rows, ceilings, where)
         if rows:
-            date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-            name = re.sub(r"\W+", "-", where["device"]).strip("-").lower()
-            print("\nwritten:", *report.write(results, out / f"{date}-{name}"))
+            name = report.file_name(where["device"])
+            print("\nwritten:", *report.write(results, out / name))
     print("", *report.targets(results), sep="\n")
     if earlier is not None:
         print(report.compare(earlier, results))
@@ -131,9 +142,15 @@ def run_rows(
     return not failed
 
 
-def run_program(subject: Subject, quick: bool) -> bool:
+def run_program(subject: Subject, quick: bool, given: argparse.Namespace) -> bool:
     """Run a subject that prints its own tables; whether it ended well."""
-    options = subject.quick if quick else ()
+    options = []
+    for name in subject.takes:
+        value = getattr(given, name)
+        if value is not None:
+            text = ",".join(value) if isinstance(value, list) else str(value)
+            options.append(f"--{name}={text}")
+    options += subject.quick if quick else ()
     print(f"\n{subject.module}", flush=True)
     return subprocess.run([sys.executable, "-m", subject.module, *options]).returncode == 0
 
@@ -158,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quick = options.quick or not options.subjects
     for subject in subjects:
         if subject.program:
-            well = run_program(subject, quick) and well
+            well = run_program(subject, quick, options) and well
     return 0 if well else 1
 
 

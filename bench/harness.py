@@ -288,7 +288,7 @@ def measure(
     for implementation in implementations:
         row = Row(key=key, work=work, implementation=implementation.name, kind=implementation.kind)
         try:
-            problem = _gate(implementation, check, clock, work)
+            problem = gate(implementation, check, clock, work.bytes)
             counts = {} if problem else clock.count(implementation)
         except RuntimeError as error:
             if implementation.kind == "ours":
@@ -297,15 +297,18 @@ def measure(
         rows[implementation.name] = replace(row, problem=problem, **counts)  # type: ignore[arg-type]
         if problem is None:
             timed.append(implementation)
-    for name, figures in _time(timed, clock, settings.row_seconds * len(timed)).items():
+    for name, figures in sample_rounds(timed, clock, settings.row_seconds * len(timed)).items():
         rows[name] = replace(rows[name], **figures)
     return list(rows.values())
 
 
-def _gate(implementation: Implementation, check: Check, clock: CpuClock, work: Work) -> str | None:
-    """Check one result; then run until warm, and tell the clock about the host's share."""
+def gate(
+    implementation: Implementation, check: Check, clock: CpuClock, poisoned: int
+) -> str | None:
+    """Check one result, with NaN in ``poisoned`` bytes of memory that it may get; then run until
+    warm, and tell the clock about the host's share."""
     state = implementation.prepare(0)
-    clock.poison(work.bytes)
+    clock.poison(poisoned)
     result = implementation.run(state)
     problem = check(implementation, result)
     if problem is not None:
@@ -320,7 +323,7 @@ def _gate(implementation: Implementation, check: Check, clock: CpuClock, work: W
     return None
 
 
-def _time(
+def sample_rounds(
     implementations: Sequence[Implementation], clock: CpuClock, seconds: float
 ) -> dict[str, dict[str, Any]]:
     """Interleaved samples for about ``seconds``; the timing fields of each row."""
@@ -382,7 +385,7 @@ def measure_ceilings(settings: Settings) -> Ceilings:
 
     def best_us(name: str, run: Callable[[Any], Any]) -> float:
         one = Implementation(name=name, kind="floor", prepare=lambda _: None, run=run)
-        figures = _time([one], clock, settings.row_seconds)[name]
+        figures = sample_rounds([one], clock, settings.row_seconds)[name]
         return float(figures["median_us"])
 
     source = torch.rand((2**30 if cuda else 2**22) // 4, device=device)

@@ -19,8 +19,10 @@ import importlib.util
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,12 @@ def _draw_rows(axes: Any, records: Sequence[Record], _: Record) -> None:
         )
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=f"µs: {', '.join(like)}")
+
+
+def file_name(device: str) -> str:
+    """A name for the results of a run on this device that ends now, without extension."""
+    date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return f"{date}-{re.sub(r'[^0-9A-Za-z_]+', '-', device).strip('-').lower()}"
 
 
 def write(results: Record, stem: Path) -> list[Path]:

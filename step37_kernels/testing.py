@@ -45,7 +45,7 @@ def product_bound(
         a: ``[M, K]`` float64.
         b: ``[K, N]`` float64.
         dtypes: the types that the result passes through.
-        plus: ``[N]`` float64 or None.
+        plus: ``[N]`` or ``[M, N]`` float64, or None.
         input_error: relative error that ``a`` carries already.
     """
     magnitude = a.abs() @ b.abs()

@@ -13,8 +13,14 @@ import torch.multiprocessing as mp
 
 
 def in_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(rank, *arguments)`` returns or raises on each rank; None for one that died."""
-    context = mp.get_context("fork")
+    """What ``work(rank, *arguments)`` returns or raises on each rank; None for one that died.
+
+    ``work`` is a function of a module: the ranks are forked from a server that has no threads.
+    Forks of the test process itself would inherit whatever lock another thread holds at that
+    moment, and now and then wait for it for ever. What a test patches does not reach them.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     results = context.SimpleQueue()
     port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from step37_data import flickr8k_loader
+from step37_data import flickr8k_loader, rank_order
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
     Step37Flickr8kDataset,
@@ -124,9 +124,23 @@ def mini_files() -> dict[str, bytes]:
     }
 
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")
+
+
+def let_the_client_ask_loopback() -> None:
+    """What the fixture ``hub`` does for this process, for good: in a rank."""
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+
+    for variable in PROXIES:
+        os.environ.pop(variable, None)
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    huggingface_hub.file_download.time.sleep = lambda _: None
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
+    for variable in PROXIES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     # The client waits a second and more before it resumes a broken download by itself. This is
@@ -379,6 +393,7 @@ def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
 
 
 def prepare_in_rank(rank: int, url: str, caches: list[Path], options: dict[str, Any]) -> list[str]:
+    let_the_client_ask_loopback()
     samples = prepare_flickr8k_samples(
         cache_dir=caches[rank], endpoint=url, progress=False, **options
     )
@@ -409,17 +424,15 @@ def test_rank_0_downloads_every_file_once_and_all_ranks_read_them(hub: Hub, tmp_
     assert set(hub.gets.values()) == {1}
 
 
-def test_a_cache_on_each_nodes_own_disk_is_filled_on_that_node(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def prepare_as_node(rank: int, *arguments: Any) -> list[str]:
     # Ranks 0 and 1 share a disk, 2 and 3 another. One machine: their host names are made up.
+    rank_order.socket.gethostname = lambda: f"n{rank // 2}"  # type: ignore[assignment]
+    return prepare_in_rank(rank, *arguments)
+
+
+def test_a_cache_on_each_nodes_own_disk_is_filled_on_that_node(hub: Hub, tmp_path: Path) -> None:
     caches = [tmp_path / "n0", tmp_path / "n0", tmp_path / "n1", tmp_path / "n1"]
-
-    def as_node(rank: int, *arguments: Any) -> list[str]:
-        monkeypatch.setattr("step37_data.rank_order.socket.gethostname", lambda: f"n{rank // 2}")
-        return prepare_in_rank(rank, *arguments)
-
-    outcomes = in_ranks(4, as_node, hub.url, caches, {"sample_count": 2})
+    outcomes = in_ranks(4, prepare_as_node, hub.url, caches, {"sample_count": 2})
     assert outcomes == [["astronaut.jpg", "camera.jpg"]] * 4
     assert set(hub.gets.values()) == {2}
     assert data_files(tmp_path / "n0") == data_files(tmp_path / "n1")
@@ -439,12 +452,13 @@ def test_a_refused_file_name_is_a_value_error_on_every_rank(hub: Hub, tmp_path: 
     assert [name for name, _ in outcomes] == ["ValueError"] * 2
 
 
-def test_a_rank_0_that_dies_leaves_no_rank_waiting(hub: Hub, tmp_path: Path) -> None:
-    def die_on_rank_0(rank: int, *arguments: Any) -> list[str]:
-        if rank == 0:
-            flickr8k_loader._fetch_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-        return prepare_in_rank(rank, *arguments)
+def die_on_rank_0(rank: int, *arguments: Any) -> list[str]:
+    if rank == 0:
+        flickr8k_loader._fetch_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    return prepare_in_rank(rank, *arguments)
 
+
+def test_a_rank_0_that_dies_leaves_no_rank_waiting(hub: Hub, tmp_path: Path) -> None:
     outcomes = in_ranks(3, die_on_rank_0, hub.url, [tmp_path] * 3, {})
     assert outcomes[0] is None
     for name, text in outcomes[1:]:
@@ -452,15 +466,16 @@ def test_a_rank_0_that_dies_leaves_no_rank_waiting(hub: Hub, tmp_path: Path) -> 
         assert "preparing intro/flickr8k/train: another rank stopped before it was done" in text
 
 
+def fail_on_rank_0(rank: int, *arguments: Any) -> list[str]:
+    def fail(*_: Any) -> None:
+        raise LookupError("odd")
+
+    if rank == 0:
+        flickr8k_loader._fetch_all = fail
+    return prepare_in_rank(rank, *arguments)
+
+
 def test_an_error_of_another_kind_reaches_every_rank_by_name(hub: Hub, tmp_path: Path) -> None:
-    def fail_on_rank_0(rank: int, *arguments: Any) -> list[str]:
-        def fail(*_: Any) -> None:
-            raise LookupError("odd")
-
-        if rank == 0:
-            flickr8k_loader._fetch_all = fail
-        return prepare_in_rank(rank, *arguments)
-
     outcomes = in_ranks(2, fail_on_rank_0, hub.url, [tmp_path] * 2, {})
     assert outcomes[0] == ("LookupError", "odd")
     assert outcomes[1][0] == "RuntimeError"

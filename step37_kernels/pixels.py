@@ -16,6 +16,8 @@ from step37_kernels.reference_pixels import CLIP_MEAN, CLIP_STD, vertical_pass_f
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _RGB = tuple[float, float, float]
+_Line = tuple[float, float, float, float, float, float]
+"""Scale and offset of red, green and blue."""
 
 
 def clip_normalize(
@@ -29,7 +31,7 @@ def clip_normalize(
     """Normalise 8-bit pictures: ``((pixels / 255 - mean) / std)`` in fp32, rounded to ``dtype``.
 
     Bit for bit the result of that expression, evaluated in this order with IEEE division, on every
-    device and for every ``impl``: the 256 results per channel are computed once and looked up.
+    device and for every ``impl``: the 256 results per channel are known before the pixels are.
 
     Args:
         pixels: uint8 ``[N, H, W, 3]``, any strides; sizes of zero are fine.
@@ -50,13 +52,11 @@ def clip_normalize(
         raise TypeError(f"pixels: expected torch.uint8, got {pixels.dtype}")
     if pixels.dim() != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"pixels: expected [N, H, W, 3], got {list(pixels.shape)}")
-    triton = use_triton(impl, pixels.device)
-    table = normalize_table(mean, std, dtype, pixels.device)
-    if triton:
+    if use_triton(impl, pixels.device):
         from step37_kernels.ops import pixels as ops
 
-        return ops.normalize(pixels, table)
-    return look_up(pixels, table)
+        return ops.normalize(pixels, _results(mean, std, dtype, pixels.device), dtype)
+    return look_up(pixels, normalize_table(mean, std, dtype, pixels.device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,17 +187,18 @@ def resize_clip_normalize(
         _check_crop(i, crop, images)
     device = images.data.device
     triton = use_triton(impl, device)
-    table = normalize_table(mean, std, dtype, device)
+    _check_constants(mean, std, dtype)
     order = resample.installed_pillow() if pillow is None else pillow
     if not crops:
         return torch.empty((0, 3, size, size), dtype=dtype, device=device)
     if triton:
-        return _resize_triton(images, crops, size, table, order)
+        results = _results(mean, std, dtype, device)
+        return _resize_triton(images, crops, size, results, dtype, order)
     resized = torch.empty((len(crops), size, size, 3), dtype=torch.uint8, device=device)
     for i, crop in enumerate(crops):
         source = images.image(crop.image)[crop.top : crop.bottom, crop.left : crop.right]
         resized[i] = resample.resize(source, size, order)
-    return look_up(resized, table)
+    return look_up(resized, normalize_table(mean, std, dtype, device))
 
 
 def _check_crop(i: int, crop: Crop, images: RaggedImages) -> None:
@@ -215,7 +216,8 @@ def _resize_triton(
     images: RaggedImages,
     crops: Sequence[Crop],
     size: int,
-    table: torch.Tensor,
+    results: torch.Tensor | _Line,
+    dtype: torch.dtype,
     order: tuple[int, int],
 ) -> torch.Tensor:
     from step37_kernels.ops import resize as ops
@@ -234,7 +236,7 @@ def _resize_triton(
             )
         )
         tables.append((resample.axis_table(height, size), resample.axis_table(width, size)))
-    return ops.resize(images.data, jobs, tables, table, size)
+    return ops.resize(images.data, jobs, tables, results, dtype, size)
 
 
 def look_up(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -269,6 +271,49 @@ def _three(name: str, values: tuple[float, ...]) -> _RGB:
     return red, green, blue
 
 
+def _results(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | _Line:
+    """The normalisation as the kernels take it: arithmetic where it is exact, else the table."""
+    mean_rgb, std_rgb = _check_constants(mean, std, dtype)
+    line = _line(mean_rgb, std_rgb, dtype)
+    return normalize_table(mean, std, dtype, device) if line is None else line
+
+
+@functools.lru_cache(maxsize=64)
+def _line(mean: _RGB, std: _RGB, dtype: torch.dtype) -> _Line | None:
+    """Scale and offset of each channel, if ``value * scale + offset`` in fp32, rounded to
+    ``dtype``, is the reference's result for all 256 values, fused or not; else None."""
+    cpu = torch.device("cpu")
+    table = _table_on(mean, std, dtype, cpu)
+    value = torch.arange(256, dtype=torch.float64, device=cpu)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    line: list[float] = []
+    for channel in range(3):
+        exact = (1 / (255 * std[channel]), -mean[channel] / std[channel])
+        scale, offset = torch.tensor(exact, dtype=torch.float32, device=cpu)
+        # In fp64 the product and the sum are exact: one rounding, as in a fused instruction.
+        fused = (value * scale.double() + offset.double()).float()
+        separate = value.float() * scale + offset
+        for result in (fused, separate):
+            if not torch.equal(result.to(dtype).view(bits), table[channel].view(bits)):
+                return None
+        line += [scale.item(), offset.item()]
+    red_scale, red_offset, green_scale, green_offset, blue_scale, blue_offset = line
+    return red_scale, red_offset, green_scale, green_offset, blue_scale, blue_offset
+
+
+def _check_constants(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> tuple[_RGB, _RGB]:
+    if dtype not in DTYPES:
+        names = ", ".join(str(allowed) for allowed in DTYPES)
+        raise TypeError(f"dtype: expected one of {names}, got {dtype}")
+    mean_rgb = _three("mean", tuple(float(value) for value in mean))
+    std_rgb = _three("std", tuple(float(value) for value in std))
+    return mean_rgb, std_rgb
+
+
 def normalize_table(
     mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -280,11 +325,7 @@ def normalize_table(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`clip_normalize`.
     """
-    if dtype not in DTYPES:
-        names = ", ".join(str(allowed) for allowed in DTYPES)
-        raise TypeError(f"dtype: expected one of {names}, got {dtype}")
-    mean_rgb = _three("mean", tuple(float(value) for value in mean))
-    std_rgb = _three("std", tuple(float(value) for value in std))
+    mean_rgb, std_rgb = _check_constants(mean, std, dtype)
     if device.type != "cuda":
         return _table_on(mean_rgb, std_rgb, dtype, device)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,7 +1,8 @@
-"""uint8 pixels to normalised planes: one table look-up per value.
+"""uint8 pixels to normalised planes.
 
-A channel has 256 possible inputs, so the kernel looks its results up instead of computing them.
-That makes it exact by construction, whatever the compiler fuses and the interpreter rounds.
+A channel has 256 possible inputs, so whoever launches knows all results. Where one multiplication
+and one addition in fp32 give every one of them, fused or not (bf16 and fp16 with CLIP's constants),
+the kernel does just that; where not, it looks the results up. Both are exact by construction.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import ceil_div, device_of
+from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, round_to
+
+Line = tuple[float, float, float, float, float, float]
+"""Scale and offset of red, green and blue."""
 
 BLOCK_PIXELS = 1024
 
@@ -38,6 +42,24 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
     return pixels.reshape(pixels.numel) & 255
 
 
+@triton.jit
+def normalized(
+    value,
+    table_ptr,
+    scale,
+    offset,
+    dtype: tl.constexpr,
+    LINE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """int32 0…255 → normalised, by arithmetic if LINE and by ``table_ptr [256]`` otherwise."""
+    if LINE:
+        result = round_to(value.to(tl.float32) * scale + offset, dtype, INTERPRET)
+    else:
+        result = tl.load(table_ptr + value)
+    return result
+
+
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -59,10 +81,18 @@ def normalize_kernel(
     row_stride: tl.int64,
     column_stride: tl.int64,
     channel_stride: tl.int64,
+    red_scale,
+    red_offset,
+    green_scale,
+    green_offset,
+    blue_scale,
+    blue_offset,
+    LINE: tl.constexpr,
+    INTERPRET: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out[n, c, r, x] = table[c, pixels[n, r, x, c]]`` for one block of one row.
+    """``out[n, c, r, x] = normalized(pixels[n, r, x, c])`` for one block of one row.
 
     ``PACKED``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
     hold a multiple of eight pixels. They are read in words and written in vectors; byte by byte,
@@ -97,22 +127,32 @@ def normalize_kernel(
         else:
             address = source + x * column_stride + channel * channel_stride
             value = tl.load(address, mask=inside, other=0).to(tl.int32)
-        normalized = tl.load(table_ptr + channel * 256 + value)
-        tl.store(target + channel * plane, normalized, mask=inside)
+        if channel == 0:
+            scale, offset = red_scale, red_offset
+        elif channel == 1:
+            scale, offset = green_scale, green_offset
+        else:
+            scale, offset = blue_scale, blue_offset
+        table = table_ptr + channel * 256
+        result = normalized(value, table, scale, offset, out_ptr.dtype.element_ty, LINE, INTERPRET)
+        tl.store(target + channel * plane, result, mask=inside)
 
 
-def normalize(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def normalize(
+    pixels: torch.Tensor, results: torch.Tensor | Line, dtype: torch.dtype
+) -> torch.Tensor:
     """Launch :func:`normalize_kernel`.
 
     Args:
         pixels: uint8 ``[N, H, W, 3]``, any strides.
-        table: ``[3, 256]`` contiguous, in the dtype of the result.
+        results: ``[3, 256]`` contiguous, in ``dtype``; or scales and offsets that give them.
+        dtype: of the result.
 
     Returns:
         ``[N, 3, H, W]`` contiguous.
     """
     n, height, width, _ = pixels.shape
-    out = torch.empty((n, 3, height, width), dtype=table.dtype, device=pixels.device)
+    out = torch.empty((n, 3, height, width), dtype=dtype, device=pixels.device)
     if out.numel() == 0:
         return out
     image_stride, row_stride, column_stride, channel_stride = pixels.stride()
@@ -131,7 +171,7 @@ def normalize(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     with device_of(pixels):
         normalize_kernel[grid](
             pixels,
-            table,
+            results if isinstance(results, torch.Tensor) else out,
             out,
             rows,
             columns,
@@ -139,7 +179,21 @@ def normalize(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
             row_stride,
             column_stride,
             channel_stride,
+            **line_arguments(results),
             PACKED=packed,
             BLOCK=BLOCK_PIXELS,
         )
     return out
+
+
+def line_arguments(results: torch.Tensor | Line) -> dict[str, float | bool]:
+    """Scales and offsets as arguments of the kernels; unread zeros where a table serves."""
+    line = (0.0,) * 6 if isinstance(results, torch.Tensor) else results
+    names = [
+        f"{color}_{part}" for color in ("red", "green", "blue") for part in ("scale", "offset")
+    ]
+    return {
+        **dict(zip(names, line, strict=True)),
+        "LINE": not isinstance(results, torch.Tensor),
+        "INTERPRET": INTERPRETED,
+    }

@@ -3,7 +3,7 @@
 The passes of a picture are integer arithmetic with a rounding to 8 bits between them. So is this:
 ``first_pass_kernel`` filters one axis into an 8-bit intermediate in planes, whose rows are padded
 to a multiple of 16 bytes so that the second pass reads whole vectors; ``second_pass_kernel``
-filters the other axis and looks the normalised value up. Which axis comes first is decided per
+filters the other axis and normalises. Which axis comes first is decided per
 picture. Everything that varies with the pictures' sizes is a run-time value.
 """
 
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of
+from step37_kernels.ops.pixels import Line, line_arguments, normalized
 
 # Rows and columns of a program's tile. The first pass spends its registers on addresses.
 FIRST_PASS_TILE = (4, 256)
@@ -27,7 +28,6 @@ ROW_PAD = 16
 
 PRECISION_BITS = tl.constexpr(22)
 HALF = tl.constexpr(1 << 21)
-TAPS_PER_STEP = tl.constexpr(2)
 
 # The columns of a job record, int64 each.
 SOURCE = tl.constexpr(0)  # byte offset of the first pixel in the flat buffer
@@ -63,8 +63,59 @@ class ResizeJob:
 
 
 @triton.jit
+def _load(address, inside, MASKED: tl.constexpr):
+    if MASKED:
+        value = tl.load(address, mask=inside, other=0)
+    else:
+        value = tl.load(address)
+    return value.to(tl.int32)
+
+
+@triton.jit
+def _two_taps(
+    red, green, blue, step, first,
+    source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
+    column_stride, VERTICAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The sums with the taps ``step`` and ``step + 1``, whose loads are on the way together."""
+    if VERTICAL:
+        along = row
+    else:
+        along = column
+    for ahead in tl.static_range(2):
+        tap = step + ahead
+        weight = tl.load(table_ptr + (1 + tap) * size + along, mask=along < size, other=0)
+        # Past the last one the coefficient is zero. Clamping the position, where a mask would do,
+        # keeps this load from waiting for that one.
+        position = tl.minimum(first + tap, last)
+        if VERTICAL:
+            weight = weight[:, None]
+            address = source_ptr + (position.to(tl.int64) * row_stride)[:, None]
+            address = address + (column * column_stride)[None, :]
+        else:
+            weight = weight[None, :]
+            address = source_ptr + (row.to(tl.int64) * row_stride)[:, None]
+            address = address + (position * column_stride)[None, :]
+        red += _load(address, inside, MASKED) * weight
+        address += channel_stride
+        green += _load(address, inside, MASKED) * weight
+        address += channel_stride
+        blue += _load(address, inside, MASKED) * weight
+    return red, green, blue
+
+
+@triton.jit
+def _to_byte(total, CLAMP: tl.constexpr):
+    value = total >> PRECISION_BITS
+    if CLAMP:
+        value = tl.minimum(value, 255)
+    return value
+
+
+@triton.jit
 def filter_tile(
     source_ptr,
+    channel_stride,
     table_ptr,
     taps,
     last,
@@ -75,42 +126,43 @@ def filter_tile(
     row_stride,
     column_stride,
     VERTICAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
-    """One tile of one plane, filtered along one axis: int32 ``[rows, columns]`` of 0…255.
+    """One tile, filtered along one axis: int32 ``[rows, columns]`` of 0…255 for each channel.
+
+    The channels go together: coefficients and addresses are the same for all three.
 
     Args:
-        source_ptr: the plane that is filtered, uint8.
+        source_ptr: the first channel of what is filtered, uint8.
+        channel_stride: bytes, in the source.
         table_ptr: ``[1 + taps, size]``: first positions, then coefficients, zero past the last.
-        row, column: int32, coordinates of the tile in the result.
-        inside: ``[rows, columns]`` mask of what may be read.
+        taps: even, at least 2.
+        row, column: int32, coordinates of the tile in the result; that of the axis that is not
+            filtered must exist in the source, or be masked.
+        inside: ``[rows, columns]`` mask of what may be read, if MASKED.
         row_stride, column_stride: bytes, in the source.
+        CLAMP: see :func:`needs_clamp`.
     """
     if VERTICAL:
         along = row
     else:
         along = column
-    exists = along < size
-    first = tl.load(table_ptr + along, mask=exists, other=0)
-    total = tl.full(inside.shape, HALF, tl.int32)
-    # Two taps a step: their loads are on the way together, and enlarging takes but two.
-    for step in range(0, taps, TAPS_PER_STEP):
-        for ahead in tl.static_range(TAPS_PER_STEP):
-            tap = step + ahead
-            weight = tl.load(table_ptr + (1 + tap) * size + along, mask=exists, other=0)
-            # Past the last one the coefficient is zero. Clamping the position, where a mask would
-            # do, keeps this load from waiting for that one.
-            position = tl.minimum(first + tap, last)
-            if VERTICAL:
-                weight = weight[:, None]
-                address = source_ptr + (position.to(tl.int64) * row_stride)[:, None]
-                address = address + (column * column_stride)[None, :]
-            else:
-                weight = weight[None, :]
-                address = source_ptr + (row.to(tl.int64) * row_stride)[:, None]
-                address = address + (position * column_stride)[None, :]
-            value = tl.load(address, mask=inside, other=0)
-            total += value.to(tl.int32) * weight
-    return tl.minimum(total >> PRECISION_BITS, 255)
+    first = tl.load(table_ptr + along, mask=along < size, other=0)
+    half = tl.full(inside.shape, HALF, tl.int32)
+    # Enlarging takes two taps, and no turn of the loop.
+    red, green, blue = _two_taps(
+        half, half, half, 0, first,
+        source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
+        column_stride, VERTICAL, MASKED,
+    )  # fmt: skip
+    for step in range(2, taps, 2):
+        red, green, blue = _two_taps(
+            red, green, blue, step, first,
+            source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
+            column_stride, VERTICAL, MASKED,
+        )  # fmt: skip
+    return _to_byte(red, CLAMP), _to_byte(green, CLAMP), _to_byte(blue, CLAMP)
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels_ptr"])
@@ -124,6 +176,7 @@ def first_pass_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAD: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """Interleaved source to planes: ``[3, height, size]``, or ``[3, size, width]`` vertical first.
 
@@ -159,36 +212,23 @@ def first_pass_kernel(
     target = middle_ptr + tl.load(job + MIDDLE)
     target = target + row.to(tl.int64)[:, None] * pitch + column[None, :]
     plane = rows * pitch
-    for channel in range(3):
-        if vertical:
-            value = filter_tile(
-                source + channel,
-                table,
-                taps,
-                height - 1,
-                size,
-                row,
-                column,
-                inside,
-                source_pitch,
-                3,
-                True,
-            )
-        else:
-            value = filter_tile(
-                source + channel,
-                table,
-                taps,
-                width - 1,
-                size,
-                row,
-                column,
-                inside,
-                source_pitch,
-                3,
-                False,
-            )
-        tl.store(target + channel * plane, value.to(tl.uint8), mask=inside)
+    # Nobody stores what a tile reads past the last row or column: reading that one again needs no
+    # mask.
+    row = tl.minimum(row, rows - 1)
+    if vertical:
+        column = tl.minimum(column, columns - 1)
+        red, green, blue = filter_tile(
+            source, 1, table, taps, height - 1, size, row, column, inside, source_pitch, 3,
+            True, False, CLAMP,
+        )  # fmt: skip
+    else:
+        red, green, blue = filter_tile(
+            source, 1, table, taps, width - 1, size, row, column, inside, source_pitch, 3,
+            False, False, CLAMP,
+        )  # fmt: skip
+    tl.store(target, red.to(tl.uint8), mask=inside)
+    tl.store(target + plane, green.to(tl.uint8), mask=inside)
+    tl.store(target + 2 * plane, blue.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -196,15 +236,24 @@ def second_pass_kernel(
     middle_ptr,
     jobs_ptr,
     tables_ptr,
-    normalized_ptr,
+    table_ptr,
     out_ptr,
     size: tl.int32,
+    red_scale,
+    red_offset,
+    green_scale,
+    green_offset,
+    blue_scale,
+    blue_offset,
+    LINE: tl.constexpr,
+    INTERPRET: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PAD: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
-    """Planes to ``out[n, c]``: the other axis, then the look-up. One program a tile of a plane.
+    """Planes to ``out[n, c]``: the other axis, then the normalisation. One program a tile.
 
     ``ALIGNED``: the side is a multiple of eight, so that rows of the result are written in vectors.
     """
@@ -217,8 +266,7 @@ def second_pass_kernel(
     pid = pid // tiles_across
     row = (pid % tiles_down) * ROWS + tl.arange(0, ROWS)
     pid = pid // tiles_down
-    channel = pid % 3
-    n = (pid // 3).to(tl.int64)
+    n = pid.to(tl.int64)
 
     job = jobs_ptr + n * FIELDS
     planes = middle_ptr + tl.load(job + MIDDLE) // PAD * PAD
@@ -226,24 +274,28 @@ def second_pass_kernel(
     if tl.load(job + VERTICAL_FIRST) != 0:
         width = tl.load(job + WIDTH)
         pitch = (tl.cdiv(width, PAD) * PAD).to(tl.int64)
-        value = filter_tile(
-            planes + channel * (size * pitch),
+        red, green, blue = filter_tile(
+            planes,
+            size * pitch,
             tables_ptr + tl.load(job + COLUMN_TABLE),
             tl.load(job + COLUMN_TAPS).to(tl.int32),
             width.to(tl.int32) - 1,
             size,
-            row,
+            tl.minimum(row, size - 1),
             column,
             exists[:, None] & (column < size)[None, :],
             pitch,
             1,
             False,
+            False,
+            CLAMP,
         )
     else:
         height = tl.load(job + HEIGHT)
         pitch = (tl.cdiv(size, PAD) * PAD).to(tl.int64)
-        value = filter_tile(
-            planes + channel * (height * pitch),
+        red, green, blue = filter_tile(
+            planes,
+            height * pitch,
             tables_ptr + tl.load(job + ROW_TABLE),
             tl.load(job + ROW_TAPS).to(tl.int32),
             height.to(tl.int32) - 1,
@@ -255,18 +307,27 @@ def second_pass_kernel(
             pitch,
             1,
             True,
+            True,
+            CLAMP,
         )
-    result = tl.load(normalized_ptr + channel * 256 + value)
-    target = out_ptr + (n * 3 + channel) * size * size
-    target = target + row.to(tl.int64)[:, None] * size + column[None, :]
-    tl.store(target, result, mask=exists[:, None] & (column < size)[None, :])
+    plane = size.to(tl.int64) * size
+    target = out_ptr + n * 3 * plane + row.to(tl.int64)[:, None] * size + column[None, :]
+    inside = exists[:, None] & (column < size)[None, :]
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    red = normalized(red, table_ptr, red_scale, red_offset, dtype, LINE, INTERPRET)
+    tl.store(target, red, mask=inside)
+    green = normalized(green, table_ptr + 256, green_scale, green_offset, dtype, LINE, INTERPRET)
+    tl.store(target + plane, green, mask=inside)
+    blue = normalized(blue, table_ptr + 512, blue_scale, blue_offset, dtype, LINE, INTERPRET)
+    tl.store(target + 2 * plane, blue, mask=inside)
 
 
 def resize(
     pixels: torch.Tensor,
     jobs: Sequence[ResizeJob],
     tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
-    normalized: torch.Tensor,
+    results: torch.Tensor | Line,
+    dtype: torch.dtype,
     size: int,
 ) -> torch.Tensor:
     """Launch both passes.
@@ -276,12 +337,14 @@ def resize(
         jobs: what to resize, at least one.
         tables: per job, the coefficients of its rows and of its columns, int32 ``[1 + taps, size]``
             each, taps even. The same array object is uploaded once.
-        normalized: ``[3, 256]``, the look-up table, in the dtype of the result.
+        results: of the normalisation: ``[3, 256]`` in ``dtype``, or scales and offsets.
+        dtype: of the result.
         size: side of the results.
 
     Returns:
         ``[N, 3, size, size]`` contiguous.
     """
+    clamp = needs_clamp(tables)
     offsets, coefficients = join_tables(tables)
     records = np.empty((len(jobs), FIELDS.value), dtype=np.int64)
     middle_bytes, first_tile, tiles = 0, 0, []
@@ -310,7 +373,7 @@ def resize(
         pixels.device,
     )
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
-    out = torch.empty((len(jobs), 3, size, size), dtype=normalized.dtype, device=pixels.device)
+    out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
     with device_of(pixels):
         first_pass_kernel[(len(tile_jobs),)](
             pixels,
@@ -322,20 +385,33 @@ def resize(
             ROWS=FIRST_PASS_TILE[0],
             COLUMNS=FIRST_PASS_TILE[1],
             PAD=ROW_PAD,
+            CLAMP=clamp,
         )
-        second_pass_kernel[(len(jobs) * 3 * _tiles(size, size, SECOND_PASS_TILE),)](
+        second_pass_kernel[(len(jobs) * _tiles(size, size, SECOND_PASS_TILE),)](
             middle,
             device_records,
             device_tables,
-            normalized,
+            results if isinstance(results, torch.Tensor) else out,
             out,
             size,
+            **line_arguments(results),
             ALIGNED=size % 8 == 0,
             ROWS=SECOND_PASS_TILE[0],
             COLUMNS=SECOND_PASS_TILE[1],
             PAD=ROW_PAD,
+            CLAMP=clamp,
         )
     return out
+
+
+def needs_clamp(tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> bool:
+    """Whether a filtered value can pass 255, as Pillow's clip allows for.
+
+    Each coefficient is its weight, times 2²², plus at most ½; the weights of a position add up to
+    1. So a sum is at most 255 · (2²² + taps / 2) + 2²¹, which is less than 256 · 2²² for up to
+    16447 taps: for anything that shrinks an axis less than 8000 times.
+    """
+    return max(len(table) for pair in tables for table in pair) > 16_000
 
 
 def join_tables(

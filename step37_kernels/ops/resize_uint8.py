@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of
-from step37_kernels.ops.resize import filter_tile, join_tables, upload
+from step37_kernels.ops.resize import filter_tile, join_tables, needs_clamp, upload
 
 # Rows and columns of a program's tile: what ops.resize found best for its first pass.
 TILE = (4, 256)
@@ -72,6 +72,7 @@ def filter_pass_kernel(
     TARGET_STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CLAMP: tl.constexpr,
 ):
     """One pass over every picture, one program a tile; ``tile_jobs_ptr`` says of which.
 
@@ -97,37 +98,22 @@ def filter_pass_kernel(
     result = result + row.to(tl.int64)[:, None] * tl.load(job + TARGET_PITCH)
     result = result + (column * TARGET_STEP)[None, :]
     target_channel = tl.load(job + TARGET_CHANNEL)
-    for channel in range(3):
-        plane = picture + channel * source_channel
-        if vertical:
-            value = filter_tile(
-                plane,
-                table,
-                taps,
-                last,
-                height,
-                row,
-                column,
-                inside,
-                source_pitch,
-                SOURCE_STEP,
-                True,
-            )
-        else:
-            value = filter_tile(
-                plane,
-                table,
-                taps,
-                last,
-                width,
-                row,
-                column,
-                inside,
-                source_pitch,
-                SOURCE_STEP,
-                False,
-            )
-        tl.store(result + channel * target_channel, value.to(tl.uint8), mask=inside)
+    # What is read past the last row or column is not stored.
+    row = tl.minimum(row, height - 1)
+    if vertical:
+        column = tl.minimum(column, width - 1)
+        red, green, blue = filter_tile(
+            picture, source_channel, table, taps, last, height, row, column, inside,
+            source_pitch, SOURCE_STEP, True, False, CLAMP,
+        )  # fmt: skip
+    else:
+        red, green, blue = filter_tile(
+            picture, source_channel, table, taps, last, width, row, column, inside,
+            source_pitch, SOURCE_STEP, False, False, CLAMP,
+        )  # fmt: skip
+    tl.store(result, red.to(tl.uint8), mask=inside)
+    tl.store(result + target_channel, green.to(tl.uint8), mask=inside)
+    tl.store(result + 2 * target_channel, blue.to(tl.uint8), mask=inside)
 
 
 def resize(
@@ -192,7 +178,7 @@ def resize(
         pixels.device,
     )
     planes = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
-    blocks = {"ROWS": TILE[0], "COLUMNS": TILE[1]}
+    options = {"ROWS": TILE[0], "COLUMNS": TILE[1], "CLAMP": needs_clamp(tables)}
     with device_of(pixels):
         filter_pass_kernel[(len(first_tiles),)](
             pixels,
@@ -202,7 +188,7 @@ def resize(
             planes,
             SOURCE_STEP=3,
             TARGET_STEP=1,
-            **blocks,
+            **options,
         )
         filter_pass_kernel[(len(second_tiles),)](
             planes,
@@ -212,5 +198,5 @@ def resize(
             target,
             SOURCE_STEP=1,
             TARGET_STEP=3,
-            **blocks,
+            **options,
         )

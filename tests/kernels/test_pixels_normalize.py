@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step37_kernels import pixels as pixels_module
 from step37_kernels import reference_pixels
 from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, DTYPES, clip_normalize
 
@@ -43,6 +44,33 @@ def test_every_level_of_every_channel_is_bit_exact(impl, dtype):
     got = clip_normalize(every_level().to(DEVICE), dtype=dtype, impl=impl)
     assert got.dtype == dtype
     assert torch.equal(got.cpu(), expected)
+
+
+def test_arithmetic_serves_where_it_gives_every_result_and_a_table_elsewhere():
+    for dtype in (torch.bfloat16, torch.float16):
+        assert pixels_module._line(CLIP_MEAN, CLIP_STD, dtype) is not None
+    assert pixels_module._line(CLIP_MEAN, CLIP_STD, torch.float32) is None
+
+
+@given(
+    mean=st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3),
+    std=st.lists(st.floats(2**-10, 1, width=32), min_size=3, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_constants_are_bit_exact_by_arithmetic_or_by_table(mean, std, dtype):
+    pixels = every_level()
+    got = clip_normalize(pixels.to(DEVICE), mean=mean, std=std, dtype=dtype, impl="triton")
+    wanted = reference_pixels.clip_normalize(pixels, mean=mean, std=std, dtype=dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(got.cpu().view(bits), wanted.view(bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_table_is_exact_where_arithmetic_would_be_too(monkeypatch, dtype):
+    monkeypatch.setattr(pixels_module, "_line", lambda *_: None)
+    pixels = random_pixels(2, 9, 16, 3)
+    got = clip_normalize(pixels, dtype=dtype, impl="triton")
+    assert torch.equal(got.cpu(), reference_pixels.clip_normalize(pixels.cpu(), dtype=dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_kernels import reference_pixels, resample
+from step37_kernels.ops import resize as resize_ops
 from step37_kernels.pixels import DTYPES, Crop, RaggedImages, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -217,6 +218,25 @@ def test_no_images_give_no_results(impl):
     assert resize_clip_normalize([], 14, impl="torch").shape == (0, 3, 14, 14)
     got = resize_clip_normalize([random_image(2, 2).to(DEVICE)], 14, crops=[], impl=impl)
     assert got.shape == (0, 3, 14, 14)
+
+
+@given(in_size=sides(60_000), out_size=sides(8))
+@example(in_size=16_000, out_size=1)
+@example(in_size=4096, out_size=1)
+def test_no_sum_passes_255_where_it_is_not_clamped(in_size, out_size):
+    table = resample.axis_table(in_size, out_size)
+    coefficients = table[1:].sum(axis=0, dtype=np.int64)
+    clamped = resize_ops.needs_clamp([(table, table)])
+    assert clamped == (len(table) > 16_000)
+    assert clamped or (255 * coefficients.max() + 2**21) >> 22 <= 255
+
+
+def test_clamping_changes_nothing_where_it_is_not_needed(monkeypatch):
+    monkeypatch.setattr(resize_ops, "needs_clamp", lambda _: True)
+    images = [random_image(40, 17), torch.full((9, 30, 3), 255, dtype=torch.uint8)]
+    with interpreted_tiles(32, 32):
+        actual = resize_clip_normalize([image.to(DEVICE) for image in images], 20, impl="triton")
+    assert torch.equal(actual.cpu(), pillow(images, 20))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

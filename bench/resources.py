@@ -152,11 +152,15 @@ def _pixels() -> Iterator[tuple[str, bool, Callable[[], object]]]:
 
     images = [picture(333, 500), picture(500, 16)]
     for dtype, short in SHORT.items():
-        normalize = functools.partial(pixels.clip_normalize, picture(1, 31, 31), dtype=dtype)
-        yield short, False, normalize
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
-            resize = functools.partial(pixels.resize_clip_normalize, images, size, dtype=dtype)
-            yield f"{short} {rows}", False, resize
+            square = picture(1, size, size)
+            normalize = functools.partial(pixels.clip_normalize, square, dtype=dtype)
+            yield f"{short} {rows}", False, normalize
+            for image, order in zip(images, ("", ", vertical first"), strict=True):
+                resize = functools.partial(
+                    pixels.resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
+                )
+                yield f"{short} {rows}{order}", False, resize
     ragged = pixels.RaggedImages.gather(images)
     yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
 

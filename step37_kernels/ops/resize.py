@@ -1,4 +1,4 @@
-"""Pillow's BILINEAR on a ragged batch: one launch for each of the two passes.
+"""Pillow's BILINEAR on a ragged batch: a launch for the first pass, one or two for the second.
 
 The passes of a picture are integer arithmetic with a rounding to 8 bits between them. So is this:
 ``first_pass_kernel`` filters one axis into an 8-bit intermediate in planes, whose rows are padded
@@ -231,10 +231,11 @@ def first_pass_kernel(
     tl.store(target + 2 * plane, blue.to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["order_ptr"])
 def second_pass_kernel(
     middle_ptr,
     jobs_ptr,
+    order_ptr,
     tables_ptr,
     table_ptr,
     out_ptr,
@@ -245,6 +246,7 @@ def second_pass_kernel(
     green_offset,
     blue_scale,
     blue_offset,
+    VERTICAL_DONE: tl.constexpr,
     LINE: tl.constexpr,
     INTERPRET: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -254,6 +256,9 @@ def second_pass_kernel(
     CLAMP: tl.constexpr,
 ):
     """Planes to ``out[n, c]``: the other axis, then the normalisation. One program a tile.
+
+    One launch for the pictures of each order: ``order_ptr`` lists the jobs that had their columns
+    filtered first if VERTICAL_DONE, and the others, nearly always all, if not.
 
     ``ALIGNED``: the side is a multiple of eight, so that rows of the result are written in vectors.
     """
@@ -266,12 +271,12 @@ def second_pass_kernel(
     pid = pid // tiles_across
     row = (pid % tiles_down) * ROWS + tl.arange(0, ROWS)
     pid = pid // tiles_down
-    n = pid.to(tl.int64)
+    n = tl.load(order_ptr + pid).to(tl.int64)
 
     job = jobs_ptr + n * FIELDS
     planes = middle_ptr + tl.load(job + MIDDLE) // PAD * PAD
     exists = row < size
-    if tl.load(job + VERTICAL_FIRST) != 0:
+    if VERTICAL_DONE:
         width = tl.load(job + WIDTH)
         pitch = (tl.cdiv(width, PAD) * PAD).to(tl.int64)
         red, green, blue = filter_tile(
@@ -368,10 +373,16 @@ def resize(
         first_tile += tiles[-1]
     tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
 
-    device_records, device_tables, device_tile_jobs = upload(
-        [records, coefficients, tile_jobs],
+    # False before True: pictures whose rows are filtered first, then the others.
+    order = np.argsort([job.vertical_first for job in jobs], kind="stable").astype(np.int32)
+    num_vertical = sum(job.vertical_first for job in jobs)
+
+    device_records, device_tables, device_tile_jobs, device_order = upload(
+        [records, coefficients, tile_jobs, order],
         pixels.device,
     )
+    aligned = size % 8 == 0
+    by_order = device_order.split([len(jobs) - num_vertical, num_vertical])
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
     out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
     with device_of(pixels):
@@ -387,20 +398,26 @@ def resize(
             PAD=ROW_PAD,
             CLAMP=clamp,
         )
-        second_pass_kernel[(len(jobs) * _tiles(size, size, SECOND_PASS_TILE),)](
-            middle,
-            device_records,
-            device_tables,
-            results if isinstance(results, torch.Tensor) else out,
-            out,
-            size,
-            **line_arguments(results),
-            ALIGNED=size % 8 == 0,
-            ROWS=SECOND_PASS_TILE[0],
-            COLUMNS=SECOND_PASS_TILE[1],
-            PAD=ROW_PAD,
-            CLAMP=clamp,
-        )
+        for vertical_done, members in enumerate(by_order):
+            if not len(members):
+                continue
+            second_pass_kernel[(len(members) * _tiles(size, size, SECOND_PASS_TILE),)](
+                middle,
+                device_records,
+                members,
+                device_tables,
+                results if isinstance(results, torch.Tensor) else out,
+                out,
+                size,
+                **line_arguments(results),
+                VERTICAL_DONE=bool(vertical_done),
+                ALIGNED=aligned,
+                ROWS=SECOND_PASS_TILE[0],
+                COLUMNS=SECOND_PASS_TILE[1],
+                PAD=ROW_PAD,
+                CLAMP=clamp,
+                num_warps=4 if aligned else 8,  # single values need more registers than vectors
+            )
     return out
 
 

@@ -47,5 +47,5 @@ def test_one_compilation_serves_all_sizes():
     assert json.loads(done.stdout) == {
         "normalize_kernel": 1,
         "first_pass_kernel": 1,
-        "second_pass_kernel": 1,
+        "second_pass_kernel": 2,  # one for each order of the passes
     }

@@ -1,7 +1,7 @@
 """``python -m bench [subjects…]``: measure, print a table, keep JSON, Markdown and plots.
 
-Subjects: plan, step, insert, normalize, resize, multicrop, data; all of them by default. And tune,
-only if asked for: it proposes a tile table. Those that need a GPU say so where there is none.
+Subjects: plan, step, insert, host, normalize, resize, multicrop, data; all of them by default. And
+tune, only if asked for: it proposes a tile table. Those that need a GPU say so where there is none.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ SUBJECTS = {
     "step": Subject("bench.step", needs_gpu=True),
     # Last of those that share the time: it can fill all of it.
     "insert": Subject("bench.insert", needs_gpu=True),
+    "host": Subject("bench.host", program=True, quick=("--rounds", "5")),
     "normalize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "resize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),

@@ -162,8 +162,8 @@ def test_no_synchronisation_and_captured_in_a_graph(impl):
     try:
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            clip_normalize(pixels, mean=(0.3, 0.2, 0.1), impl=impl)
-        clip_normalize(pixels, mean=(0.3, 0.2, 0.1), impl=impl)
+            clip_normalize(pixels, mean=(0.3, 0.2, 0.1), dtype=torch.float32, impl=impl)
+        clip_normalize(pixels, mean=(0.3, 0.2, 0.1), dtype=torch.float32, impl=impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()

@@ -160,6 +160,58 @@ def finish_tile(
         )  # fmt: skip
 
 
+@triton.jit
+def rows_times_weight(
+    tile,
+    num_m,  # tiles along M to walk over
+    split,
+    a,  # [M, K], read in [BLOCK_M, BLOCK_K] blocks
+    weight,  # [N, K] in [BLOCK_N, BLOCK_K] blocks if TRANSPOSED, else [K, N] in [BLOCK_K, BLOCK_N]
+    bias_ptr,
+    destinations_ptr,
+    out_ptr,
+    partial_ptr,
+    M,
+    N,
+    K,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of rows times the weight, the ``split``-th part of its reduction, and its end."""
+    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = pid_m * BLOCK_M
+    col = pid_n * BLOCK_N
+    K_EDGE: tl.constexpr = "none" if EVEN_K else "zero"
+    N_EDGE: tl.constexpr = "none" if EVEN_N else "zero"
+    blocks_k = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    first_k = split * blocks_k * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(first_k, tl.minimum(first_k + blocks_k * BLOCK_K, K), BLOCK_K):
+        # Rows and columns past the end are never stored, so they may hold anything.
+        x = load_block(a, row, k, M, K, BLOCK_M, BLOCK_K, "clamp", K_EDGE, TMA)
+        if TRANSPOSED:
+            w = load_block(weight, col, k, N, K, BLOCK_N, BLOCK_K, "clamp", K_EDGE, TMA).T
+        else:
+            w = load_block(weight, k, col, K, N, BLOCK_K, BLOCK_N, K_EDGE, N_EDGE, TMA)
+        acc = mma(x, w, acc, PRECISION, INTERPRET)
+    finish_tile(
+        acc, bias_ptr, destinations_ptr, out_ptr, partial_ptr, row, col, split, M, N,
+        HAS_BIAS, SCATTER, INTERPRET, BLOCK_M, BLOCK_N, SPLIT_K, SUBTILES,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def sum_splits_kernel(
     partial_ptr,  # [SPLIT_K, M, N] fp32

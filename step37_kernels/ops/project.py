@@ -15,14 +15,11 @@ from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision
 from step37_kernels.ops.gemm import (
-    finish_tile,
-    load_block,
-    mma,
     num_programs,
     operand,
     partial_sums,
+    rows_times_weight,
     sum_splits,
-    tile_of,
 )
 from step37_kernels.ops.launch import Constants, Launcher
 from step37_kernels.ops.tiles import Tile, tile_for
@@ -62,50 +59,6 @@ def pack_rows_kernel(
     tl.store(packed_ptr + target, values, mask=inside)
 
 
-@triton.jit
-def _project_tile(
-    tile,
-    num_m,
-    split,
-    x,
-    weight,
-    bias_ptr,
-    destinations_ptr,
-    out_ptr,
-    partial_ptr,
-    num_rows,
-    H,
-    C,
-    HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    TMA: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(H, BLOCK_N), GROUP_M)
-    row = pid_m * BLOCK_M
-    col = pid_n * BLOCK_N
-    K_EDGE: tl.constexpr = "none" if EVEN_K else "zero"
-    blocks_k = tl.cdiv(tl.cdiv(C, BLOCK_K), SPLIT_K)
-    first_k = split * blocks_k * BLOCK_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(first_k, tl.minimum(first_k + blocks_k * BLOCK_K, C), BLOCK_K):
-        # Rows and columns past the end are never stored, so they may hold anything.
-        a = load_block(x, row, k, num_rows, C, BLOCK_M, BLOCK_K, "clamp", K_EDGE, TMA)
-        b = load_block(weight, col, k, H, C, BLOCK_N, BLOCK_K, "clamp", K_EDGE, TMA)
-        acc = mma(a, b.T, acc, PRECISION, INTERPRET)
-    finish_tile(
-        acc, bias_ptr, destinations_ptr, out_ptr, partial_ptr, row, col, split, num_rows, H,
-        HAS_BIAS, True, INTERPRET, BLOCK_M, BLOCK_N, SPLIT_K, SUBTILES,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def project_scatter_kernel(
     x,  # [R, C] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
@@ -141,16 +94,16 @@ def project_scatter_kernel(
     split = tl.program_id(1)
     if PERSISTENT:
         for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
-            _project_tile(
+            rows_times_weight(
                 tile, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-                num_rows, H, C, HAS_BIAS, EVEN_K, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
+                SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
             )  # fmt: skip
     elif first < num_tiles:
-        _project_tile(
+        rows_times_weight(
             first, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-            num_rows, H, C, HAS_BIAS, EVEN_K, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
+            SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
         )  # fmt: skip
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision, round_to
 from step37_kernels.ops.gemm import (
-    finish_tile,
     halves,
     load_block,
     mma,
     num_programs,
     operand,
     partial_sums,
+    rows_times_weight,
     sum_splits,
     tile_of,
 )
@@ -102,49 +102,6 @@ def gather_grad_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * H + cols, partial, mask=cols < H)
 
 
-@triton.jit
-def _grad_features_tile(
-    tile,
-    num_m,
-    split,
-    grad,
-    weight,
-    dtype_ptr,
-    out_ptr,
-    partial_ptr,
-    num_rows,
-    H,
-    C,
-    EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    TMA: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    pid_m, pid_n = tile_of(tile, num_m, tl.cdiv(C, BLOCK_N), GROUP_M)
-    row = pid_m * BLOCK_M
-    col = pid_n * BLOCK_N
-    K_EDGE: tl.constexpr = "none" if EVEN_K else "zero"
-    N_EDGE: tl.constexpr = "none" if EVEN_N else "zero"
-    blocks_k = tl.cdiv(tl.cdiv(H, BLOCK_K), SPLIT_K)
-    first_k = split * blocks_k * BLOCK_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(first_k, tl.minimum(first_k + blocks_k * BLOCK_K, H), BLOCK_K):
-        a = load_block(grad, row, k, num_rows, H, BLOCK_M, BLOCK_K, "clamp", K_EDGE, TMA)
-        b = load_block(weight, k, col, H, C, BLOCK_K, BLOCK_N, K_EDGE, N_EDGE, TMA)
-        acc = mma(a, b, acc, PRECISION, INTERPRET)
-    finish_tile(
-        acc, dtype_ptr, dtype_ptr, out_ptr, partial_ptr, row, col, split, num_rows, C,
-        False, False, INTERPRET, BLOCK_M, BLOCK_N, SPLIT_K, SUBTILES,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_features_kernel(
     grad,  # [R, H] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
@@ -179,16 +136,16 @@ def grad_features_kernel(
     split = tl.program_id(1)
     if PERSISTENT:
         for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
-            _grad_features_tile(
-                tile, num_m, split, grad, weight, dtype_ptr, out_ptr, partial_ptr, num_rows, H, C,
-                EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            rows_times_weight(
+                tile, num_m, split, grad, weight, dtype_ptr, dtype_ptr, out_ptr, partial_ptr,
+                num_rows, C, H, False, False, False, EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA,
+                SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
             )  # fmt: skip
     elif first < num_tiles:
-        _grad_features_tile(
-            first, num_m, split, grad, weight, dtype_ptr, out_ptr, partial_ptr, num_rows, H, C,
-            EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA, SPLIT_K, SUBTILES,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+        rows_times_weight(
+            first, num_m, split, grad, weight, dtype_ptr, dtype_ptr, out_ptr, partial_ptr,
+            num_rows, C, H, False, False, False, EVEN_K, EVEN_N, PRECISION, INTERPRET, TMA,
+            SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +14,12 @@ from step37_kernels import reference_pixels, resample
 from step37_kernels._dispatch import Impl, use_triton
 from step37_kernels.reference_pixels import CLIP_MEAN, CLIP_STD, vertical_pass_first
 
+if TYPE_CHECKING:
+    from step37_kernels.ops.pixels import Line
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _RGB = tuple[float, float, float]
-_Line = tuple[float, float, float, float, float, float]
-"""Scale and offset of red, green and blue."""
 
 
 def clip_normalize(
@@ -216,7 +218,7 @@ def _resize_triton(
     images: RaggedImages,
     crops: Sequence[Crop],
     size: int,
-    results: torch.Tensor | _Line,
+    results: torch.Tensor | Line,
     dtype: torch.dtype,
     order: tuple[int, int],
 ) -> torch.Tensor:
@@ -273,7 +275,7 @@ def _three(name: str, values: tuple[float, ...]) -> _RGB:
 
 def _results(
     mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | _Line:
+) -> torch.Tensor | Line:
     """The normalisation as the kernels take it: arithmetic where it is exact, else the table."""
     mean_rgb, std_rgb = _check_constants(mean, std, dtype)
     line = _line(mean_rgb, std_rgb, dtype)
@@ -281,7 +283,7 @@ def _results(
 
 
 @functools.lru_cache(maxsize=64)
-def _line(mean: _RGB, std: _RGB, dtype: torch.dtype) -> _Line | None:
+def _line(mean: _RGB, std: _RGB, dtype: torch.dtype) -> Line | None:
     """Scale and offset of each channel, if ``value * scale + offset`` in fp32, rounded to
     ``dtype``, is the reference's result for all 256 values, fused or not; else None."""
     cpu = torch.device("cpu")

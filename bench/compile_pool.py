@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
 from bench.no_gpu import NoDriver, compiled
-from bench.resources import HIDDEN, ROWS, SHORT, WIDTH, usage
-from step37_kernels.ops import project, project_backward, tiles
+from bench.products import ROWS, Operands, launch
+from bench.resources import SHORT, usage
+from step37_kernels.ops import project, project_backward
 from step37_kernels.ops.tiles import Product, Tile
 
 READY = "ready"
@@ -59,43 +59,13 @@ def request(product: Product, tile: Tile, dtype: torch.dtype) -> str:
     return json.dumps({"product": product, "dtype": SHORT[dtype], "tile": asdict(tile)})
 
 
-@contextlib.contextmanager
-def only(tile: Tile) -> Iterator[None]:
-    """Whatever the table says, launches in here take this tile."""
-    table = tiles.pick
-    tiles.pick = lambda *_: tile
-    try:
-        yield
-    finally:
-        tiles.pick = table
-
-
-class _Target(NoDriver):
-    """Any NVIDIA GPU by its capability."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(self.architecture), 32)
-
-
 def _compile(line: str) -> Usage:
     wanted = json.loads(line)
     dtype = next(dtype for dtype, short in SHORT.items() if short == wanted["dtype"])
-    product = wanted["product"]
-    weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
-    x = torch.empty(ROWS, WIDTH, dtype=dtype)
-    gradient = torch.empty(ROWS, HIDDEN, dtype=dtype)
-    with only(Tile(**wanted["tile"])):
-        if product == "forward":
-            destinations = torch.empty(ROWS, dtype=torch.int32)
-            out = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
-            project.project_scatter(x, weight, None, destinations, None, out)
-        elif product == "grad_features":
-            project_backward.grad_features(gradient, weight, None)
-        elif product == "grad_weight":
-            project_backward.grad_weight(gradient, x, None)
-        else:
-            out = torch.empty(HIDDEN, WIDTH)
-            project_backward.grad_weight_into(gradient, x, None, out, accumulate=True)
+    product: Product = wanted["product"]
+    operands = Operands.blank(product, dtype)
+    destinations = torch.empty(ROWS, dtype=torch.int32)
+    launch(product, Tile(**wanted["tile"]), operands, destinations)
     binary = compiled(KERNELS[product])[-1]
     return Usage(*usage(binary.asm["cubin"]), shared=binary.metadata.shared)
 
@@ -104,7 +74,7 @@ def serve(capability: str) -> None:
     """Answer requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a compiler prints is no answer
-    _Target(capability).install()
+    NoDriver(f"sm_{capability}").install()
     print(READY, file=answers)
     for line in sys.stdin:
         try:

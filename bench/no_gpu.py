@@ -11,13 +11,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-ARCHITECTURES = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
 
 class _Utils:
     def __init__(self) -> None:
@@ -39,7 +32,7 @@ class NoDriver:
     """Stands where Triton's driver would.
 
     Args:
-        architecture: one of :data:`ARCHITECTURES`.
+        architecture: ``sm_90`` and the like, or AMD's ``gfx942``.
         on_launch: called with the arguments of each launch that would have happened.
     """
 
@@ -54,7 +47,9 @@ class NoDriver:
         triton.runtime.driver.set_active(self)
 
     def get_current_target(self) -> GPUTarget:
-        return ARCHITECTURES[self.architecture]
+        if self.architecture.startswith("gfx"):
+            return GPUTarget("hip", self.architecture, 64)
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         return 0

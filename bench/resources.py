@@ -29,7 +29,9 @@ import triton
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
 
-from bench.no_gpu import ARCHITECTURES, NoDriver, compiled
+from bench import products
+from bench.no_gpu import NoDriver, compiled
+from bench.products import HIDDEN, ROWS, WIDTH, Operands
 from step37_kernels import pixels
 from step37_kernels import resize as picture_resize
 from step37_kernels.ops import gemm, plan, project, project_backward, tiles
@@ -38,7 +40,6 @@ from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
 from step37_kernels.resize import resize_uint8
 
-HIDDEN, WIDTH, ROWS = 4096, 6144, 169
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 MATRIX_UNIT = {
     "sm_80": "mma.sync",
@@ -106,41 +107,25 @@ def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callabl
 def _products(
     capability: int, dtype: torch.dtype, short: str
 ) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
-    x = torch.empty(ROWS, WIDTH, dtype=dtype)
-    gradient = torch.empty(ROWS, HIDDEN, dtype=dtype)
-    out = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
-    main_grad = torch.empty(HIDDEN, WIDTH)
-    bias = weight[:, 0].contiguous()
     destinations = torch.empty(ROWS, dtype=torch.int32)
+    bias = torch.empty(HIDDEN, dtype=dtype)
     live_rows = torch.empty(1, dtype=torch.int32)
-
-    def call(product: tiles.Product, live: Tensor | None, bias: Tensor | None) -> None:
-        if product == "forward":
-            project.project_scatter(x, weight, bias, destinations, live, out)
-        elif product == "grad_features":
-            project_backward.grad_features(gradient, weight, live)
-        elif product == "grad_weight":
-            project_backward.grad_weight(gradient, x, live)
-        else:
-            project_backward.grad_weight_into(gradient, x, live, main_grad, accumulate=True)
-
     for product, tile in tiles.entries(capability, dtype):
         options: list[tuple[bool, Tensor | None]] = [(False, None)]
         if dtype == torch.bfloat16:
             biases = (False, True) if product == "forward" else (False,)
             options = [(with_bias, live) for with_bias in biases for live in (None, live_rows)]
+        operands = Operands.blank(product, dtype)
         for with_bias, live in options:
-
-            def launch(
-                product: tiles.Product = product,
-                tile: tiles.Tile = tile,
-                live: Tensor | None = live,
-                bias: Tensor | None = bias if with_bias else None,
-            ) -> None:
-                tiles.pick = lambda *_: tile
-                call(product, live, bias)
-
+            launch = functools.partial(
+                products.launch,
+                product,
+                tile,
+                operands,
+                destinations,
+                bias=bias if with_bias else None,
+                live_rows=live,
+            )
             variant = f"{short} {tile}{' bias' * with_bias}{' shard' * (live is not None)}"
             variant += " onto fp32" * (product == "accumulate_weight")
             yield variant, dtype != torch.float32, launch
@@ -275,7 +260,7 @@ def _widest_access(ptx: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="sm_90")
+    parser.add_argument("--arch", choices=sorted(CAPABILITY), default="sm_90")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:

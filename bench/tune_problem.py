@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.compile_pool import only
 from bench.harness import (
     CpuClock,
     Implementation,
@@ -20,9 +19,9 @@ from bench.harness import (
     dtype_name,
     rotation,
 )
-from bench.resources import HIDDEN, SHARED_LIMIT, WIDTH
+from bench.products import HIDDEN, WIDTH, Operands, launch
+from bench.resources import SHARED_LIMIT
 from bench.tune_table import Chip, Extents, describe
-from step37_kernels.ops import project, project_backward
 from step37_kernels.ops.tiles import Product, Tile
 from step37_kernels.testing import product_bound
 
@@ -49,20 +48,6 @@ class Target:
         shared = SHARED_LIMIT.get(f"sm_{capability}", 99 * 1024)
         chip = Chip(capability, properties.multi_processor_count, shared)
         return cls(device=device, chip=chip, clock=clock_for(device))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operands:
-    """One set of inputs, and the memory that the result goes to."""
-
-    x: Tensor
-    """``[R, C]``"""
-    grad: Tensor
-    """``[R, H]``"""
-    weight: Tensor
-    """``[H, C]``"""
-    out: Tensor
-    """``[positions, 1, H]`` of forward, ``[H, C]`` of the weight's products, else empty."""
 
 
 class Problem:
@@ -142,20 +127,7 @@ class Problem:
 
     def run(self, tile: Tile, operands: Operands) -> Tensor:
         """The product by our kernel with this tile: ``out``, or a new tensor."""
-        with only(tile):
-            if self.product == "forward":
-                destinations = self._narrow_destinations
-                project.project_scatter(
-                    operands.x, operands.weight, None, destinations, None, operands.out
-                )
-            elif self.product == "grad_features":
-                return project_backward.grad_features(operands.grad, operands.weight, None)
-            else:
-                accumulate = self._held is not None
-                project_backward.grad_weight_into(
-                    operands.grad, operands.x, None, operands.out, accumulate=accumulate
-                )
-            return operands.out
+        return launch(self.product, tile, operands, self._narrow_destinations)
 
     def implementation(self, tile: Tile) -> Implementation:
         return Implementation(

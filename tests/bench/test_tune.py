@@ -14,8 +14,9 @@ import torch
 
 from bench import __main__ as command
 from bench import tune
-from bench.compile_pool import Usage, compile_all, only, request
+from bench.compile_pool import Usage, compile_all, request
 from bench.harness import LATE, CpuClock, Implementation
+from bench.products import only
 from bench.resources import SHARED_LIMIT
 from bench.tune_table import Chip, Extents, accumulators, candidates, describe, propose, source
 from step37_kernels.ops import project_backward, tiles

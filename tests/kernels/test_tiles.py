@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.products import only
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import gemm, project, project_backward, tiles
 from step37_kernels.ops.common import INTERPRETED
@@ -34,13 +34,9 @@ real_num_programs = gemm.num_programs
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-@contextmanager
-def only_tile(kind: dict[str, object]) -> Iterator[None]:
+def only_tile(kind: dict[str, object]) -> AbstractContextManager[None]:
     """The only tile there is, for all products."""
-    tile = dataclasses.replace(BASE, **kind)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "pick", lambda *_: tile)
-        yield
+    return only(dataclasses.replace(BASE, **kind))
 
 
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor:

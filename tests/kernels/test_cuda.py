@@ -115,8 +115,10 @@ def test_a_captured_graph_replays_with_new_ids_and_features(layout, warm_layout)
         return [output, *torch.autograd.grad(output, wanted, grad_output)]
 
     if not warm_layout:
-        # Kernels are compiled by another layout; the one captured is new.
-        other = [ImageForInsert(insert_start_token=IM_START, image_features=leaves[1][:1])]
+        # Kernels are compiled by another layout; the one captured is new. Nothing here may keep a
+        # leaf's node of autograd alive: it belongs to the stream on which it was made, and no
+        # capture may make the default stream wait.
+        other = [ImageForInsert(insert_start_token=IM_START, image_features=leaves[1].detach()[:1])]
         module(ids, other).sum().backward()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -124,8 +126,7 @@ def test_a_captured_graph_replays_with_new_ids_and_features(layout, warm_layout)
         if warm_layout:
             step()
         else:
-            probe = module(ids, [*images, images[0]])
-            torch.autograd.grad(probe, wanted, grad_output)
+            torch.autograd.grad(module(ids, [*images, images[0]]), wanted, grad_output)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,15 +120,23 @@ def runnable(names: Sequence[str], device: torch.device) -> list[Subject]:
 def run_rows(
     subjects: Sequence[Subject], settings: Settings, out: Path, earlier: report.Record | None
 ) -> bool:
-    """Measure, show, write and compare; whether all rows of ours passed their gate."""
+    """Measure, show, write and compare; whether all rows of ours passed their gate.
+
+    An error ends its subject; the others are measured all the same.
+    """
     where = environment(settings.device)
     ceilings = measure_ceilings(settings)
     rows: list[Row] = []
+    errors: list[str] = []
     try:
         for subject in subjects:
-            for group in importlib.import_module(subject.module).run(settings):
-                rows += group
-                print(report.console(group, ceilings), flush=True)
+            try:
+                for group in importlib.import_module(subject.module).run(settings):
+                    rows += group
+                    print(report.console(group, ceilings), flush=True)
+            except Exception as error:
+                traceback.print_exc()
+                errors.append(f"{subject.module}: {type(error).__name__}: {error}")
     finally:
         # Whatever ends the run early, what was measured is kept.
         results = report.to_json(rows, ceilings, where)
@@ -140,7 +149,9 @@ def run_rows(
     failed = [row for row in rows if row.kind == "ours" and row.problem and row.problem != LATE]
     for row in failed:
         print(f"FAILED: {row.implementation}, {row.key}: {row.problem}")
-    return not failed
+    for line in errors:
+        print(f"FAILED: {line}")
+    return not failed and not errors
 
 
 def run_program(subject: Subject, quick: bool, given: argparse.Namespace) -> bool:

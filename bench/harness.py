@@ -290,10 +290,11 @@ def measure(
         try:
             problem = gate(implementation, check, clock, work.bytes)
             counts = {} if problem else clock.count(implementation)
-        except RuntimeError as error:
+        except Exception as error:
             if implementation.kind == "ours":
                 raise
-            problem, counts = f"{type(error).__name__}: {str(error).splitlines()[0]}", {}
+            first_line = (str(error).splitlines() or [""])[0]
+            problem, counts = f"{type(error).__name__}: {first_line}", {}
         rows[implementation.name] = replace(row, problem=problem, **counts)  # type: ignore[arg-type]
         if problem is None:
             timed.append(implementation)

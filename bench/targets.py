@@ -45,8 +45,8 @@ def memory_over_stock(group: dict[str, Record]) -> float | None:
     if ours is None or stock is None:
         return None
     (shape,) = shapes_named([group["stock"]["shape"]])
-    output = shape.seq_len * shape.hidden * ITEM_BYTES[group["stock"]["dtype"]]
-    return float(ours / (stock - output))
+    above = stock - shape.seq_len * shape.hidden * ITEM_BYTES[group["stock"]["dtype"]]
+    return float(ours / above) if above > 0 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plan, report, shapes
+from bench import plan, report, shapes, step
 from bench.harness import Settings
 from bench.shapes import Shape
 
@@ -115,3 +115,24 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
     assert "FAILED: step37" in out
     (path,) = tmp_path.glob("*.json")
     assert report.read(path)["rows"][0]["median_us"] is None
+
+
+def test_an_error_ends_its_subject_and_no_other(
+    tiny: Shape,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    here = dataclasses.replace(settings, shapes=("tiny",))
+
+    def crash(_: object) -> None:
+        raise RuntimeError("illegal access")
+
+    monkeypatch.setattr(step, "run", crash)
+    subjects = [command.Subject("bench.step"), command.Subject("bench.plan")]
+    assert not command.run_rows(subjects, here, tmp_path, None)
+    assert "FAILED: bench.step: RuntimeError: illegal access" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    assert len(report.read(path)["rows"]) == 3

@@ -89,6 +89,15 @@ def test_an_error_of_a_competitor_is_its_rows_problem(settings: Settings) -> Non
     assert rows[1].problem is None
 
 
+def test_any_error_of_a_competitor_is_its_rows_problem(settings: Settings) -> None:
+    def give_up(_: object) -> None:
+        raise AssertionError
+
+    rows = measure(KEY, WORK, [implementation("x", give_up), implementation("y")], accept, settings)
+    assert rows[0].problem == "AssertionError: "
+    assert rows[1].problem is None
+
+
 def test_an_error_of_ours_ends_the_run(settings: Settings) -> None:
     def crash(_: object) -> None:
         raise RuntimeError("illegal access")

@@ -72,6 +72,15 @@ def test_memory_is_compared_above_the_output_and_syncs_are_counted() -> None:
     assert found["forward / fastest peer"][0] == pytest.approx(0.9)
 
 
+def test_stock_that_allocates_no_more_than_its_output_leaves_no_ratio() -> None:
+    shape = SHAPES["flickr8k"]
+    found = judged(
+        record("step37 in place", "ours", 90.0, peak_bytes=1000),
+        record("stock", "stock", 100.0, peak_bytes=2 * shape.seq_len * shape.hidden),
+    )
+    assert "memory above the output / stock's" not in found
+
+
 def test_a_run_of_other_subjects_speaks_to_no_target() -> None:
     assert judged(record("step37", "ours", 1.0, subject="step")) == {}
 

@@ -1,5 +1,6 @@
 # make demo   set up, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
+# make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
 # make lint   set up, then ruff, mypy, import-linter
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
 # make gpu    everything that wants a GPU: the GPU tests, all tests of the kernels (compiled there),
@@ -8,8 +9,9 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 JOBS ?= auto
+ARCH ?= sm_90
 
-.PHONY: demo test lint bench gpu resources setup clean
+.PHONY: demo test ptx lint bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -19,6 +21,9 @@ demo: setup
 
 test: setup
 	@$(RUN) -m pytest -n $(JOBS) -m "not slow"
+
+ptx: setup
+	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -46,11 +46,16 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
             f"impl={impl!r} on {device} needs Triton, which is not installed; "
             "install 'triton', or pass impl='torch'"
         )
-    from step37_kernels.ops.common import INTERPRETED
-
-    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+    if device.type != "cuda" and not (device.type == "cpu" and kernels_run_on_cpu()):
         raise ValueError(
             f"impl='triton': Triton kernels need CUDA tensors, got {device}; pass impl='torch', "
             "or set TRITON_INTERPRET=1 before importing to run them in Triton's interpreter"
         )
     return True
+
+
+def kernels_run_on_cpu() -> bool:
+    """Whether this process launches kernels on CPU tensors: in Triton's interpreter it does."""
+    from step37_kernels.ops.common import INTERPRETED
+
+    return INTERPRETED

@@ -2,6 +2,7 @@
 
 Where CUDA is present the kernels run compiled, on the GPU; elsewhere they run in Triton's
 interpreter, which has to be chosen before any kernel module is imported: hence here.
+``STEP37_TEST_PTX=sm_90`` compiles them for that architecture instead, and interprets the PTX.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():
+from tests import ptx
+
+if ptx.ARCHITECTURE:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # pytest-xdist runs one process per core: more threads than that only fight each other.
@@ -25,3 +30,5 @@ _common = {
 settings.register_profile("default", max_examples=25, **_common)
 settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+ptx.install_if_asked()

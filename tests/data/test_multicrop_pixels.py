@@ -21,13 +21,13 @@ from step37_data.multicrop_pixels import (
     prepare_on_device,
 )
 from step37_kernels import reference_pixels
+from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import RaggedImages, resize_clip_normalize
 from tests.data.multicrop_oracle import BILINEAR, Seen, see
 from tests.data.test_multicrop import PHOTOS, sides
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter takes seconds for what a GPU does in microseconds.
-INTERPRETED = DEVICE.type != "cuda"
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -6,6 +6,16 @@ import pytest
 import torch
 
 from step37_kernels import image_insert_embedding
+from tests import ptx
+
+if ptx.ARCHITECTURE:  # these run in processes of their own, or launch nothing: as without it
+    collect_ignore = [
+        "test_imports.py",
+        "test_launch.py",
+        "test_pixels_pillow_versions.py",
+        "test_reference.py",
+        "test_resources.py",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from step37_kernels import reference_pixels, resample
 from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import DTYPES, Crop, RaggedImages, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +31,7 @@ LARGEST = 4096 if DEVICE.type == "cuda" else 160
 def interpreted_tiles(rows: int, columns: int):
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type != "cuda":
+        if INTERPRETED:
             patch.setattr("step37_kernels.ops.resize.FIRST_PASS_TILE", (rows, columns))
             patch.setattr("step37_kernels.ops.resize.SECOND_PASS_TILE", (rows, columns))
         yield

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_kernels import reference_pixels
+from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import RaggedImages
 from step37_kernels.resize import resize_uint8
 
@@ -25,7 +26,7 @@ LARGEST = 2048 if DEVICE.type == "cuda" else 130
 def interpreted_tiles():
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type != "cuda":
+        if INTERPRETED:
             patch.setattr("step37_kernels.ops.resize_uint8.TILE", (32, 64))
         yield
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.products import only
+from bench.products import Operands, launch, only
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import gemm, project, project_backward, tiles
 from step37_kernels.ops.common import INTERPRETED
@@ -32,6 +32,14 @@ BASE = tiles.Tile(16, 32, 32, 2, 4, 2) if INTERPRETED else tiles.Tile(64, 64, 32
 
 real_num_programs = gemm.num_programs
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+TABLE = [
+    pytest.param(capability, product, tile, dtype, id=f"{capability} {product} {tile}")
+    for capability, dtype in [(90, torch.bfloat16), (80, torch.float16), (0, torch.float32)]
+    for product, tile in tiles.entries(capability, dtype)
+]
+"""All that may be launched: on Hopper, on other devices, and (0) on any."""
 
 
 def only_tile(kind: dict[str, object]) -> AbstractContextManager[None]:
@@ -104,6 +112,55 @@ def test_a_sum_on_top_of_main_grad_is_the_same_with_every_kind_of_tile(device, k
     # One rounding to bf16 apart, and the fp32 sum with numbers below 1.
     bound = exact.abs() * torch.finfo(torch.bfloat16).eps + 4 * torch.finfo(torch.float32).eps
     assert (fused - exact).abs().le(bound).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tiles of this size are for compiled kernels")
+@pytest.mark.parametrize(("capability", "product", "tile", "dtype"), TABLE)
+def test_every_entry_of_the_table_multiplies_exactly(device, capability, product, tile, dtype):
+    here = tiles._capability(torch.device(device))
+    if capability and (capability == 90) != (here == 90):
+        pytest.skip(f"not a tile of sm_{here}")
+    # Two blocks each way, the second one incomplete, and K long enough to use each stage twice.
+    m, n = tile.block_m + 24, tile.block_n + 40
+    k = tile.split_k * tile.block_k * (2 * tile.num_stages + 1) + 8
+    rows, hidden, width = {"forward": (m, n, k), "grad_features": (m, k, n)}.get(product, (k, m, n))
+    live = rows - 3
+
+    def whole_numbers(*shape: int) -> torch.Tensor:
+        """So small that every sum is exact, in whatever order it is taken."""
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
+
+    generator = torch.Generator().manual_seed(0)
+    x, grad = whole_numbers(rows, width), whole_numbers(rows, hidden)
+    weight, bias = whole_numbers(hidden, width), whole_numbers(hidden)
+    x[live:] = 0  # as the plan packs them: rows past the live ones count for nothing
+    grad[live:] = 0
+    before = torch.ones(hidden, width, device=device)
+    exact_x, exact_grad, exact_weight = x.double(), grad.double(), weight.double()
+    expected = {
+        "forward": lambda: (exact_x @ exact_weight.T + bias.double())[:live],
+        "grad_features": lambda: (exact_grad @ exact_weight)[:live],
+        "grad_weight": lambda: exact_grad.T @ exact_x,
+        "accumulate_weight": lambda: exact_grad.T @ exact_x + 1,
+    }[product]()
+    outs = {
+        "forward": torch.zeros(rows, 1, hidden, dtype=dtype, device=device),
+        "grad_weight": torch.empty_like(weight),
+        "accumulate_weight": before,
+    }
+    result = launch(
+        product,
+        tile,
+        Operands(x=x, grad=grad, weight=weight, out=outs.get(product, x)),
+        torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=device),
+        bias=bias,
+        live_rows=torch.tensor([live], dtype=torch.int32, device=device),
+    )
+    if product == "forward":
+        result = result.squeeze(1).flip(0)
+    if product in ("forward", "grad_features"):
+        result = result[:live]
+    assert result.equal(expected.to(result.dtype))
 
 
 def test_the_copy_engine_is_asked_only_for_what_it_can_read(device):

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from tests import ptx
+
 LIMIT_S = 120
 
 
@@ -124,6 +126,7 @@ def _child(
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    ptx.install_if_asked()
     try:
         let_the_cpu_play_the_gpu(pytest.MonkeyPatch())
         start_megatron(store, rank, world, **parallel)

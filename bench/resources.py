@@ -65,8 +65,10 @@ class Resources:
     copy_engine: bool
     serialized: bool
     """On sm_90: the assembler found that it has to wait for each ``wgmma`` before the next."""
-    global_bytes: int
-    """Bytes of the widest global load or store, or of one asynchronous copy; 0: not read off."""
+    load_bytes: int
+    """Bytes of the widest global load or asynchronous copy of one thread; 0: none, or on AMD."""
+    store_bytes: int
+    """Bytes of the widest global store; 0 on AMD."""
 
 
 def _launches(arch: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
@@ -190,11 +192,11 @@ def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Res
             _number(r"\.vgpr_count:\s+", assembly),
             _number("ScratchSize: ", assembly),
         )
-        widest = 0
+        load_bytes = store_bytes = 0
     else:
         assembly = binary.asm["ptx"]
         registers, stack = usage(binary.asm["cubin"])
-        widest = _widest_access(assembly)
+        load_bytes, store_bytes = _widest(assembly, "ld"), _widest(assembly, "st")
         serialized = is_gemm and arch == "sm_90" and _serialized(assembly)
     return Resources(
         kernel=name,
@@ -207,7 +209,8 @@ def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Res
         matrix_unit=MATRIX_UNIT[arch] in assembly,
         copy_engine="cp.async.bulk.tensor" in assembly,
         serialized=serialized,
-        global_bytes=widest,
+        load_bytes=load_bytes,
+        store_bytes=store_bytes,
     )
 
 
@@ -247,14 +250,15 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return _number("REG:", report), _number("STACK:", report)
 
 
-def _widest_access(ptx: str) -> int:
-    """Bytes of the widest ``ld/st.global`` or ``cp.async`` (whose size is written 0x10 or 16)."""
+def _widest(ptx: str, access: str) -> int:
+    """Bytes of the widest ``ld.global`` or ``st.global``; a ``cp.async`` is a load, too."""
     widths = [
-        int(size, 0)
-        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)", ptx)
+        int(vector or 1) * int(bits) // 8
+        for vector, bits in re.findall(access + r"\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+) ", ptx)
     ]
-    for vector, bits in re.findall(r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+) ", ptx):
-        widths.append(int(vector or 1) * int(bits) // 8)
+    if access == "ld":  # its size is written 0x10 or 16
+        sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)", ptx)
+        widths += [int(size, 0) for size in sizes]
     return max(widths, default=0)
 
 
@@ -269,9 +273,10 @@ def main() -> None:
     if not arguments.json:
         show(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
         show(
-            "| kernel | variant | registers | stack | shared | matrix unit | TMA | widest access |"
+            "| kernel | variant | registers | stack | shared | matrix unit | TMA "
+            "| widest load | widest store |"
         )
-        show("|---|---|---|---|---|---|---|---|")
+        show("|---|---|---|---|---|---|---|---|---|")
     for row in resources(arguments.arch):
         if arguments.json:
             show(json.dumps(asdict(row)))
@@ -280,7 +285,8 @@ def main() -> None:
             unit += " (serialized)" * row.serialized
             show(
                 f"| {row.kernel} | {row.variant} | {row.registers} | {row.stack} "
-                f"| {row.shared} | {unit} | {'yes' * row.copy_engine} | {row.global_bytes or ''} |"
+                f"| {row.shared} | {unit} | {'yes' * row.copy_engine} "
+                f"| {row.load_bytes or ''} | {row.store_bytes or ''} |"
             )
 
 

@@ -29,6 +29,27 @@ def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     return x.to(dtype)
 
 
+VECTOR = tl.constexpr(8)
+"""Elements of a vector that is loaded or stored as one, 16 bytes of the 16-bit types."""
+
+
+@triton.jit
+def in_vectors(value, WHOLE: tl.constexpr):
+    """``value``, known to the compiler as a multiple of :data:`VECTOR` if WHOLE, as it then is.
+
+    A size or stride that Triton does not specialise is otherwise any number, and every address
+    made with it a place where no vector may begin.
+    """
+    if WHOLE:
+        value = value // VECTOR * VECTOR
+    return value
+
+
+def whole_vectors(*values: int) -> bool:
+    """Whether all sizes and strides, in elements, are multiples of :data:`VECTOR`."""
+    return not any(value % VECTOR.value for value in values)
+
+
 def ceil_div(a: int, b: int) -> int:
     """``triton.cdiv`` on the host, where that one takes two microseconds."""
     return -(-a // b)

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision
+from step37_kernels.ops.common import (
+    INTERPRETED,
+    ceil_div,
+    device_of,
+    dot_precision,
+    in_vectors,
+    whole_vectors,
+)
 from step37_kernels.ops.gemm import (
     num_programs,
     operand,
@@ -38,6 +45,7 @@ def pack_rows_kernel(
     rows_each,
     first_row,
     stride_n,
+    WHOLE: tl.constexpr,  # stride_n is whole vectors
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -50,7 +58,7 @@ def pack_rows_kernel(
     inside = (rows < rows_each)[:, None] & (cols < C)[None, :]
     source = (
         source_ptr
-        + n * stride_n
+        + n * in_vectors(stride_n, WHOLE)
         + rows.to(tl.int64)[:, None] * stride_l
         + cols.to(tl.int64)[None, :] * stride_c
     )
@@ -108,7 +116,13 @@ def project_scatter_kernel(
 
 
 _pack_rows = Launcher(pack_rows_kernel)
-_PACK = Constants(BLOCK_L=PACK_BLOCK_L, BLOCK_C=PACK_BLOCK_C)
+
+
+@functools.lru_cache
+def _pack_constants(whole: bool) -> Constants:
+    return Constants(WHOLE=whole, BLOCK_L=PACK_BLOCK_L, BLOCK_C=PACK_BLOCK_C)
+
+
 _project_scatter = Launcher(project_scatter_kernel)
 
 
@@ -123,7 +137,11 @@ def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
             grid = (n * ceil_div(rows_each, PACK_BLOCK_L), ceil_div(width, PACK_BLOCK_C))
             stride_n, *strides = feature.stride()
             _pack_rows(
-                grid, (feature, packed), (width, *strides), (rows_each, first_row, stride_n), _PACK
+                grid,
+                (feature, packed),
+                (width, *strides),
+                (rows_each, first_row, stride_n),
+                _pack_constants(whole_vectors(stride_n)),
             )
             first_row += n * rows_each
     return packed

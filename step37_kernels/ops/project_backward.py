@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, dot_precision, round_to
+from step37_kernels.ops.common import (
+    INTERPRETED,
+    ceil_div,
+    device_of,
+    dot_precision,
+    in_vectors,
+    round_to,
+    whole_vectors,
+)
 from step37_kernels.ops.gemm import (
     halves,
     load_block,
@@ -36,7 +44,11 @@ _STRIDES = ["batch_size", "stride_s", "stride_b"]
 
 
 @triton.jit
-def _gradient_pointers(grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h):
+def _gradient_pointers(
+    grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE: tl.constexpr
+):
+    stride_s = in_vectors(stride_s, WHOLE)
+    stride_b = in_vectors(stride_b, WHOLE)
     s = (positions // batch_size).to(tl.int64)
     b = (positions % batch_size).to(tl.int64)
     return grad_ptr + (s * stride_s + b * stride_b)[:, None] + (cols.to(tl.int64) * stride_h)[None]
@@ -53,6 +65,7 @@ def embedding_grad_kernel(
     batch_size,
     stride_s,
     stride_b,
+    WHOLE: tl.constexpr,  # stride_s and stride_b are whole vectors
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -61,7 +74,7 @@ def embedding_grad_kernel(
     exists = (positions < num_positions)[:, None] & (cols < H)[None, :]
     row_at = tl.load(row_at_ptr + positions, mask=positions < num_positions, other=0)
     grad_ptrs = _gradient_pointers(
-        grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h
+        grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
     )
     # Overwritten rows are not even read.
     values = tl.load(grad_ptrs, mask=exists & (row_at < 0)[:, None], other=0.0)
@@ -81,6 +94,7 @@ def gather_grad_kernel(
     batch_size,
     stride_s,
     stride_b,
+    WHOLE: tl.constexpr,
     BIAS_SUM: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -91,7 +105,7 @@ def gather_grad_kernel(
     in_width = (cols < H)[None, :]
     destinations = tl.load(destinations_ptr + rows, mask=rows < num_rows, other=-1)
     grad_ptrs = _gradient_pointers(
-        grad_ptr, destinations, cols, batch_size, stride_s, stride_b, stride_h
+        grad_ptr, destinations, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
     )
     values = tl.load(grad_ptrs, mask=(destinations >= 0)[:, None] & in_width, other=0.0)
     values = round_to(values.to(tl.float32), rows_ptr.dtype.element_ty, INTERPRET)
@@ -255,7 +269,11 @@ _embedding_grad = Launcher(embedding_grad_kernel)
 _gather_grad = Launcher(gather_grad_kernel)
 _grad_features = Launcher(grad_features_kernel)
 _grad_weight = Launcher(grad_weight_kernel)
-_COPY = Constants(BLOCK_P=COPY_BLOCK_P, BLOCK_H=COPY_BLOCK_H)
+
+
+@functools.lru_cache
+def _copy_constants(whole: bool) -> Constants:
+    return Constants(WHOLE=whole, BLOCK_P=COPY_BLOCK_P, BLOCK_H=COPY_BLOCK_H)
 
 
 def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
@@ -271,14 +289,15 @@ def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
             (grad_output, row_at, out),
             (hidden, stride_h),
             (num_positions, batch_size, stride_s, stride_b),
-            _COPY,
+            _copy_constants(whole_vectors(stride_s, stride_b)),
         )
     return out
 
 
 @functools.lru_cache
-def _gather_constants(bias_sum: bool) -> Constants:
+def _gather_constants(whole: bool, bias_sum: bool) -> Constants:
     return Constants(
+        WHOLE=whole,
         BIAS_SUM=bias_sum,
         INTERPRET=INTERPRETED,
         BLOCK_R=GATHER_BLOCK_R,
@@ -315,7 +334,7 @@ def gather_grad(
             (grad_output, destinations, rows, partial),
             (hidden, stride_h),
             (num_rows, batch_size, stride_s, stride_b),
-            _gather_constants(bias_sum),
+            _gather_constants(whole_vectors(stride_s, stride_b), bias_sum),
         )
     return rows, partial.sum(0).to(dtype) if bias_sum else rows.new_empty(0)
 

@@ -18,12 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import ceil_div, device_of
+from step37_kernels.ops.common import ceil_div, device_of, in_vectors, whole_vectors
 from step37_kernels.ops.pixels import Line, line_arguments, normalized
 
-# Rows and columns of a program's tile. The first pass spends its registers on addresses.
-FIRST_PASS_TILE = (4, 256)
-SECOND_PASS_TILE = (8, 256)
+# Rows and columns of a program's tile, and how many rows it works on at a time: the more, the more
+# loads are on the way together. A warp of the second pass stores whole vectors, and its 256 columns
+# leave little room to spare in the usual sizes.
+FIRST_PASS_TILE, FIRST_PASS_LINES = (16, 256), 4
+SECOND_PASS_TILE, SECOND_PASS_LINES, SECOND_PASS_WARPS = (16, 256), 2, 2
 ROW_PAD = 16
 
 PRECISION_BITS = tl.constexpr(22)
@@ -65,42 +67,29 @@ class ResizeJob:
 @triton.jit
 def _load(address, inside, MASKED: tl.constexpr):
     if MASKED:
-        value = tl.load(address, mask=inside, other=0)
-    else:
-        value = tl.load(address)
-    return value.to(tl.int32)
+        return tl.load(address, mask=inside, other=0).to(tl.int32)
+    # Addresses that gather look the same along either axis, and Triton 3.6 then gives the threads
+    # of a warp the rows, many cache lines apart. Flat, they are neighbours in a row.
+    flat = tl.reshape(address, (address.shape[0] * address.shape[1],))
+    return tl.reshape(tl.load(flat), address.shape).to(tl.int32)
 
 
 @triton.jit
-def _two_taps(
-    red, green, blue, step, first,
-    source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
-    column_stride, VERTICAL: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The sums with the taps ``step`` and ``step + 1``, whose loads are on the way together."""
-    if VERTICAL:
-        along = row
-    else:
-        along = column
-    for ahead in tl.static_range(2):
-        tap = step + ahead
-        weight = tl.load(table_ptr + (1 + tap) * size + along, mask=along < size, other=0)
-        # Past the last one the coefficient is zero. Clamping the position, where a mask would do,
-        # keeps this load from waiting for that one.
-        position = tl.minimum(first + tap, last)
-        if VERTICAL:
-            weight = weight[:, None]
-            address = source_ptr + (position.to(tl.int64) * row_stride)[:, None]
-            address = address + (column * column_stride)[None, :]
-        else:
-            weight = weight[None, :]
-            address = source_ptr + (row.to(tl.int64) * row_stride)[:, None]
-            address = address + (position * column_stride)[None, :]
-        red += _load(address, inside, MASKED) * weight
-        address += channel_stride
-        green += _load(address, inside, MASKED) * weight
-        address += channel_stride
-        blue += _load(address, inside, MASKED) * weight
+def _add_taps(red, green, blue, line, pair, channel_stride, inside, MASKED: tl.constexpr):
+    """The sums of the three channels with two more taps, whose loads are on the way together."""
+    offset_0, weight_0, offset_1, weight_1 = pair
+    address_0 = line + offset_0
+    address_1 = line + offset_1
+    red += _load(address_0, inside, MASKED) * weight_0
+    red += _load(address_1, inside, MASKED) * weight_1
+    address_0 += channel_stride
+    address_1 += channel_stride
+    green += _load(address_0, inside, MASKED) * weight_0
+    green += _load(address_1, inside, MASKED) * weight_1
+    address_0 += channel_stride
+    address_1 += channel_stride
+    blue += _load(address_0, inside, MASKED) * weight_0
+    blue += _load(address_1, inside, MASKED) * weight_1
     return red, green, blue
 
 
@@ -113,56 +102,106 @@ def _to_byte(total, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def filter_tile(
-    source_ptr,
-    channel_stride,
-    table_ptr,
-    taps,
-    last,
-    size,
-    row,
-    column,
-    inside,
-    row_stride,
-    column_stride,
-    VERTICAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    CLAMP: tl.constexpr,
-):
-    """One tile, filtered along one axis: int32 ``[rows, columns]`` of 0…255 for each channel.
+def two_taps(table_ptr, first, at, step, last, size, stride):
+    """Where the taps ``step`` and ``step + 1`` read, in bytes, and their coefficients."""
+    weight_0 = tl.load(table_ptr + (1 + step) * size + at)
+    weight_1 = tl.load(table_ptr + (2 + step) * size + at)
+    # Past the last one the coefficient is zero. Clamping the position, where a mask would do,
+    # keeps the load there from waiting for this one.
+    offset_0 = tl.minimum(first + step, last).to(tl.int64) * stride
+    offset_1 = tl.minimum(first + step + 1, last).to(tl.int64) * stride
+    return offset_0, weight_0, offset_1, weight_1
 
-    The channels go together: coefficients and addresses are the same for all three.
+
+@triton.jit
+def filter_tile(
+    line, channel_stride, stride, table_ptr, at, first, pair, taps, last, size, inside,
+    MASKED: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """A tile of the result, filtered along one axis: int32 0…255 of the three channels.
+
+    The channels go together: coefficients and addresses are the same for all. ``line`` has the
+    tile's shape but for a 1 along the axis that is filtered; ``at``, ``first`` and ``pair`` but
+    for a 1 along the other.
 
     Args:
-        source_ptr: the first channel of what is filtered, uint8.
-        channel_stride: bytes, in the source.
+        line: pointers to position 0 of the first channel, uint8.
+        channel_stride, stride: bytes from one channel, one position to the next.
         table_ptr: ``[1 + taps, size]``: first positions, then coefficients, zero past the last.
+        at: where in the table.
+        first: the first positions there.
+        pair: the :func:`two_taps` of step 0. Enlarging takes no more, and no turn of the loop.
         taps: even, at least 2.
-        row, column: int32, coordinates of the tile in the result; that of the axis that is not
-            filtered must exist in the source, or be masked.
-        inside: ``[rows, columns]`` mask of what may be read, if MASKED.
-        row_stride, column_stride: bytes, in the source.
+        last: the last position.
+        inside: mask of what may be read, if MASKED.
         CLAMP: see :func:`needs_clamp`.
     """
-    if VERTICAL:
-        along = row
-    else:
-        along = column
-    first = tl.load(table_ptr + along, mask=along < size, other=0)
     half = tl.full(inside.shape, HALF, tl.int32)
-    # Enlarging takes two taps, and no turn of the loop.
-    red, green, blue = _two_taps(
-        half, half, half, 0, first,
-        source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
-        column_stride, VERTICAL, MASKED,
-    )  # fmt: skip
+    red, green, blue = _add_taps(half, half, half, line, pair, channel_stride, inside, MASKED)
     for step in range(2, taps, 2):
-        red, green, blue = _two_taps(
-            red, green, blue, step, first,
-            source_ptr, channel_stride, table_ptr, last, size, row, column, inside, row_stride,
-            column_stride, VERTICAL, MASKED,
-        )  # fmt: skip
+        pair = two_taps(table_ptr, first, at, step, last, size, stride)
+        red, green, blue = _add_taps(red, green, blue, line, pair, channel_stride, inside, MASKED)
     return _to_byte(red, CLAMP), _to_byte(green, CLAMP), _to_byte(blue, CLAMP)
+
+
+@triton.jit
+def filter_pass(
+    source_ptr, source_pitch, source_channel, source_step, target_ptr, target_pitch,
+    target_channel, target_step, table_ptr, taps, last, vertical, tile, height, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """Program ``tile`` of a pass over one picture, uint8 to uint8, LINES rows at a time.
+
+    Args:
+        source_ptr, target_ptr: the first value of the first channel.
+        source_pitch, source_channel, source_step: bytes from one row, channel, pixel to the next.
+        target_pitch, target_channel, target_step: the same.
+        table_ptr, taps, last: see :func:`filter_tile`.
+        vertical: rows are made from rows.
+        height, width: of the result.
+    """
+    tiles_across = tl.cdiv(width, COLUMNS)
+    begin = (tile // tiles_across) * ROWS
+    end = tl.minimum(begin + ROWS, height)
+    column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
+    target = target_ptr + (column * target_step)[None, :]
+    within = (column < width)[None, :]
+    # Nobody stores what is read past the last row or column: reading that one again needs no mask.
+    column = tl.minimum(column, width - 1)[None, :]
+    if vertical:
+        source = source_ptr + column * source_step
+        for top in range(begin, end, LINES):
+            row = (top + tl.arange(0, LINES))[:, None]
+            inside = within & (row < height)
+            at = tl.minimum(row, height - 1)
+            first = tl.load(table_ptr + at)
+            pair = two_taps(table_ptr, first, at, 0, last, height, source_pitch)
+            red, green, blue = filter_tile(
+                source, source_channel, source_pitch, table_ptr, at, first, pair, taps, last,
+                height, inside, False, CLAMP,
+            )  # fmt: skip
+            place = target + row.to(tl.int64) * target_pitch
+            _store_bytes(place, target_channel, red, green, blue, inside)
+    else:
+        first = tl.load(table_ptr + column)
+        pair = two_taps(table_ptr, first, column, 0, last, width, source_step)
+        for top in range(begin, end, LINES):
+            row = (top + tl.arange(0, LINES))[:, None]
+            inside = within & (row < height)
+            source = source_ptr + tl.minimum(row, height - 1).to(tl.int64) * source_pitch
+            red, green, blue = filter_tile(
+                source, source_channel, source_step, table_ptr, column, first, pair, taps, last,
+                width, inside, False, CLAMP,
+            )  # fmt: skip
+            place = target + row.to(tl.int64) * target_pitch
+            _store_bytes(place, target_channel, red, green, blue, inside)
+
+
+@triton.jit
+def _store_bytes(target, channel_stride, red, green, blue, inside):
+    tl.store(target, red.to(tl.uint8), mask=inside)
+    tl.store(target + channel_stride, green.to(tl.uint8), mask=inside)
+    tl.store(target + 2 * channel_stride, blue.to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels_ptr"])
@@ -175,6 +214,7 @@ def first_pass_kernel(
     size: tl.int32,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
     PAD: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
@@ -183,52 +223,31 @@ def first_pass_kernel(
     One program a tile; ``tile_jobs_ptr`` says which job it belongs to.
     """
     job = jobs_ptr + tl.load(tile_jobs_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
-    source = pixels_ptr + tl.load(job + SOURCE)
-    source_pitch = tl.load(job + SOURCE_PITCH)
-    vertical = tl.load(job + VERTICAL_FIRST) != 0
+    tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
     height = tl.load(job + HEIGHT).to(tl.int32)
     width = tl.load(job + WIDTH).to(tl.int32)
+    vertical = tl.load(job + VERTICAL_FIRST) != 0
     if vertical:
         rows = size
         columns = width
-        table = tables_ptr + tl.load(job + ROW_TABLE)
+        table = tl.load(job + ROW_TABLE)
         taps = tl.load(job + ROW_TAPS).to(tl.int32)
+        last = height - 1
     else:
         rows = height
         columns = size
-        table = tables_ptr + tl.load(job + COLUMN_TABLE)
+        table = tl.load(job + COLUMN_TABLE)
         taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
-
-    tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
-    tiles_across = tl.cdiv(columns, COLUMNS)
-    row = (tile // tiles_across) * ROWS + tl.arange(0, ROWS)
-    column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-
-    pitch = (tl.cdiv(columns, PAD) * PAD).to(tl.int64)
+        last = width - 1
+    pitch = tl.cdiv(columns, PAD) * PAD
     # Nothing tells the compiler that the planes start aligned, and that is on purpose: vector
     # stores would give a thread adjacent columns, and the byte loads of a warp, which gather, many
     # cache lines instead of one or two.
-    target = middle_ptr + tl.load(job + MIDDLE)
-    target = target + row.to(tl.int64)[:, None] * pitch + column[None, :]
-    plane = rows * pitch
-    # Nobody stores what a tile reads past the last row or column: reading that one again needs no
-    # mask.
-    row = tl.minimum(row, rows - 1)
-    if vertical:
-        column = tl.minimum(column, columns - 1)
-        red, green, blue = filter_tile(
-            source, 1, table, taps, height - 1, size, row, column, inside, source_pitch, 3,
-            True, False, CLAMP,
-        )  # fmt: skip
-    else:
-        red, green, blue = filter_tile(
-            source, 1, table, taps, width - 1, size, row, column, inside, source_pitch, 3,
-            False, False, CLAMP,
-        )  # fmt: skip
-    tl.store(target, red.to(tl.uint8), mask=inside)
-    tl.store(target + plane, green.to(tl.uint8), mask=inside)
-    tl.store(target + 2 * plane, blue.to(tl.uint8), mask=inside)
+    filter_pass(
+        pixels_ptr + tl.load(job + SOURCE), tl.load(job + SOURCE_PITCH).to(tl.int32), 1, 3,
+        middle_ptr + tl.load(job + MIDDLE), pitch, rows.to(tl.int64) * pitch, 1,
+        tables_ptr + table, taps, last, vertical, tile, rows, columns, ROWS, COLUMNS, LINES, CLAMP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["order_ptr"])
@@ -252,6 +271,7 @@ def second_pass_kernel(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
     PAD: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
@@ -260,71 +280,67 @@ def second_pass_kernel(
     One launch for the pictures of each order: ``order_ptr`` lists the jobs that had their columns
     filtered first if VERTICAL_DONE, and the others, nearly always all, if not.
 
-    ``ALIGNED``: the side is a multiple of eight, so that rows of the result are written in vectors.
+    ``ALIGNED``: the side is whole vectors, so that rows of the result are written in them.
     """
-    if ALIGNED:
-        size = size // 8 * 8
+    size = in_vectors(size, ALIGNED)
     tiles_across = tl.cdiv(size, COLUMNS)
     tiles_down = tl.cdiv(size, ROWS)
     pid = tl.program_id(0)
-    column = (pid % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
+    column = (pid % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     pid = pid // tiles_across
-    row = (pid % tiles_down) * ROWS + tl.arange(0, ROWS)
-    pid = pid // tiles_down
-    n = tl.load(order_ptr + pid).to(tl.int64)
+    begin = (pid % tiles_down) * ROWS
+    end = tl.minimum(begin + ROWS, size)
+    n = tl.load(order_ptr + pid // tiles_down).to(tl.int64)
 
     job = jobs_ptr + n * FIELDS
     planes = middle_ptr + tl.load(job + MIDDLE) // PAD * PAD
-    exists = row < size
-    if VERTICAL_DONE:
-        width = tl.load(job + WIDTH)
-        pitch = (tl.cdiv(width, PAD) * PAD).to(tl.int64)
-        red, green, blue = filter_tile(
-            planes,
-            size * pitch,
-            tables_ptr + tl.load(job + COLUMN_TABLE),
-            tl.load(job + COLUMN_TAPS).to(tl.int32),
-            width.to(tl.int32) - 1,
-            size,
-            tl.minimum(row, size - 1),
-            column,
-            exists[:, None] & (column < size)[None, :],
-            pitch,
-            1,
-            False,
-            False,
-            CLAMP,
-        )
-    else:
-        height = tl.load(job + HEIGHT)
-        pitch = (tl.cdiv(size, PAD) * PAD).to(tl.int64)
-        red, green, blue = filter_tile(
-            planes,
-            height * pitch,
-            tables_ptr + tl.load(job + ROW_TABLE),
-            tl.load(job + ROW_TAPS).to(tl.int32),
-            height.to(tl.int32) - 1,
-            size,
-            row,
-            column,
-            # Up to the padding: a mask that ends inside a vector would split the loads.
-            exists[:, None] & (column < pitch)[None, :],
-            pitch,
-            1,
-            True,
-            True,
-            CLAMP,
-        )
     plane = size.to(tl.int64) * size
-    target = out_ptr + n * 3 * plane + row.to(tl.int64)[:, None] * size + column[None, :]
-    inside = exists[:, None] & (column < size)[None, :]
+    target = out_ptr + n * 3 * plane + column
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    red = normalized(red, table_ptr, red_scale, red_offset, dtype, LINE, INTERPRET)
-    tl.store(target, red, mask=inside)
-    green = normalized(green, table_ptr + 256, green_scale, green_offset, dtype, LINE, INTERPRET)
-    tl.store(target + plane, green, mask=inside)
-    blue = normalized(blue, table_ptr + 512, blue_scale, blue_offset, dtype, LINE, INTERPRET)
-    tl.store(target + 2 * plane, blue, mask=inside)
+    if VERTICAL_DONE:
+        width = tl.load(job + WIDTH).to(tl.int32)
+        pitch = tl.cdiv(width, PAD) * PAD
+        channel = size.to(tl.int64) * pitch
+        table = tables_ptr + tl.load(job + COLUMN_TABLE)
+        taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
+        last = width - 1
+        at = tl.minimum(column, size - 1)
+        first = tl.load(table + at)
+        pair = two_taps(table, first, at, 0, last, size, 1)
+    else:
+        height = tl.load(job + HEIGHT).to(tl.int32)
+        pitch = tl.cdiv(size, PAD) * PAD
+        channel = height.to(tl.int64) * pitch
+        table = tables_ptr + tl.load(job + ROW_TABLE)
+        taps = tl.load(job + ROW_TAPS).to(tl.int32)
+        last = height - 1
+    for top in range(begin, end, LINES):
+        row = (top + tl.arange(0, LINES))[:, None]
+        inside = (row < size) & (column < size)
+        if VERTICAL_DONE:
+            line = planes + tl.minimum(row, size - 1).to(tl.int64) * pitch
+            red, green, blue = filter_tile(
+                line, channel, 1, table, at, first, pair, taps, last, size, inside, False, CLAMP
+            )
+        else:
+            at = tl.minimum(row, size - 1)
+            first = tl.load(table + at)
+            pair = two_taps(table, first, at, 0, last, size, pitch)
+            # Up to the padding: a mask that ends inside a vector would split the loads.
+            padded = (row < size) & (column < pitch)
+            red, green, blue = filter_tile(
+                planes + column, channel, pitch, table, at, first, pair, taps, last, size, padded,
+                True, CLAMP,
+            )  # fmt: skip
+        place = target + row.to(tl.int64) * size
+        red = normalized(red, table_ptr, red_scale, red_offset, dtype, LINE, INTERPRET)
+        tl.store(place, red, mask=inside)
+        green = normalized(
+            green, table_ptr + 256, green_scale, green_offset, dtype, LINE, INTERPRET
+        )
+        tl.store(place + plane, green, mask=inside)
+        blue = normalized(blue, table_ptr + 512, blue_scale, blue_offset, dtype, LINE, INTERPRET)
+        tl.store(place + 2 * plane, blue, mask=inside)
 
 
 def resize(
@@ -381,7 +397,7 @@ def resize(
         [records, coefficients, tile_jobs, order],
         pixels.device,
     )
-    aligned = size % 8 == 0
+    aligned = whole_vectors(size)
     by_order = device_order.split([len(jobs) - num_vertical, num_vertical])
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
     out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
@@ -395,6 +411,7 @@ def resize(
             size,
             ROWS=FIRST_PASS_TILE[0],
             COLUMNS=FIRST_PASS_TILE[1],
+            LINES=FIRST_PASS_LINES,
             PAD=ROW_PAD,
             CLAMP=clamp,
         )
@@ -414,9 +431,10 @@ def resize(
                 ALIGNED=aligned,
                 ROWS=SECOND_PASS_TILE[0],
                 COLUMNS=SECOND_PASS_TILE[1],
+                LINES=SECOND_PASS_LINES,
                 PAD=ROW_PAD,
                 CLAMP=clamp,
-                num_warps=4 if aligned else 8,  # single values need more registers than vectors
+                num_warps=SECOND_PASS_WARPS,
             )
     return out
 

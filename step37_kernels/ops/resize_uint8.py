@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of
-from step37_kernels.ops.resize import filter_tile, join_tables, needs_clamp, upload
+from step37_kernels.ops.resize import filter_pass, join_tables, needs_clamp, upload
 
-# Rows and columns of a program's tile: what ops.resize found best for its first pass.
-TILE = (4, 256)
+# Rows and columns of a program's tile, and rows at a time: as in the first pass of ops.resize.
+TILE, LINES = (16, 256), 2
 
 # The columns of a record: one pass over one picture, int64 each.
 SOURCE = tl.constexpr(0)  # byte offset of the first value of the first channel
@@ -72,6 +72,7 @@ def filter_pass_kernel(
     TARGET_STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
     """One pass over every picture, one program a tile; ``tile_jobs_ptr`` says of which.
@@ -79,41 +80,28 @@ def filter_pass_kernel(
     ``SOURCE_STEP``, ``TARGET_STEP``: bytes from one pixel to the next, 3 interleaved, 1 in planes.
     """
     job = jobs_ptr + tl.load(tile_jobs_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
-    height = tl.load(job + HEIGHT).to(tl.int32)
-    width = tl.load(job + WIDTH).to(tl.int32)
     tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
-    tiles_across = tl.cdiv(width, COLUMNS)
-    row = (tile // tiles_across) * ROWS + tl.arange(0, ROWS)
-    column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < height)[:, None] & (column < width)[None, :]
-
-    picture = source_ptr + tl.load(job + SOURCE)
-    source_pitch = tl.load(job + SOURCE_PITCH)
-    source_channel = tl.load(job + SOURCE_CHANNEL)
-    table = tables_ptr + tl.load(job + TABLE)
-    taps = tl.load(job + TAPS).to(tl.int32)
-    last = tl.load(job + LAST).to(tl.int32)
-    vertical = tl.load(job + VERTICAL) != 0
-    result = target_ptr + tl.load(job + TARGET)
-    result = result + row.to(tl.int64)[:, None] * tl.load(job + TARGET_PITCH)
-    result = result + (column * TARGET_STEP)[None, :]
-    target_channel = tl.load(job + TARGET_CHANNEL)
-    # What is read past the last row or column is not stored.
-    row = tl.minimum(row, height - 1)
-    if vertical:
-        column = tl.minimum(column, width - 1)
-        red, green, blue = filter_tile(
-            picture, source_channel, table, taps, last, height, row, column, inside,
-            source_pitch, SOURCE_STEP, True, False, CLAMP,
-        )  # fmt: skip
-    else:
-        red, green, blue = filter_tile(
-            picture, source_channel, table, taps, last, width, row, column, inside,
-            source_pitch, SOURCE_STEP, False, False, CLAMP,
-        )  # fmt: skip
-    tl.store(result, red.to(tl.uint8), mask=inside)
-    tl.store(result + target_channel, green.to(tl.uint8), mask=inside)
-    tl.store(result + 2 * target_channel, blue.to(tl.uint8), mask=inside)
+    filter_pass(
+        source_ptr + tl.load(job + SOURCE),
+        tl.load(job + SOURCE_PITCH).to(tl.int32),
+        tl.load(job + SOURCE_CHANNEL),
+        SOURCE_STEP,
+        target_ptr + tl.load(job + TARGET),
+        tl.load(job + TARGET_PITCH).to(tl.int32),
+        tl.load(job + TARGET_CHANNEL),
+        TARGET_STEP,
+        tables_ptr + tl.load(job + TABLE),
+        tl.load(job + TAPS).to(tl.int32),
+        tl.load(job + LAST).to(tl.int32),
+        tl.load(job + VERTICAL) != 0,
+        tile,
+        tl.load(job + HEIGHT).to(tl.int32),
+        tl.load(job + WIDTH).to(tl.int32),
+        ROWS,
+        COLUMNS,
+        LINES,
+        CLAMP,
+    )
 
 
 def resize(
@@ -178,7 +166,8 @@ def resize(
         pixels.device,
     )
     planes = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
-    options = {"ROWS": TILE[0], "COLUMNS": TILE[1], "CLAMP": needs_clamp(tables)}
+    clamp = needs_clamp(tables)
+    options = {"ROWS": TILE[0], "COLUMNS": TILE[1], "LINES": LINES, "CLAMP": clamp}
     with device_of(pixels):
         filter_pass_kernel[(len(first_tiles),)](
             pixels,

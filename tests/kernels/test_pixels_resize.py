@@ -28,12 +28,13 @@ LARGEST = 4096 if DEVICE.type == "cuda" else 160
 
 
 @contextlib.contextmanager
-def interpreted_tiles(rows: int, columns: int):
+def interpreted_tiles(rows: int, columns: int, lines: int):
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr("step37_kernels.ops.resize.FIRST_PASS_TILE", (rows, columns))
-            patch.setattr("step37_kernels.ops.resize.SECOND_PASS_TILE", (rows, columns))
+            for name in ("FIRST_PASS", "SECOND_PASS"):
+                patch.setattr(f"step37_kernels.ops.resize.{name}_TILE", (rows, columns))
+                patch.setattr(f"step37_kernels.ops.resize.{name}_LINES", lines)
         yield
 
 
@@ -111,7 +112,7 @@ def test_an_axis_that_keeps_its_size_has_the_identity_as_its_pass(size):
 @example(shapes=[(203, 2), (200, 2), (201, 2)], size=7, seed=0)
 def test_no_value_differs_from_pillow_at_any_size(impl, shapes, size, seed):
     images = [random_image(*shape, seed + i) for i, shape in enumerate(shapes)]
-    with interpreted_tiles(32, 64):
+    with interpreted_tiles(64, 64, 32):
         got = resize_clip_normalize([image.to(DEVICE) for image in images], size, impl=impl)
     assert got.is_contiguous()
     assert differing(got, pillow(images, size)) == 0
@@ -121,7 +122,7 @@ def test_no_value_differs_from_pillow_at_any_size(impl, shapes, size, seed):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_value_differs_for_photographs_at_the_sizes_of_the_model(impl, size):
     photos = photographs()
-    with interpreted_tiles(256, 1024):
+    with interpreted_tiles(256, 1024, 256):
         got = resize_clip_normalize([photo.to(DEVICE) for photo in photos], size, impl=impl)
     assert differing(got, pillow(photos, size)) == 0
 
@@ -235,7 +236,7 @@ def test_no_sum_passes_255_where_it_is_not_clamped(in_size, out_size):
 def test_clamping_changes_nothing_where_it_is_not_needed(monkeypatch):
     monkeypatch.setattr(resize_ops, "needs_clamp", lambda _: True)
     images = [random_image(40, 17), torch.full((9, 30, 3), 255, dtype=torch.uint8)]
-    with interpreted_tiles(32, 32):
+    with interpreted_tiles(32, 32, 32):
         actual = resize_clip_normalize([image.to(DEVICE) for image in images], 20, impl="triton")
     assert torch.equal(actual.cpu(), pillow(images, 20))
 

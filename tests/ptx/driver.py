@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench.no_gpu import NoDriver, compiled
 from tests.ptx import arithmetic, asynchronous, movement
 from tests.ptx.blocks import Blocks, Launch, Run
-from tests.ptx.memory import Descriptor, GlobalMemory
+from tests.ptx.memory import Descriptor, GlobalMemory, Traffic
 from tests.ptx.operands import BUILDERS, guarded, unknown
 from tests.ptx.program import PARAMETER_SPACE, Program, PtxError, parse
 
@@ -39,6 +42,7 @@ class Kernel:
         *,
         descriptors: dict[int, Descriptor] | None = None,
         shared_bytes: int = 0,
+        traffic: tuple[dict[int, Traffic], dict[int, Traffic]] | None = None,
     ) -> None:
         """Run all blocks.
 
@@ -49,6 +53,7 @@ class Kernel:
             memory: what the pointers lead to.
             descriptors: by the index of their parameter.
             shared_bytes: of a block's shared memory.
+            traffic: where to count loads and stores, by their bytes.
         """
         if grid[0] >= 2**31 or max(grid[1:]) >= 2**16:
             raise PtxError(f"a grid of {grid} blocks")
@@ -69,6 +74,7 @@ class Kernel:
             },
             memory=memory,
             shared_bytes=shared_bytes,
+            traffic=traffic,
         )
         total = grid[0] * grid[1] * grid[2]
         step = 1 if self.program.asynchronous else max(1, _LANES // self.program.threads)
@@ -88,6 +94,36 @@ def _build(program: Program, found: Any) -> Run | None:
 @functools.cache
 def _kernel(ptx: str) -> Kernel:
     return Kernel(ptx)
+
+
+@dataclass(slots=True)
+class Launched:
+    """What one launch asked of the caches, by the bytes of a thread's access."""
+
+    kernel: str
+    loads: dict[int, Traffic] = field(default_factory=dict)
+    stores: dict[int, Traffic] = field(default_factory=dict)
+
+
+_launched: list[Launched] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """The launches in here; asynchronous copies are not counted."""
+    global _launched
+    _launched = []
+    try:
+        yield _launched
+    finally:
+        _launched = None
+
+
+def _record(kernel: str) -> tuple[dict[int, Traffic], dict[int, Traffic]] | None:
+    if _launched is None:
+        return None
+    _launched.append(Launched(kernel))
+    return _launched[-1].loads, _launched[-1].stores
 
 
 class _Launcher:
@@ -126,6 +162,7 @@ class _Launcher:
             GlobalMemory({base: data for base, data in tensors.items() if data.nbytes}),
             descriptors=descriptors,
             shared_bytes=self._metadata.shared,
+            traffic=_record(self._source.fn.__name__),
         )
 
 

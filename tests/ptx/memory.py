@@ -135,6 +135,23 @@ class Descriptor:
         return out.ravel()
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Loads, or stores, of one width."""
+
+    requests: int = 0
+    """Instructions, once for each warp."""
+    lines: int = 0
+    """Of 128 bytes, once for each request that touches them."""
+
+    def add(self, addresses: np.ndarray, size: int, warps: np.ndarray) -> None:
+        """``size`` bytes at ``addresses[n]`` by a thread of ``warps[n]``."""
+        ends = np.concatenate([addresses, addresses + np.uint64(size - 1)]) >> np.uint64(7)
+        pairs = np.stack([np.tile(warps.astype(np.uint64), 2), ends])
+        self.requests += len(np.unique(warps))
+        self.lines += np.unique(pairs, axis=1).shape[1]
+
+
 def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:
     """Where shared memory keeps a byte: 16-byte units exchanged within 128 bytes times 8."""
     return address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4)

@@ -45,7 +45,7 @@ def _load(program: Program, found: Instruction) -> Run:
         elif space == "shared":
             data = blocks.load_shared(addresses, size, lanes)
         else:
-            data = blocks.launch.memory.load(addresses, size, blocks.block[lanes])
+            data = blocks.load_global(addresses, size, lanes)
         values = np.ascontiguousarray(data).view(UNSIGNED[bits])
         for i, (put, width) in enumerate(puts):
             value = values[:, i]
@@ -79,7 +79,7 @@ def _store(program: Program, found: Instruction) -> Run:
         if space == "shared":
             blocks.store_shared(addresses, data, lanes)
         else:
-            blocks.launch.memory.store(addresses, data, blocks.block[lanes])
+            blocks.store_global(addresses, data, lanes)
 
     return run
 

@@ -1,0 +1,98 @@
+"""What the compiled kernels ask of the caches: whole vectors, and few lines a request.
+
+Slow accesses give the same numbers: only counting them shows that an address lost its alignment or
+that a compiler gave the threads of a warp another axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from step37_kernels.ops import project, project_backward
+from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_normalize
+from tests import ptx
+
+if ptx.ARCHITECTURE:
+    from tests.ptx.driver import Launched, recorded
+
+pytestmark = pytest.mark.skipif(
+    not ptx.ARCHITECTURE, reason="counts what compiled kernels do: make ptx"
+)
+HIDDEN, WIDTH, ROWS = 1024, 512, 169
+
+
+def one(launches: list[Launched], kernel: str) -> Launched:
+    (found,) = (launch for launch in launches if launch.kernel == kernel)
+    return found
+
+
+def gradients() -> Iterator[tuple[str, torch.Tensor]]:
+    """``[S, B, H]`` in every memory order that backward passes bring."""
+    memory = torch.zeros(6 * 40, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]
+    yield "contiguous", memory.contiguous().view(40, 6, HIDDEN)
+    yield "batch first", memory.contiguous().view(6, 40, HIDDEN).transpose(0, 1)
+    yield "sliced", memory.unflatten(0, (40, 6))
+
+
+@pytest.mark.parametrize("gradient", [pytest.param(g, id=name) for name, g in gradients()])
+def test_gradients_are_copied_in_whole_vectors(gradient):
+    numbers = torch.arange(240, dtype=torch.int32)
+    with recorded() as launches:
+        project_backward.embedding_grad(gradient, numbers - 240)
+        project_backward.gather_grad(gradient, numbers, torch.bfloat16, bias_sum=False)
+    vectors = gradient.nbytes // (32 * 16)
+    for kernel in ("embedding_grad_kernel", "gather_grad_kernel"):
+        launch = one(launches, kernel)
+        assert launch.loads.keys() == {4, 16}  # places, values
+        assert launch.loads[16].requests == vectors
+        assert launch.stores.keys() == {16}
+        assert launch.stores[16].requests == vectors
+
+
+def test_features_are_packed_in_whole_vectors_or_along_their_rows():
+    sliced = torch.zeros(3, ROWS, 2 * WIDTH, dtype=torch.bfloat16)[..., :WIDTH]
+    channels_first = torch.zeros(3, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
+    for features in (sliced, channels_first):
+        with recorded() as launches:
+            project.pack_rows([features], 3 * ROWS)
+        launch = one(launches, "pack_rows_kernel")
+        assert launch.stores.keys() == {16}
+        if features is sliced:
+            assert launch.loads.keys() == {16}
+        else:  # 32 neighbours are 64 bytes, wherever they begin
+            assert launch.loads.keys() == {2}
+            assert launch.loads[2].lines <= 1.6 * launch.loads[2].requests
+
+
+def test_pictures_are_normalised_with_each_line_asked_for_once_a_channel():
+    pictures = torch.zeros(1, 64, 728, 3, dtype=torch.uint8)
+    with recorded() as launches:
+        out = clip_normalize(pictures, impl="triton")
+    launch = one(launches, "normalize_kernel")
+    assert launch.loads.keys() == {4}
+    # 384 bytes a request are three lines, or four where memory does not begin with a line.
+    assert launch.loads[4].lines <= 4.1 * pictures.nbytes / 128
+    assert launch.stores.keys() == {16}
+    assert launch.stores[16].requests <= 1.05 * out.nbytes / 512
+
+
+def test_the_warps_of_a_resize_read_neighbours_and_write_vectors():
+    height, width = 375, 500
+    images = RaggedImages(
+        data=torch.zeros(height * width * 3, dtype=torch.uint8),
+        offsets=[0],
+        shapes=[(height, width)],
+    )
+    with recorded() as launches:
+        out = resize_clip_normalize(images, 728, impl="triton")
+    first, second = (one(launches, f"{name}_pass_kernel") for name in ("first", "second"))
+    # 32 results of one row lie over 66 bytes.
+    assert first.loads[1].lines <= 1.6 * first.loads[1].requests
+    assert first.stores.keys() == {1}
+    assert first.stores[1].lines <= 1.1 * first.stores[1].requests
+    assert 1 not in second.loads
+    assert second.stores.keys() == {16}
+    assert second.stores[16].requests <= 1.1 * out.nbytes / 512

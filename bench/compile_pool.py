@@ -29,7 +29,7 @@ from triton.errors import TritonError
 
 from bench.no_gpu import NoDriver, compiled
 from bench.products import ROWS, Operands, launch
-from bench.resources import SHORT, usage
+from bench.resources import DTYPES, usage
 from step37_kernels.ops import project, project_backward
 from step37_kernels.ops.tiles import Product, Tile
 
@@ -56,12 +56,13 @@ class Usage:
 
 def request(product: Product, tile: Tile, dtype: torch.dtype) -> str:
     """What is to be compiled; equal for equal tiles."""
-    return json.dumps({"product": product, "dtype": SHORT[dtype], "tile": asdict(tile)})
+    short = next(short for short, each in DTYPES.items() if each == dtype)
+    return json.dumps({"product": product, "dtype": short, "tile": asdict(tile)})
 
 
 def _compile(line: str) -> Usage:
     wanted = json.loads(line)
-    dtype = next(dtype for dtype, short in SHORT.items() if short == wanted["dtype"])
+    dtype = DTYPES[wanted["dtype"]]
     product: Product = wanted["product"]
     operands = Operands.blank(product, dtype)
     destinations = torch.empty(ROWS, dtype=torch.int32)

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ MATRIX_UNIT = {
     "gfx942": "v_mfma_",
 }
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +71,17 @@ class Resources:
     """Bytes of the widest global store; 0 on AMD."""
 
 
-def _launches(arch: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
             variant += ", tables" * (not inline)
             yield variant, False, functools.partial(_plan, ids, inline, step)
-    for dtype, short in SHORT.items():
-        yield from _copies(dtype, short)
-        yield from _products(CAPABILITY[arch], dtype, short)
-    yield from _pixels()
+    for short in dtypes:
+        yield from _copies(DTYPES[short], short)
+        yield from _products(CAPABILITY[arch], DTYPES[short], short)
+    yield from _pixels(dtypes)
 
 
 def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
@@ -133,12 +133,13 @@ def _products(
             yield variant, dtype != torch.float32, launch
 
 
-def _pixels() -> Iterator[tuple[str, bool, Callable[[], object]]]:
+def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     def picture(*shape: int) -> Tensor:
         return torch.empty(*shape, 3, dtype=torch.uint8)
 
     images = [picture(333, 500), picture(500, 16)]
-    for dtype, short in SHORT.items():
+    for short in dtypes:
+        dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
             normalize = functools.partial(pixels.clip_normalize, square, dtype=dtype)
@@ -169,12 +170,12 @@ KERNELS = (
 )
 
 
-def resources(arch: str) -> Iterator[Resources]:
-    """What every kernel needs on ``arch``, as its launchers compile it."""
+def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
+    """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
     NoDriver(arch).install()
     pixels.use_triton = picture_resize.use_triton = lambda *_: True
     seen: set[int] = set()
-    for variant, is_gemm, launch in _launches(arch):
+    for variant, is_gemm, launch in _launches(arch, dtypes):
         launch()
         for kernel in KERNELS:
             for binary in compiled(kernel):
@@ -265,6 +266,7 @@ def _widest(ptx: str, access: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", choices=sorted(CAPABILITY), default="sm_90")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -277,7 +279,7 @@ def main() -> None:
             "| widest load | widest store |"
         )
         show("|---|---|---|---|---|---|---|---|---|")
-    for row in resources(arguments.arch):
+    for row in resources(arguments.arch, arguments.dtypes):
         if arguments.json:
             show(json.dumps(asdict(row)))
         else:

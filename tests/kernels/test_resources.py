@@ -12,8 +12,9 @@ from tests.kernels.checks import run_compiling
 COPIES = {"pack_rows_kernel", "embedding_grad_kernel", "gather_grad_kernel"}
 
 
-def resources(arch: str) -> list[dict[str, object]]:
-    done = run_compiling("-m", "bench.resources", "--json", "--arch", arch)
+def resources(arch: str, dtypes: list[str]) -> list[dict[str, object]]:
+    arguments = ["--json", "--arch", arch, "--dtypes", *dtypes]
+    done = run_compiling("-m", "bench.resources", *arguments)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -22,9 +23,15 @@ def names(rows: list[dict[str, object]]) -> list[str]:
     return [f"{row['kernel']} {row['variant']}" for row in rows]
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    # fp16 is bf16's code but for the name of its matrix instruction.
+    [["bf16", "fp32"], pytest.param(["fp16"], marks=pytest.mark.slow)],
+    ids="-".join,
+)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_compiles_without_spills_and_fits(arch):
-    rows = resources(arch)
+def test_every_kernel_compiles_without_spills_and_fits(arch, dtypes):
+    rows = resources(arch, dtypes)
     launched = {kernel.__name__ for kernel in KERNELS}
     if arch != "sm_90":
         launched.discard("sum_splits_kernel")  # only Hopper's tile table splits K

@@ -65,31 +65,29 @@ class ResizeJob:
 
 
 @triton.jit
-def _load(address, inside, MASKED: tl.constexpr):
+def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(address, mask=inside, other=0).to(tl.int32)
-    # Addresses that gather look the same along either axis, and Triton 3.6 then gives the threads
-    # of a warp the rows, many cache lines apart. Flat, they are neighbours in a row.
-    flat = tl.reshape(address, (address.shape[0] * address.shape[1],))
-    return tl.reshape(tl.load(flat), address.shape).to(tl.int32)
+        return tl.load(source_ptr + place + channel, mask=inside, other=0).to(tl.int32)
+    # Places that gather look the same along either axis, and Triton 3.6 then gives the threads of
+    # a warp the rows, many cache lines apart. Flat, they are neighbours in a row.
+    flat = tl.reshape(place, (place.shape[0] * place.shape[1],))
+    return tl.reshape(tl.load(source_ptr + flat + channel), place.shape).to(tl.int32)
 
 
 @triton.jit
-def _add_taps(red, green, blue, line, pair, channel_stride, inside, MASKED: tl.constexpr):
+def _add_taps(
+    red, green, blue, source_ptr, line, pair, channel_stride, inside, MASKED: tl.constexpr
+):  # fmt: skip
     """The sums of the three channels with two more taps, whose loads are on the way together."""
     offset_0, weight_0, offset_1, weight_1 = pair
-    address_0 = line + offset_0
-    address_1 = line + offset_1
-    red += _load(address_0, inside, MASKED) * weight_0
-    red += _load(address_1, inside, MASKED) * weight_1
-    address_0 += channel_stride
-    address_1 += channel_stride
-    green += _load(address_0, inside, MASKED) * weight_0
-    green += _load(address_1, inside, MASKED) * weight_1
-    address_0 += channel_stride
-    address_1 += channel_stride
-    blue += _load(address_0, inside, MASKED) * weight_0
-    blue += _load(address_1, inside, MASKED) * weight_1
+    place_0 = line + offset_0
+    place_1 = line + offset_1
+    red += _load(source_ptr, place_0, 0, inside, MASKED) * weight_0
+    red += _load(source_ptr, place_1, 0, inside, MASKED) * weight_1
+    green += _load(source_ptr, place_0, channel_stride, inside, MASKED) * weight_0
+    green += _load(source_ptr, place_1, channel_stride, inside, MASKED) * weight_1
+    blue += _load(source_ptr, place_0, 2 * channel_stride, inside, MASKED) * weight_0
+    blue += _load(source_ptr, place_1, 2 * channel_stride, inside, MASKED) * weight_1
     return red, green, blue
 
 
@@ -115,7 +113,7 @@ def two_taps(table_ptr, first, at, step, last, size, stride):
 
 @triton.jit
 def filter_tile(
-    line, channel_stride, stride, table_ptr, at, first, pair, taps, last, size, inside,
+    source_ptr, line, channel_stride, stride, table_ptr, at, first, pair, taps, last, size, inside,
     MASKED: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     """A tile of the result, filtered along one axis: int32 0…255 of the three channels.
@@ -125,7 +123,8 @@ def filter_tile(
     for a 1 along the other.
 
     Args:
-        line: pointers to position 0 of the first channel, uint8.
+        source_ptr: the first channel, uint8.
+        line: bytes from there to position 0.
         channel_stride, stride: bytes from one channel, one position to the next.
         table_ptr: ``[1 + taps, size]``: first positions, then coefficients, zero past the last.
         at: where in the table.
@@ -137,10 +136,14 @@ def filter_tile(
         CLAMP: see :func:`needs_clamp`.
     """
     half = tl.full(inside.shape, HALF, tl.int32)
-    red, green, blue = _add_taps(half, half, half, line, pair, channel_stride, inside, MASKED)
+    red, green, blue = _add_taps(
+        half, half, half, source_ptr, line, pair, channel_stride, inside, MASKED
+    )
     for step in range(2, taps, 2):
         pair = two_taps(table_ptr, first, at, step, last, size, stride)
-        red, green, blue = _add_taps(red, green, blue, line, pair, channel_stride, inside, MASKED)
+        red, green, blue = _add_taps(
+            red, green, blue, source_ptr, line, pair, channel_stride, inside, MASKED
+        )
     return _to_byte(red, CLAMP), _to_byte(green, CLAMP), _to_byte(blue, CLAMP)
 
 
@@ -169,7 +172,7 @@ def filter_pass(
     # Nobody stores what is read past the last row or column: reading that one again needs no mask.
     column = tl.minimum(column, width - 1)[None, :]
     if vertical:
-        source = source_ptr + column * source_step
+        line = column * source_step
         for top in range(begin, end, LINES):
             row = (top + tl.arange(0, LINES))[:, None]
             inside = within & (row < height)
@@ -177,8 +180,8 @@ def filter_pass(
             first = tl.load(table_ptr + at)
             pair = two_taps(table_ptr, first, at, 0, last, height, source_pitch)
             red, green, blue = filter_tile(
-                source, source_channel, source_pitch, table_ptr, at, first, pair, taps, last,
-                height, inside, False, CLAMP,
+                source_ptr, line, source_channel, source_pitch, table_ptr, at, first, pair, taps,
+                last, height, inside, False, CLAMP,
             )  # fmt: skip
             place = target + row.to(tl.int64) * target_pitch
             _store_bytes(place, target_channel, red, green, blue, inside)
@@ -188,10 +191,10 @@ def filter_pass(
         for top in range(begin, end, LINES):
             row = (top + tl.arange(0, LINES))[:, None]
             inside = within & (row < height)
-            source = source_ptr + tl.minimum(row, height - 1).to(tl.int64) * source_pitch
+            line = tl.minimum(row, height - 1).to(tl.int64) * source_pitch
             red, green, blue = filter_tile(
-                source, source_channel, source_step, table_ptr, column, first, pair, taps, last,
-                width, inside, False, CLAMP,
+                source_ptr, line, source_channel, source_step, table_ptr, column, first, pair,
+                taps, last, width, inside, False, CLAMP,
             )  # fmt: skip
             place = target + row.to(tl.int64) * target_pitch
             _store_bytes(place, target_channel, red, green, blue, inside)
@@ -318,10 +321,11 @@ def second_pass_kernel(
         row = (top + tl.arange(0, LINES))[:, None]
         inside = (row < size) & (column < size)
         if VERTICAL_DONE:
-            line = planes + tl.minimum(row, size - 1).to(tl.int64) * pitch
+            line = tl.minimum(row, size - 1).to(tl.int64) * pitch
             red, green, blue = filter_tile(
-                line, channel, 1, table, at, first, pair, taps, last, size, inside, False, CLAMP
-            )
+                planes, line, channel, 1, table, at, first, pair, taps, last, size, inside, False,
+                CLAMP,
+            )  # fmt: skip
         else:
             at = tl.minimum(row, size - 1)
             first = tl.load(table + at)
@@ -329,7 +333,7 @@ def second_pass_kernel(
             # Up to the padding: a mask that ends inside a vector would split the loads.
             padded = (row < size) & (column < pitch)
             red, green, blue = filter_tile(
-                planes + column, channel, pitch, table, at, first, pair, taps, last, size, padded,
+                planes, column, channel, pitch, table, at, first, pair, taps, last, size, padded,
                 True, CLAMP,
             )  # fmt: skip
         place = target + row.to(tl.int64) * size

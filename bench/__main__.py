@@ -21,10 +21,8 @@ from pathlib import Path
 import torch
 
 from bench import report
-from bench.harness import LATE, Row, Settings, environment, measure_ceilings
+from bench.harness import DTYPES, LATE, Row, Settings, environment, measure_ceilings
 from bench.shapes import SHAPES, shapes_named
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

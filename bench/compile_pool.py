@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
+from bench.harness import DTYPES, dtype_name
 from bench.no_gpu import NoDriver, compiled
 from bench.products import ROWS, Operands, launch
-from bench.resources import DTYPES, usage
+from bench.resources import usage
 from step37_kernels.ops import project, project_backward
 from step37_kernels.ops.tiles import Product, Tile
 
@@ -56,8 +57,7 @@ class Usage:
 
 def request(product: Product, tile: Tile, dtype: torch.dtype) -> str:
     """What is to be compiled; equal for equal tiles."""
-    short = next(short for short, each in DTYPES.items() if each == dtype)
-    return json.dumps({"product": product, "dtype": short, "tile": asdict(tile)})
+    return json.dumps({"product": product, "dtype": dtype_name(dtype), "tile": asdict(tile)})
 
 
 def _compile(line: str) -> Usage:

@@ -45,6 +45,7 @@ part of the work (the bare matrix product), so it is no competitor."""
 
 LATE = "not run: time budget used up"
 """The problem of rows whose turn did not come before the deadline."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WARM_UP_ROUNDS = 3
 MAX_SAMPLES = 200
 MIN_SAMPLES = 5
@@ -411,7 +412,8 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, _: object) -> 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    """The name of one of DTYPES."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def environment(device: torch.device) -> dict[str, str]:

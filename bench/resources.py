@@ -30,6 +30,7 @@ from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
 
 from bench import products
+from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from bench.products import HIDDEN, ROWS, WIDTH, Operands
 from step37_kernels import pixels
@@ -48,7 +49,6 @@ MATRIX_UNIT = {
     "gfx942": "v_mfma_",
 }
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, round_to
+from step37_kernels.ops.common import (
+    INTERPRETED,
+    ceil_div,
+    device_of,
+    in_vectors,
+    round_to,
+    whole_vectors,
+)
 
 Line = tuple[float, float, float, float, float, float]
 """Scale and offset of red, green and blue."""
@@ -95,12 +102,10 @@ def normalize_kernel(
     """``out[n, c, r, x] = normalized(pixels[n, r, x, c])`` for one block of one row.
 
     ``PACKED``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
-    hold a multiple of eight pixels. They are read in words and written in vectors; byte by byte,
+    hold whole vectors of them. They are read in words and written in vectors; byte by byte,
     the threads of a warp would each touch another cache line.
     """
-    if PACKED:
-        # Says to the compiler what the caller knows.
-        columns = columns // 8 * 8
+    columns = in_vectors(columns, PACKED)
     # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.
     blocks = tl.cdiv(columns, BLOCK).to(tl.int32)
     pid = tl.program_id(0)
@@ -162,7 +167,7 @@ def normalize(
         rows, columns = 1, height * width
     packed = (
         (column_stride, channel_stride) == (3, 1)
-        and columns % 8 == 0
+        and whole_vectors(columns)
         and (rows == 1 or row_stride % 4 == 0)
         and (n == 1 or image_stride % 4 == 0)
         and pixels.data_ptr() % 4 == 0

@@ -112,6 +112,13 @@ def two_taps(table_ptr, first, at, step, last, size, stride):
 
 
 @triton.jit
+def _first_taps(table_ptr, at, last, size, stride):
+    """The first positions, and the :func:`two_taps` of step 0."""
+    first = tl.load(table_ptr + at)
+    return first, two_taps(table_ptr, first, at, 0, last, size, stride)
+
+
+@triton.jit
 def filter_tile(
     source_ptr, line, channel_stride, stride, table_ptr, at, first, pair, taps, last, size, inside,
     MASKED: tl.constexpr, CLAMP: tl.constexpr,
@@ -128,8 +135,7 @@ def filter_tile(
         channel_stride, stride: bytes from one channel, one position to the next.
         table_ptr: ``[1 + taps, size]``: first positions, then coefficients, zero past the last.
         at: where in the table.
-        first: the first positions there.
-        pair: the :func:`two_taps` of step 0. Enlarging takes no more, and no turn of the loop.
+        first, pair: :func:`_first_taps`. Enlarging takes no more, and no turn of the loop.
         taps: even, at least 2.
         last: the last position.
         inside: mask of what may be read, if MASKED.
@@ -177,8 +183,7 @@ def filter_pass(
             row = (top + tl.arange(0, LINES))[:, None]
             inside = within & (row < height)
             at = tl.minimum(row, height - 1)
-            first = tl.load(table_ptr + at)
-            pair = two_taps(table_ptr, first, at, 0, last, height, source_pitch)
+            first, pair = _first_taps(table_ptr, at, last, height, source_pitch)
             red, green, blue = filter_tile(
                 source_ptr, line, source_channel, source_pitch, table_ptr, at, first, pair, taps,
                 last, height, inside, False, CLAMP,
@@ -186,8 +191,7 @@ def filter_pass(
             place = target + row.to(tl.int64) * target_pitch
             _store_bytes(place, target_channel, red, green, blue, inside)
     else:
-        first = tl.load(table_ptr + column)
-        pair = two_taps(table_ptr, first, column, 0, last, width, source_step)
+        first, pair = _first_taps(table_ptr, column, last, width, source_step)
         for top in range(begin, end, LINES):
             row = (top + tl.arange(0, LINES))[:, None]
             inside = within & (row < height)
@@ -205,6 +209,15 @@ def _store_bytes(target, channel_stride, red, green, blue, inside):
     tl.store(target, red.to(tl.uint8), mask=inside)
     tl.store(target + channel_stride, green.to(tl.uint8), mask=inside)
     tl.store(target + 2 * channel_stride, blue.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _axis(
+    job, tables_ptr, LENGTH: tl.constexpr, TABLE: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """Of one axis of a job: its coefficients, how many taps, the last position."""
+    table = tables_ptr + tl.load(job + TABLE)
+    return table, tl.load(job + TAPS).to(tl.int32), tl.load(job + LENGTH).to(tl.int32) - 1
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels_ptr"])
@@ -233,15 +246,11 @@ def first_pass_kernel(
     if vertical:
         rows = size
         columns = width
-        table = tl.load(job + ROW_TABLE)
-        taps = tl.load(job + ROW_TAPS).to(tl.int32)
-        last = height - 1
+        table, taps, last = _axis(job, tables_ptr, HEIGHT, ROW_TABLE, ROW_TAPS)
     else:
         rows = height
         columns = size
-        table = tl.load(job + COLUMN_TABLE)
-        taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
-        last = width - 1
+        table, taps, last = _axis(job, tables_ptr, WIDTH, COLUMN_TABLE, COLUMN_TAPS)
     pitch = tl.cdiv(columns, PAD) * PAD
     # Nothing tells the compiler that the planes start aligned, and that is on purpose: vector
     # stores would give a thread adjacent columns, and the byte loads of a warp, which gather, many
@@ -249,7 +258,7 @@ def first_pass_kernel(
     filter_pass(
         pixels_ptr + tl.load(job + SOURCE), tl.load(job + SOURCE_PITCH).to(tl.int32), 1, 3,
         middle_ptr + tl.load(job + MIDDLE), pitch, rows.to(tl.int64) * pitch, 1,
-        tables_ptr + table, taps, last, vertical, tile, rows, columns, ROWS, COLUMNS, LINES, CLAMP,
+        table, taps, last, vertical, tile, rows, columns, ROWS, COLUMNS, LINES, CLAMP,
     )  # fmt: skip
 
 
@@ -271,7 +280,7 @@ def second_pass_kernel(
     VERTICAL_DONE: tl.constexpr,
     LINE: tl.constexpr,
     INTERPRET: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LINES: tl.constexpr,
@@ -283,9 +292,9 @@ def second_pass_kernel(
     One launch for the pictures of each order: ``order_ptr`` lists the jobs that had their columns
     filtered first if VERTICAL_DONE, and the others, nearly always all, if not.
 
-    ``ALIGNED``: the side is whole vectors, so that rows of the result are written in them.
+    ``WHOLE``: the side is whole vectors, so that rows of the result are written in them.
     """
-    size = in_vectors(size, ALIGNED)
+    size = in_vectors(size, WHOLE)
     tiles_across = tl.cdiv(size, COLUMNS)
     tiles_down = tl.cdiv(size, ROWS)
     pid = tl.program_id(0)
@@ -301,22 +310,15 @@ def second_pass_kernel(
     target = out_ptr + n * 3 * plane + column
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     if VERTICAL_DONE:
-        width = tl.load(job + WIDTH).to(tl.int32)
-        pitch = tl.cdiv(width, PAD) * PAD
+        table, taps, last = _axis(job, tables_ptr, WIDTH, COLUMN_TABLE, COLUMN_TAPS)
+        pitch = tl.cdiv(last + 1, PAD) * PAD
         channel = size.to(tl.int64) * pitch
-        table = tables_ptr + tl.load(job + COLUMN_TABLE)
-        taps = tl.load(job + COLUMN_TAPS).to(tl.int32)
-        last = width - 1
         at = tl.minimum(column, size - 1)
-        first = tl.load(table + at)
-        pair = two_taps(table, first, at, 0, last, size, 1)
+        first, pair = _first_taps(table, at, last, size, 1)
     else:
-        height = tl.load(job + HEIGHT).to(tl.int32)
+        table, taps, last = _axis(job, tables_ptr, HEIGHT, ROW_TABLE, ROW_TAPS)
         pitch = tl.cdiv(size, PAD) * PAD
-        channel = height.to(tl.int64) * pitch
-        table = tables_ptr + tl.load(job + ROW_TABLE)
-        taps = tl.load(job + ROW_TAPS).to(tl.int32)
-        last = height - 1
+        channel = (last + 1).to(tl.int64) * pitch
     for top in range(begin, end, LINES):
         row = (top + tl.arange(0, LINES))[:, None]
         inside = (row < size) & (column < size)
@@ -328,8 +330,7 @@ def second_pass_kernel(
             )  # fmt: skip
         else:
             at = tl.minimum(row, size - 1)
-            first = tl.load(table + at)
-            pair = two_taps(table, first, at, 0, last, size, pitch)
+            first, pair = _first_taps(table, at, last, size, pitch)
             # Up to the padding: a mask that ends inside a vector would split the loads.
             padded = (row < size) & (column < pitch)
             red, green, blue = filter_tile(
@@ -401,7 +402,7 @@ def resize(
         [records, coefficients, tile_jobs, order],
         pixels.device,
     )
-    aligned = whole_vectors(size)
+    whole = whole_vectors(size)
     by_order = device_order.split([len(jobs) - num_vertical, num_vertical])
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
     out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
@@ -432,7 +433,7 @@ def resize(
                 size,
                 **line_arguments(results),
                 VERTICAL_DONE=bool(vertical_done),
-                ALIGNED=aligned,
+                WHOLE=whole,
                 ROWS=SECOND_PASS_TILE[0],
                 COLUMNS=SECOND_PASS_TILE[1],
                 LINES=SECOND_PASS_LINES,

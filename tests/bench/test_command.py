@@ -17,6 +17,13 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture
+def here(tiny: Shape, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """To measure the tiny shape only."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    return dataclasses.replace(settings, shapes=("tiny",))
+
+
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_the_subjects_that_need_one_say_so(
     capsys: pytest.CaptureFixture[str],
@@ -72,14 +79,8 @@ def test_what_does_not_exist_is_refused(
 
 
 def test_rows_are_measured_written_and_compared(
-    tiny: Shape,
-    settings: Settings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    here: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
-    here = dataclasses.replace(settings, shapes=("tiny",))
     subject = command.Subject("bench.plan")
     assert command.run_rows([subject], here, tmp_path, None)
     (path,) = tmp_path.glob("*.json")
@@ -95,13 +96,11 @@ def test_rows_are_measured_written_and_compared(
 
 
 def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
-    tiny: Shape,
-    settings: Settings,
+    here: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
     right = plan.plan_insert
 
     def wrong(*arguments, **options):
@@ -109,7 +108,6 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
         return dataclasses.replace(made, destinations=made.destinations.flip(0))
 
     monkeypatch.setattr(plan, "plan_insert", wrong)
-    here = dataclasses.replace(settings, shapes=("tiny",))
     assert not command.run_rows([command.Subject("bench.plan")], here, tmp_path, None)
     out = capsys.readouterr().out
     assert "FAILED: step37" in out
@@ -118,15 +116,11 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
 
 
 def test_an_error_ends_its_subject_and_no_other(
-    tiny: Shape,
-    settings: Settings,
+    here: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
-    here = dataclasses.replace(settings, shapes=("tiny",))
-
     def crash(_: object) -> None:
         raise RuntimeError("illegal access")
 

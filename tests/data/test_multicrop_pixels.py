@@ -27,7 +27,6 @@ from tests.data.multicrop_oracle import BILINEAR, Seen, see
 from tests.data.test_multicrop import PHOTOS, sides
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter takes seconds for what a GPU does in microseconds.
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -136,7 +135,7 @@ def test_the_chain_on_a_device_is_the_rule_for_photographs_at_the_sizes_of_the_m
 
 @pytest.mark.parametrize("sizes", [[(50, 20), (30, 25)], [(20, 50), (33, 6), (1, 3)]])
 def test_the_kernels_chain_is_the_rule(sizes, monkeypatch):
-    if INTERPRETED:
+    if INTERPRETED:  # its time goes by programs: fewer and larger ones
         monkeypatch.setattr("step37_kernels.ops.resize_uint8.TILE", (64, 128))
         monkeypatch.setattr("step37_kernels.ops.resize_uint8.LINES", 64)
     assert_device_chain([noise(*size) for size in sizes], "triton", (28, 14))

@@ -135,7 +135,6 @@ def test_every_entry_of_the_table_multiplies_exactly(device, capability, product
     weight, bias = whole_numbers(hidden, width), whole_numbers(hidden)
     x[live:] = 0  # as the plan packs them: rows past the live ones count for nothing
     grad[live:] = 0
-    before = torch.ones(hidden, width, device=device)
     exact_x, exact_grad, exact_weight = x.double(), grad.double(), weight.double()
     expected = {
         "forward": lambda: (exact_x @ exact_weight.T + bias.double())[:live],
@@ -146,7 +145,7 @@ def test_every_entry_of_the_table_multiplies_exactly(device, capability, product
     outs = {
         "forward": torch.zeros(rows, 1, hidden, dtype=dtype, device=device),
         "grad_weight": torch.empty_like(weight),
-        "accumulate_weight": before,
+        "accumulate_weight": torch.ones(hidden, width, device=device),
     }
     result = launch(
         product,

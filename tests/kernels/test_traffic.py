@@ -16,7 +16,8 @@ from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_norm
 from tests import ptx
 
 if ptx.ARCHITECTURE:
-    from tests.ptx.driver import Launched, recorded
+    from tests.ptx.driver import recorded
+    from tests.ptx.memory import Traffic
 
 pytestmark = pytest.mark.skipif(
     not ptx.ARCHITECTURE, reason="counts what compiled kernels do: make ptx"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 HIDDEN, WIDTH, ROWS = 1024, 512, 169
 
 
-def one(launches: list[Launched], kernel: str) -> Launched:
+def one(launches: list[Traffic], kernel: str) -> Traffic:
     (found,) = (launch for launch in launches if launch.kernel == kernel)
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.memory import Descriptor, GlobalMemory, Traffic
+from tests.ptx.memory import Accesses, Descriptor, GlobalMemory, Traffic
 from tests.ptx.program import PARAMETER_SPACE, Program, PtxError
 
 WARP = 32
@@ -74,8 +74,8 @@ class Launch:
     """By the address of the parameter."""
     memory: GlobalMemory
     shared_bytes: int
-    traffic: tuple[dict[int, Traffic], dict[int, Traffic]] | None = None
-    """Loads and stores by their bytes, counted if there is where to."""
+    traffic: Traffic | None = None
+    """Where to count loads and stores."""
 
 
 class Blocks:
@@ -157,17 +157,17 @@ class Blocks:
 
     def load_global(self, addresses: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
         """``[len(lanes), size]`` uint8"""
-        self._count(0, addresses, size, lanes)
+        if self.launch.traffic is not None:
+            entry = self.launch.traffic.loads.setdefault(size, Accesses())
+            entry.add(addresses, size, lanes // WARP)
         return self.launch.memory.load(addresses, size, self.block[lanes])
 
     def store_global(self, addresses: np.ndarray, data: np.ndarray, lanes: np.ndarray) -> None:
-        self._count(1, addresses, data.shape[1], lanes)
-        self.launch.memory.store(addresses, data, self.block[lanes])
-
-    def _count(self, way: int, addresses: np.ndarray, size: int, lanes: np.ndarray) -> None:
+        size = data.shape[1]
         if self.launch.traffic is not None:
-            entry = self.launch.traffic[way].setdefault(size, Traffic())
+            entry = self.launch.traffic.stores.setdefault(size, Accesses())
             entry.add(addresses, size, lanes // WARP)
+        self.launch.memory.store(addresses, data, self.block[lanes])
 
     def load_shared(self, addresses: np.ndarray, size: int, lanes: np.ndarray) -> np.ndarray:
         """``[len(lanes), size]`` uint8"""

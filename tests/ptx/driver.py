@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ class Kernel:
         *,
         descriptors: dict[int, Descriptor] | None = None,
         shared_bytes: int = 0,
-        traffic: tuple[dict[int, Traffic], dict[int, Traffic]] | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """Run all blocks.
 
@@ -53,7 +52,7 @@ class Kernel:
             memory: what the pointers lead to.
             descriptors: by the index of their parameter.
             shared_bytes: of a block's shared memory.
-            traffic: where to count loads and stores, by their bytes.
+            traffic: where to count loads and stores.
         """
         if grid[0] >= 2**31 or max(grid[1:]) >= 2**16:
             raise PtxError(f"a grid of {grid} blocks")
@@ -96,20 +95,11 @@ def _kernel(ptx: str) -> Kernel:
     return Kernel(ptx)
 
 
-@dataclass(slots=True)
-class Launched:
-    """What one launch asked of the caches, by the bytes of a thread's access."""
-
-    kernel: str
-    loads: dict[int, Traffic] = field(default_factory=dict)
-    stores: dict[int, Traffic] = field(default_factory=dict)
-
-
-_launched: list[Launched] | None = None
+_launched: list[Traffic] | None = None
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launched]]:
+def recorded() -> Iterator[list[Traffic]]:
     """The launches in here; asynchronous copies are not counted."""
     global _launched
     _launched = []
@@ -119,11 +109,11 @@ def recorded() -> Iterator[list[Launched]]:
         _launched = None
 
 
-def _record(kernel: str) -> tuple[dict[int, Traffic], dict[int, Traffic]] | None:
+def _record(kernel: str) -> Traffic | None:
     if _launched is None:
         return None
-    _launched.append(Launched(kernel))
-    return _launched[-1].loads, _launched[-1].stores
+    _launched.append(Traffic(kernel))
+    return _launched[-1]
 
 
 class _Launcher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -136,7 +136,7 @@ class Descriptor:
 
 
 @dataclass(slots=True)
-class Traffic:
+class Accesses:
     """Loads, or stores, of one width."""
 
     requests: int = 0
@@ -150,6 +150,15 @@ class Traffic:
         pairs = np.stack([np.tile(warps.astype(np.uint64), 2), ends])
         self.requests += len(np.unique(warps))
         self.lines += np.unique(pairs, axis=1).shape[1]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one launch asked of the caches, by the bytes of a thread's access."""
+
+    kernel: str
+    loads: dict[int, Accesses] = field(default_factory=dict)
+    stores: dict[int, Accesses] = field(default_factory=dict)
 
 
 def swizzled(address: np.ndarray, swizzle: int) -> np.ndarray:

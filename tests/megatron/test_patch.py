@@ -235,11 +235,3 @@ def test_a_patched_module_can_be_copied_and_pickled():
         assert type(copied) is Step37ImageInsertEmbedding
         assert copied.impl == "torch"
         assert torch.equal(copied.align_projector.weight, module.align_projector.weight)
-
-
-def test_the_real_step37model_is_patched():
-    with bridge.absent():
-        pytest.importorskip(bridge.MODEL, reason="Megatron-Bridge is not installed")
-        assert patch_step37() == BOTH
-        assert issubclass(load(bridge.MODEL).ImageInsertEmbedding, ImageInsertEmbedding)
-        unpatch_step37()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import types
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from step37_data.decode import (
     default_threads,
     map_threads,
 )
+from step37_data.multicrop import picture_size, plan_file
 from step37_data.preprocess import load_images
 from step37_kernels.pixels import clip_normalize
 
@@ -157,6 +161,38 @@ def test_files_are_closed(tmp_path):
         warnings.simplefilter("error", ResourceWarning)
         decode(str(path), "raise")
     os.unlink(path)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that megfile would read as ``s3://pictures``: a stand-in for megfile, as there is no
+    object store to test with."""
+
+    def smart_open(path: str, mode: str) -> Any:
+        assert path.startswith("s3://pictures/")
+        return open(tmp_path / path.removeprefix("s3://pictures/"), mode)
+
+    megfile = types.ModuleType("megfile")
+    megfile.smart_open = smart_open  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megfile", megfile)
+    return tmp_path
+
+
+def test_an_object_store_is_read_through_megfile(bucket, tmp_path):
+    READABLE["colour.jpg"](bucket / "colour.jpg")
+    got = decode("s3://pictures/colour.jpg", "raise")
+    np.testing.assert_array_equal(got.pixels, np.asarray(Image.open(tmp_path / "colour.jpg")))
+    assert picture_size("s3://pictures/colour.jpg") == (23, 17)
+    missing = decode("s3://pictures/missing.jpg", "zero")
+    assert missing.broken is not None
+    assert missing.broken.startswith("FileNotFoundError")
+
+
+@pytest.mark.parametrize("read", [lambda path: decode(path, "zero"), plan_file])
+def test_without_megfile_an_object_store_is_an_error_and_not_a_black_picture(monkeypatch, read):
+    monkeypatch.setitem(sys.modules, "megfile", None)
+    with pytest.raises(ImportError, match=r"image s3://pictures/a\.jpg: .*pip install megfile"):
+        read("s3://pictures/a.jpg")
 
 
 def test_a_black_picture_is_normalised_black(tmp_path):

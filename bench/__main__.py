@@ -1,7 +1,8 @@
 """``python -m bench [subjects…]``: measure, print a table, keep JSON, Markdown and plots.
 
-Subjects: plan, step, insert, host, normalize, resize, multicrop, data; all of them by default. And
-tune, only if asked for: it proposes a tile table. Those that need a GPU say so where there is none.
+Subjects: plan, step, normalize, resize, insert, host, pixels, multicrop, data; all of them by
+default. And tune, only if asked for: it proposes a tile table. Those that need a GPU say so where
+there is none.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class Subject:
 SUBJECTS = {
     "plan": Subject("bench.plan", needs_gpu=True),
     "step": Subject("bench.step", needs_gpu=True),
+    "normalize": Subject("bench.pixel_kernels", needs_gpu=True),
+    "resize": Subject("bench.pixel_kernels", needs_gpu=True),
     # Last of those that share the time: it can fill all of it.
     "insert": Subject("bench.insert", needs_gpu=True),
     "host": Subject("bench.host", program=True, quick=("--rounds", "5")),
-    "normalize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
-    "resize": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
+    "pixels": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
     "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),
     "data": Subject("bench.data", program=True, quick=("--quick",)),
     "tune": Subject(

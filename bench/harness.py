@@ -131,6 +131,9 @@ class Row:
     launches: int | None = None
     peak_bytes: int | None = None
     """Most memory allocated during the call above what was allocated before it."""
+    kept_bytes: int | None = None
+    """Of that, what is still allocated when the call has returned: results, and what backward
+    needs. The rest was temporary."""
 
 
 Check = Callable[[Implementation, Any], str | None]
@@ -220,11 +223,13 @@ class CudaClock(CpuClock):
         result = implementation.run(state)
         self.settle()
         peak = torch.cuda.max_memory_allocated(self._device) - before
+        kept = torch.cuda.memory_allocated(self._device) - before
         del result, state
         return {
             "host_syncs": count_syncs(implementation),
             "launches": count_launches(implementation),
             "peak_bytes": peak,
+            "kept_bytes": kept,
         }
 
 

@@ -1,7 +1,7 @@
 """A pack of 1920×1080 pictures in crops: the serving processor's way on the host against ours.
 
 ``python -m bench.multicrop`` checks first that everything timed computes the same bits, then prints
-Markdown tables. On a CUDA device it also times the stages of the device by themselves. What the
+a Markdown table. The stages on a GPU by themselves are rows of ``python -m bench resize``; what the
 insertion of such a pack's rows takes is shown by ``python -m bench insert --shapes multicrop``.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import functools
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,22 +19,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from bench.harness import environment
-from bench.pixels import (
-    PHOTOS,
-    Row,
-    copy_bandwidth,
-    median_device_seconds,
-    median_seconds,
-    print_rows,
-    stock_normalize,
-    thread_counts,
-)
+from bench.pixels import PHOTOS, Row, median_seconds, print_rows, stock_normalize, thread_counts
 from step37_data.decode import decode, map_threads
 from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
-from step37_data.multicrop_pixels import PixelOrder, prepare_on_device
+from step37_data.multicrop_pixels import PixelOrder
 from step37_data.preprocess import load_images
-from step37_kernels import RaggedImages
-from step37_kernels.pixels import resize_clip_normalize
 
 SIZE = (1920, 1080)
 PICTURES = 9
@@ -146,46 +135,6 @@ def decode_all(paths: Sequence[str], threads: int) -> None:
     list(map_threads(lambda path: decode(path, "raise"), paths, threads))
 
 
-def device_rows(paths: Sequence[str], plan: CropPlan) -> Iterator[Row]:
-    """The stages on the GPU, pixels already there."""
-    n = len(paths)
-    decoded = [torch.from_numpy(decode(path, "raise").pixels.copy()) for path in paths]
-    pictures = RaggedImages.gather([pixels.cuda() for pixels in decoded])
-    plans = [plan] * n
-    ready = prepare_on_device(pictures, plans)
-    crops = [ready.window_rectangle(i, window) for i in range(n) for window in plan.windows]
-    full = [ready.full_rectangle(i) for i in range(n)]
-
-    def everything() -> None:
-        made = prepare_on_device(pictures, plans)
-        resize_clip_normalize(made.canvases, CROP_SIZE, crops=crops)
-        resize_clip_normalize(made.full, IMAGE_SIZE, crops=full)
-
-    canvas_bytes = ready.canvases.data.numel()
-    crop_bytes = len(crops) * CROP_SIZE**2 * 3
-    full_bytes = n * IMAGE_SIZE**2 * 3
-    stages: list[tuple[str, Callable[[], object], int]] = [
-        (
-            "canvas, 8-bit",
-            lambda: prepare_on_device(pictures, plans),
-            pictures.data.numel() + canvas_bytes,
-        ),
-        (
-            "crops to bf16",
-            lambda: resize_clip_normalize(ready.canvases, CROP_SIZE, crops=crops),
-            canvas_bytes + 2 * crop_bytes,
-        ),
-        (
-            "full images to bf16",
-            lambda: resize_clip_normalize(ready.full, IMAGE_SIZE, crops=full),
-            pictures.data.numel() + 2 * full_bytes,
-        ),
-    ]
-    whole = sum(moved for *_, moved in stages)
-    for name, call, moved in [("all", everything, whole), *stages]:
-        yield Row(name=name, seconds=median_device_seconds(call), images=n, moved=moved)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=4.0, help="seconds a host row may take")
@@ -206,13 +155,7 @@ def main() -> None:
             f"{PICTURES} pictures of {SIZE[0]} × {SIZE[1]}, {len(plan.windows)} crops each, from "
             "files to bf16, wall time\n"
         )
-        print_rows(host_rows(paths, plan, device, options.budget), None)
-        if device.type != "cuda":
-            print("The stages of the device are timed on a CUDA device only.")
-            return
-        bandwidth = copy_bandwidth()
-        print(f"The stages on the GPU (a copy: {bandwidth / 1e9:.0f} GB/s, read plus written)\n")
-        print_rows(device_rows(paths, plan), bandwidth)
+        print_rows(host_rows(paths, plan, device, options.budget))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Decode, resize and normalise: µs an image against the stock way, and the wait of a step.
 
 ``python -m bench.pixels`` checks first that everything timed computes the same bits, then prints
-Markdown tables. On a CUDA device it also times the kernels by themselves, in GB/s against a copy.
+Markdown tables. The kernels by themselves are the subjects ``normalize`` and ``resize``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,12 @@ from bench.harness import environment
 from step37_data.decode import decode, default_threads, map_threads
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
-from step37_kernels import reference_pixels
-from step37_kernels.pixels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    RaggedImages,
-    clip_normalize,
-    resize_clip_normalize,
-)
+from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, clip_normalize, resize_clip_normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
 SIZE = 728
 IMAGES_A_PACK = 9
-KERNEL_BATCH = 64
-KERNEL_SHAPE = (375, 500)
 STEP_S = 0.05
 
 
@@ -52,28 +43,19 @@ class Row:
         name: what was timed.
         seconds: median of one call.
         images: that one call works on.
-        moved: bytes that a call must read and write at the least; 0 where nobody asks.
-        note: peak memory, or how it differs.
+        note: how it differs.
     """
 
     name: str
     seconds: float
     images: int
-    moved: int = 0
     note: str = ""
 
-    def line(self, baseline: float, copy_bandwidth: float | None) -> str:
+    def line(self, baseline: float) -> str:
         each = self.seconds / self.images
-        cells = [
-            self.name,
-            f"{each * 1e6:.0f}",
-            f"{1 / each:.0f}",
-            f"{baseline / each:.2f}×",
-        ]
-        if copy_bandwidth is not None:
-            rate = self.moved / self.seconds
-            cells.append(f"{rate / 1e9:.0f} ({rate / copy_bandwidth:.0%})" if self.moved else "")
-        return "| " + " | ".join([*cells, self.note]) + " |"
+        speed = f"{baseline / each:.2f}×"
+        cells = [self.name, f"{each * 1e6:.0f}", f"{1 / each:.0f}", speed, self.note]
+        return "| " + " | ".join(cells) + " |"
 
 
 def median_seconds(call: Callable[[], object], budget_s: float) -> float:
@@ -85,23 +67,6 @@ def median_seconds(call: Callable[[], object], budget_s: float) -> float:
         call()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
-
-
-def median_device_seconds(call: Callable[[], object], repeats: int = 50) -> float:
-    """Median time of a call on the current CUDA stream, with the L2 cache overwritten before."""
-    flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
-    for _ in range(5):
-        call()
-    pairs = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
 def photo_paths(count: int) -> list[str]:
@@ -146,22 +111,6 @@ def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch
     if device.type == "cuda":
         torch.cuda.synchronize()
     return [image for image, _ in loaded]
-
-
-def plain_normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """What ``torch.compile`` gets: the expression, in fp32, on the pixels' device."""
-    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
-    return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(torch.bfloat16)
-
-
-def plain_resize_normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """PyTorch's antialiased resize, of one size in and in fp32: near Pillow, not equal to it."""
-    x = pixels.permute(0, 3, 1, 2).float()
-    x = torch.nn.functional.interpolate(
-        x, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
-    )
-    return plain_normalize(x.round().permute(0, 2, 3, 1))
 
 
 def check(paths: Sequence[str], device: torch.device) -> None:
@@ -263,67 +212,6 @@ def torchvision_rows(paths: Sequence[str], seconds: Callable[..., float]) -> Ite
     )
 
 
-def device_rows() -> Iterator[Row]:
-    """The kernels by themselves: 64 images of 500 × 375 to 728, pixels already on the device."""
-    photos = [Image.open(path).convert("RGB") for path in photo_paths(KERNEL_BATCH)]
-    same = [np.array(photo.resize((KERNEL_SHAPE[1], KERNEL_SHAPE[0]))) for photo in photos]
-    flat = RaggedImages.gather([torch.from_numpy(image).cuda() for image in same])
-    batch = flat.data.view(KERNEL_BATCH, *KERNEL_SHAPE, 3)
-    large = torch.from_numpy(np.stack([np.asarray(stock_resize(photo)) for photo in photos])).cuda()
-    out_bytes = large.numel() * 2
-    if not torch.equal(clip_normalize(large), reference_pixels.clip_normalize(large)):
-        raise AssertionError("clip_normalize differs from the reference")
-
-    def timed(name: str, call: Callable[[], torch.Tensor], read: int, note: str = "") -> Row:
-        seconds = median_device_seconds(call)
-        peak = peak_above_result(call)
-        return Row(
-            name=name,
-            seconds=seconds,
-            images=KERNEL_BATCH,
-            moved=read + out_bytes,
-            note=f"{peak / 2**20:.0f} MiB above the result{note}",
-        )
-
-    normalize_compiled = torch.compile(plain_normalize, dynamic=False)
-    resize_compiled = torch.compile(plain_resize_normalize, dynamic=False)
-    yield timed("normalise: eager PyTorch", lambda: plain_normalize(large), large.numel())
-    yield timed("normalise: torch.compile", lambda: normalize_compiled(large), large.numel())
-    yield timed(
-        "normalise: ours, impl='torch'", lambda: clip_normalize(large, impl="torch"), large.numel()
-    )
-    yield timed("normalise: ours", lambda: clip_normalize(large), large.numel())
-    inexact = "; not Pillow's values"
-    yield timed(
-        "resize + normalise: eager PyTorch",
-        lambda: plain_resize_normalize(batch),
-        batch.numel(),
-        inexact,
-    )
-    yield timed(
-        "resize + normalise: torch.compile", lambda: resize_compiled(batch), batch.numel(), inexact
-    )
-    yield timed(
-        "resize + normalise: ours", lambda: resize_clip_normalize(flat, SIZE), batch.numel()
-    )
-
-
-def peak_above_result(call: Callable[[], torch.Tensor]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus written a second by a device copy."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_device_seconds(lambda: target.copy_(source))
-
-
 def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
     """Seconds a step waits for its input while steps of 50 ms run."""
     tokens = torch.tensor([7, 1] * IMAGES_A_PACK)
@@ -362,14 +250,13 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
             yield f"prefetched, depth {depth}", waited(prefetcher)
 
 
-def print_rows(rows: Iterator[Row], bandwidth: float | None) -> None:
-    extra = " GB/s (of a copy) |" if bandwidth is not None else ""
-    print(f"| | µs an image | images/s | speed |{extra} remarks |")
-    print("|---|---|---|---|---|" + ("---|" if extra else ""))
+def print_rows(rows: Iterator[Row]) -> None:
+    print("| | µs an image | images/s | speed | remarks |")
+    print("|---|---|---|---|---|")
     baseline = None
     for row in rows:
         baseline = baseline or row.seconds / row.images
-        print(row.line(baseline, bandwidth), flush=True)
+        print(row.line(baseline), flush=True)
     print()
 
 
@@ -388,17 +275,12 @@ def main() -> None:
     )
     check(photo_paths(4), device)
     print(f"{IMAGES_A_PACK} photographs to {SIZE} × {SIZE} bf16, wall time\n")
-    print_rows(host_rows(device, options.budget), None)
+    print_rows(host_rows(device, options.budget))
     print(f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a pack\n")
     print("| | ms a step |\n|---|---|")
     for name, seconds in waits(device, options.steps):
         print(f"| {name} | {seconds * 1e3:.2f} |", flush=True)
     print()
-    if device.type == "cuda":
-        bandwidth = copy_bandwidth()
-        print(f"{KERNEL_BATCH} images {KERNEL_SHAPE[1]} × {KERNEL_SHAPE[0]} to {SIZE}, on the GPU")
-        print(f"(a copy: {bandwidth / 1e9:.0f} GB/s, read plus written)\n")
-        print_rows(device_rows(), bandwidth)
 
 
 if __name__ == "__main__":

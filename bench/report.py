@@ -48,6 +48,7 @@ COLUMNS = (
     ("syncs", "r"),
     ("launches", "r"),
     ("peak MiB", "r"),
+    ("temporary MiB", "r"),
 )
 
 Record = dict[str, Any]
@@ -134,7 +135,8 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
     own = record["median_us"]
     ratio = ratios(record, group, ceilings)
     spread = f"{own:.1f} ({record['p20_us']:.1f}–{record['p80_us']:.1f})"
-    flops, peak = record["flops"], record["peak_bytes"]
+    flops, peak, kept = record["flops"], record["peak_bytes"], record["kept_bytes"]
+    temporary = None if peak is None or kept is None else peak - kept
     return [
         *name,
         spread,
@@ -144,7 +146,7 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
         _figure(record["host_us"], ".0f"),
         _figure(record["host_syncs"], "d"),
         _figure(record["launches"], "d"),
-        _figure(None if peak is None else peak / 2**20, ".1f"),
+        *(_figure(None if size is None else size / 2**20, ".1f") for size in (peak, temporary)),
     ]
 
 
@@ -160,8 +162,9 @@ def markdown(results: Record) -> str:
         "",
         "× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over "
         "that of the bare product, and over what the copy and product rates above allow (at best "
-        "1). Rates are those of the least work. Peak: allocated above the inputs. "
-        "An empty cell was not measured.",
+        "1). Rates are those of the least work. Peak: allocated above the inputs; "
+        "temporary: what of it is free again when the call returns. An empty cell was not "
+        "measured.",
     ]
     operation = None
     for group in grouped(results["rows"]):
@@ -240,10 +243,12 @@ def compare(old: Record, new: Record) -> str:
 def plot(results: Record, stem: Path) -> list[Path]:
     """Draw the roofline and time against rows as SVG, if Matplotlib is there.
 
+    Of matrix products only, and not of the hundreds of tiles that ``tune`` has tried.
+
     Returns:
         The files written: ``<stem>-roofline.svg`` and ``<stem>-rows.svg``.
     """
-    timed = [r for r in results["rows"] if r["median_us"] and r["flops"]]
+    timed = [r for r in results["rows"] if r["median_us"] and r["flops"] and r["subject"] != "tune"]
     if not timed:
         return []
     if importlib.util.find_spec("matplotlib") is None:

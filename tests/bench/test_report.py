@@ -35,6 +35,7 @@ def row(name: str, kind: Kind, microseconds: float | None, shape: str = "one-ima
         host_syncs=0,
         launches=4,
         peak_bytes=3 * 2**19,
+        kept_bytes=2**20,
     )
 
 
@@ -82,7 +83,7 @@ def test_the_table_has_the_figures_and_the_reasons_for_their_absence() -> None:
     ours = next(line for line in text.splitlines() if "| step37 |" in line)
     assert [cell.strip() for cell in ours.strip("|").split("|")] == [
         "one-image", "contiguous", "bf16", "step37", "200.0 (199.0–201.0)", "50.0", "50", "4.00",
-        "1.50", "1.25", "2.00", "7", "0", "4", "1.5",
+        "1.50", "1.25", "2.00", "7", "0", "4", "1.5", "0.5",
     ]  # fmt: skip
     wrong = next(line for line in text.splitlines() if "| wrong |" in line)
     assert "failed the gate" in wrong
@@ -139,6 +140,18 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["run-roofline.svg", "run-rows.svg"]
     for path in written:
         assert "</svg>" in path.read_text()
+
+
+@pytest.mark.parametrize(("field", "value"), [("subject", "tune"), ("flops", 0)])
+def test_neither_tried_tiles_nor_copies_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: object
+) -> None:
+    # Whoever gets as far as looking for Matplotlib has something to draw.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("would draw"))
+    records = results(some_rows())
+    for record in records["rows"]:
+        record[field] = value
+    assert report.plot(records, tmp_path / "run") == []
 
 
 def test_without_matplotlib_the_plots_are_missed_aloud(

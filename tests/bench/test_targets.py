@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from bench import report, targets
+from bench import pixel_kernels, report, targets
 from bench.harness import Kind
+from bench.pixel_kernels import BATCHES
 from bench.shapes import SHAPES
 
 
@@ -79,6 +80,26 @@ def test_stock_that_allocates_no_more_than_its_output_leaves_no_ratio() -> None:
         record("stock", "stock", 100.0, peak_bytes=2 * shape.seq_len * shape.hidden),
     )
     assert "memory above the output / stock's" not in found
+
+
+def test_pixels_are_held_to_a_copy_of_as_many_bytes() -> None:
+    fields = {"variant": "", "subject": "resize", "operation": "resize+normalize"}
+    found = judged(
+        record("step37", "ours", 90.0, shape="64 × 500×375 → 728", **fields),
+        record("copy of as many bytes", "floor", 60.0, shape="64 × 500×375 → 728", **fields),
+        record("step37", "ours", 90.0, shape="9 × 500×375 → 728", **fields),
+        record("copy of as many bytes", "floor", 9.0, shape="9 × 500×375 → 728", **fields),
+    )
+    text = "resize + normalise / copy of as many bytes"
+    assert found == {text: (pytest.approx(1.5), "64 × 500×375 → 728, bf16, resize+normalize")}
+
+
+def test_a_target_speaks_of_shapes_that_its_subject_has() -> None:
+    sizes = {f"{count} × {pixel_kernels.SIZE}×{pixel_kernels.SIZE}" for count in BATCHES}
+    width, height = pixel_kernels.FLICKR8K
+    sizes |= {f"{count} × {width}×{height} → {pixel_kernels.SIZE}" for count in BATCHES}
+    for target in targets.TARGETS:
+        assert set(target.shapes) <= (SHAPES.keys() if target.subject == "insert" else sizes)
 
 
 def test_a_run_of_other_subjects_speaks_to_no_target() -> None:

@@ -7,6 +7,7 @@ is a handful of runs however many images it holds, so nothing here loops over im
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -29,12 +30,12 @@ def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
     result = []
     for token, row_counts in groups:
         group: list[tuple[int, int]] = []
-        for count in map(int, row_counts):
+        for count in map(operator.index, row_counts):
             if group and group[-1][1] == count:
                 group[-1] = (group[-1][0] + 1, count)
             else:
                 group.append((1, count))
-        result.append((int(token), tuple(group)))
+        result.append((operator.index(token), tuple(group)))
     return tuple(result)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import operator
 import sys
 import threading
 from collections import deque
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from step37_kernels._dispatch import Impl, use_triton
 from step37_kernels.insert import (
     InsertPlan,
+    check_embeddings,
     insert_rows,
     pick_rows,
     plan_runs,
@@ -66,8 +69,15 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
     return tensors
 
 
-def _run(token: int, tensors: Sequence[Tensor]) -> tuple[int, tuple[tuple[int, int], ...]]:
-    return token, tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
+def _run(
+    token: int, name: str, tensors: Sequence[Tensor]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    if isinstance(token, Tensor):
+        raise TypeError(
+            f"{name}: expected an int, got a tensor on {token.device}, whose value a forward would "
+            "wait for"
+        )
+    return operator.index(token), tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
 
 
 def _holders(tensor: Tensor) -> tuple[int, ...] | None:
@@ -91,13 +101,21 @@ def _holders_of_argument(tensor: Tensor) -> tuple[int, ...] | None:
     return _holders(tensor)
 
 
+def _is_memory_of_others(tensor: Tensor) -> bool:
+    """Whether PyTorch has not allocated this memory, or shares it with other processes."""
+    storage = tensor.untyped_storage()
+    # What PyTorch has allocated can be resized. All CUDA memory counts as shared.
+    return not storage.resizable() or (tensor.device.type == "cpu" and storage.is_shared())
+
+
 def _is_unshared(embeddings: Tensor) -> bool:
     """Whether the caller's variable is the only way to this memory, so that it may be overwritten.
 
     True of what an embedding has just computed, also where that is the one view of a temporary
     (Megatron's transpose at B = 1). False of a parameter, a tensor that somebody keeps (a cache, a
-    hook, autograd), a view of one, an expanded tensor, and wherever it cannot be told. Compared
-    with tensors made on the spot, because what counts as one reference varies between releases.
+    hook, autograd), a view of one, an expanded tensor, memory that is not PyTorch's own (NumPy's, a
+    file's, DLPack's, another process's), and wherever it cannot be told. Compared with tensors made
+    on the spot, because what counts as one reference varies between releases.
     """
     if torch.compiler.is_compiling() or not embeddings.is_contiguous():
         return False
@@ -108,6 +126,8 @@ def _is_unshared(embeddings: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
         # It has no memory of its own.
+        return False
+    if _is_memory_of_others(embeddings):
         return False
     probe = torch.empty(1, device="cpu")
     if embeddings._base is not None:
@@ -126,6 +146,9 @@ class _CountWatch:
 
     def watch(self, plan: InsertPlan) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA)."""
+        if plan.found.is_meta or isinstance(plan.found, FakeTensor):
+            # Shapes without values: there is nothing to count.
+            return
         if not plan.found.is_cuda:
             self._warn(plan, plan.found)
         elif not torch.cuda.is_current_stream_capturing():
@@ -379,11 +402,14 @@ class ImageInsertEmbedding(nn.Module):
             ``[S, B, H]``: ``input_embeddings`` itself where there is nothing to insert.
 
         Raises:
-            ValueError: a rank or width that does not fit.
+            ValueError: a shape that does not fit.
+            TypeError: the start token is no integer.
         """
         _count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
-        plan = _watch(plan_runs(input_ids, (_run(flag, tensors),)))
+        plan = plan_runs(input_ids, (_run(flag, "flag", tensors),))
+        check_embeddings(input_embeddings, plan, "input_embeddings")
+        plan = _watch(plan)
         hidden = input_embeddings.shape[-1]
         rows = []
         for tensor in tensors:
@@ -418,8 +444,10 @@ class ImageInsertEmbedding(nn.Module):
             ``[S, B, H]`` in the language embedding's dtype.
 
         Raises:
-            ValueError: a group without features or with features of the wrong rank or width; with
-                ``strict``, a batch whose tokens and features do not fit.
+            ValueError: a group without features or with features of the wrong rank or width; the
+                language embedding gives another shape; with ``strict``, a batch whose tokens and
+                features do not fit.
+            TypeError: ``images`` is no list, or a start token no integer.
         """
         _count_watch.poll()
         layout = self._layout_now()
@@ -430,11 +458,16 @@ class ImageInsertEmbedding(nn.Module):
             embeddings, positions = self._look_up_shard(layout, input_ids, position_ids)
         if not images:
             return self._without_image_rows(embeddings)
+        if not isinstance(images, Sequence):
+            raise TypeError(
+                f"images: expected a list of ImageForInsert, got {type(images).__name__}"
+            )
         unshared = _is_unshared(embeddings)
         plain = self._is_projector_plain()
         if plain:
             _run_forward_pre_hooks(self.align_projector)
         weight = next(self.align_projector.parameters())
+        width = weight.shape[1] if plain else None
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -444,7 +477,13 @@ class ImageInsertEmbedding(nn.Module):
                     " run the vision tower first"
                 )
             tensors = _feature_tensors(image.image_features, f"images[{i}].image_features")
-            runs.append(_run(image.insert_start_token, tensors))
+            runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
+            for tensor in tensors:
+                if tensor.shape[:2].numel() and width not in (None, tensor.shape[2]):
+                    raise ValueError(
+                        f"images[{i}].image_features: expected C = {width} (the projector's), got "
+                        f"{tuple(tensor.shape)}"
+                    )
             features += [
                 tensor.to(device=weight.device, dtype=weight.dtype)
                 for tensor in tensors
@@ -466,6 +505,7 @@ class ImageInsertEmbedding(nn.Module):
             plan = plan.shard(positions)
             features = [layout.complete_gradient(tensor) for tensor in features]
         if not plain:
+            check_embeddings(embeddings, plan, "language_embedding's result")
             flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
             flat = pick_rows(flat, plan.local_rows)
             return insert_rows(embeddings, self.align_projector(flat).to(embeddings.dtype), plan)

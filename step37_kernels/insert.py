@@ -203,11 +203,15 @@ def plan_insert(
         The plan, on the device of ``input_ids``.
 
     Raises:
-        ValueError: ``input_ids`` is not ``[B, S]``, a row count is negative, B·S or R exceeds
-            int32, or ``impl`` cannot run there.
-        TypeError: ``input_ids`` is neither int32 nor int64.
+        ValueError: ``input_ids`` is not ``[B, S]``, a row count is negative, a start token is no
+            value of the ids' dtype, B·S or R exceeds int32, or ``impl`` cannot run there.
+        TypeError: ``input_ids`` is neither int32 nor int64, or a start token or row count is no
+            integer.
     """
-    runs = to_runs(groups)
+    try:
+        runs = to_runs(groups)
+    except TypeError as error:
+        raise TypeError(f"groups: expected (int, sequence of int) of each: {error}") from error
     smallest = min((rows for _, group in runs for _, rows in group), default=0)
     if smallest < 0:
         raise ValueError(f"groups: row counts must not be negative, got {smallest}")
@@ -227,6 +231,10 @@ def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPl
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     triton = use_triton(impl, input_ids.device)
+    limits = torch.iinfo(input_ids.dtype)
+    for token, _ in runs:
+        if not limits.min <= token <= limits.max:
+            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
     batch_size, seq_len = input_ids.shape
     if max(num_rows(runs), (seq_len + 1) * batch_size) > _INT32_MAX:
         raise ValueError(
@@ -256,6 +264,19 @@ def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
         return rows
     picked = rows.index_select(0, local_rows.clamp_min(0))
     return picked.masked_fill_((local_rows < 0)[:, None], 0)
+
+
+def check_embeddings(
+    embeddings: Tensor, plan: InsertPlan, name: str, hidden: int | None = None
+) -> None:
+    """Raise ``ValueError`` unless they are ``[S, B, H]`` of the plan, and of this H if given."""
+    shape = tuple(embeddings.shape)
+    fits = len(shape) == 3 and shape[:2] == (plan.seq_len, plan.batch_size)
+    if not fits or hidden not in (None, shape[2]):
+        raise ValueError(
+            f"{name}: expected [S, B, H] = [{plan.seq_len}, {plan.batch_size}, {hidden or 'H'}], "
+            f"got {shape}"
+        )
 
 
 def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
@@ -450,9 +471,7 @@ def _validate(
     if weight.ndim != 2:
         fail("weight", "[H, C]", tuple(weight.shape))
     hidden, width = weight.shape
-    expected_shape = (plan.seq_len, plan.batch_size, hidden)
-    if tuple(embeddings.shape) != expected_shape:
-        fail("embeddings", f"[S, B, H] = {list(expected_shape)}", tuple(embeddings.shape))
+    check_embeddings(embeddings, plan, "embeddings", hidden)
     if bias is not None and tuple(bias.shape) != (hidden,):
         fail("bias", f"[H] = [{hidden}]", tuple(bias.shape))
     if bias is not None and bias.dtype != weight.dtype:
@@ -503,9 +522,9 @@ def project_and_insert(
     Args:
         embeddings: ``[S, B, H]``, any strides.
         features: rows of all groups in the plan's order, R together: ``[N, L, C]`` or ``[L, C]``,
-            or a sequence of such (ragged). Contiguous rows are read in place; other layouts, such
-            as the channels-first view of a vision tower, are packed by one pass first. Cast to the
-            weight's dtype.
+            or a sequence of such (ragged). One contiguous tensor is read in place. Several, and
+            other layouts, such as the channels-first view of a vision tower, are packed first, by
+            one pass a tensor. Cast to the weight's dtype.
         weight: ``[H, C]`` projector weight.
         bias: ``[H]``, or None.
         plan: from :func:`plan_insert`.
@@ -518,7 +537,8 @@ def project_and_insert(
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
-        ``[S, B, H]`` contiguous, in the embeddings' dtype.
+        ``[S, B, H]`` in the embeddings' dtype, contiguous; ``embeddings`` themselves where there
+        is no row.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the plan, or ``impl`` cannot

@@ -59,7 +59,8 @@ class _Options:
     def __post_init__(self) -> None:
         if self.impl not in ("auto", "triton", "torch"):
             raise ValueError(f"impl: expected one of auto, triton, torch, got {self.impl!r}")
-        if isinstance(self.layout, str) and self.layout != "auto":
+        known = self.layout is None or isinstance(self.layout, SequenceLayout)
+        if not (known or self.layout == "auto" or callable(self.layout)):
             raise ValueError(
                 f"layout: expected 'auto', sequence_layout(...) or None, got {self.layout!r}"
             )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from step37_kernels import reference_pixels, resample
 from step37_kernels._dispatch import Impl, use_triton
@@ -204,6 +207,12 @@ def resize_clip_normalize(
 
 
 def _check_crop(i: int, crop: Crop, images: RaggedImages) -> None:
+    if not isinstance(crop, Crop):
+        raise TypeError(f"crops[{i}]: expected a Crop, got {crop!r}")
+    try:
+        operator.index(crop.image + crop.left + crop.top + crop.right + crop.bottom)
+    except TypeError as error:
+        raise TypeError(f"crops[{i}]: expected integers, got {crop}") from error
     if not 0 <= crop.image < len(images):
         raise ValueError(f"crops[{i}]: image {crop.image} of {len(images)} images")
     height, width = images.shapes[crop.image]
@@ -264,10 +273,11 @@ def look_up(pixels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _three(name: str, values: tuple[float, ...]) -> _RGB:
-    rounded = torch.tensor(values, dtype=torch.float32, device="cpu")
-    if len(values) != 3 or not bool(torch.isfinite(rounded).all()):
+    with np.errstate(over="ignore"):
+        rounded = np.array(values, dtype=np.float32)
+    if len(values) != 3 or not np.isfinite(rounded).all():
         raise ValueError(f"{name}: expected three finite numbers, got {list(values)}")
-    if name == "std" and bool((rounded == 0).any()):
+    if name == "std" and not rounded.all():
         raise ValueError(f"std: expected numbers other than zero in float32, got {list(values)}")
     red, green, blue = values
     return red, green, blue
@@ -311,9 +321,14 @@ def _check_constants(
     if dtype not in DTYPES:
         names = ", ".join(str(allowed) for allowed in DTYPES)
         raise TypeError(f"dtype: expected one of {names}, got {dtype}")
-    mean_rgb = _three("mean", tuple(float(value) for value in mean))
-    std_rgb = _three("std", tuple(float(value) for value in std))
-    return mean_rgb, std_rgb
+    return _three("mean", _numbers("mean", mean)), _three("std", _numbers("std", std))
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except TypeError as error:
+        raise TypeError(f"{name}: expected three numbers, got {values!r}") from error
 
 
 def normalize_table(
@@ -341,11 +356,13 @@ def normalize_table(
 
 @functools.lru_cache(maxsize=64)
 def _table_on(mean: _RGB, std: _RGB, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    levels = (
-        torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 256, 1).expand(1, 1, 256, 3)
-    )
-    table = reference_pixels.clip_normalize(levels, mean=mean, std=std, dtype=dtype)
-    return table.view(3, 256).to(device)
+    # What is kept must not belong to a mode that somebody happens to be in.
+    with unset_fake_temporarily():
+        levels = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 256, 1)
+        table = reference_pixels.clip_normalize(
+            levels.expand(1, 1, 256, 3), mean=mean, std=std, dtype=dtype
+        )
+        return table.view(3, 256).to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

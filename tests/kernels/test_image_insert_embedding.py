@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -9,11 +10,13 @@ import pickle
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from step37_kernels import (
     ImageForInsert,
@@ -143,8 +146,11 @@ def test_features_are_required(device):
         (torch.zeros(2, 24), r"images\[0\].image_features: expected \[N, L, C\], got \(2, 24\)"),
         ([torch.zeros(24)], r"image_features\[0\]: expected \[L, C\] or \[N, L, C\], got \(24,\)"),
         ([torch.zeros(1, 1, 2, 24)], r"image_features\[0\]: expected .*, got \(1, 1, 2, 24\)"),
-        (torch.zeros(1, 2, 23), r"features: expected C = 24 \(the weight's\), got \(1, 2, 23\)"),
-        (torch.zeros(1, 2, 0), r"features: expected C = 24 \(the weight's\), got \(1, 2, 0\)"),
+        (
+            torch.zeros(1, 2, 23),
+            r"images\[0\].image_features: expected C = 24 \(the projector's\), got \(1, 2, 23\)",
+        ),
+        (torch.zeros(1, 2, 0), r"image_features: expected C = 24 .*, got \(1, 2, 0\)"),
     ],
 )
 def test_features_of_a_wrong_shape_are_refused(device, features, message):
@@ -450,6 +456,27 @@ class TestOwnership:
         module(ids, images_of([(IM_START, torch.full((1, 2, 24), -5.0, device=device))]))
         assert torch.equal(one, kept)
 
+    @pytest.mark.parametrize("memory", ["NumPy's", "DLPack's", "a file's"])
+    def test_memory_that_is_not_pytorchs_own_is_left_alone(self, memory, tmp_path):
+        array = np.random.default_rng(0).normal(size=(3, 1, 16)).astype(np.float32)
+        array.tofile(tmp_path / "words")
+        path = str(tmp_path / "words")
+        fresh = {
+            "NumPy's": lambda: torch.from_numpy(array),
+            "DLPack's": lambda: torch.from_dlpack(array),
+            "a file's": lambda: torch.from_file(path, shared=True, size=48).view(3, 1, 16),
+        }[memory]
+        kept = fresh().clone()
+        assert not _is_unshared(fresh())
+        if not torch.cuda.is_available():
+            module = ImageInsertEmbedding(lambda **_: fresh(), 24, 16, impl="triton")
+            fused = module(torch.tensor([[IM_START, 2, 3]]), self.images("cpu"))
+            assert torch.equal(fresh(), kept)
+            assert not torch.equal(fused, kept)
+
+    def test_memory_of_several_processes_is_left_alone(self):
+        assert not _is_unshared(torch.zeros(3, 1, 16).share_memory_())
+
     def test_where_it_cannot_be_told_the_answer_is_no(self, device, monkeypatch):
         monkeypatch.delattr(torch._C, "_storage_Use_Count")
         assert not _is_unshared(torch.zeros(3, 1, 16, device=device))
@@ -491,3 +518,55 @@ class TestOwnership:
 def _fresh_inference_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode():
         return tensor.clone()
+
+
+def test_embeddings_of_another_shape_than_the_ids_are_refused(device):
+    ids = torch.tensor([[IM_START, 2, 3], [4, IM_START, 5]], device=device)
+    feature = torch.ones(2, 1, 16, device=device)
+    for shape in ((2, 3, 16), (3, 3, 16), (4, 2, 16), (6, 16)):
+        embeddings = torch.zeros(shape, device=device)
+        with pytest.raises(
+            ValueError, match=r"input_embeddings: expected \[S, B, H\] = \[3, 2, H\]"
+        ):
+            ImageInsertEmbedding.insert_features(embeddings, feature, ids, IM_START)
+    # What a projector with a hook gives is inserted by PyTorch.
+    module = ImageInsertEmbedding(lambda **_: torch.zeros(2, 3, 16, device=device), 24, 16)
+    module.to(device).align_projector.register_forward_hook(lambda *_: None)
+    images = images_of([(IM_START, torch.ones(2, 1, 24, device=device))])
+    with pytest.raises(ValueError, match=r"language_embedding's result: .*, got \(2, 3, 16\)"):
+        module(ids, images)
+
+
+def test_what_is_no_list_or_no_integer_is_refused(device):
+    module, _ = make_module(device)
+    ids = torch.tensor([[IM_START, 2, 3]], device=device)
+    (image,) = images_of([(IM_START, torch.ones(1, 2, 24, device=device))])
+    with pytest.raises(TypeError, match="images: expected a list of ImageForInsert, got ImageFor"):
+        module(ids, image)
+    token = torch.tensor(IM_START, device=device)
+    image = ImageForInsert(insert_start_token=token, image_features=image.image_features)
+    with pytest.raises(
+        TypeError, match=r"images\[0\].insert_start_token: expected an int, got a te"
+    ):
+        module(ids, [image])
+
+
+def test_a_start_token_may_be_numpys(device):
+    module, _ = make_module(device)
+    ids = torch.tensor([[IM_START, 2, 3]], device=device)
+    feature = torch.ones(1, 2, 24, device=device)
+    wanted = module(ids, images_of([(IM_START, feature)]))
+    assert torch.equal(module(ids, images_of([(np.int64(IM_START), feature)])), wanted)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shapes_without_values_pass_through(kind):
+    with FakeTensorMode() if kind == "fake" else contextlib.nullcontext():
+        device = "cpu" if kind == "fake" else "meta"
+        words = torch.zeros(3, 1, 16, device=device)
+        module = ImageInsertEmbedding(lambda **_: words, 24, 16, impl="torch")
+        if kind == "meta":
+            module.to(device)
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
+        fused = module(ids, images_of([(IM_START, torch.ones(1, 2, 24, device=device))]))
+        assert fused.shape == (3, 1, 16)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from step37_kernels import pixels as pixels_module
 from step37_kernels import reference_pixels
@@ -139,6 +140,16 @@ def test_lists_serve_as_constants():
         (lambda p: clip_normalize(p[..., :2]), ValueError, r"pixels: expected .* got \[1, 4, 4, 2"),
         (lambda p: clip_normalize(p, dtype=torch.float64), TypeError, r"dtype: expected one of"),
         (lambda p: clip_normalize(p, mean=(1, 2)), ValueError, r"mean: expected three finite"),
+        (
+            lambda p: clip_normalize(p, mean=(1e300, 0, 0)),
+            ValueError,
+            r"mean: expected three finite",
+        ),
+        (
+            lambda p: clip_normalize(p, mean=0.5),
+            TypeError,
+            r"mean: expected three numbers, got 0.5",
+        ),
         (lambda p: clip_normalize(p, std=(1, 2, float("nan"))), ValueError, r"std: expected three"),
         (lambda p: clip_normalize(p, std=(1, 0, 1)), ValueError, r"std: .* other than zero"),
         (lambda p: clip_normalize(p, std=(1, 1e-60, 1)), ValueError, r"std: .* other than zero"),
@@ -148,6 +159,15 @@ def test_lists_serve_as_constants():
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(random_pixels(1, 4, 4, 3))
+
+
+def test_constants_first_seen_under_fake_tensors_are_real_ones():
+    pixels = random_pixels(1, 4, 4, 3).cpu()
+    mean = (0.1, 0.2, 0.3)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        clip_normalize(mode.from_tensor(pixels), mean=mean, impl="torch")
+    wanted = reference_pixels.clip_normalize(pixels, mean=mean)
+    assert torch.equal(clip_normalize(pixels, mean=mean, impl="torch"), wanted)
 
 
 @pytest.mark.gpu

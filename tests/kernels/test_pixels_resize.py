@@ -271,6 +271,18 @@ def test_white_and_black_stay_within_their_bounds(impl):
             r"crops\[0\]: image 1 of 1 images",
         ),
         (
+            lambda p: resize_clip_normalize(
+                [p], 4, crops=[Crop(image=0, left=0.5, top=0, right=1, bottom=1)]
+            ),
+            TypeError,
+            r"crops\[0\]: expected integers, got Crop\(image=0, left=0.5",
+        ),
+        (
+            lambda p: resize_clip_normalize([p], 4, crops=[(0, 0, 1, 1)]),
+            TypeError,
+            r"crops\[0\]: expected a Crop, got \(0, 0, 1, 1\)",
+        ),
+        (
             lambda p: RaggedImages(data=p.reshape(-1), offsets=(1,), shapes=[(5, 6)]),
             ValueError,
             r"image 0: 5×6 pixels from byte 1 do not lie within the buffer of 90 bytes",

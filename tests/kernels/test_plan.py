@@ -123,6 +123,13 @@ def test_bad_arguments_are_named():
         plan_insert(ids.float(), [])
     with pytest.raises(ValueError, match=r"groups: row counts must not be negative, got -1"):
         plan_insert(ids, [(7, [2, -1])])
+    for groups in ([(7, [1.9])], [(7.0, [1])], [(7, 3)]):
+        with pytest.raises(TypeError, match=r"groups: expected \(int, sequence of int\) of each: "):
+            plan_insert(ids, groups)
+    with pytest.raises(
+        ValueError, match=r"start token: expected a value of torch.int32, got 10995"
+    ):
+        plan_insert(ids.int(), [(2**40 + 7, [1])])
     with pytest.raises(ValueError, match=r"impl: expected one of auto, triton, torch, got 'cuda'"):
         plan_insert(ids, [], impl="cuda")
     with pytest.raises(ValueError, match=r"at most 2147483647 positions and feature rows"):
@@ -158,6 +165,14 @@ def test_check_names_what_does_not_fit(device, ids, groups, message):
     plan = plan_insert(torch.tensor([ids], device=device), groups)
     with pytest.raises(ValueError, match=message):
         plan.check()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("token", [-7, 2**40 + 7])
+def test_a_start_token_may_be_any_value_of_the_ids(device, impl, token):
+    input_ids = torch.tensor([[7, token, 5, 5]], device=device)
+    plan = plan_insert(input_ids, [(token, [2])], impl=impl)
+    assert plan.row_at.flatten().tolist() == [-1, -1, 0, 1]
 
 
 def test_a_plan_made_under_fake_tensors_leaves_nothing_to_the_next():

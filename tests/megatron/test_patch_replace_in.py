@@ -223,10 +223,18 @@ def test_a_model_patched_before_it_was_sharded_can_be_given_options():
     assert model.image_insert_embedding.strict
 
 
-def test_an_unknown_impl_replaces_nothing():
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"impl": "fast"}, "impl: expected one of auto, triton, torch, got 'fast'"),
+        ({"layout": "all"}, "layout: expected 'auto', sequence_layout.* got 'all'"),
+        ({"layout": 3}, "layout: expected 'auto', sequence_layout.* got 3"),
+    ],
+)
+def test_an_unknown_option_replaces_nothing(option, message):
     model = build()
-    with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'fast'"):
-        replace_in(model, impl="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        replace_in(model, **option)
     assert not isinstance(model.image_insert_embedding, ImageInsertEmbedding)
 
 

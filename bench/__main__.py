@@ -170,7 +170,11 @@ def run_program(subject: Subject, quick: bool, given: argparse.Namespace) -> boo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the subjects; 1 if a row of ours failed its gate or a program failed, else 0."""
     options = parse(arguments)
-    earlier = report.read(options.compare) if options.compare else None
+    try:
+        earlier = report.read(options.compare) if options.compare else None
+    except (OSError, ValueError) as error:
+        print(f"--compare: {error}", file=sys.stderr)
+        return 2
     logging.basicConfig(format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(

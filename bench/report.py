@@ -323,7 +323,10 @@ def read(path: Path) -> Record:
     Raises:
         ValueError: the file is something else.
     """
-    results: Record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        results: Record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(results, dict) or not {"environment", "ceilings", "rows"} <= results.keys():
         raise ValueError(f"{path}: not a file of benchmark results")
     return results

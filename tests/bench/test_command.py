@@ -78,6 +78,23 @@ def test_what_does_not_exist_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "No such file"), ("{", "results.json: not JSON"), ("{}", "not a file of benchmark")],
+)
+def test_what_cannot_be_compared_with_is_said_before_anything_is_measured(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    if text is not None:
+        path.write_text(text)
+    assert command.main(["plan", "--compare", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
 def test_rows_are_measured_written_and_compared(
     here: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,9 +13,10 @@ process. :func:`measure` takes a group through four steps:
 What a sample on CUDA is: events before and after the call, behind a backlog of device work that is
 longer than the host needs to issue the call. That is how a training step meets an operation: the
 host runs ahead, so launches are free until somebody waits for the device, and waiting costs what it
-costs. (Host time is a column of its own, for those who are bound by it.) The backlog reads a
-buffer larger than L2, and inputs rotate among several random sets, so nothing is found in cache; it
-reads because dirty lines would be written back at the expense of what is timed.
+costs. (Host time is a column of its own, for those who are bound by it. It is taken apart, on an
+idle device: behind the backlog, whoever waits for the device would wait for that, too.) The backlog
+reads a buffer larger than L2, and inputs rotate among several random sets, so nothing is found in
+cache; it reads because dirty lines would be written back at the expense of what is timed.
 
 On a CPU the same code runs with a host clock and without backlog; that path exists for the data
 subjects and for this suite's own tests.
@@ -46,10 +47,10 @@ part of the work (the bare matrix product), so it is no competitor."""
 LATE = "not run: time budget used up"
 """The problem of rows whose turn did not come before the deadline."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WARM_UP_ROUNDS = 3
+WARM_UP_ROUNDS = 5
 MAX_SAMPLES = 200
 MIN_SAMPLES = 5
-MAX_BACKLOG_US = 1500.0
+MAX_BACKLOG_US = 10_000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,7 @@ class Row:
     p20_us: float | None = None
     p80_us: float | None = None
     host_us: float | None = None
-    """Median host time of the call, until it returns."""
+    """Median host time of the call on an idle device, until it returns."""
     samples: int = 0
     host_syncs: int | None = None
     launches: int | None = None
@@ -143,19 +144,32 @@ Check = Callable[[Implementation, Any], str | None]
 class CpuClock:
     """Wall time of calls on the CPU."""
 
-    def sample(self, implementation: Implementation, i: int) -> tuple[Callable[[], float], float]:
-        """Run once on set ``i``: how to read the time, in µs, after :meth:`settle`; host µs."""
+    def __init__(self) -> None:
+        self.host_us: dict[str, float] = {}
+        """By name of an implementation: what :meth:`warm_up` measured last."""
+
+    def sample(self, implementation: Implementation, i: int) -> Callable[[], float]:
+        """Run once on set ``i``: how to read the time, in µs, after :meth:`settle`."""
         state = implementation.prepare(i)
         begin = time.perf_counter()
         implementation.run(state)
         elapsed = 1e6 * (time.perf_counter() - begin)
-        return lambda: elapsed, elapsed
+        return lambda: elapsed
 
     def settle(self) -> None:
         """Wait until samples can be read."""
 
-    def adapt(self, implementation: Implementation, host_us: float) -> None:
-        """Learn how long the host needs to issue the call."""
+    def warm_up(self, implementation: Implementation) -> None:
+        """Run a few times on an idle device: median time until the call returns to the host."""
+        times = []
+        for i in range(WARM_UP_ROUNDS):
+            state = implementation.prepare(i)
+            self.settle()
+            begin = time.perf_counter()
+            implementation.run(state)
+            times.append(1e6 * (time.perf_counter() - begin))
+        self.settle()
+        self.host_us[implementation.name] = statistics.median(times)
 
     def poison(self, numbytes: int) -> None:
         """Fill memory that is about to be handed out again with NaN."""
@@ -170,12 +184,11 @@ class CudaClock(CpuClock):
     """Device time of calls, between events, behind a backlog."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._scratch = torch.rand(max(4 * cache, 2**28) // 4, device=device)
         self._sum = torch.empty((), device=device)
-        self._reads: dict[str, int] = {}
-        self._read_us = 0.0
         times = []
         for _ in range(8):
             start, end = self._events()
@@ -193,24 +206,19 @@ class CudaClock(CpuClock):
     def _read(self) -> None:
         torch.sum(self._scratch, dim=0, out=self._sum)
 
-    def sample(self, implementation: Implementation, i: int) -> tuple[Callable[[], float], float]:
+    def sample(self, implementation: Implementation, i: int) -> Callable[[], float]:
         state = implementation.prepare(i)
-        for _ in range(self._reads.get(implementation.name, 1)):
+        wanted = min(1.5 * self.host_us.get(implementation.name, 0.0), MAX_BACKLOG_US)
+        for _ in range(max(1, math.ceil(wanted / self._read_us))):
             self._read()
         start, end = self._events()
         start.record()
-        begin = time.perf_counter()
         implementation.run(state)
-        host = 1e6 * (time.perf_counter() - begin)
         end.record()
-        return lambda: 1e3 * start.elapsed_time(end), host
+        return lambda: 1e3 * start.elapsed_time(end)
 
     def settle(self) -> None:
         torch.cuda.synchronize(self._device)
-
-    def adapt(self, implementation: Implementation, host_us: float) -> None:
-        wanted = min(1.5 * host_us, MAX_BACKLOG_US)
-        self._reads[implementation.name] = max(1, math.ceil(wanted / self._read_us))
 
     def poison(self, numbytes: int) -> None:
         torch.full((max(numbytes, 4) // 4,), math.nan, device=self._device)
@@ -219,11 +227,10 @@ class CudaClock(CpuClock):
         state = implementation.prepare(1)
         self.settle()
         torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
+        before = self._requested("current")
         result = implementation.run(state)
         self.settle()
-        peak = torch.cuda.max_memory_allocated(self._device) - before
-        kept = torch.cuda.memory_allocated(self._device) - before
+        peak, kept = self._requested("peak") - before, self._requested("current") - before
         del result, state
         return {
             "host_syncs": count_syncs(implementation),
@@ -231,6 +238,10 @@ class CudaClock(CpuClock):
             "peak_bytes": peak,
             "kept_bytes": kept,
         }
+
+    def _requested(self, which: str) -> int:
+        # What was asked for, to the byte; the blocks handed out may be up to 1 MiB larger.
+        return int(torch.cuda.memory_stats(self._device)[f"requested_bytes.all.{which}"])
 
 
 def count_syncs(implementation: Implementation) -> int:
@@ -250,19 +261,23 @@ def count_syncs(implementation: Implementation) -> int:
 
 def count_launches(implementation: Implementation) -> int | None:
     """Kernels that one call ran, without copies and fills; None where the profiler saw none."""
-    state = implementation.prepare(1)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        implementation.run(state)
+    # Sometimes a profile lacks all device events, most often where nothing else is recorded.
+    for _ in range(3):
+        state = implementation.prepare(1)
         torch.cuda.synchronize()
-    kernels = [
-        event.name
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return len(kernels) or None
+        with torch.profiler.profile() as profiler:
+            implementation.run(state)
+            torch.cuda.synchronize()
+        kernels = [
+            event.name
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+            and not event.name.startswith(("Memcpy", "Memset"))
+        ]
+        if kernels:
+            return len(kernels)
+    return None
 
 
 @functools.cache
@@ -313,7 +328,7 @@ def gate(
     implementation: Implementation, check: Check, clock: CpuClock, poisoned: int
 ) -> str | None:
     """Check one result, with NaN in ``poisoned`` bytes of memory that it may get; then run until
-    warm, and tell the clock about the host's share."""
+    warm."""
     state = implementation.prepare(0)
     clock.poison(poisoned)
     result = implementation.run(state)
@@ -321,12 +336,7 @@ def gate(
     if problem is not None:
         return f"failed the gate: {problem}"
     del result, state
-    host = []
-    for i in range(WARM_UP_ROUNDS):
-        clock.settle()
-        host.append(clock.sample(implementation, i)[1])
-    clock.settle()
-    clock.adapt(implementation, statistics.median(host))
+    clock.warm_up(implementation)
     return None
 
 
@@ -335,14 +345,12 @@ def sample_rounds(
 ) -> dict[str, dict[str, Any]]:
     """Interleaved samples for about ``seconds``; the timing fields of each row."""
     device: dict[str, list[float]] = {i.name: [] for i in implementations}
-    host: dict[str, list[float]] = {i.name: [] for i in implementations}
     end = time.perf_counter() + seconds
     for i in range(MAX_SAMPLES if implementations else 0):
-        pending = [(one.name, *clock.sample(one, i)) for one in implementations]
+        pending = [(one.name, clock.sample(one, i)) for one in implementations]
         clock.settle()
-        for name, read, host_us in pending:
+        for name, read in pending:
             device[name].append(read())
-            host[name].append(host_us)
         if i + 1 >= MIN_SAMPLES and time.perf_counter() > end:
             break
     return {
@@ -350,7 +358,7 @@ def sample_rounds(
             "median_us": statistics.median(times),
             "p20_us": percentile(times, 20),
             "p80_us": percentile(times, 80),
-            "host_us": statistics.median(host[name]),
+            "host_us": clock.host_us.get(name),
             "samples": len(times),
         }
         for name, times in device.items()

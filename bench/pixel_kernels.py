@@ -83,14 +83,14 @@ def by_pillow(pictures: Sequence[Image.Image], side: int, dtype: torch.dtype) ->
     return reference_pixels.clip_normalize(torch.from_numpy(np.stack(resized)), dtype=dtype)
 
 
-def plain_normalize(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """The expression as one writes it in PyTorch."""
-    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
+def plain_normalize(pixels: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
+    """The expression as one writes it in PyTorch; ``constants`` are mean and std, ``[2, 3, 1, 1]``
+    on the device."""
+    mean, std = constants
     return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
 
-def plain_resize(pixels: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+def plain_resize(pixels: Tensor, constants: Tensor, side: int, dtype: torch.dtype) -> Tensor:
     """PyTorch's antialiased resize of ``[N, h, w, 3]``, in fp32."""
     x = F.interpolate(
         pixels.permute(0, 3, 1, 2).float(),
@@ -99,7 +99,11 @@ def plain_resize(pixels: Tensor, side: int, dtype: torch.dtype) -> Tensor:
         antialias=True,
         align_corners=False,
     )
-    return plain_normalize(x.round().permute(0, 2, 3, 1), dtype)
+    return plain_normalize(x.round().permute(0, 2, 3, 1), constants, dtype)
+
+
+def constants_on(device: torch.device) -> Tensor:
+    return torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
 
 
 class Group:
@@ -185,7 +189,8 @@ def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
     pictures = photographs(count, (SIZE, SIZE))
     pixels = torch.stack(pixels_of(pictures, settings.device))
     prepare = rotated(pixels, pixels.nbytes, Tensor.clone, settings)
-    plain = functools.partial(plain_normalize, dtype=dtype)
+    constants = constants_on(settings.device)
+    plain = functools.partial(plain_normalize, constants=constants, dtype=dtype)
     group.add(
         "step37",
         "ours",
@@ -221,7 +226,8 @@ def resize(pictures: Sequence[Image.Image], settings: Settings, dtype: torch.dty
         rotated(images, images.data.nbytes, copy_of, settings),
         lambda given: resize_clip_normalize(given, SIZE, dtype=dtype, impl=settings.impl),
     )
-    plain = functools.partial(plain_resize, side=SIZE, dtype=dtype)
+    constants = constants_on(settings.device)
+    plain = functools.partial(plain_resize, constants=constants, side=SIZE, dtype=dtype)
     if len(sizes) == 1:
         batch = images.data.view(len(pictures), height, width, 3)
         prepare = rotated(batch, batch.nbytes, Tensor.clone, settings)

@@ -80,9 +80,9 @@ def test_one_wrong_value_fails_the_gate(small: Settings, monkeypatch: pytest.Mon
 def test_a_peer_that_is_far_from_pillow_is_not_timed(
     small: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nearest(pixels, side, dtype):
+    def nearest(pixels, constants, side, dtype):
         grown = torch.nn.functional.interpolate(pixels.permute(0, 3, 1, 2).float(), (side, side))
-        return pixel_kernels.plain_normalize(grown.permute(0, 2, 3, 1), dtype)
+        return pixel_kernels.plain_normalize(grown.permute(0, 2, 3, 1), constants, dtype)
 
     monkeypatch.setattr(pixel_kernels, "plain_resize", nearest)
     rows = [row for group in groups(small) for row in group if "not Pillow's" in row.implementation]

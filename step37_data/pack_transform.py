@@ -21,9 +21,23 @@ def get_position_id_from_cu_seqlens(cu_seqlens: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 ``[T]`` on the same device; ``[0, 3, 5]`` gives ``[0, 1, 2, 0, 1]``. They are counted
         on the host: bounds on a CUDA device are fetched, which waits for the device.
+
+    Raises:
+        ValueError: the bounds have another shape, do not start at 0, or fall somewhere.
     """
-    positions = torch.from_numpy(_positions(cu_seqlens.numpy(force=True).astype(np.int64)))
-    return positions.to(cu_seqlens.device)
+    bounds = cu_seqlens.numpy(force=True).astype(np.int64)
+    if bounds.ndim != 1 or len(bounds) == 0:
+        raise ValueError(f"cu_seqlens: expected shape [n + 1], got {list(bounds.shape)}")
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens: expected 0 as the first bound, got {bounds[0]}")
+    falls = np.flatnonzero(np.diff(bounds) < 0)
+    if len(falls):
+        place = int(falls[0])
+        raise ValueError(
+            f"cu_seqlens: expected rising bounds, got {bounds[place + 1]} after {bounds[place]} "
+            f"at position {place + 1}"
+        )
+    return torch.from_numpy(_positions(bounds)).to(cu_seqlens.device)
 
 
 def _positions(bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -35,7 +49,7 @@ def pack_samples(
     *,
     seqlen_divisible_by: int = 64,
     pad_token_id: int = 0,
-    start_token_ids: Collection[int] = (),
+    start_token_ids: Collection[int] | Mapping[int, int] = (),
 ) -> dict[str, Any]:
     """Pack samples into one next-token-prediction batch.
 
@@ -49,7 +63,9 @@ def pack_samples(
         seqlen_divisible_by: the packed length T is a multiple of this.
         pad_token_id: token of the padding.
         start_token_ids: tokens that mark an image or crop. Padding with one of them would be taken
-            for images, so it is refused.
+            for images, so it is refused. A mapping also says how many positions after such a token
+            its image fills, ``{image start: 169, crop start: 81}``; a sample that was cut inside
+            an image, whose rows would then fill the next sample, is refused too.
 
     Returns:
         ``tokens``, ``labels`` int64 ``[T]``; ``loss_masks`` float32 ``[T]``; ``cu_seqlens`` int32
@@ -57,22 +73,26 @@ def pack_samples(
         ``[T]``; ``image_paths`` of all samples in order.
 
     Raises:
-        ValueError: no pieces, a loss mask of another length than its tokens, a pad token that
-            marks an image, or more tokens than int32 ``cu_seqlens`` can hold.
+        ValueError: no pieces, tokens that are no integers, a loss mask of another length than its
+            tokens, ``image_paths`` that are no list, an image cut off by the end of its sample, a
+            pad token that marks an image, or more tokens than int32 ``cu_seqlens`` can hold.
     """
     if len(pieces) == 0:
         raise ValueError("pieces: expected at least one sample, got none")
     if seqlen_divisible_by < 1:
         raise ValueError(f"seqlen_divisible_by: expected at least 1, got {seqlen_divisible_by}")
     # NumPy throughout: torch would start threads for a few thousand elements, in every worker.
-    all_tokens = [_as_numpy(piece["tokens"], np.int64) for piece in pieces]
+    all_tokens = [_tokens(number, piece["tokens"]) for number, piece in enumerate(pieces)]
     all_masks = [_as_numpy(piece["loss_mask"], np.float32) for piece in pieces]
+    image_paths = [entry for n, piece in enumerate(pieces) for entry in _image_paths(n, piece)]
     for number, (tokens, mask) in enumerate(zip(all_tokens, all_masks, strict=True)):
         if tokens.ndim != 1 or tokens.shape != mask.shape:
             raise ValueError(
                 f"pieces[{number}]: expected tokens and loss_mask of one length, "
                 f"got shapes {tokens.shape} and {mask.shape}"
             )
+        if isinstance(start_token_ids, Mapping):
+            _check_spans(number, tokens, start_token_ids)
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
         if pad_token_id in start_token_ids:
@@ -93,9 +113,39 @@ def pack_samples(
         "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
         "max_seq_len": torch.tensor(max(sizes)),
         "position_id": torch.from_numpy(_positions(bounds)),
-        "image_paths": [image for piece in pieces for image in piece.get("image_paths", ())],
+        "image_paths": image_paths,
     }
 
 
+def _tokens(number: int, values: Any) -> npt.NDArray[np.int64]:
+    tokens = torch.as_tensor(values)
+    # An empty list is a float tensor for torch.
+    if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex()):
+        raise ValueError(f"pieces[{number}]: expected integer tokens, got {tokens.dtype}")
+    return _as_numpy(tokens, np.int64)
+
+
 def _as_numpy(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return torch.as_tensor(values).numpy().astype(dtype, copy=False)
+    tensor = torch.as_tensor(values)
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # NumPy has no bfloat16
+    return tensor.numpy(force=True).astype(dtype, copy=False)
+
+
+def _image_paths(number: int, piece: Mapping[str, Any]) -> Sequence[Any]:
+    paths = piece.get("image_paths", ())
+    if not isinstance(paths, (list, tuple)):
+        raise ValueError(f"pieces[{number}]: expected image_paths to be a list, got {paths!r}")
+    return paths
+
+
+def _check_spans(number: int, tokens: npt.NDArray[np.int64], spans: Mapping[int, int]) -> None:
+    last = len(tokens) - 2  # of the inputs, tokens[:-1]
+    for token, rows in spans.items():
+        starts = np.flatnonzero(tokens == token)
+        cut = starts[starts + rows > last]
+        if len(cut):
+            raise ValueError(
+                f"pieces[{number}]: token {token} at position {cut[0]} marks an image of {rows} "
+                f"rows, and {max(0, last - cut[0])} are left for it: the sample was cut"
+            )

@@ -100,7 +100,8 @@ def pack(
         and one dropped sample; ``"extend"`` gives ``(0, 2), (2, 1), (3, 1)``.
 
     Raises:
-        ValueError: an unknown policy, a negative size, or ``max_len`` below 1.
+        ValueError: an unknown policy, sizes that are no integers or negative, or ``max_len``
+            below 1.
     """
     lengths = _checked_lengths(sizes, max_len, oversize_policy)
     total = len(lengths)
@@ -213,7 +214,11 @@ def _checked_lengths(
         raise ValueError(f"oversize_policy: expected 'drop' or 'extend', got {oversize_policy!r}")
     if max_len < 1:
         raise ValueError(f"max_len: expected at least 1 token, got {max_len}")
-    lengths = np.asarray(sizes, dtype=np.int64)
+    given = np.asarray(sizes)
+    # An empty list is a float array for NumPy.
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"sizes: expected integers, got {given.dtype}")
+    lengths = given.astype(np.int64, copy=False)
     if lengths.ndim != 1:
         raise ValueError(f"sizes: expected one dimension, got shape {lengths.shape}")
     if len(lengths) and int(lengths.min()) < 0:

@@ -222,7 +222,10 @@ class Step37Flickr8kSFTDataProvider(_Base):
             transform=functools.partial(
                 pack_samples,
                 seqlen_divisible_by=self.seqlen_divisible_by,
-                start_token_ids=(self.img_start_token_id, self.patch_start_token_id),
+                start_token_ids={
+                    self.img_start_token_id: template.image_token_count,
+                    self.patch_start_token_id: template.patch_token_count,
+                },
             ),
             dataset_sampling=self.dataset_sampling,
             packing=self.packing,

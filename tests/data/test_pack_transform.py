@@ -135,6 +135,49 @@ def test_a_padding_token_that_marks_an_image_is_refused() -> None:
     pack_samples([piece], start_token_ids=(0, 5), seqlen_divisible_by=2)
 
 
+def test_a_sample_cut_inside_an_image_is_refused_where_the_rows_of_images_are_known() -> None:
+    # Token 7 marks an image of three rows, token 8 a crop of two.
+    rows = {7: 3, 8: 2}
+    whole = [[1, 7, 4, 4, 4, 5, 8, 4, 4, 5], [7, 4, 4, 4, 5], [8, 4, 4, 9], [1, 2], [1], []]
+    for tokens in whole:
+        pack_samples([make_sample(tokens, [0.0] * len(tokens), [])] * 2, start_token_ids=rows)
+    good = make_sample([1, 2, 3], [0.0] * 3, [])
+    for tokens, message in (
+        ([1, 7, 4, 4, 4], "token 7 at position 1 marks an image of 3 rows, and 2 are left"),
+        ([1, 7, 4], "token 7 at position 1 marks an image of 3 rows, and 0 are left"),
+        # The last token is only a label, but its image is in image_paths.
+        ([1, 2, 7], "token 7 at position 2 marks an image of 3 rows, and 0 are left"),
+        ([7, 4, 4, 4, 8, 4, 4], "token 8 at position 4 marks an image of 2 rows, and 1 are left"),
+    ):
+        cut = make_sample(tokens, [0.0] * len(tokens), [("a.jpg", 0)])
+        with pytest.raises(ValueError, match=rf"pieces\[1\]: {message}"):
+            pack_samples([good, cut], start_token_ids=rows)
+        # Without the number of rows there is nothing to compare.
+        pack_samples([good, cut], start_token_ids=rows.keys())
+
+
+@pytest.mark.parametrize("tokens", [[1.9, 2.9], [float("nan"), 2.0]])
+def test_tokens_that_are_no_integers_are_refused_not_cut_short(tokens: list[float]) -> None:
+    piece = {"tokens": torch.tensor(tokens), "loss_mask": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"pieces\[1\]: expected integer tokens, got torch"):
+        pack_samples([make_sample([1, 2], [0.0] * 2, []), piece])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_a_loss_mask_may_have_any_dtype_and_a_gradient(dtype: torch.dtype) -> None:
+    mask = torch.tensor([1, 0, 1], dtype=dtype, requires_grad=dtype.is_floating_point)
+    packed = pack_samples([{"tokens": [1, 2, 3], "loss_mask": mask}], seqlen_divisible_by=1)
+    assert packed["loss_masks"].dtype == torch.float32
+    assert packed["loss_masks"].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("paths", [None, "a.jpg"])
+def test_image_paths_that_are_no_list_are_refused(paths: Any) -> None:
+    piece = {"tokens": [1, 2], "loss_mask": [1, 1], "image_paths": paths}
+    with pytest.raises(ValueError, match=r"pieces\[0\]: expected image_paths to be a list, got "):
+        pack_samples([piece])
+
+
 def test_wrong_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="pieces: expected at least one sample, got none"):
         pack_samples([])
@@ -151,6 +194,21 @@ def test_position_ids_count_from_zero_in_every_sub_sequence(sizes: list[int]) ->
     positions = get_position_id_from_cu_seqlens(bounds)
     assert positions.dtype == torch.int64
     assert positions.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ([2, 5], "expected 0 as the first bound, got 2"),
+        ([-2, 3], "expected 0 as the first bound, got -2"),
+        ([0, 5, 3], "expected rising bounds, got 3 after 5 at position 2"),
+        ([], r"expected shape \[n \+ 1\], got \[0\]"),
+        ([[0, 3, 5]], r"expected shape \[n \+ 1\], got \[1, 3\]"),
+    ],
+)
+def test_bounds_that_are_none_are_refused(bounds: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"cu_seqlens: {message}"):
+        get_position_id_from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32))
 
 
 def test_the_length_of_a_sample_is_its_tokens_less_one_and_never_negative() -> None:

@@ -131,6 +131,8 @@ def test_wrong_arguments_are_refused() -> None:
         pack([1], 0, "drop")
     with pytest.raises(ValueError, match="sample 1 has the negative length -2"):
         pack([1, -2], 8, "drop")
+    with pytest.raises(ValueError, match="sizes: expected integers, got float64"):
+        pack([4.9, 4.9], 8, "drop")  # type: ignore[list-item]
     with pytest.raises(ValueError, match="window: expected at least 1 sample, got 0"):
         pack_best_fit([1], 8, "drop", 0)
 
@@ -145,3 +147,7 @@ def test_ranges_read_like_a_list_of_tuples() -> None:
     assert repr(ranges) == "PackRanges([(0, 2), (2, 1), (3, 1)], packs=3)"
     with pytest.raises(IndexError):
         ranges[3]
+
+
+def test_no_samples_make_no_packs() -> None:
+    assert pack([], 8, "drop").num_packed_samples == 0

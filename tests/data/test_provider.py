@@ -146,6 +146,14 @@ def test_the_options_reach_the_packs(folder: Path) -> None:
     assert "What is it?" in decode(packs[0]["tokens"].tolist())
 
 
+def test_a_sample_that_was_cut_inside_its_image_is_refused(folder: Path) -> None:
+    packs, _, _ = provider_of(folder).build_datasets(None)
+    sample = packs.datasets[0][0]
+    cut = {key: value[:100] for key, value in sample.items()}
+    with pytest.raises(ValueError, match=r"pieces\[1\]: token 3 at position 5 .* 169 rows, and 93"):
+        packs.transform([sample, cut])
+
+
 def test_a_second_start_does_not_tokenise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _, _ = provider_of(folder).build_datasets(None)
     assert list((folder / ".cache" / "step37_lengths").iterdir())

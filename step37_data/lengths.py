@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -72,6 +72,8 @@ def probe_lengths(
 
     Raises:
         TypeError: ``cache_dir`` is given for a data set without keys.
+        ValueError: a sample is a mapping with ``tokens`` whose ``len()`` is another number, such as
+            that of its keys.
         Exception: what the data set raises for a sample. What was measured until then is kept.
     """
     total = len(dataset)
@@ -253,7 +255,19 @@ def _lengths_in_worker(indices: np.ndarray) -> np.ndarray:
 
 
 def _lengths_of(dataset: Any, indices: np.ndarray) -> np.ndarray:
-    return np.array([len(dataset[index]) for index in indices.tolist()], dtype=np.int64)
+    return np.array([_length_of(index, dataset[index]) for index in indices.tolist()], np.int64)
+
+
+def _length_of(index: int, sample: Any) -> int:
+    length = len(sample)
+    if isinstance(sample, Mapping) and "tokens" in sample:
+        expected = max(0, len(sample["tokens"]) - 1)
+        if length != expected:
+            raise ValueError(
+                f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
+                f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
+            )
+    return length
 
 
 def _available_cores() -> int:

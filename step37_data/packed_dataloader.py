@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from step37_data.lengths import probe_lengths
+from step37_data.checks import checked_int
+from step37_data.lengths import KeyedDataset, probe_lengths
 from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
     LoopedSequentialSampler,
@@ -26,6 +29,8 @@ Sampling = Literal["sequential", "random"]
 Packing = Literal["next_fit", "best_fit"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
+# Keys of so many samples are hashed within a second.
+_KEYS_UP_TO = 1_000_000
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
@@ -55,7 +60,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     Raises:
         ValueError: no data sets, differing numbers of data sets and epochs or sampling strategies,
-            an empty data set, an epoch not above 0, an unknown strategy, or nothing packed.
+            an empty data set, an epoch that is not above 0 and finite, an unknown strategy, a
+            sample whose ``len()`` is not that of its ``tokens``, or nothing packed.
     """
 
     def __init__(
@@ -80,7 +86,13 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         if packing not in ("next_fit", "best_fit"):
             raise ValueError(f"packing: expected 'next_fit' or 'best_fit', got {packing!r}")
         strategies = _strategies(dataset_sampling, len(datasets))
-        weights = _weights([len(dataset) for dataset in datasets], epochs)
+        counts = [len(dataset) for dataset in datasets]
+        weights = _weights(counts, epochs)
+        if int(sum(weights)) == 0:
+            raise ValueError(
+                f"nothing was packed: epochs {list(epochs)} of data sets with {counts} samples "
+                "draw no sample"
+            )
         self.datasets = list(datasets)
         self.transform = transform
         self.max_length = max_length
@@ -117,6 +129,10 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self._ranges)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Every pack once. Without it a ``for`` loop would never end: indices count modulo."""
+        return (self[idx] for idx in range(len(self)))
 
     def __getitem__(self, idx: int) -> Any:
         pieces = self.pieces(idx)
@@ -174,6 +190,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         every pack handed out here, not with those that workers have prefetched: a state saved
         between two steps continues with the next step, under any ``dp_size``.
 
+        A pack that fails raises what its data set raised and counts as handed out; the next call
+        goes on with the pack after it, and starts the workers anew.
+
         Args:
             dp_rank, dp_size: which rank of how many.
             num_workers: processes that prepare packs ahead; 0 prepares in this one.
@@ -182,20 +201,17 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
-        first = self.position + dp_rank
-        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        load = functools.partial(
+            torch.utils.data.DataLoader,
             self,
             batch_size=None,
-            sampler=_Endless(first, dp_size),
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
             collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
-        for packed in loader:
-            self.position += dp_size
-            yield packed
+        return _Stream(self, load, self.position + dp_rank, dp_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Where :meth:`iterate` stands, and which schedule that is a position in."""
@@ -206,27 +222,42 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
         Raises:
             ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
-                lengths or packing), where the position would mean other packs.
+                lengths or packing), where the position would mean other packs; or it is no state.
         """
+        if not {"position", "schedule"} <= state_dict.keys():
+            raise ValueError(
+                f"state_dict: expected position and schedule, got {sorted(state_dict)}"
+            )
         if state_dict["schedule"] != self.schedule_fingerprint():
             raise ValueError(
                 "state_dict: it was saved with another schedule of packs; the samples, their "
                 "lengths, the epochs or the packing have changed since"
             )
-        self.position = int(state_dict["position"])
+        self.position = checked_int("position", state_dict["position"], least=0)
 
     def schedule_fingerprint(self) -> str:
-        """Hex digest of which sample stands where in which pack."""
+        """Hex digest of which sample stands where in which pack.
+
+        A sample is known by its place and length, and in a :class:`KeyedDataset` of at most a
+        million samples by its key; of larger ones the keys would take too long. Keys of
+        ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
+        """
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.blake2b(digest_size=16)
         for array in (
             self.piece_domains,
             self.piece_indices,
+            self.piece_sizes,
             self._ranges.starts,
             self._ranges.counts,
         ):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        for dataset in self.datasets:
+            if isinstance(dataset, KeyedDataset):
+                digest.update(dataset.fingerprint().encode())
+                if len(dataset) <= _KEYS_UP_TO:
+                    digest.update(np.ascontiguousarray(dataset.sample_keys(), dtype="<u8").data)
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -278,6 +309,39 @@ class _Endless(torch.utils.data.Sampler[int]):
         return itertools.count(self._first, self._step)
 
 
+class _Stream(Iterator[Any]):
+    """What ``iterate`` gives: an error leaves it usable, which a generator would not be."""
+
+    def __init__(
+        self,
+        packs: MixedPackedDataloader,
+        load: Callable[..., torch.utils.data.DataLoader[Any]],
+        first: int,
+        step: int,
+    ) -> None:
+        self._packs, self._load = packs, load
+        self._next, self._step = first, step
+        self._loaded: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        if self._loaded is None:
+            self._loaded = iter(self._load(sampler=_Endless(self._next, self._step)))
+        try:
+            packed = next(self._loaded)
+        except BaseException as error:
+            # Loaded anew: a DataLoader would go on, but without the packs of a worker that died.
+            self._loaded = None
+            if isinstance(error, Exception):
+                self._advance()
+            raise
+        self._advance()
+        return packed
+
+    def _advance(self) -> None:
+        self._next += self._step
+        self._packs.position += self._step
+
+
 def _strategies(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
     strategies: list[Sampling] = [sampling] * count if isinstance(sampling, str) else list(sampling)
     if len(strategies) != count:
@@ -294,8 +358,8 @@ def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:
     for number, (size, epoch) in enumerate(zip(sizes, epochs, strict=True)):
         if size <= 0:
             raise ValueError(f"datasets[{number}]: expected at least one sample, it is empty")
-        if not float(epoch) > 0:
-            raise ValueError(f"epochs[{number}]: expected more than 0, got {epoch}")
+        if not (float(epoch) > 0 and math.isfinite(epoch)):
+            raise ValueError(f"epochs[{number}]: expected more than 0 and finite, got {epoch}")
     return [float(epoch) * float(size) for size, epoch in zip(sizes, epochs, strict=True)]
 
 

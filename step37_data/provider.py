@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,9 @@ class _FixedPackDataset(torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return self._SENTINEL_LEN
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[idx] for idx in range(len(self)))
 
     def __getitem__(self, idx: int) -> Any:
         return self._inner[self._fixed_idx]

@@ -62,6 +62,10 @@ class MultimodalSFTSample(dict[str, Any]):
     def __len__(self) -> int:
         return max(0, int(self["tokens"].numel()) - 1)
 
+    def copy(self) -> MultimodalSFTSample:
+        """A shallow copy, of this type: that of ``dict`` would have another ``len()``."""
+        return type(self)(self)
+
 
 class Step37MultimodalTemplate:
     """Tokenises conversations for supervised fine-tuning of Step-3.7.

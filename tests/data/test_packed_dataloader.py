@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from step37_data.lengths import LengthCache, probe_lengths
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.prefetch import PackError, Prefetcher
+from step37_data.template import MultimodalSFTSample
 
 
 class Words:
@@ -156,6 +158,11 @@ def test_the_default_is_random_sampling_that_keeps_oversize_samples() -> None:
     assert [loader.pieces(i) for i in range(len(loader))] == expected
 
 
+def test_a_loop_over_the_packs_ends_behind_the_last_one() -> None:
+    loader = loader_of([4, 5, 6, 7])
+    assert list(itertools.islice(loader, 100)) == [loader[i] for i in range(len(loader))]
+
+
 def test_the_transform_gets_the_samples_of_a_pack() -> None:
     loader = loader_of([4, 5], transform=lambda samples: sum(map(len, samples)))
     assert loader[0] == 9
@@ -168,7 +175,7 @@ def test_wrong_arguments_are_refused() -> None:
         loader_of([1], epochs=[1.0, 1.0])
     with pytest.raises(ValueError, match=r"datasets\[0\]: expected at least one sample"):
         loader_of([])
-    for epoch in (0, -1.0, float("nan")):
+    for epoch in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"epochs\[0\]: expected more than 0"):
             loader_of([1], epochs=[epoch])
     with pytest.raises(ValueError, match="expected 'sequential' or 'random', got 'sorted'"):
@@ -181,7 +188,7 @@ def test_wrong_arguments_are_refused() -> None:
         ValueError, match="nothing was packed: all 2 samples are longer than the 10"
     ):
         loader_of([11, 12], oversize_policy="drop")
-    with pytest.raises(ValueError, match="nothing was packed"):
+    with pytest.raises(ValueError, match=r"nothing was packed: epochs \[0.4\] .* draw no sample"):
         loader_of([1, 1], epochs=[0.4])
 
 
@@ -304,6 +311,124 @@ def test_a_state_of_another_schedule_is_refused() -> None:
             other.load_state_dict(state)
 
 
+class Captions(Words):
+    """All samples of one length; their keys are those of their texts."""
+
+    def __init__(self, texts: str) -> None:
+        super().__init__([5] * len(texts))
+        self.texts = texts
+
+    def sample_keys(self) -> np.ndarray:
+        return np.array([[ord(text), 0] for text in self.texts], dtype=np.uint64)
+
+
+def test_a_state_of_other_samples_is_refused_where_the_data_set_can_tell_them_apart() -> None:
+    state = loader_of([], datasets=[Captions("abcd")]).state_dict()
+    other_tokenizer = Captions("abcd")
+    other_tokenizer.tokenizer = "second"
+    for other in (Captions("dcba"), Captions("abce"), other_tokenizer):
+        with pytest.raises(ValueError, match="saved with another schedule"):
+            loader_of([], datasets=[other]).load_state_dict(state)
+    loader_of([], datasets=[Captions("abcd")]).load_state_dict(state)
+
+
+def test_a_state_of_other_lengths_is_refused_where_they_make_the_same_packs() -> None:
+    def loader(lengths: list[int]) -> MixedPackedDataloader:
+        return loader_of([], datasets=[[[0] * length for length in lengths]])
+
+    state = loader([4, 4, 9]).state_dict()
+    with pytest.raises(ValueError, match="saved with another schedule"):
+        loader([3, 4, 9]).load_state_dict(state)
+    loader([4, 4, 9]).load_state_dict(state)
+
+
+def test_a_state_that_is_none_is_refused() -> None:
+    loader = loader_of(LENGTHS)
+    with pytest.raises(ValueError, match=r"state_dict: expected position and schedule, got \[\]"):
+        loader.load_state_dict({})
+    with pytest.raises(ValueError, match="position: expected at least 0, got -5"):
+        loader.load_state_dict({**loader.state_dict(), "position": -5})
+
+
+class HasBadSample(Words):
+    """A pack a sample; that of sample 2 fails, or ends its process."""
+
+    kills = False
+
+    def __getitem__(self, idx: int) -> list[tuple[int, int]]:
+        if idx == 2 and self.fails_at == 2 and self.kills:
+            os._exit(1)
+        return super().__getitem__(idx)
+
+
+def loader_with_a_bad_pack(**options: Any) -> MixedPackedDataloader:
+    dataset = HasBadSample([10] * 6)
+    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential", **options)
+    dataset.fails_at = 2
+    return loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_with_the_next_pack_after_one_that_fails(workers: int) -> None:
+    loader = loader_with_a_bad_pack()
+    stream = loader.iterate(num_workers=workers)
+    assert [next(stream)[0][0][1] for _ in range(2)] == [0, 1]
+    with pytest.raises(KeyError, match="sample 2 cannot be read"):
+        next(stream)
+    assert loader.position == 3
+    resumed = loader_with_a_bad_pack()
+    resumed.load_state_dict(loader.state_dict())
+    for _ in range(5):
+        if loader.position % 6 == 2:
+            continue
+        assert next(stream) == next(resumed.iterate())
+        assert resumed.state_dict() == loader.state_dict()
+
+
+def test_a_stream_loses_no_pack_of_a_worker_that_died() -> None:
+    loader = loader_with_a_bad_pack()
+    loader.datasets[0].kills = True
+    stream = loader.iterate(num_workers=1, prefetch_factor=1, multiprocessing_context="fork")
+    assert [next(stream)[0][0][1] for _ in range(2)] == [0, 1]
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(stream)
+    assert loader.position == 3
+    assert [next(stream)[0][0][1] for _ in range(3)] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prefetched_stream_goes_on_after_a_pack_that_fails(workers: int) -> None:
+    stream = loader_with_a_bad_pack().iterate(num_workers=workers)
+    got: list[Any] = []
+    with Prefetcher(stream, lambda pack: pack[0][0][1], device="cpu") as prefetcher:
+        for _ in range(5):
+            try:
+                got.append(next(prefetcher))
+            except PackError as error:
+                got.append(f"pack {error.pack}")
+        assert prefetcher.state_dict() == {"next_pack": 5}
+    assert got == [0, 1, "pack 2", 3, 4]
+
+
+def test_an_interrupted_pack_is_given_by_the_next_call() -> None:
+    class Interrupted(Words):
+        def __getitem__(self, idx: int) -> list[tuple[int, int]]:
+            if idx == self.fails_at:
+                self.fails_at = None
+                raise KeyboardInterrupt
+            return super().__getitem__(idx)
+
+    dataset = Interrupted([10] * 6)
+    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential")
+    dataset.fails_at = 1
+    stream = loader.iterate()
+    next(stream)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert loader.position == 1
+    assert next(stream) == loader[1]
+
+
 def test_a_rank_outside_the_group_is_refused() -> None:
     with pytest.raises(ValueError, match="dp_rank: expected 0 to 1, got 2"):
         next(loader_of(LENGTHS).iterate(dp_rank=2, dp_size=2))
@@ -388,6 +513,18 @@ def test_processes_measure_the_same_lengths(tmp_path: Path) -> None:
     for cache in (None, tmp_path):
         measured = probe_lengths(Words(lengths), workers=2, cache_dir=cache, progress=False)
         assert measured.tolist() == lengths
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_whose_length_counts_its_keys_is_refused(workers: int) -> None:
+    tokens = torch.zeros(200, dtype=torch.long)
+    good = MultimodalSFTSample(tokens=tokens, loss_mask=tokens, image_paths=[])
+    dataset = [good] * 300 + [dict(good)]
+    with pytest.raises(ValueError, match=r"sample 300: len\(\) of the dict is 3, expected 199"):
+        probe_lengths(dataset, workers=workers, progress=False)
+    assert probe_lengths(dataset[:300], progress=False).tolist() == [199] * 300
+    empty = MultimodalSFTSample(tokens=tokens[:0])
+    assert probe_lengths([empty], progress=False).tolist() == [0]
 
 
 def test_measuring_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,8 @@ def test_a_fixed_pack_is_given_for_every_index_behind_a_length_of_ten_million(
     assert len(fixed) == 10_000_000
     for index in (0, 5, 9_999_999):
         assert_same_pack(packs[6 % len(packs)], fixed[index])
+    fixed._SENTINEL_LEN = 3
+    assert len(list(fixed)) == 3
     assert fixed.collate_fn is collate_single_pack
 
 

@@ -533,4 +533,5 @@ def test_the_shipped_tokenizer_is_what_its_script_makes(
 def test_the_length_of_a_sample_is_its_tokens_less_one() -> None:
     for count in range(4):
         sample = MultimodalSFTSample(tokens=torch.zeros(count, dtype=torch.long))
-        assert len(sample) == max(0, count - 1)
+        assert len(sample) == len(sample.copy()) == max(0, count - 1)
+        assert sample.copy().keys() == {"tokens"}

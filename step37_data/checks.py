@@ -1,0 +1,21 @@
+"""Checks of arguments that several modules make."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def checked_int(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: it is no integer (2.0 is none), or below ``least``; the message has ``name``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number

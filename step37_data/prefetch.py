@@ -31,6 +31,10 @@ class PackError(RuntimeError):
         self.__cause__ = cause
 
 
+class _SkippedPackError(PackError):
+    """Of a pack before ``start``, which was read only to get past it."""
+
+
 class PackDataset(Protocol):
     """A dataset of packs that are asked for by index."""
 
@@ -58,7 +62,8 @@ class Prefetcher(Iterator[_Input]):
     has its own threads below that. What ``next`` gives may be used on the caller's current stream
     at once: the stream waits for it, the host does not.
 
-    A pack that fails raises :class:`PackError`; the next call goes on with the pack after it.
+    A pack that fails raises :class:`PackError`; the next call goes on with the pack after it. So
+    does an iterable's pack before ``start`` that fails when it is read; it moves no state on.
 
     Packs are read ahead of their use. To resume, save :meth:`state_dict` of the prefetcher: a state
     of ``packs`` itself is ``depth`` packs further.
@@ -123,6 +128,8 @@ class Prefetcher(Iterator[_Input]):
         self._pending.popleft()
         if error is not None:
             self._pending.append(self._thread.submit(self._make))
+            if isinstance(error, _SkippedPackError):
+                raise error
             self._next_pack += 1
             raise PackError(self._next_pack - 1, error)
         prepared = future.result()
@@ -204,12 +211,17 @@ class _Skipping(Iterator[Any]):
 
     def __init__(self, packs: Iterable[Any], start: int) -> None:
         self._iterator = iter(packs)
-        self._skip = start
+        self._read, self._start = 0, start
 
     def __next__(self) -> Any:
-        while self._skip:
-            self._skip -= 1
-            next(self._iterator)
+        while self._read < self._start:
+            self._read += 1
+            try:
+                next(self._iterator)
+            except StopIteration:
+                raise
+            except Exception as error:
+                raise _SkippedPackError(self._read - 1, error) from error
         return next(self._iterator)
 
 

@@ -115,6 +115,39 @@ def test_an_error_carries_the_index_of_its_pack_and_the_next_one_follows(packs):
         assert indices(prefetcher) == [3, 4, 5, 6]
 
 
+class FailingIterable:
+    """0 to 9; reading 1 fails, and an iteration can go on behind it."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.next += 1
+        if self.next == 2:
+            raise ValueError("1 is bad")
+        if self.next > 10:
+            raise StopIteration
+        return self.next - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_an_error_while_skipping_has_its_own_index_and_leaves_the_state_exact(depth):
+    with Prefetcher(FailingIterable(), int, start=3, depth=depth, device="cpu") as prefetcher:
+        with pytest.raises(PackError, match="pack 1: ValueError: 1 is bad") as info:
+            next(prefetcher)
+        assert info.value.pack == 1
+        assert isinstance(info.value.__cause__, ValueError)
+        assert prefetcher.state_dict() == {"next_pack": 3}
+        for pack in range(3, 10):
+            assert next(prefetcher) == pack
+            assert prefetcher.state_dict() == {"next_pack": pack + 1}
+        with pytest.raises(StopIteration):
+            next(prefetcher)
+
+
 def test_an_error_in_preparing_is_passed_on_with_the_index(packs, tmp_path):
     packs.paths[4] = str(tmp_path / "missing.jpg")
     raising = functools.partial(prepare, on_broken="raise")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from step37_data.checks import checked_int
+
 
 class _Sampler(Iterator[int]):
     """One draw after the other, and the place in them.
@@ -22,7 +24,7 @@ class _Sampler(Iterator[int]):
     """
 
     def __init__(self, size: int) -> None:
-        self.size = _checked_size(size)
+        self.size = checked_int("size", size)
         self.data_idx = 0
 
     def __next__(self) -> int:
@@ -39,11 +41,32 @@ class _Sampler(Iterator[int]):
         self.data_idx += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "data_idx": self.data_idx}
+        """The place in the draws, and the settings that decide what they are."""
+        return {**self._settings(), "data_idx": self.data_idx}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        _check_same_size(self.size, state_dict)
-        self.data_idx = int(state_dict["data_idx"])
+        """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
+
+        That one has no settings but the size.
+
+        Raises:
+            ValueError: a setting differs, or the place is missing or negative.
+        """
+        self.data_idx = self._checked_place(state_dict)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"sampler": type(self).__name__, "size": self.size}
+
+    def _checked_place(self, state_dict: dict[str, Any]) -> int:
+        for key, own in self._settings().items():
+            saved = state_dict.get(key, own)
+            if saved != own:
+                raise ValueError(
+                    f"state_dict: it belongs to a sampler of {key} {saved}, this one has {own}"
+                )
+        if "data_idx" not in state_dict:
+            raise ValueError(f"state_dict: expected data_idx, got only {sorted(state_dict)}")
+        return checked_int("state_dict: data_idx", state_dict["data_idx"], least=0)
 
 
 class LoopedSequentialSampler(_Sampler):
@@ -102,6 +125,13 @@ class LoopedShuffleSampler(_Sampler):
             self.data_idx += len(part)
         return draws
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **super()._settings(),
+            "base_seed": self.base_seed,
+            "same_order_for_each_epoch": self.same_order_for_each_epoch,
+        }
+
     def _permutation(self, epoch: int) -> np.ndarray:
         if self.same_order_for_each_epoch:
             epoch = 0
@@ -142,6 +172,7 @@ class WeightedRandomSampler(_Sampler):
             )
         if not bool(torch.all(torch.isfinite(rounded) & (rounded > 0))):
             raise ValueError(f"weights: expected positive finite numbers, got {rounded.tolist()}")
+        self._weights = rounded.tolist()
         self._steps = (1.0 / rounded).double().numpy()
         self._counts = np.zeros(self.size, dtype=np.int64)
         self._scores = np.zeros(self.size, dtype=np.float64)
@@ -196,8 +227,7 @@ class WeightedRandomSampler(_Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "size": self.size,
-            "data_idx": self.data_idx,
+            **super().state_dict(),
             "counts": self._counts.tolist(),
             "scores": self._scores.tolist(),
         }
@@ -206,9 +236,16 @@ class WeightedRandomSampler(_Sampler):
         """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
 
         That one has no scores: they are summed again from the counts, addition by addition.
+
+        Raises:
+            ValueError: a setting differs, or place or counts are missing, negative or too few.
         """
-        _check_same_size(self.size, state_dict)
-        counts = np.asarray(state_dict.get("counts", [0] * self.size), dtype=np.int64)
+        place = self._checked_place(state_dict)
+        if "counts" not in state_dict:
+            raise ValueError(f"state_dict: expected counts, got only {sorted(state_dict)}")
+        counts = np.asarray(state_dict["counts"], dtype=np.int64)
+        if (counts < 0).any():
+            raise ValueError(f"state_dict: expected counts of 0 or more, got {counts.tolist()}")
         scores = state_dict.get("scores")
         if scores is None:
             scores = [
@@ -220,26 +257,16 @@ class WeightedRandomSampler(_Sampler):
                 f"state_dict: expected counts and scores of {self.size} indices, "
                 f"got {counts.size} and {len(scores)}"
             )
-        self.data_idx = int(state_dict["data_idx"])
+        self.data_idx = place
         self._counts = counts.copy()
         self._scores = np.asarray(scores, dtype=np.float64).copy()
 
-
-def _checked_size(size: int) -> int:
-    if size < 1:
-        raise ValueError(f"size: expected at least 1, got {size}")
-    return int(size)
+    def _settings(self) -> dict[str, Any]:
+        # Not the seed: no draw depends on it.
+        return {**super()._settings(), "weights": self._weights}
 
 
 def _checked_count(count: int) -> int:
     if count < 0:
         raise ValueError(f"count: expected 0 or more, got {count}")
     return count
-
-
-def _check_same_size(size: int, state_dict: dict[str, Any]) -> None:
-    saved = state_dict.get("size", size)
-    if saved != size:
-        raise ValueError(
-            f"state_dict: it belongs to a sampler of size {saved}, this one has {size}"
-        )

@@ -152,9 +152,56 @@ def test_a_state_of_another_size_is_refused() -> None:
             make(4).load_state_dict(make(3).state_dict())
 
 
+def test_a_state_of_other_settings_is_refused() -> None:
+    shuffle = LoopedShuffleSampler(5, 1234).state_dict()
+    weighted = WeightedRandomSampler(5, weights=[5.0, 1.0, 1.0, 1.0, 1.0]).state_dict()
+    for other, state, message in (
+        (LoopedShuffleSampler(5, 99), shuffle, "of base_seed 1234, this one has 99"),
+        (LoopedShuffleSampler(5, 1234, True), shuffle, "of same_order_for_each_epoch False, this"),
+        (LoopedSequentialSampler(5), shuffle, "of sampler LoopedShuffleSampler, this one has Loop"),
+        (WeightedRandomSampler(5), shuffle, "of sampler LoopedShuffleSampler, this one has Weigh"),
+        (WeightedRandomSampler(5), weighted, r"of weights \[5.0, .*this one has \[1.0, "),
+    ):
+        with pytest.raises(ValueError, match=f"state_dict: it belongs to a sampler {message}"):
+            other.load_state_dict(state)
+    WeightedRandomSampler(5, 99, [5, 1, 1, 1, 1]).load_state_dict(weighted)
+
+
+def test_a_state_without_settings_is_one_that_megatron_bridge_saved() -> None:
+    for make in (LoopedSequentialSampler, LoopedShuffleSampler):
+        original, resumed = make(5), make(5)
+        take(original, 7)
+        resumed.load_state_dict({"size": 5, "data_idx": 7})
+        assert take(resumed, 9) == take(original, 9)
+
+
+@pytest.mark.parametrize(
+    "make", [LoopedSequentialSampler, LoopedShuffleSampler, WeightedRandomSampler]
+)
+def test_a_state_without_a_place_or_with_a_negative_one_is_refused(make: Any) -> None:
+    state = make(3).state_dict()
+    for place, message in (
+        (-2, "data_idx: expected at least 0, got -2"),
+        (2.9, "data_idx: expected an integer, got 2.9"),
+    ):
+        with pytest.raises(ValueError, match=f"state_dict: {message}"):
+            make(3).load_state_dict({**state, "data_idx": place})
+    with pytest.raises(ValueError, match=r"state_dict: expected data_idx, got only \[\]"):
+        make(3).load_state_dict({})
+
+
+def test_a_weighted_state_without_counts_or_with_negative_ones_is_refused() -> None:
+    with pytest.raises(ValueError, match="state_dict: expected counts, got only"):
+        WeightedRandomSampler(3).load_state_dict({"size": 3, "data_idx": 7})
+    with pytest.raises(ValueError, match="state_dict: expected counts of 0 or more, got"):
+        WeightedRandomSampler(2).load_state_dict({"size": 2, "data_idx": 0, "counts": [1, -1]})
+
+
 def test_wrong_sizes_counts_and_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         LoopedShuffleSampler(0)
+    with pytest.raises(ValueError, match=r"size: expected an integer, got 2\.7"):
+        LoopedSequentialSampler(2.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="count: expected 0 or more, got -1"):
         LoopedSequentialSampler(2).take(-1)
     with pytest.raises(ValueError, match=r"weights: expected one per index, 2, got \(3,\)"):

@@ -7,6 +7,7 @@ path, bit for bit, whatever device they are made on.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from step37_data.checks import checked_int
 from step37_data.crop_stacks import View, find_broken, load_crop_stacks
 from step37_data.decode import BrokenImages, OnBroken
 from step37_data.multicrop import ImageEntry, Window
@@ -67,11 +69,12 @@ def load_images(
         ``(tensor [3, side, side], type)`` per image, in the order given.
 
     Raises:
-        ValueError: an image type is neither of the two, ``on_broken`` none of the three, or
-            ``pixel_order`` neither of the two.
+        ValueError: an entry of ``image_paths`` is of another form, an image type neither of the
+            two, a side below 1, ``on_broken`` none of the three, or ``pixel_order`` neither of the
+            two.
     """
-    sides = {IMAGE_ITEM_TYPE: image_size, PATCH_ITEM_TYPE: patch_image_size}
-    views = [_view(entry, sides) for entry in image_paths]
+    sides = _sides(image_size, patch_image_size)
+    views = _views(image_paths, sides)
     loaded = _load(
         [([view for view in views if view.kind == kind], side) for kind, side in sides.items()],
         resolve_device(device),
@@ -85,18 +88,39 @@ def load_images(
     return [(next(rows[view.kind]), view.kind) for view in views]
 
 
-def _view(entry: ImageEntry, sides: Mapping[int, int]) -> View:
-    path, kind, *rest = entry
-    if len(rest) > 1:
+def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
+    return {
+        IMAGE_ITEM_TYPE: checked_int("image_size", image_size),
+        PATCH_ITEM_TYPE: checked_int("patch_image_size", patch_image_size),
+    }
+
+
+def _views(image_paths: Sequence[ImageEntry], sides: Mapping[int, int]) -> list[View]:
+    if not isinstance(image_paths, (list, tuple)):
+        raise ValueError(
+            "image_paths: expected a list of (path, type) or (path, type, window), "
+            f"got {image_paths!r}"
+        )
+    return [_view(entry, sides) for entry in image_paths]
+
+
+def _view(entry: Any, sides: Mapping[int, int]) -> View:
+    is_entry = isinstance(entry, (list, tuple)) and len(entry) in (2, 3)
+    if not is_entry or not isinstance(entry[0], (str, os.PathLike)):
         raise ValueError(
             f"image_paths: expected (path, type) or (path, type, window), got {entry!r}"
         )
+    path, kind, *rest = entry
     kind = _checked_type(kind)
     window: Window | None = None
     if rest and rest[0] is not None:
+        if len(rest[0]) != 4:
+            raise ValueError(
+                f"image_paths: expected a window (x, y, width, height), got {rest[0]!r} of {path}"
+            )
         x, y, width, height = rest[0]
         window = (int(x), int(y), int(width), int(height))
-    return View(path=path, kind=kind, window=window, side=sides[kind])
+    return View(path=os.fspath(path), kind=kind, window=window, side=sides[kind])
 
 
 def _load(
@@ -187,8 +211,9 @@ def compute_rope_args(
         int32 ``[N + 1]`` starting with 0, and the largest count.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or ``patch_size`` is no integer of at least 1.
     """
+    patch_size = checked_int("patch_size", patch_size)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got none")
     counts = [(image.shape[-2] // patch_size) * (image.shape[-1] // patch_size) for image in images]
@@ -245,9 +270,22 @@ def preprocess_packed_batch(
         synchronisation.
 
     Raises:
-        ValueError: an argument is none of the values it may be, or ``image_paths`` are not what
-            ``multicrop`` says.
+        ValueError: an argument is none of the values it may be, a start token is negative (not
+            resolved), a tensor has another shape (a batch that was not unwrapped), or
+            ``image_paths`` are not what ``multicrop`` says.
     """
+    for name, token in (
+        ("img_start_token_id", img_start_token_id),
+        ("patch_start_token_id", patch_start_token_id),
+    ):
+        if token < 0:
+            raise ValueError(
+                f"{name}: not resolved, got {token}; the provider's build_datasets() takes it from "
+                "the tokenizer"
+            )
+    checked_int("encoder_patch_size", encoder_patch_size)
+    sides = _sides(image_size, patch_image_size)
+    _check_shapes(batch)
     target = resolve_device(device)
     cu_seqlens = batch["cu_seqlens"]
     layout = {
@@ -260,8 +298,7 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    sides = {IMAGE_ITEM_TYPE: image_size, PATCH_ITEM_TYPE: patch_image_size}
-    views = [_view(entry, sides) for entry in batch.get("image_paths", ())]
+    views = _views(batch.get("image_paths", ()), sides)
     _check_multicrop(views, multicrop)
     used = [
         _used_images(views, tokens, kind, start)
@@ -323,6 +360,16 @@ class _UsedImages:
     start_token: int
     views: list[View]
     positions: torch.Tensor
+
+
+def _check_shapes(batch: Mapping[str, Any]) -> None:
+    for key in ("cu_seqlens", "position_id", "tokens", "labels", "loss_masks"):
+        if key in batch and batch[key].ndim != 1:
+            expected = "[n + 1]" if key == "cu_seqlens" else "[T]"
+            raise ValueError(
+                f"batch: expected {key} of shape {expected}, got {list(batch[key].shape)}; give "
+                "the DataLoader the collate_fn of the data set, which unwraps a batch of one pack"
+            )
 
 
 def _check_multicrop(views: Sequence[View], multicrop: bool | None) -> None:

@@ -160,6 +160,12 @@ def test_rope_args_of_no_images_are_an_error():
         compute_rope_args([], 14)
 
 
+def test_a_vision_patch_without_pixels_is_an_error():
+    for size in (0, -14):
+        with pytest.raises(ValueError, match=f"patch_size: expected at least 1, got {size}"):
+            compute_rope_args([torch.zeros(3, 28, 28)], size)
+
+
 def test_a_packed_batch_becomes_the_model_input(photos):
     batch = packed_batch(photos)
     before = {key: value.clone() for key, value in batch.items() if torch.is_tensor(value)}
@@ -194,6 +200,56 @@ def test_a_packed_batch_becomes_the_model_input(photos):
     assert images.rope_max_seq_len == 16
     for key, value in before.items():
         assert torch.equal(batch[key], value)
+
+
+def test_a_batch_that_was_not_unwrapped_is_refused_with_the_shape_it_should_have(photos):
+    batch = packed_batch(photos)
+    with pytest.raises(ValueError, match=r"expected cu_seqlens of shape \[n \+ 1\], got \[1, 4\]"):
+        run(torch.utils.data.default_collate([{**batch, "image_paths": []}]))
+    for key in ("position_id", "tokens", "labels", "loss_masks"):
+        with pytest.raises(ValueError, match=rf"{key} of shape \[T\], got \[1, 12\].*collate_fn"):
+            run({**batch, key: batch[key][None]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_start_token_id": -1}, "img_start_token_id: not resolved, got -1"),
+        ({"patch_start_token_id": -1}, "patch_start_token_id: not resolved, got -1"),
+        ({"image_size": 0}, "image_size: expected at least 1, got 0"),
+        ({"image_size": 28.0}, r"image_size: expected an integer, got 28\.0"),
+        ({"patch_image_size": -3}, "patch_image_size: expected at least 1, got -3"),
+        ({"encoder_patch_size": 0}, "encoder_patch_size: expected at least 1, got 0"),
+        ({"encoder_patch_size": 13.5}, r"encoder_patch_size: expected an integer, got 13\.5"),
+    ],
+)
+def test_start_tokens_and_sizes_that_can_be_none_are_refused(photos, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(packed_batch(photos), **options)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (None, "expected a list of .*, got None"),
+        ("a.jpg", "expected a list of .*, got 'a.jpg'"),
+        (["a.jpg"], r"expected \(path, type\) or .*, got 'a.jpg'"),
+        ([("a.jpg",)], r"expected \(path, type\) or .*, got \('a.jpg',\)"),
+        ([("a.jpg", 0, None, 3)], r"expected \(path, type\) or .*, got \('a.jpg', 0, None, 3\)"),
+        ([(None, 0)], r"expected \(path, type\) or .*, got \(None, 0\)"),
+        ([("a.jpg", 0, (1, 2))], r"expected a window .*, got \(1, 2\) of a.jpg"),
+    ],
+)
+def test_image_paths_of_another_form_are_refused(photos, paths, message):
+    with pytest.raises(ValueError, match=f"image_paths: {message}"):
+        load_images(paths, image_size=56, patch_image_size=28)
+    with pytest.raises(ValueError, match=f"image_paths: {message}"):
+        run(packed_batch(photos, image_paths=paths))
+
+
+def test_an_image_path_may_be_a_path_object(photos):
+    ((got, _),) = load_images([(Path(photos[0]), 0)], image_size=56, patch_image_size=28)
+    assert torch.equal(got, stock(photos[0], 56))
 
 
 def test_a_later_pipeline_stage_gets_the_layout_only(photos):

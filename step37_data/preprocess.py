@@ -96,7 +96,7 @@ def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
 
 
 def _views(image_paths: Sequence[ImageEntry], sides: Mapping[int, int]) -> list[View]:
-    if not isinstance(image_paths, (list, tuple)):
+    if isinstance(image_paths, str) or not isinstance(image_paths, Sequence):
         raise ValueError(
             "image_paths: expected a list of (path, type) or (path, type, window), "
             f"got {image_paths!r}"
@@ -114,7 +114,7 @@ def _view(entry: Any, sides: Mapping[int, int]) -> View:
     kind = _checked_type(kind)
     window: Window | None = None
     if rest and rest[0] is not None:
-        if len(rest[0]) != 4:
+        if not isinstance(rest[0], (list, tuple)) or len(rest[0]) != 4:
             raise ValueError(
                 f"image_paths: expected a window (x, y, width, height), got {rest[0]!r} of {path}"
             )

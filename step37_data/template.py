@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from step37_data.checks import checked_int
+from step37_data.messages import check_encodable, checked_role, map_texts, strings
 from step37_data.multicrop import ImageEntry, SampleImages, token_runs
+from step37_data.tokenizer import load_tokenizer
 from step37_data.tokens import (
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -99,8 +102,9 @@ class Step37MultimodalTemplate:
         multicrop: expand ``<image>`` into crops and full image.
 
     Raises:
-        ValueError: no tokenizer path, a special token missing from the tokenizer, or a chat
-            template in another layout.
+        ValueError: no tokenizer or chat template under the path, a special token missing from the
+            tokenizer, a chat template that is broken or in another layout, or a token count that
+            is no integer of at least 1.
     """
 
     image_placeholder = IMAGE_PLACEHOLDER
@@ -125,9 +129,9 @@ class Step37MultimodalTemplate:
         if not tokenizer_path:
             raise ValueError("tokenizer_path: expected the folder of a tokenizer, got none")
         self.tokenizer_path = str(tokenizer_path)
-        self.tokenizer = _load_tokenizer(self.tokenizer_path)
-        self.image_token_count = int(image_token_count)
-        self.patch_token_count = int(patch_token_count)
+        self.tokenizer = load_tokenizer(self.tokenizer_path)
+        self.image_token_count = checked_int("image_token_count", image_token_count)
+        self.patch_token_count = checked_int("patch_token_count", patch_token_count)
         self.image_token = image_token
         self.image_start_token = image_start_token
         self.image_end_token = image_end_token
@@ -175,8 +179,11 @@ class Step37MultimodalTemplate:
         Raises:
             ValueError: no user turn, no assistant turn at the end, a text that spells a special
                 token or placeholder where it must not, or images and placeholders that do not
-                agree in number. The message names the message, the text and the position.
+                agree in number. The error names the message, the text and the position. Also a
+                message in another form, or one that the chat template cannot render.
         """
+        if "conversations" not in data:
+            raise ValueError(f"data: expected conversations, got only {sorted(data)}")
         rows: list[int] = []
         images = SampleImages(self._image_items(data.get("images")))
         messages = self._expand_messages(data["conversations"], rows, images)
@@ -243,9 +250,19 @@ class Step37MultimodalTemplate:
             kwargs["tools"] = messages[0]["tool_schemas"]
         if messages[0].get("reasoning_effort") is not None:
             kwargs["reasoning_effort"] = messages[0]["reasoning_effort"]
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+        except Exception as error:  # jinja2's own, or what an expression of the template raises
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template in {self.tokenizer_path!r} cannot render the turns {roles} "
+                f"({type(error).__name__}: {error})"
+            ) from error
         return text
 
     def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
@@ -277,19 +294,17 @@ class Step37MultimodalTemplate:
         """
         messages = []
         for number, original in enumerate(conversations):
+            role = checked_role(number, original)
             message = dict(original)
-            role = message.get("role")
-            if not isinstance(role, str):
-                raise ValueError(f"conversations[{number}]: expected a role, got {role!r}")
             where = f"conversations[{number}] ({role})"
             expand = self._refuse_reserved
             if role != "assistant":
                 expand = functools.partial(self._expand, rows, images)
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
-                    message[key] = _map_texts(value, expand, where)
+                    message[key] = map_texts(value, expand, where)
                 else:
-                    for text in _strings(value):
+                    for text in strings(value):
                         self._refuse_reserved(text, f"{where} {key}")
             messages.append(message)
         return messages
@@ -330,6 +345,7 @@ class Step37MultimodalTemplate:
 
     def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
+        check_encodable(text, where)
         for match in self._reserved.finditer(text):
             if match[0] not in allowed:
                 excerpt = text[max(0, match.start() - 20) : match.end() + 20]
@@ -447,46 +463,3 @@ class Step37MultimodalTemplate:
             length,
             self.max_sequence_length + 1,
         )
-
-
-def _load_tokenizer(path: str) -> Any:
-    # Imported here: transformers takes seconds, and reading packs needs none of it.
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
-def _map_texts(content: Any, change: Callable[[str, str], str], where: str) -> Any:
-    """``content`` with ``change`` applied to its text: a string, or the text parts of a list."""
-    if isinstance(content, str):
-        return change(content, where)
-    if not isinstance(content, list):
-        return content
-    parts: list[Any] = []
-    for number, part in enumerate(content):
-        spot = f"{where} part {number}"
-        if isinstance(part, str):
-            parts.append(change(part, spot))
-        elif part.get("type") == "text":
-            texts = {
-                key: change(part[key], spot)
-                for key in ("text", "value")
-                if isinstance(part.get(key), str)
-            }
-            parts.append({**part, **texts})
-        else:
-            parts.append(part)
-    return parts
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string inside nested lists and dictionaries, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _strings(inner)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from step37_data.lengths import LengthCache, probe_lengths
 from step37_data.packed_dataloader import MixedPackedDataloader
-from step37_data.prefetch import PackError, Prefetcher
 from step37_data.template import MultimodalSFTSample
 
 
@@ -309,124 +308,6 @@ def test_a_state_of_another_schedule_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="saved with another schedule"):
             other.load_state_dict(state)
-
-
-class Captions(Words):
-    """All samples of one length; their keys are those of their texts."""
-
-    def __init__(self, texts: str) -> None:
-        super().__init__([5] * len(texts))
-        self.texts = texts
-
-    def sample_keys(self) -> np.ndarray:
-        return np.array([[ord(text), 0] for text in self.texts], dtype=np.uint64)
-
-
-def test_a_state_of_other_samples_is_refused_where_the_data_set_can_tell_them_apart() -> None:
-    state = loader_of([], datasets=[Captions("abcd")]).state_dict()
-    other_tokenizer = Captions("abcd")
-    other_tokenizer.tokenizer = "second"
-    for other in (Captions("dcba"), Captions("abce"), other_tokenizer):
-        with pytest.raises(ValueError, match="saved with another schedule"):
-            loader_of([], datasets=[other]).load_state_dict(state)
-    loader_of([], datasets=[Captions("abcd")]).load_state_dict(state)
-
-
-def test_a_state_of_other_lengths_is_refused_where_they_make_the_same_packs() -> None:
-    def loader(lengths: list[int]) -> MixedPackedDataloader:
-        return loader_of([], datasets=[[[0] * length for length in lengths]])
-
-    state = loader([4, 4, 9]).state_dict()
-    with pytest.raises(ValueError, match="saved with another schedule"):
-        loader([3, 4, 9]).load_state_dict(state)
-    loader([4, 4, 9]).load_state_dict(state)
-
-
-def test_a_state_that_is_none_is_refused() -> None:
-    loader = loader_of(LENGTHS)
-    with pytest.raises(ValueError, match=r"state_dict: expected position and schedule, got \[\]"):
-        loader.load_state_dict({})
-    with pytest.raises(ValueError, match="position: expected at least 0, got -5"):
-        loader.load_state_dict({**loader.state_dict(), "position": -5})
-
-
-class HasBadSample(Words):
-    """A pack a sample; that of sample 2 fails, or ends its process."""
-
-    kills = False
-
-    def __getitem__(self, idx: int) -> list[tuple[int, int]]:
-        if idx == 2 and self.fails_at == 2 and self.kills:
-            os._exit(1)
-        return super().__getitem__(idx)
-
-
-def loader_with_a_bad_pack(**options: Any) -> MixedPackedDataloader:
-    dataset = HasBadSample([10] * 6)
-    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential", **options)
-    dataset.fails_at = 2
-    return loader
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_with_the_next_pack_after_one_that_fails(workers: int) -> None:
-    loader = loader_with_a_bad_pack()
-    stream = loader.iterate(num_workers=workers)
-    assert [next(stream)[0][0][1] for _ in range(2)] == [0, 1]
-    with pytest.raises(KeyError, match="sample 2 cannot be read"):
-        next(stream)
-    assert loader.position == 3
-    resumed = loader_with_a_bad_pack()
-    resumed.load_state_dict(loader.state_dict())
-    for _ in range(5):
-        if loader.position % 6 == 2:
-            continue
-        assert next(stream) == next(resumed.iterate())
-        assert resumed.state_dict() == loader.state_dict()
-
-
-def test_a_stream_loses_no_pack_of_a_worker_that_died() -> None:
-    loader = loader_with_a_bad_pack()
-    loader.datasets[0].kills = True
-    stream = loader.iterate(num_workers=1, prefetch_factor=1, multiprocessing_context="fork")
-    assert [next(stream)[0][0][1] for _ in range(2)] == [0, 1]
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        next(stream)
-    assert loader.position == 3
-    assert [next(stream)[0][0][1] for _ in range(3)] == [3, 4, 5]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_prefetched_stream_goes_on_after_a_pack_that_fails(workers: int) -> None:
-    stream = loader_with_a_bad_pack().iterate(num_workers=workers)
-    got: list[Any] = []
-    with Prefetcher(stream, lambda pack: pack[0][0][1], device="cpu") as prefetcher:
-        for _ in range(5):
-            try:
-                got.append(next(prefetcher))
-            except PackError as error:
-                got.append(f"pack {error.pack}")
-        assert prefetcher.state_dict() == {"next_pack": 5}
-    assert got == [0, 1, "pack 2", 3, 4]
-
-
-def test_an_interrupted_pack_is_given_by_the_next_call() -> None:
-    class Interrupted(Words):
-        def __getitem__(self, idx: int) -> list[tuple[int, int]]:
-            if idx == self.fails_at:
-                self.fails_at = None
-                raise KeyboardInterrupt
-            return super().__getitem__(idx)
-
-    dataset = Interrupted([10] * 6)
-    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential")
-    dataset.fails_at = 1
-    stream = loader.iterate()
-    next(stream)
-    with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    assert loader.position == 1
-    assert next(stream) == loader[1]
 
 
 def test_a_rank_outside_the_group_is_refused() -> None:

@@ -238,6 +238,7 @@ def test_start_tokens_and_sizes_that_can_be_none_are_refused(photos, options, me
         ([("a.jpg", 0, None, 3)], r"expected \(path, type\) or .*, got \('a.jpg', 0, None, 3\)"),
         ([(None, 0)], r"expected \(path, type\) or .*, got \(None, 0\)"),
         ([("a.jpg", 0, (1, 2))], r"expected a window .*, got \(1, 2\) of a.jpg"),
+        ([("a.jpg", 0, 7)], "expected a window .*, got 7 of a.jpg"),
     ],
 )
 def test_image_paths_of_another_form_are_refused(photos, paths, message):

@@ -1,0 +1,84 @@
+"""What cannot be tokenised is an error that names the tokenizer, the message or the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step37_data.template import Step37MultimodalTemplate
+from tests.data.test_template import TOKENIZER, edited_tokenizer, flickr
+
+
+@pytest.fixture(scope="module")
+def template() -> Step37MultimodalTemplate:
+    return Step37MultimodalTemplate(tokenizer_path=str(TOKENIZER))
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ("hello", r"conversations\[0\]: expected a message, got 'h'"),
+        ([{"role": "user", "content": 3}], r"\[0\] \(user\): expected a string or a list .* got 3"),
+        ([{"role": "user", "content": [5]}], r"\[0\] \(user\) part 0: .* mapping, got 5"),
+        ([{"role": "user", "content": "a \ud83d"}], r"\[0\] \(user\): character 2 .* surrogate"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, flickr()[1]],
+            r"cannot render the turns user, assistant \(TemplateError: content part of type image",
+        ),
+        ([{"role": "poet", "content": "?"}, flickr()[1]], "needs a user message"),
+    ],
+)
+def test_a_message_in_another_form_is_an_error_that_names_it(
+    template: Step37MultimodalTemplate, conversation: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        template({"conversations": conversation})
+    with pytest.raises(ValueError, match=r"data: expected conversations, got only \['images'\]"):
+        template({"images": []})
+
+
+@pytest.mark.parametrize("loss_mask", [None, "1", 0.5, 2, -1])
+def test_a_loss_mask_is_0_or_1(template: Step37MultimodalTemplate, loss_mask: Any) -> None:
+    answer = {"role": "assistant", "content": ".", "loss_mask": loss_mask}
+    with pytest.raises(ValueError, match=r"\[1\] \(assistant\): expected a loss_mask of 0 or 1"):
+        template({"conversations": [{"role": "user", "content": "?"}, answer]})
+    for switch, trained in ((True, True), (1, True), (False, False), (0, False)):
+        answer["loss_mask"] = switch
+        sample = template({"conversations": [{"role": "user", "content": "?"}, answer]})
+        assert bool(sample["loss_mask"].any()) == trained
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error_that_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def error_of(path: Path | str) -> str:
+        with pytest.raises(ValueError, match=r"\Atokenizer_path: [^\n]*\Z") as info:
+            Step37MultimodalTemplate(tokenizer_path=str(path))
+        return str(info.value)
+
+    for nowhere in (tmp_path / "none", "no_such_tokenizer"):
+        text = f"there is no folder '{nowhere}' here, and no tokenizer could be read from the hub"
+        assert text in error_of(nowhere)
+    assert "lacks tokenizer.json, tokenizer_config.json, chat_template.jinja" in error_of(tmp_path)
+    folder = Path(edited_tokenizer(tmp_path))
+    (folder / "chat_template.jinja").unlink()
+    assert f"the tokenizer in '{folder}' has no chat template: expected" in error_of(folder)
+    (folder / "tokenizer.json").write_text("{")
+    assert f"could be read from '{folder}', which lacks chat_template.jinja" in error_of(folder)
+
+
+def test_a_broken_chat_template_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    folder = edited_tokenizer(tmp_path, lambda _: "{% for m in %}")
+    with pytest.raises(ValueError, match=f"'{folder}' cannot render .*TemplateSyntaxError"):
+        Step37MultimodalTemplate(tokenizer_path=folder)
+
+
+@pytest.mark.parametrize("name", ["image_token_count", "patch_token_count"])
+def test_a_token_count_is_an_integer_of_at_least_1(name: str) -> None:
+    for count, message in ((0, "at least 1, got 0"), (1.7, r"an integer, got 1\.7")):
+        with pytest.raises(ValueError, match=f"{name}: expected {message}"):
+            Step37MultimodalTemplate(tokenizer_path=str(TOKENIZER), **{name: count})

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from step37_data.checks import checked_int
 from step37_data.lengths import write_atomically
 from step37_data.multicrop import plan_file
 from step37_data.rank_order import fill_cache_once
@@ -71,6 +72,7 @@ class Step37Flickr8kDataset:
 
     def __getitem__(self, idx: int) -> MultimodalSFTSample:
         sample = self.samples[idx]
+        self._caption_bytes(idx, sample)
         try:
             return self.template(self._to_dialog(sample, self.prompt))
         except ValueError as error:
@@ -92,11 +94,21 @@ class Step37Flickr8kDataset:
         digests = bytearray()
         for number, sample in enumerate(self.samples):
             digest = prompt.copy()
-            digest.update(b"\0" + sample.caption.encode())
+            digest.update(b"\0" + self._caption_bytes(number, sample))
             if sizes is not None:
                 digest.update(b"\0%d %d" % sizes[number])
             digests += digest.digest()
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
+
+    @staticmethod
+    def _caption_bytes(number: int, sample: Flickr8kSample) -> bytes:
+        try:
+            return sample.caption.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(
+                f"sample {number} ({sample.image_path}): expected a caption of text without half "
+                f"surrogate pairs, got {sample.caption!r}"
+            ) from error
 
     def _picture_sizes(self) -> list[tuple[int, int]]:
         paths = [str(sample.image_path) for sample in self.samples]
@@ -171,7 +183,7 @@ def prepare_flickr8k_samples(
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
 
-    Rows without a caption or file name are skipped.
+    Rows without a caption or file name are skipped, counted and logged.
 
     Args:
         repo_id: data set on the hub.
@@ -187,12 +199,13 @@ def prepare_flickr8k_samples(
 
     Raises:
         RuntimeError: no row has both a caption and a file name, or another rank failed.
-        ValueError: a file name leaves the cache, ``sample_count`` is below 1, or ``cache_dir``
-            holds another data set or revision.
+        ValueError: ``metadata.csv`` cannot be read (see :func:`read_flickr8k_metadata`),
+            ``sample_count`` is no integer of at least 1, or ``cache_dir`` holds another data set or
+            revision.
         FileNotFoundError, OSError: as for :func:`get_flickr8k_dataset_file`.
     """
-    if sample_count is not None and sample_count < 1:
-        raise ValueError(f"sample_count: expected at least 1 or None, got {sample_count}")
+    if sample_count is not None:
+        checked_int("sample_count", sample_count)
     root = Path(cache_dir).expanduser()
     metadata = _path_inside(root, f"{split}/metadata.csv")
 
@@ -206,7 +219,7 @@ def prepare_flickr8k_samples(
         )
 
     def read() -> list[Flickr8kSample]:
-        return read_flickr8k_metadata(metadata, caption_key, sample_count)
+        return _read_metadata(metadata, caption_key, sample_count)[0]
 
     def fill() -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -221,7 +234,7 @@ def prepare_flickr8k_samples(
         return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
-    samples = read()
+    samples = read_flickr8k_metadata(metadata, caption_key, sample_count)
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
@@ -237,27 +250,75 @@ def read_flickr8k_metadata(
 ) -> list[Flickr8kSample]:
     """Image and caption pairs that a ``metadata.csv`` lists, whether or not the images are there.
 
-    Rows without a caption or file name are skipped.
+    Rows without a caption or file name, and what a short row lacks, are skipped; how many is
+    logged.
 
     Raises:
-        ValueError: a file name leaves the folder of ``metadata``; the message names the line.
+        ValueError: ``sample_count`` is no integer of at least 1; a file name leaves the folder of
+            ``metadata``; a row has more cells than the header, as after a comma without quotes; a
+            quote is never closed; a cell is longer than ``csv.field_size_limit()``; the file is not
+            UTF-8. The message names file and line.
     """
-    samples: list[Flickr8kSample] = []
-    with metadata.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            caption = (row.get(caption_key) or "").strip()
-            file_name = (row.get("file_name") or "").strip()
-            if not caption or not file_name:
-                continue
-            try:
-                path = _path_inside(metadata.parent, file_name)
-            except ValueError as error:
-                raise ValueError(f"{metadata}, line {reader.line_num}: {error}") from error
-            samples.append(Flickr8kSample(str(path), caption))
-            if len(samples) == sample_count:
-                break
+    if sample_count is not None:
+        checked_int("sample_count", sample_count)
+    samples, skipped = _read_metadata(metadata, caption_key, sample_count)
+    if skipped:
+        logger.warning(
+            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
+        )
     return samples
+
+
+def _read_metadata(
+    metadata: Path, caption_key: str, sample_count: int | None
+) -> tuple[list[Flickr8kSample], int]:
+    """The samples, and how many rows before the last of them were skipped."""
+    samples: list[Flickr8kSample] = []
+    skipped = 0
+    for line, row in _rows(metadata):
+        caption = (row.get(caption_key) or "").strip()
+        file_name = (row.get("file_name") or "").strip()
+        if not caption or not file_name:
+            skipped += 1
+            continue
+        try:
+            path = _path_inside(metadata.parent, file_name)
+        except ValueError as error:
+            raise ValueError(f"{metadata}, line {line}: {error}") from error
+        samples.append(Flickr8kSample(str(path), caption))
+        if len(samples) == sample_count:
+            break
+    return samples, skipped
+
+
+def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row of a CSV file, with the number of its last line."""
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        # Strict: else a quote that is not closed takes in all rows up to the next one.
+        rows = csv.DictReader(file, strict=True)
+        lines = rows.reader  # rows.line_num stays behind on errors and blank lines
+        first = 1
+        try:
+            if rows.fieldnames is None:
+                return
+            first = lines.line_num + 1
+            for row in rows:
+                if None in row:
+                    surplus = row.pop(None)
+                    cells = [*row.values(), *surplus]
+                    raise ValueError(
+                        f"{metadata}, line {lines.line_num}: expected the {len(row)} cells of the "
+                        f"header, got {len(cells)}: {cells}; a text with a comma needs quotes"
+                    )
+                yield lines.line_num, row
+                first = lines.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{metadata}, line {first}: {error}, in a row read up to line {lines.line_num}; "
+                "is a quote not closed?"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
 
 
 def _path_inside(folder: Path, name: str) -> Path:
@@ -341,7 +402,8 @@ def _download(
             )
         except network_errors as error:
             if attempt == _ATTEMPTS or not _may_pass(error):
-                raise _plain_error(error, f"{repo_id}/{filename}", attempt) from error
+                what = f"{root / filename} is missing, and {repo_id}/{filename}"
+                raise _plain_error(error, what, attempt) from error
             logger.warning(
                 "%s/%s: attempt %d of %d failed (%s)", repo_id, filename, attempt, _ATTEMPTS, error
             )

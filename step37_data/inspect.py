@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:
+    if options.out is not None and options.pack is None and options.picture is None:
+        raise ValueError("--out: expected --pack or --picture with it, to say what to draw")
     if options.picture is not None:
         yield from _describe_picture(str(options.picture), options.out)
         return

@@ -110,6 +110,33 @@ def test_a_pack_that_is_not_there_or_a_folder_without_metadata_is_an_error(
     assert "no row has a file_name and a caption_7" in capsys.readouterr().err
 
 
+def test_what_cannot_be_read_is_an_error_of_one_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    def error_of(*options: str) -> str:
+        assert main(["inspect", str(folder), "--quiet", *options]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("step37-data: ")
+        assert error.count("\n") == 1
+        return error
+
+    broken = tmp_path / "broken"
+    shutil.copytree(TOKENIZER, broken)
+    (broken / "chat_template.jinja").write_text("{% for m in %}")
+    assert "TemplateSyntaxError" in error_of("--tokenizer", str(broken))
+    assert "there is no folder" in error_of("--tokenizer", str(tmp_path / "none"))
+    good = ("--tokenizer", TOKENIZER)
+    for count in ("0", "-3"):
+        message = f"sample_count: expected at least 1, got {count}"
+        assert message in error_of(*good, "--sample-count", count)
+    assert "--out: expected --pack or --picture" in error_of(*good, "--out", "p.png")
+    metadata = folder / "train" / "metadata.csv"
+    metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
+    assert f"{metadata}: expected text in UTF-8" in error_of(*good)
+    metadata.write_bytes(b"file_name,caption_0\na.jpg," + b"x" * 200_000)
+    assert f"{metadata}, line 2: field larger than" in error_of(*good)
+
+
 def test_the_module_runs_as_a_command(folder: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "step37_data.inspect", "--help"],

@@ -24,7 +24,6 @@ import pytest
 from step37_data import flickr8k_loader, rank_order
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
-    Step37Flickr8kDataset,
     get_flickr8k_dataset_file,
     prepare_flickr8k_samples,
 )
@@ -284,6 +283,15 @@ def test_offline_mode_is_not_tried_again(
     assert not hub.gets
 
 
+def test_a_misspelt_split_of_an_own_folder_names_the_file_that_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(MINI / "train", tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/trian/metadata.csv is missing, and"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, split="trian")
+
+
 def test_a_revision_can_be_pinned(hub: Hub, tmp_path: Path) -> None:
     hub.revisions = {COMMIT}
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv could not be downloaded"):
@@ -334,62 +342,6 @@ def test_a_single_file_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
         )
     assert path == tmp_path / "train" / "coffee.jpg"
     assert hub.gets == {"train/coffee.jpg": 1}
-
-
-def test_rows_without_a_caption_or_file_name_and_short_rows_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    for name in ("a.jpg", "d.jpg", "f.jpg"):
-        (tmp_path / "train" / name).write_bytes(b"x")
-    (tmp_path / "train" / "metadata.csv").write_text(
-        "\ufefffile_name,caption_0,caption_1\n"
-        "a.jpg, first ,x\n"
-        "b.jpg,,x\n"
-        " ,no file,x\n"
-        "c.jpg\n"
-        "\n"
-        "d.jpg,second\n"
-        'f.jpg,"third, with ""quotes"" and é",x,too,many\n',
-        encoding="utf-8",
-    )
-    samples = prepare_flickr8k_samples(cache_dir=tmp_path)
-    assert [(Path(sample.image_path).name, sample.caption) for sample in samples] == [
-        ("a.jpg", "first"),
-        ("d.jpg", "second"),
-        ("f.jpg", 'third, with "quotes" and é'),
-    ]
-
-
-def test_nothing_prepared_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
-    shutil.copytree(MINI / "train", tmp_path / "train")
-    with pytest.raises(RuntimeError, match=r"no sample prepared.*'caption_9'|caption_9.*caption_0"):
-        prepare_flickr8k_samples(cache_dir=tmp_path, caption_key="caption_9")
-
-
-def test_fewer_than_one_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sample_count: expected at least 1 or None, got 0"):
-        prepare_flickr8k_samples(cache_dir=tmp_path, sample_count=0)
-
-
-def test_a_data_set_needs_samples_and_names_the_one_that_fails() -> None:
-    with pytest.raises(ValueError, match="samples: expected at least one, got none"):
-        Step37Flickr8kDataset([], None, "?")  # type: ignore[arg-type]
-
-    def refuse(_: Any) -> Any:
-        raise ValueError("no good")
-
-    dataset = Step37Flickr8kDataset([Flickr8kSample("a.jpg", "c")], refuse, "?")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"sample 0 \(a\.jpg\): no good"):
-        dataset[0]
-
-
-def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
-    def keys(prompt: str, *samples: tuple[str, str]) -> list[list[int]]:
-        made = [Flickr8kSample(*sample) for sample in samples]
-        return Step37Flickr8kDataset(made, None, prompt).sample_keys().tolist()  # type: ignore[arg-type]
-
-    one, two, three = keys("p", ("a.jpg", "x"), ("b.jpg", "x"), ("a.jpg", "y"))
-    assert one == two != three
-    assert keys("q", ("a.jpg", "x"))[0] not in (one, three)
 
 
 def prepare_in_rank(rank: int, url: str, caches: list[Path], options: dict[str, Any]) -> list[str]:

@@ -1,0 +1,137 @@
+"""What is read from ``metadata.csv``, and what is made of its rows; no hub is asked."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step37_data.flickr8k_loader import (
+    Flickr8kSample,
+    Step37Flickr8kDataset,
+    prepare_flickr8k_samples,
+    read_flickr8k_metadata,
+)
+from step37_data.template import Step37MultimodalTemplate
+
+MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
+
+
+def test_rows_without_a_caption_or_file_name_and_short_rows_are_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "train").mkdir()
+    for name in ("a.jpg", "d.jpg", "f.jpg"):
+        (tmp_path / "train" / name).write_bytes(b"x")
+    (tmp_path / "train" / "metadata.csv").write_text(
+        "\ufefffile_name,caption_0,caption_1\n"
+        "a.jpg, first ,x\n"
+        "b.jpg,,x\n"
+        " ,no file,x\n"
+        "c.jpg\n"
+        "\n"
+        "d.jpg,second\n"
+        'f.jpg,"third, with ""quotes"" and é",x\n',
+        encoding="utf-8",
+    )
+    with caplog.at_level(logging.WARNING):
+        samples = prepare_flickr8k_samples(cache_dir=tmp_path)
+    assert [(Path(sample.image_path).name, sample.caption) for sample in samples] == [
+        ("a.jpg", "first"),
+        ("d.jpg", "second"),
+        ("f.jpg", 'third, with "quotes" and é'),
+    ]
+    said = f"{tmp_path}/train/metadata.csv: 3 rows without a file_name or a caption_0 are skipped"
+    assert caplog.messages == [said]
+
+
+METADATA_ERRORS = {
+    "surplus": (
+        b"file_name,caption_0\na.jpg,A dog\nb.jpg,A cat, black, asleep\n",
+        r"line 3: expected the 2 cells .* got 4: \['b.jpg', 'A cat', ' black', ' asleep'\]; a text",
+    ),
+    "quote": (
+        b'file_name,caption_0\na.jpg,A dog\nb.jpg,"A cat\nc.jpg,A bird\nd.jpg,A fish\n',
+        "line 3: unexpected end of data, in a row read up to line 5; is a quote not closed",
+    ),
+    "quotes": (
+        b'file_name,caption_0\na.jpg,A dog\nb.jpg,"A cat\nc.jpg,"A bird"\n',
+        r"line 3: .* in a row read up to line 4; is a quote not closed\?",
+    ),
+    "latin-1": ("file_name,caption_0\na.jpg,café\n".encode("latin-1"), "expected text in UTF-8: "),
+    "long": (b"file_name,caption_0\na.jpg," + b"x" * 200_000, "line 2: field larger than"),
+    "header": (b'file_name,"caption_0\na.jpg,A dog\n', "line 1: unexpected end of data"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA_ERRORS)
+def test_metadata_that_would_lose_text_is_refused_with_file_and_line(
+    tmp_path: Path, case: str
+) -> None:
+    content, message = METADATA_ERRORS[case]
+    (tmp_path / "train").mkdir()
+    metadata = tmp_path / "train" / "metadata.csv"
+    metadata.write_bytes(content)
+    for read in (
+        lambda: read_flickr8k_metadata(metadata),
+        lambda: prepare_flickr8k_samples(cache_dir=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=rf"\A{metadata}[,:] [^\n]*\Z") as info:
+            read()
+        assert re.search(message, str(info.value))
+
+
+def test_nothing_prepared_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
+    shutil.copytree(MINI / "train", tmp_path / "train")
+    with pytest.raises(RuntimeError, match=r"no sample prepared.*'caption_9'|caption_9.*caption_0"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, caption_key="caption_9")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "at least 1, got 0"), (-3, "at least 1, got -3"), (2.5, "an integer"), ("2", "an int")],
+)
+def test_a_sample_count_is_none_or_an_integer_of_at_least_1(
+    tmp_path: Path, count: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"sample_count: expected {message}"):
+        prepare_flickr8k_samples(cache_dir=tmp_path / "none", sample_count=count)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=f"sample_count: expected {message}"):
+        read_flickr8k_metadata(MINI / "train" / "metadata.csv", sample_count=count)
+
+
+def test_a_data_set_needs_samples_and_names_the_one_that_fails() -> None:
+    with pytest.raises(ValueError, match="samples: expected at least one, got none"):
+        Step37Flickr8kDataset([], None, "?")  # type: ignore[arg-type]
+
+    def refuse(_: Any) -> Any:
+        raise ValueError("no good")
+
+    dataset = Step37Flickr8kDataset([Flickr8kSample("a.jpg", "c")], refuse, "?")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sample 0 \(a\.jpg\): no good"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("caption", [float("nan"), None, 3, b"A cat", "A cat \ud83d"])
+def test_a_caption_that_is_no_text_names_the_sample_and_its_file(caption: Any) -> None:
+    template = Step37MultimodalTemplate(tokenizer_path=str(MINI.parent / "tokenizer"))
+    samples = [Flickr8kSample("a.jpg", "A dog"), Flickr8kSample("b.jpg", caption)]
+    dataset = Step37Flickr8kDataset(samples, template, "?")
+    for read in (lambda: dataset[1], dataset.sample_keys):
+        with pytest.raises(ValueError, match=r"sample 1 \(b\.jpg\): expected a caption of text"):
+            read()
+
+
+def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
+    def keys(prompt: str, *samples: tuple[str, str]) -> list[list[int]]:
+        made = [Flickr8kSample(*sample) for sample in samples]
+        return Step37Flickr8kDataset(made, None, prompt).sample_keys().tolist()  # type: ignore[arg-type]
+
+    one, two, three = keys("p", ("a.jpg", "x"), ("b.jpg", "x"), ("a.jpg", "y"))
+    assert one == two != three
+    assert keys("q", ("a.jpg", "x"))[0] not in (one, three)

@@ -8,11 +8,13 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int
 from step37_data.lengths import KeyedDataset, probe_lengths
@@ -182,7 +184,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         num_workers: int = 0,
         multiprocessing_context: str | None = None,
         prefetch_factor: int = 2,
-    ) -> Iterator[Any]:
+    ) -> _Stream:
         """Packs for one data-parallel rank, from :attr:`position` on, without end.
 
         A step takes ``dp_size`` packs, rank r the r-th of them, as Megatron's sampler deals out
@@ -191,7 +193,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         between two steps continues with the next step, under any ``dp_size``.
 
         A pack that fails raises what its data set raised and counts as handed out; the next call
-        goes on with the pack after it, and starts the workers anew.
+        goes on with the pack after it. ``close()`` of what is returned ends the workers.
 
         Args:
             dp_rank, dp_size: which rank of how many.
@@ -203,7 +205,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
         load = functools.partial(
             torch.utils.data.DataLoader,
-            self,
+            _Guarded(self),
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
@@ -233,7 +235,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 "state_dict: it was saved with another schedule of packs; the samples, their "
                 "lengths, the epochs or the packing have changed since"
             )
-        self.position = checked_int("position", state_dict["position"], least=0)
+        self.position = checked_int("state_dict: position", state_dict["position"], least=0)
 
     def schedule_fingerprint(self) -> str:
         """Hex digest of which sample stands where in which pack.
@@ -299,6 +301,29 @@ def _as_it_is(packed: Any) -> Any:
     return packed
 
 
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """In place of a pack: what reading it raised in a worker process."""
+
+    error: ExceptionWrapper
+
+
+class _Guarded(torch.utils.data.Dataset[Any]):
+    """The packs, for a DataLoader whose own errors are to be told from theirs."""
+
+    def __init__(self, packs: MixedPackedDataloader) -> None:
+        self._packs = packs
+
+    def __getitem__(self, idx: int) -> Any:
+        try:
+            return self._packs[idx]
+        except Exception:
+            worker = torch.utils.data.get_worker_info()
+            if worker is None:
+                raise
+            return _Failed(ExceptionWrapper(where=f"in worker process {worker.id}"))
+
+
 class _Endless(torch.utils.data.Sampler[int]):
     """``first, first + step, …`` without end."""
 
@@ -329,13 +354,20 @@ class _Stream(Iterator[Any]):
         try:
             packed = next(self._loaded)
         except BaseException as error:
-            # Loaded anew: a DataLoader would go on, but without the packs of a worker that died.
+            # Loaded anew: after an interrupt the pack may be lost, and a DataLoader goes on
+            # without the packs of a worker that died.
             self._loaded = None
             if isinstance(error, Exception):
                 self._advance()
             raise
         self._advance()
+        if isinstance(packed, _Failed):
+            packed.error.reraise()
         return packed
+
+    def close(self) -> None:
+        """End the worker processes; the next call would start others."""
+        self._loaded = None
 
     def _advance(self) -> None:
         self._next += self._step

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -356,16 +357,18 @@ class Step37MultimodalTemplate:
         return text
 
     def _image_items(self, images: Sequence[Any] | None) -> list[tuple[str, int]]:
+        if isinstance(images, str):
+            raise ValueError(f"images: expected a list of paths, got {images!r}")
         items = []
         for image in images or ():
-            path, kind = image, IMAGE_ITEM_TYPE
-            if isinstance(image, (tuple, list)):
-                path = image[0]
-                kind = int(image[1]) if len(image) > 1 else IMAGE_ITEM_TYPE
+            path, *rest = image if isinstance(image, (tuple, list)) and image else (image,)
+            kind = rest[0] if rest else IMAGE_ITEM_TYPE
+            if not isinstance(path, (str, os.PathLike)):
+                raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
             if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
-                raise ValueError(f"images: unknown item type {kind} of {str(path)!r}")
+                raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
             path = str(path)
-            items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, kind))
+            items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, int(kind)))
         return items
 
     def _repeats(self, ids: list[int], rows: list[int], images: Sequence[ImageEntry]) -> np.ndarray:

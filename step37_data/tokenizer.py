@@ -23,7 +23,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and of tokenizers Exception itself
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer_path: {_what_is_there(path)} ({type(error).__name__}: {reason})"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from typing import Any
 
@@ -53,19 +54,19 @@ def test_a_state_that_is_none_is_refused() -> None:
 
 
 class HasBadSample(Words):
-    """A pack a sample; that of sample 2 fails, or ends its process."""
+    """The sample at ``fails_at`` cannot be read, or ends the process that reads it."""
 
     kills = False
 
     def __getitem__(self, idx: int) -> list[tuple[int, int]]:
-        if idx == 2 and self.fails_at == 2 and self.kills:
+        if idx == self.fails_at and self.kills:
             os._exit(1)
         return super().__getitem__(idx)
 
 
-def loader_with_a_bad_pack(**options: Any) -> MixedPackedDataloader:
+def loader_with_a_bad_pack() -> MixedPackedDataloader:
     dataset = HasBadSample([10] * 6)
-    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential", **options)
+    loader = loader_of([], datasets=[dataset], dataset_sampling="sequential")
     dataset.fails_at = 2
     return loader
 
@@ -73,16 +74,16 @@ def loader_with_a_bad_pack(**options: Any) -> MixedPackedDataloader:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_goes_on_with_the_next_pack_after_one_that_fails(workers: int) -> None:
     loader = loader_with_a_bad_pack()
+    before = set(multiprocessing.active_children())
     stream = loader.iterate(num_workers=workers)
     assert [next(stream)[0][0][1] for _ in range(2)] == [0, 1]
     with pytest.raises(KeyError, match="sample 2 cannot be read"):
         next(stream)
     assert loader.position == 3
+    assert len(set(multiprocessing.active_children()) - before) == workers
     resumed = loader_with_a_bad_pack()
     resumed.load_state_dict(loader.state_dict())
     for _ in range(5):
-        if loader.position % 6 == 2:
-            continue
         assert next(stream) == next(resumed.iterate())
         assert resumed.state_dict() == loader.state_dict()
 
@@ -110,6 +111,17 @@ def test_a_prefetched_stream_goes_on_after_a_pack_that_fails(workers: int) -> No
                 got.append(f"pack {error.pack}")
         assert prefetcher.state_dict() == {"next_pack": 5}
     assert got == [0, 1, "pack 2", 3, 4]
+
+
+def test_closing_a_stream_ends_its_workers() -> None:
+    loader = loader_of(LENGTHS)
+    before = set(multiprocessing.active_children())
+    stream = loader.iterate(num_workers=2)
+    given = [next(stream)]
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    stream.close()
+    assert not set(multiprocessing.active_children()) - before
+    assert [*given, next(stream)] == [loader[0], loader[1]]
 
 
 def test_an_interrupted_pack_is_given_by_the_next_call() -> None:

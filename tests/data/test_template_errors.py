@@ -39,6 +39,22 @@ def test_a_message_in_another_form_is_an_error_that_names_it(
         template({"images": []})
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("a.jpg", "expected a list of paths, got 'a.jpg'"),
+        ([()], r"expected a path or \(path, item type\), got \(\)"),
+        ([None], r"expected a path or \(path, item type\), got None"),
+        ([("a.jpg", "image")], "unknown item type 'image' of 'a.jpg'"),
+    ],
+)
+def test_images_in_another_form_are_an_error(
+    template: Step37MultimodalTemplate, images: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"images: {message}"):
+        template({"conversations": flickr(), "images": images})
+
+
 @pytest.mark.parametrize("loss_mask", [None, "1", 0.5, 2, -1])
 def test_a_loss_mask_is_0_or_1(template: Step37MultimodalTemplate, loss_mask: Any) -> None:
     answer = {"role": "assistant", "content": ".", "loss_mask": loss_mask}

@@ -250,8 +250,7 @@ def read_flickr8k_metadata(
 ) -> list[Flickr8kSample]:
     """Image and caption pairs that a ``metadata.csv`` lists, whether or not the images are there.
 
-    Rows without a caption or file name, and what a short row lacks, are skipped; how many is
-    logged.
+    Rows without a caption or file name, short ones among them, are skipped; how many is logged.
 
     Raises:
         ValueError: ``sample_count`` is no integer of at least 1; a file name leaves the folder of

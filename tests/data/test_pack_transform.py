@@ -206,7 +206,7 @@ def test_position_ids_count_from_zero_in_every_sub_sequence(sizes: list[int]) ->
         ([[0, 3, 5]], r"expected shape \[n \+ 1\], got \[1, 3\]"),
     ],
 )
-def test_bounds_that_are_none_are_refused(bounds: list[Any], message: str) -> None:
+def test_bounds_that_do_not_rise_from_0_are_refused(bounds: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"cu_seqlens: {message}"):
         get_position_id_from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32))
 

@@ -45,7 +45,7 @@ def test_a_state_of_other_lengths_is_refused_where_they_make_the_same_packs() ->
     loader([4, 4, 9]).load_state_dict(state)
 
 
-def test_a_state_that_is_none_is_refused() -> None:
+def test_a_state_without_its_keys_or_with_a_negative_position_is_refused() -> None:
     loader = loader_of(LENGTHS)
     with pytest.raises(ValueError, match=r"state_dict: expected position and schedule, got \[\]"):
         loader.load_state_dict({})

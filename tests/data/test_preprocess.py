@@ -223,7 +223,7 @@ def test_a_batch_that_was_not_unwrapped_is_refused_with_the_shape_it_should_have
         ({"encoder_patch_size": 13.5}, r"encoder_patch_size: expected an integer, got 13\.5"),
     ],
 )
-def test_start_tokens_and_sizes_that_can_be_none_are_refused(photos, options, message):
+def test_start_tokens_and_sizes_that_cannot_be_are_refused(photos, options, message):
     with pytest.raises(ValueError, match=message):
         run(packed_batch(photos), **options)
 

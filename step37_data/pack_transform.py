@@ -64,8 +64,9 @@ def pack_samples(
         pad_token_id: token of the padding.
         start_token_ids: tokens that mark an image or crop. Padding with one of them would be taken
             for images, so it is refused. A mapping also says how many positions after such a token
-            its image fills, ``{image start: 169, crop start: 81}``; a sample that was cut inside
-            an image, whose rows would then fill the next sample, is refused too.
+            its image fills, ``{image start: 169, crop start: 81}``. Then a sample that was cut is
+            refused, too: inside an image, whose rows would fill the next sample, or before one,
+            whose file would be taken for the next.
 
     Returns:
         ``tokens``, ``labels`` int64 ``[T]``; ``loss_masks`` float32 ``[T]``; ``cu_seqlens`` int32
@@ -74,8 +75,9 @@ def pack_samples(
 
     Raises:
         ValueError: no pieces, tokens that are no integers, a loss mask of another length than its
-            tokens, ``image_paths`` that are no list, an image cut off by the end of its sample, a
-            pad token that marks an image, or more tokens than int32 ``cu_seqlens`` can hold.
+            tokens, ``image_paths`` that are no list, a pad token that marks an image, more tokens
+            than int32 ``cu_seqlens`` can hold; with a mapping, an image cut off by the end of its
+            sample, or start tokens and ``image_paths`` that differ in number.
     """
     if len(pieces) == 0:
         raise ValueError("pieces: expected at least one sample, got none")
@@ -92,7 +94,9 @@ def pack_samples(
                 f"got shapes {tokens.shape} and {mask.shape}"
             )
         if isinstance(start_token_ids, Mapping):
-            _check_spans(number, tokens, start_token_ids)
+            _check_images(
+                number, tokens, start_token_ids, len(_image_paths(number, pieces[number]))
+            )
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
         if pad_token_id in start_token_ids:
@@ -139,13 +143,22 @@ def _image_paths(number: int, piece: Mapping[str, Any]) -> Sequence[Any]:
     return paths
 
 
-def _check_spans(number: int, tokens: npt.NDArray[np.int64], spans: Mapping[int, int]) -> None:
+def _check_images(
+    number: int, tokens: npt.NDArray[np.int64], spans: Mapping[int, int], files: int
+) -> None:
     last = len(tokens) - 2  # of the inputs, tokens[:-1]
+    count = 0
     for token, rows in spans.items():
         starts = np.flatnonzero(tokens == token)
+        count += len(starts)
         cut = starts[starts + rows > last]
         if len(cut):
             raise ValueError(
                 f"pieces[{number}]: token {token} at position {cut[0]} marks an image of {rows} "
                 f"rows, and {max(0, last - cut[0])} are left for it: the sample was cut"
             )
+    if count != files:
+        raise ValueError(
+            f"pieces[{number}]: {count} of the tokens {sorted(spans)} and {files} image_paths, "
+            "expected as many: a later image would take the place of a missing one"
+        )

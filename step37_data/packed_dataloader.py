@@ -256,10 +256,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         ):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         for dataset in self.datasets:
-            if isinstance(dataset, KeyedDataset):
-                digest.update(dataset.fingerprint().encode())
-                if len(dataset) <= _KEYS_UP_TO:
-                    digest.update(np.ascontiguousarray(dataset.sample_keys(), dtype="<u8").data)
+            if isinstance(dataset, KeyedDataset) and len(dataset) <= _KEYS_UP_TO:
+                digest.update(np.ascontiguousarray(dataset.sample_keys(), dtype="<u8").data)
         self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

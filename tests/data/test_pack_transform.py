@@ -140,7 +140,8 @@ def test_a_sample_cut_inside_an_image_is_refused_where_the_rows_of_images_are_kn
     rows = {7: 3, 8: 2}
     whole = [[1, 7, 4, 4, 4, 5, 8, 4, 4, 5], [7, 4, 4, 4, 5], [8, 4, 4, 9], [1, 2], [1], []]
     for tokens in whole:
-        pack_samples([make_sample(tokens, [0.0] * len(tokens), [])] * 2, start_token_ids=rows)
+        files = [("a.jpg", 0)] * sum(token in rows for token in tokens)
+        pack_samples([make_sample(tokens, [0.0] * len(tokens), files)] * 2, start_token_ids=rows)
     good = make_sample([1, 2, 3], [0.0] * 3, [])
     for tokens, message in (
         ([1, 7, 4, 4, 4], "token 7 at position 1 marks an image of 3 rows, and 2 are left"),
@@ -154,6 +155,16 @@ def test_a_sample_cut_inside_an_image_is_refused_where_the_rows_of_images_are_kn
             pack_samples([good, cut], start_token_ids=rows)
         # Without the number of rows there is nothing to compare.
         pack_samples([good, cut], start_token_ids=rows.keys())
+
+
+@pytest.mark.parametrize(("tokens", "files"), [([1, 2, 3], 1), ([7, 4, 5], 0), ([7, 4, 5], 2)])
+def test_a_sample_whose_images_and_files_differ_in_number_is_refused(tokens, files) -> None:
+    good = make_sample([1, 7, 4, 5], [0.0] * 4, [("a.jpg", 0)])
+    other = make_sample(tokens, [0.0] * len(tokens), [("b.jpg", 0)] * files)
+    message = rf"pieces\[1\]: {tokens.count(7)} of the tokens \[7\] and {files} image_paths"
+    with pytest.raises(ValueError, match=message):
+        pack_samples([good, other], start_token_ids={7: 1})
+    pack_samples([good, other], start_token_ids=[7])
 
 
 @pytest.mark.parametrize("tokens", [[1.9, 2.9], [float("nan"), 2.0]])

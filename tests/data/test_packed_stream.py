@@ -27,9 +27,7 @@ class Captions(Words):
 
 def test_a_state_of_other_samples_is_refused_where_the_data_set_can_tell_them_apart() -> None:
     state = loader_of([], datasets=[Captions("abcd")]).state_dict()
-    other_tokenizer = Captions("abcd")
-    other_tokenizer.tokenizer = "second"
-    for other in (Captions("dcba"), Captions("abce"), other_tokenizer):
+    for other in (Captions("dcba"), Captions("abce")):
         with pytest.raises(ValueError, match="saved with another schedule"):
             loader_of([], datasets=[other]).load_state_dict(state)
     loader_of([], datasets=[Captions("abcd")]).load_state_dict(state)

@@ -289,6 +289,17 @@ def test_white_and_black_stay_within_their_bounds(impl):
         ),
         (lambda p: RaggedImages(data=p, offsets=(), shapes=[]), ValueError, "data: expected a fl"),
         (
+            lambda p: RaggedImages(data=p.reshape(-1)[::2], offsets=(), shapes=[]),
+            ValueError,
+            r"data: expected a flat contiguous buffer, got shape \[45\] with strides \[2\]",
+        ),
+        (
+            lambda p: RaggedImages(data=p.reshape(-1), offsets=(-3,), shapes=[(1, 1)]),
+            ValueError,
+            "image 0: 1×1 pixels from byte -3 do not lie within the buffer",
+        ),
+        (lambda p: resize_clip_normalize([p[0]], 4), ValueError, r"images\[0\]: .* got \[6, 3\]"),
+        (
             lambda p: RaggedImages(data=p.reshape(-1), offsets=(), shapes=[(1, 1)]),
             ValueError,
             "offsets: expected 1, one for each shape, got 0",

@@ -132,8 +132,11 @@ def test_bad_arguments_are_named():
         plan_insert(ids.int(), [(2**40 + 7, [1])])
     with pytest.raises(ValueError, match=r"impl: expected one of auto, triton, torch, got 'cuda'"):
         plan_insert(ids, [], impl="cuda")
-    with pytest.raises(ValueError, match=r"at most 2147483647 positions and feature rows"):
-        plan_insert(ids, [(7, [2**31])])
+    # A start may be S as well.
+    many = torch.empty(1, 2**31 - 1, dtype=torch.int64, device="meta")
+    for ids_of_any, groups in ((ids, [(7, [2**31])]), (many, [(7, [1])])):
+        with pytest.raises(ValueError, match=r"at most 2147483647 positions and feature rows"):
+            plan_insert(ids_of_any, groups)
 
 
 def test_check_passes_a_batch_that_fits(device):
@@ -154,6 +157,8 @@ def test_check_passes_a_batch_that_fits(device):
         ([5, 5, 5, 7], [(7, [1])], r"positions 4 to 4\) is cut off"),
         ([7, 5, 7, 5], [(7, [3, 1])], r"feature 1 of start token 7 .*overlaps feature 0"),
         ([7, 7, 5, 5], [(7, [3, 1])], r"feature 1 .*positions 2 to 2\) overlaps feature 0"),
+        # Behind a short span within it, too, where only the first reaches.
+        ([7, 9, 5, 9, 5, 5], [(7, [5]), (9, [1, 1])], r"feature 1 .*9 .*overlaps feature 0 .*7"),
         (
             [7, 9, 5, 5],
             [(7, [2]), (9, [1])],
@@ -173,6 +178,12 @@ def test_a_start_token_may_be_any_value_of_the_ids(device, impl, token):
     input_ids = torch.tensor([[7, token, 5, 5]], device=device)
     plan = plan_insert(input_ids, [(token, [2])], impl=impl)
     assert plan.row_at.flatten().tolist() == [-1, -1, 0, 1]
+
+
+def test_spans_that_touch_do_not_overlap_and_empty_ones_take_no_room(device):
+    ids = torch.tensor([[7, 5, 7, 5, 9, 5]], device=device)
+    plan_insert(ids, [(7, [2, 1]), (9, [0])]).check()
+    plan_insert(ids, [(7, [1, 3]), (9, [0])]).check()
 
 
 def test_a_plan_made_under_fake_tensors_leaves_nothing_to_the_next():

@@ -350,6 +350,11 @@ def arguments_of(case: InsertCase) -> dict[str, object]:
             lambda c: c.embeddings.to("meta"),
             r"embeddings: expected the weight's device (cpu|cuda:0), got meta",
         ),
+        (
+            "plan",
+            lambda c: plan_insert(c.input_ids.to("meta"), c.plan_groups, impl="torch"),
+            r"plan.destinations: expected the weight's device (cpu|cuda:0), got meta",
+        ),
     ],
 )
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -373,6 +378,35 @@ def test_in_place_needs_contiguous_embeddings(device):
     embeddings = case.embeddings.detach()[:1].expand(case.embeddings.shape)
     with pytest.raises(ValueError, match=r"embeddings: inplace=True needs a contiguous tensor"):
         run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
+
+
+def test_a_bias_with_a_stride_is_read_right(device):
+    case = small_case(device)
+    strided = case.bias.detach().repeat_interleave(2)[::2].requires_grad_()
+    assert not strided.is_contiguous()
+    output = run(dataclasses.replace(case, bias=strided), "triton")
+    assert torch.equal(output, run(case, "triton"))
+    output.backward(case.grad_output)
+    assert_within("bias", strided.grad, expected(case).grad_bias, expected(case).grad_bias_bound)
+
+
+def test_gradients_that_cannot_be_differentiated_again_say_so(device):
+    case = small_case(device)
+    output = run(case, "triton")
+    # Of what depends on the weight twice: else nothing would be missed.
+    (grad,) = torch.autograd.grad(output.square().sum(), case.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_in_place_works_in_inference_mode(device):
+    case = small_case(device)
+    wanted = run(case, "triton")
+    with torch.inference_mode():
+        embeddings = case.embeddings.clone()
+        output = run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
+        assert output.data_ptr() == embeddings.data_ptr()
+        assert torch.equal(output, wanted)
 
 
 def test_in_place_refuses_an_inference_tensor_outside_inference_mode(device):

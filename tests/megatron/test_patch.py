@@ -85,7 +85,7 @@ def test_patching_twice_changes_nothing():
     assert unpatch_step37() == BOTH
 
 
-def test_unpatching_leaves_no_trace():
+def test_unpatching_leaves_no_trace(caplog):
     modules = [load(bridge.MODEL), load(bridge.EMBEDDING)]
     before = [dict(vars(module)) for module in modules]
     patch_step37(impl="torch", strict=True)
@@ -93,6 +93,9 @@ def test_unpatching_leaves_no_trace():
     assert [vars(module) for module in modules] == before
     assert not isinstance(build().image_insert_embedding, ImageInsertEmbedding)
     assert unpatch_step37() == ()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    module = Step37ImageInsertEmbedding(torch.nn.Identity(), WIDTH, HIDDEN)
+    assert (module.impl, module.strict) == ("auto", False)
     patch_step37()
     assert build().image_insert_embedding.impl == "auto"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
 from step37_kernels.image_insert_embedding import _warn_unfused
+from step37_kernels.parallel import SequenceLayout
 
 IDS = torch.tensor([[7, 1, 2, 3, 7, 4, 5]])
 HIDDEN, WIDTH = 4, 6
@@ -79,6 +81,85 @@ def test_forward_hooks_of_the_projector_run_and_their_result_counts():
     words, module = make(projector)
     projector.register_forward_hook(lambda _module, _args, output: 2 * output)
     torch.testing.assert_close(module(IDS, groups()), called(words, projector))
+
+
+BACKWARD_HOOKS = {
+    "backward": lambda m, hook: m.register_full_backward_hook(lambda *_: hook()),
+    "backward, before": lambda m, hook: m.register_full_backward_pre_hook(lambda *_: hook()),
+}
+
+
+@pytest.mark.parametrize("register", BACKWARD_HOOKS.values(), ids=BACKWARD_HOOKS)
+def test_backward_hooks_of_the_projector_run(register):
+    projector = nn.Linear(WIDTH, HIDDEN)
+    _, module = make(projector)
+    calls = []
+    register(projector, lambda: calls.append(1))
+    module(IDS, groups()).sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("images", [groups(), None], ids=["with images", "text only"])
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_forward_pre_hooks_of_a_plain_projector_run_before_its_weight_is_used(images, with_kwargs):
+    projector = nn.Linear(WIDTH, HIDDEN)
+    words, module = make(projector, text_only_gradient=True)
+    arriving = torch.randn_like(projector.weight)
+
+    def arrive() -> None:
+        with torch.no_grad():
+            projector.weight.copy_(arriving)
+
+    if with_kwargs:
+        projector.register_forward_pre_hook(lambda _m, _a, _k: arrive(), with_kwargs=True)
+    else:
+        projector.register_forward_pre_hook(lambda _m, _a: arrive())
+    output = module(IDS, images)
+    assert torch.equal(projector.weight, arriving)
+    if images is not None:
+        torch.testing.assert_close(output, called(words, projector))
+
+
+def test_what_a_hooked_projector_gets_and_gives_is_of_the_right_dtype():
+    projector = nn.Linear(WIDTH, HIDDEN, dtype=torch.bfloat16)
+    words, module = make(projector)
+    projector.register_forward_hook(lambda *_: None)
+    output = module(IDS, groups())
+    assert output.dtype == words.dtype == torch.float32
+    rows = [projector(f.bfloat16()).float() for f in groups()[0].image_features]
+    assert torch.equal(output, reference.insert_features(words, rows, IDS, 7))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondHalf(SequenceLayout):
+    """The layout of a rank that looks up the later positions, without other ranks."""
+
+    def positions_looked_up(self, seq_len, device):
+        return torch.arange(seq_len // 2, seq_len, device=device)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_a_rank_looks_up_and_inserts_its_own_positions(hooked, impl):
+    if hooked and impl == "triton":
+        pytest.skip("a projector with a hook is PyTorch's")
+    seen = {}
+    table = torch.randn(10, HIDDEN)
+
+    def words(input_ids, position_ids):
+        seen.update(ids=input_ids, positions=position_ids)
+        return table[input_ids[0]][:, None] + position_ids[0, :, None, None]
+
+    whole = ImageInsertEmbedding(words, WIDTH, HIDDEN)
+    position_ids = torch.arange(IDS.shape[1])[None]
+    wanted = whole(IDS, groups(), position_ids)[IDS.shape[1] // 2 :]
+    module = ImageInsertEmbedding(words, WIDTH, HIDDEN, impl=impl, layout=SecondHalf())
+    module.align_projector = whole.align_projector
+    if hooked:
+        module.align_projector.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(module(IDS, groups(), position_ids), wanted)
+    assert seen["ids"].tolist() == [IDS[0, 3:].tolist()]
+    assert seen["positions"].tolist() == [[3, 4, 5, 6]]
 
 
 def test_it_is_said_once_and_never_of_a_plain_projector(caplog):

@@ -122,8 +122,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
             raise ValueError(
-                f"nothing was packed: all {len(sizes)} samples are longer than the "
-                f"{max_length} tokens of a pack"
+                f"nothing was packed: all {self.packing_result.num_droped} samples are longer than "
+                f"the {max_length} tokens of a pack"
             )
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
         self._ranges: PackRanges = self.packing_result.packed_sample_ranges

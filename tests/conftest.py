@@ -27,7 +27,8 @@ _common = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     "derandomize": bool(os.environ.get("CI")),
 }
-settings.register_profile("default", max_examples=25, **_common)
+# Interpreting PTX takes its time, and the same properties have been searched without it.
+settings.register_profile("default", max_examples=10 if ptx.ARCHITECTURE else 25, **_common)
 settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import sys
 import types
 import warnings
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from step37_data import decode as decode_module
 from step37_data.decode import (
     BROKEN_SIZE,
     BrokenImageError,
@@ -259,3 +261,28 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path):
         os._exit(0 if shapes == [(17, 23, 3)] * 3 else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+PILLOWS_ERRORS = [OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
+                  OverflowError, NotImplementedError, struct.error, zlib.error,
+                  Image.DecompressionBombError]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PILLOWS_ERRORS, ids=lambda error: error.__name__)
+def test_whatever_pillow_is_known_to_raise_is_a_broken_file(monkeypatch, error):
+    def damaged(_path: str) -> Image.Image:
+        raise error("damaged")
+
+    monkeypatch.setattr(decode_module, "read_rgb", damaged)
+    got = decode("x.jpg", "zero")
+    assert got.broken is not None
+    assert got.broken.startswith(error.__name__)
+    assert got.pixels.shape == (*BROKEN_SIZE, 3)
+
+
+def test_the_reasons_given_out_do_not_change_any_more():
+    broken = BrokenImages()
+    broken.record("a.jpg", "bad")
+    reasons = broken.reasons
+    broken.record("b.jpg", "worse")
+    assert reasons == {"a.jpg": "bad"}

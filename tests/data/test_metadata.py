@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
     Step37Flickr8kDataset,
+    _fetch_all,
     prepare_flickr8k_samples,
     read_flickr8k_metadata,
 )
@@ -135,3 +137,24 @@ def test_the_keys_of_samples_follow_prompt_and_caption_not_the_path() -> None:
     one, two, three = keys("p", ("a.jpg", "x"), ("b.jpg", "x"), ("a.jpg", "y"))
     assert one == two != three
     assert keys("q", ("a.jpg", "x"))[0] not in (one, three)
+
+
+def test_prompt_and_caption_are_kept_apart_in_a_samples_key() -> None:
+    def key(prompt: str, caption: str) -> list[list[int]]:
+        samples = [Flickr8kSample("a.jpg", caption)]
+        return Step37Flickr8kDataset(samples, None, prompt).sample_keys().tolist()
+
+    assert key("ab", "c") != key("a", "bc")
+
+
+def test_after_a_failure_nothing_more_is_fetched() -> None:
+    asked = []
+
+    def fetch(name: str) -> None:
+        asked.append(name)
+        time.sleep(0.02)
+        raise OSError(f"{name}: no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        _fetch_all(fetch, [str(i) for i in range(50)], 1, False, "pictures")
+    assert len(asked) < 10

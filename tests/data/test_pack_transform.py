@@ -228,3 +228,9 @@ def test_the_length_of_a_sample_is_its_tokens_less_one_and_never_negative() -> N
     assert len(make_sample([], [], [])) == 0
     assert len(pack_samples([make_sample([], [], []), make_sample([1, 2], [0.0] * 2, [])],
                             seqlen_divisible_by=1)["tokens"]) == 1  # fmt: skip
+
+
+def test_tokens_of_two_dimensions_are_refused() -> None:
+    piece = {"tokens": torch.ones(2, 3, dtype=torch.int64), "loss_mask": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"pieces\[0\]: expected tokens and loss_mask of one"):
+        pack_samples([piece])

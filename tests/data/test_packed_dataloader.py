@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step37_data.lengths import LengthCache, probe_lengths
+from step37_data.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample
 
@@ -490,3 +490,41 @@ def test_ten_million_samples_are_scheduled_in_ten_seconds_and_one_gigabyte() -> 
     seconds, peak = map(float, run.stdout.split())
     assert seconds < 10
     assert peak < 1e9
+
+
+def test_best_fit_that_drops_everything_says_that_nothing_was_packed() -> None:
+    with pytest.raises(ValueError, match="nothing was packed: all 2 samples are longer"):
+        loader_of([9, 10], max_length=8, oversize_policy="drop", packing="best_fit")
+
+
+def test_schedules_that_differ_in_domains_alone_or_in_counts_alone_are_told_apart() -> None:
+    def schedule(data_sets: list[list[int]], epochs: float, max_length: int) -> str:
+        loader = MixedPackedDataloader(
+            datasets=[[[0] * length for length in lengths] for lengths in data_sets],
+            epochs=[epochs] * len(data_sets),
+            max_length=max_length,
+            oversize_policy="drop",
+            dataset_sampling="sequential",
+            progress=False,
+        )
+        return loader.schedule_fingerprint()
+
+    assert schedule([[1]], 2.0, 8) != schedule([[1], [1]], 1.0, 8)
+    # The last sample ends the second pack, or is dropped: the packs begin where they did.
+    assert schedule([[2, 2, 1, 3]], 1.0, 4) != schedule([[2, 2, 1, 3]], 1.0, 3)
+
+
+def test_a_lengths_file_can_be_read_by_others_and_a_failed_one_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "kept", b"x")
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o644
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "kept", b"y")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_bytes() == b"x"

@@ -504,3 +504,10 @@ def test_packs_that_cannot_share_a_microbatch_are_refused(packs: list, match: st
     with pytest.raises(ValueError, match=match):
         prepare_packed_images_for_pp(batch, 1)
     assert batch["images"] is packs
+
+
+def test_a_group_without_images_or_features_counts_as_none() -> None:
+    groups = [[ImageForInsert(insert_start_token=7)], None]
+    assert len(chunk_packed_images(groups, 1, torch.tensor([[5, 5], [5, 5]]))) == 1
+    with pytest.raises(ValueError, match="pack 0 has 0 images for 1 start tokens"):
+        chunk_packed_images(groups, 1, torch.tensor([[7, 5], [5, 5]]))

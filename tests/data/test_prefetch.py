@@ -263,3 +263,21 @@ def test_inputs_are_ready_for_the_callers_stream_and_live_as_long_as_it_needs_th
             del one
     side.synchronize()
     assert [float(s) for s in sums] == [float(e) for e in expected]
+
+
+def test_closing_prepares_nothing_that_had_not_begun():
+    made, began, go = [], threading.Event(), threading.Event()
+
+    def prepare_slowly(pack):
+        made.append(pack)
+        began.set()
+        assert go.wait(30)
+        return pack
+
+    prefetcher = Prefetcher(list(range(9)), prepare_slowly, depth=4, device="cpu")
+    assert began.wait(30)
+    threading.Timer(0.1, go.set).start()
+    prefetcher.close()
+    assert made == [0]
+    with pytest.raises(StopIteration):
+        next(prefetcher)

@@ -312,6 +312,26 @@ def test_skip_loss_takes_the_samples_of_broken_images_out_of_the_loss(
     assert (len(crops.images), len(images.images)) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        # A sample that begins with its image; and more start tokens than images.
+        ([5, 5, IM_START, 5], [1, 1, 0, 0]),
+        ([IM_START, 5, IM_START, 5], [0, 0, 1, 1]),
+    ],
+)
+def test_skip_loss_finds_the_sample_that_owns_an_image(tmp_path, tokens, expected):
+    batch = {
+        "tokens": torch.tensor(tokens),
+        "labels": torch.tensor(tokens),
+        "loss_masks": torch.ones(4),
+        "cu_seqlens": torch.tensor([0, 2, 4], dtype=torch.int32),
+        "position_id": torch.tensor([0, 1, 0, 1]),
+        "image_paths": [(str(tmp_path / "missing.jpg"), IMAGE_ITEM_TYPE)],
+    }
+    assert run(batch, on_broken="skip-loss")["loss_masks"][0].tolist() == expected
+
+
 def test_raise_names_the_file(photos, tmp_path):
     gone = str(tmp_path / "gone.jpg")
     with pytest.raises(

@@ -307,3 +307,36 @@ def test_a_broken_megatron_bridge_says_what_it_lacks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="nvtx"):
         load_provider_with(monkeypatch, {})
+
+
+def test_every_field_reaches_the_part_it_is_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def recorded(name: str) -> Any:
+        real = getattr(step37_data.provider, name)
+
+        def call(**options: Any) -> Any:
+            given.update(options)
+            return real(**options)
+
+        return call
+
+    for name in ("Step37MultimodalTemplate", "prepare_flickr8k_samples", "MixedPackedDataloader"):
+        monkeypatch.setattr(step37_data.provider, name, recorded(name))
+    fields = {
+        "caption_key": "caption_3",
+        "revision": None,
+        "packing_window": 17,
+        "probe_workers": 1,
+        "multicrop": True,
+        "max_packing_seqlen": 2999,
+    }
+    provider_of(folder, **fields).build_datasets(None)
+    fields["max_sequence_length"] = fields["max_length"] = fields.pop("max_packing_seqlen")
+    assert {name: given[name] for name in fields} == fields
+
+
+def test_a_fixed_pack_counts_modulo_the_number_of_packs() -> None:
+    assert _FixedPackDataset(["a", "b"], 5)[0] == "b"

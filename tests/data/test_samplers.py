@@ -209,3 +209,23 @@ def test_wrong_sizes_counts_and_weights_are_refused() -> None:
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="positive finite"):
             WeightedRandomSampler(2, weights=[1.0, bad])
+
+
+def test_many_draws_at_once_leave_the_state_of_single_ones() -> None:
+    at_once, singly = (WeightedRandomSampler(3, weights=[1.0, 2.5, 0.3]) for _ in range(2))
+    at_once.take(7)
+    for _ in range(7):
+        next(singly)
+    assert at_once.state_dict() == singly.state_dict()
+    assert at_once.state_dict()["data_idx"] == sum(at_once.state_dict()["counts"]) == 7
+
+
+def test_a_state_of_too_few_indices_is_refused_and_no_state_is_written_to() -> None:
+    sampler = WeightedRandomSampler(2, weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="expected counts and scores of 2 indices, got 1 and 1"):
+        sampler.load_state_dict({"size": 2, "data_idx": 1, "counts": [1], "scores": [1.0]})
+    state = {"data_idx": 0, "counts": np.zeros(2, dtype=np.int64), "scores": np.zeros(2)}
+    sampler.load_state_dict(state)
+    next(sampler)
+    assert not state["counts"].any()
+    assert not state["scores"].any()

@@ -252,6 +252,22 @@ def test_multicrop_placeholders_become_169_and_81_bare_patches(
     assert sample["image_paths"] == [("a.jpg", 0), ("b.jpg", 1)]
 
 
+def test_images_stay_in_the_order_in_which_they_are_given(
+    template: Step37MultimodalTemplate,
+) -> None:
+    conversation = [{"role": "user", "content": CROPS}, {"role": "assistant", "content": "x"}]
+    images = [("b.jpg", 1), ("a.jpg", 0)]
+    assert template({"conversations": conversation, "images": images})["image_paths"] == images
+
+
+def test_a_text_part_may_call_its_text_value(template: Step37MultimodalTemplate) -> None:
+    question = {"role": "user", "content": [{"type": "text", "value": "<image>"}]}
+    conversation = [question, {"role": "assistant", "content": "x"}]
+    sample = template({"conversations": conversation, "images": ["a.jpg"]})
+    tokens = template.tokenizer.convert_ids_to_tokens(sample["tokens"].tolist())
+    assert tokens.count("<im_patch>") == 169
+
+
 def test_the_loss_covers_the_answer_after_the_generation_prompt_up_to_the_line_end(
     template: Step37MultimodalTemplate,
 ) -> None:

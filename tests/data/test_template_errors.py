@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 
 from step37_data.template import Step37MultimodalTemplate
+from step37_data.tokenizer import load_tokenizer
 from tests.data.test_template import TOKENIZER, edited_tokenizer, flickr
 
 
@@ -98,3 +101,31 @@ def test_a_token_count_is_an_integer_of_at_least_1(name: str) -> None:
     for count, message in ((0, "at least 1, got 0"), (1.7, r"an integer, got 1\.7")):
         with pytest.raises(ValueError, match=f"{name}: expected {message}"):
             Step37MultimodalTemplate(tokenizer_path=str(TOKENIZER), **{name: count})
+
+
+def test_the_tokenizers_own_code_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def from_pretrained(path: str, **options: Any) -> SimpleNamespace:
+        given.update(options, path=path)
+        return SimpleNamespace(chat_template="x")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer("somewhere")
+    assert given == {"path": "somewhere", "trust_remote_code": False}
+
+
+@pytest.mark.parametrize(
+    "tool_calls",
+    [
+        [{"function": {"name": "f", "arguments": {"<im_start>": 1}}}],
+        ({"function": {"name": "<im_start>", "arguments": {}}},),
+    ],
+    ids=["in a key", "in a tuple"],
+)
+def test_a_special_token_is_found_wherever_a_message_spells_it(
+    template: Step37MultimodalTemplate, tool_calls: Any
+) -> None:
+    answer = {"role": "assistant", "content": "a", "tool_calls": tool_calls}
+    with pytest.raises(ValueError, match=r"\[1\] \(assistant\) tool_calls.*<im_start>"):
+        template({"conversations": [{"role": "user", "content": "q"}, answer]})

@@ -61,7 +61,7 @@ def images_of(groups: list[tuple[int, list[Tensor]]]) -> list[ImageForInsert]:
     ]
 
 
-@settings(max_examples=200)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(
     input_ids=token_ids(max_batch=2, max_seq=24),
     groups=feature_groups(),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from step37_kernels import parallel
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, parallel
 from step37_kernels.parallel import SequenceLayout
 
 
@@ -84,3 +84,12 @@ def test_rows_that_cannot_be_divided_or_are_of_another_length_are_refused(first_
     rows, positions = layout.shard(torch.arange(6.0).view(6, 1, 1), 6, None)
     assert rows.flatten().tolist() == [0, 1, 2]
     assert positions.tolist() == [0, 1, 2]
+
+
+def test_the_projectors_mark_outlives_the_first_forward(alone):
+    layout = SequenceLayout(sequence_parallel_group=alone)
+    module = ImageInsertEmbedding(lambda **_: torch.zeros(3, 1, 4), 6, 4, layout=lambda _: layout)
+    images = [ImageForInsert(insert_start_token=7, image_features=torch.ones(1, 1, 6))]
+    for _ in range(3):
+        module(torch.tensor([[7, 5, 5]]), images)
+        assert module.align_projector.weight.sequence_parallel

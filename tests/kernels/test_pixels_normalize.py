@@ -200,3 +200,13 @@ def test_more_than_two_to_the_31_values():
     pixels = torch.randint(0, 256, (1, 27000, 27000, 3), dtype=torch.uint8, device=DEVICE)
     got = clip_normalize(pixels, impl="triton")
     assert torch.equal(got[:, :, -5:], reference_pixels.clip_normalize(pixels[:, -5:]))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.4177, 0.3211), (0.5139, 0.5069)])
+def test_arithmetic_that_is_exact_only_fused_or_only_apart_is_not_used(mean, std):
+    # In bf16 the first pair is exact fused, the second in two roundings.
+    constants = {"mean": (mean,) * 3, "std": (std,) * 3}
+    assert pixels_module._line((mean,) * 3, (std,) * 3, torch.bfloat16) is None
+    pixels = random_pixels(1, 16, 16, 3)
+    wanted = reference_pixels.clip_normalize(pixels, **constants)
+    assert torch.equal(clip_normalize(pixels, **constants), wanted)

@@ -279,6 +279,18 @@ def test_no_rows_return_the_embeddings_themselves(device, impl):
     assert run(case, impl) is case.embeddings
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 4), (3, 0, 4), (3, 1, 0)])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_embeddings_without_elements_come_back_themselves(device, impl, shape):
+    embeddings = torch.zeros(shape, device=device)
+    seq_len, batch_size, hidden = shape
+    ids = torch.full((batch_size, seq_len), 7, device=device)
+    weight = torch.ones(hidden, 6, device=device)
+    features = torch.ones(1, 1, 6, device=device)
+    plan = plan_insert(ids, [(7, [1])], impl=impl)
+    assert project_and_insert(embeddings, features, weight, None, plan, impl=impl) is embeddings
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_rows_without_channels_are_the_bias(device, impl, bias):

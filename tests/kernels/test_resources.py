@@ -29,7 +29,10 @@ def names(rows: list[dict[str, object]]) -> list[str]:
     [["bf16", "fp32"], pytest.param(["fp16"], marks=pytest.mark.slow)],
     ids="-".join,
 )
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "arch",
+    ["sm_80", "sm_90", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_100", "gfx942"))],
+)
 def test_every_kernel_compiles_without_spills_and_fits(arch, dtypes):
     rows = resources(arch, dtypes)
     launched = {kernel.__name__ for kernel in KERNELS}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from bench.harness import (
     measure,
     rotation,
 )
+from bench.pixels import photo_paths, stock_decode
 from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_data.multicrop_pixels import canvas_image, cut, prepare_on_device
 from step37_kernels import reference_pixels
@@ -44,7 +44,6 @@ from step37_kernels.pixels import (
     resize_clip_normalize,
 )
 
-PHOTOS = Path(__file__).resolve().parent.parent / "examples" / "flickr8k_mini" / "train"
 SIZE = 728
 BATCHES = (9, 64)
 """Pictures: those of a pack, and enough to fill the device."""
@@ -62,15 +61,11 @@ Run = Callable[[Any], Any]
 
 def photographs(count: int, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """The photographs of the example, in turn; resized to (width, height) if one is given."""
-    files = sorted(PHOTOS.glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(f"no photographs in {PHOTOS}")
-    found = []
-    for path in files[:count]:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
-        found.append(rgb if size is None else rgb.resize(size, BILINEAR))
-    return [found[i % len(found)] for i in range(count)]
+    paths = photo_paths(count)
+    found = {path: stock_decode(path) for path in set(paths)}
+    if size is not None:
+        found = {path: picture.resize(size, BILINEAR) for path, picture in found.items()}
+    return [found[path] for path in paths]
 
 
 def pixels_of(pictures: Sequence[Image.Image], device: torch.device) -> list[Tensor]:

@@ -432,3 +432,9 @@ def test_an_error_of_another_kind_reaches_every_rank_by_name(hub: Hub, tmp_path:
     assert outcomes[0] == ("LookupError", "odd")
     assert outcomes[1][0] == "RuntimeError"
     assert "failed on rank 0: odd (LookupError)" in outcomes[1][1]
+
+
+def test_an_error_that_takes_more_than_a_message_reaches_other_ranks_as_its_base() -> None:
+    rebuilt = rank_order._rebuilt("UnicodeDecodeError", "metadata.csv: not UTF-8")
+    assert type(rebuilt) is ValueError
+    assert "not UTF-8" in str(rebuilt)

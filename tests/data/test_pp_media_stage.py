@@ -19,6 +19,7 @@ from step37_data.pp_media import (
     prepare_vlm_media_for_pp,
     stage_vlm_media_for_pp,
 )
+from step37_data.pp_media_stage import _Cursor
 from step37_kernels.image_insert_embedding import ImageForInsert
 
 N_MICROBATCHES = 4
@@ -340,3 +341,12 @@ def test_media_that_no_stage_takes_are_refused() -> None:
         stage_vlm_media_for_pp(pp, [], make_batch(UNEVEN)),
     ):
         pass
+
+
+def test_a_backward_pass_that_ends_within_a_forward_leaves_its_microbatch() -> None:
+    cursor = _Cursor(torch.nn.Linear(1, 1))
+    backward, forward = cursor.backward_of(0), cursor.forward_of(1)
+    backward.__enter__()
+    with forward:
+        backward.__exit__(None, None, None)
+        assert cursor.microbatch == 1

@@ -19,7 +19,15 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from bench.harness import environment
-from bench.pixels import PHOTOS, Row, median_seconds, print_rows, stock_normalize, thread_counts
+from bench.pixels import (
+    Row,
+    median_seconds,
+    photo_paths,
+    print_rows,
+    stock_decode,
+    stock_normalize,
+    thread_counts,
+)
 from step37_data.decode import decode, map_threads
 from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
 from step37_data.multicrop_pixels import PixelOrder
@@ -32,12 +40,10 @@ BILINEAR = Image.Resampling.BILINEAR
 
 def make_pictures(folder: Path, count: int) -> list[str]:
     """JPEGs of 1920×1080: photographs, enlarged."""
-    sources = sorted(PHOTOS.glob("*.jpg"))
     paths = []
-    for i in range(count):
+    for i, source in enumerate(photo_paths(count)):
         path = folder / f"{i}.jpg"
-        with Image.open(sources[i % len(sources)]) as photo:
-            photo.convert("RGB").resize(SIZE, BILINEAR).save(path, quality=92)
+        stock_decode(source).resize(SIZE, BILINEAR).save(path, quality=92)
         paths.append(str(path))
     return paths
 

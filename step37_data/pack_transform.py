@@ -86,7 +86,7 @@ def pack_samples(
     # NumPy throughout: torch would start threads for a few thousand elements, in every worker.
     all_tokens = [_tokens(number, piece["tokens"]) for number, piece in enumerate(pieces)]
     all_masks = [_as_numpy(piece["loss_mask"], np.float32) for piece in pieces]
-    image_paths = [entry for n, piece in enumerate(pieces) for entry in _image_paths(n, piece)]
+    all_paths = [_image_paths(number, piece) for number, piece in enumerate(pieces)]
     for number, (tokens, mask) in enumerate(zip(all_tokens, all_masks, strict=True)):
         if tokens.ndim != 1 or tokens.shape != mask.shape:
             raise ValueError(
@@ -94,9 +94,7 @@ def pack_samples(
                 f"got shapes {tokens.shape} and {mask.shape}"
             )
         if isinstance(start_token_ids, Mapping):
-            _check_images(
-                number, tokens, start_token_ids, len(_image_paths(number, pieces[number]))
-            )
+            _check_images(number, tokens, start_token_ids, len(all_paths[number]))
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
         if pad_token_id in start_token_ids:
@@ -117,7 +115,7 @@ def pack_samples(
         "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
         "max_seq_len": torch.tensor(max(sizes)),
         "position_id": torch.from_numpy(_positions(bounds)),
-        "image_paths": image_paths,
+        "image_paths": [entry for paths in all_paths for entry in paths],
     }
 
 

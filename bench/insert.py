@@ -30,7 +30,7 @@ from bench.harness import (
 )
 from bench.oracle import Oracle
 from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels._dispatch import use_triton
+from step37_kernels.dispatch import use_triton
 from step37_kernels.testing import InsertCase, Layout
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")

@@ -28,9 +28,9 @@ from bench.pixels import (
     stock_normalize,
     thread_counts,
 )
-from step37_data.decode import decode, map_threads
-from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
-from step37_data.multicrop_pixels import PixelOrder
+from step37_data.images.crop_pixels import PixelOrder
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
+from step37_data.images.decode import decode, map_threads
 from step37_data.preprocess import load_images
 
 SIZE = (1920, 1080)

@@ -33,10 +33,10 @@ from bench.harness import (
     rotation,
 )
 from bench.pixels import photo_paths, stock_decode
-from step37_data.multicrop import CROP_SIZE, IMAGE_SIZE, plan_crops
-from step37_data.multicrop_pixels import canvas_image, cut, prepare_on_device
-from step37_kernels import reference_pixels
-from step37_kernels.pixels import (
+from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import (
     CLIP_MEAN,
     CLIP_STD,
     RaggedImages,

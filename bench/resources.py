@@ -29,17 +29,17 @@ import triton
 from torch import Tensor
 from triton.backends.nvidia.compiler import get_ptxas
 
-from bench import products
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
-from bench.products import HIDDEN, ROWS, WIDTH, Operands
-from step37_kernels import pixels
-from step37_kernels import resize as picture_resize
+from bench.tune import products
+from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
 from step37_kernels.ops import gemm, plan, project, project_backward, tiles
-from step37_kernels.ops import pixels as pixel_ops
+from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
-from step37_kernels.resize import resize_uint8
+from step37_kernels.pixels import normalize as pixels
+from step37_kernels.pixels import resize as picture_resize
+from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 MATRIX_UNIT = {

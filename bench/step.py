@@ -30,7 +30,7 @@ from step37_kernels import (
     RaggedImages,
     resize_clip_normalize,
 )
-from step37_kernels.reference_pixels import CLIP_MEAN, CLIP_STD
+from step37_kernels.pixels.reference import CLIP_MEAN, CLIP_STD
 from step37_kernels.testing import InsertCase
 
 SHAPES = ("flickr8k", "long", "multicrop")

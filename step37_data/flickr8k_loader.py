@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from step37_data.checks import checked_int
+from step37_data.images.crops import plan_file
 from step37_data.lengths import write_atomically
-from step37_data.multicrop import plan_file
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import (
     IMAGE_PLACEHOLDER,

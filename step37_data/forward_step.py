@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from step37_data.decode import OnBroken
+from step37_data.images.decode import OnBroken
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import Device, preprocess_packed_batch
 

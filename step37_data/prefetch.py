@@ -12,8 +12,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from step37_data.decode import BrokenImages
-from step37_data.stacks import Device, resolve_device
+from step37_data.images.decode import BrokenImages
+from step37_data.images.device import Device, resolve_device
 
 _Input = TypeVar("_Input")
 

@@ -17,11 +17,18 @@ import numpy as np
 import torch
 
 from step37_data.checks import checked_int
-from step37_data.crop_stacks import View, find_broken, load_crop_stacks
-from step37_data.decode import BrokenImages, OnBroken
-from step37_data.multicrop import ImageEntry, Window
-from step37_data.multicrop_pixels import PixelOrder
-from step37_data.stacks import Device, Stack, decode_all, load_stacks, resolve_device, to_device
+from step37_data.images.crop_pixels import PixelOrder
+from step37_data.images.crop_stacks import View, find_broken, load_crop_stacks
+from step37_data.images.crops import ImageEntry, Window
+from step37_data.images.decode import BrokenImages, OnBroken
+from step37_data.images.device import (
+    Device,
+    Stack,
+    decode_all,
+    load_stacks,
+    resolve_device,
+    to_device,
+)
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 
@@ -55,7 +62,8 @@ def load_images(
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.
         on_broken: an unreadable file gives a black 224×224 picture and a warning (``"zero"``,
-            ``"skip-loss"``) or a :class:`~step37_data.decode.BrokenImageError` (``"raise"``).
+            ``"skip-loss"``) or a :class:`~step37_data.images.decode.BrokenImageError`
+            (``"raise"``).
         broken: told about every image, for the report at the end of the epoch.
         threads: decoding threads; None takes the cores at hand, at most 8.
         pixel_order: ``"pillow"`` as above: resized in 8 bits, then normalised. ``"serving"``: the

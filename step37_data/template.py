@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from step37_data.checks import checked_int
+from step37_data.images.crops import ImageEntry, SampleImages, token_runs
 from step37_data.messages import check_encodable, checked_role, map_texts, strings
-from step37_data.multicrop import ImageEntry, SampleImages, token_runs
 from step37_data.tokenizer import load_tokenizer
 from step37_data.tokens import (
     IMAGE_END_TOKEN,
@@ -83,7 +83,7 @@ class Step37MultimodalTemplate:
     With ``multicrop`` one ``<image>`` becomes all that the model was trained to see of a picture:
     its crops, row by row, each ``<patch_start>``, 81 ``<im_patch>`` and ``<patch_end>``, with a
     ``<patch_newline>`` between rows; then the full image as above. How many there are is read from
-    the header of the image file (see :mod:`step37_data.multicrop`).
+    the header of the image file (see :mod:`step37_data.images.crops`).
 
     The loss is on the assistant turns after the last user turn; a message with ``loss_mask: 0`` is
     left out. A turn's loss begins after the generation prompt (``<|im_start|>assistant`` and what

@@ -2,8 +2,13 @@
 
 from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
 from step37_kernels.insert import InsertPlan, plan_insert, project_and_insert
-from step37_kernels.pixels import Crop, RaggedImages, clip_normalize, resize_clip_normalize
-from step37_kernels.resize import resize_uint8
+from step37_kernels.pixels.normalize import (
+    Crop,
+    RaggedImages,
+    clip_normalize,
+    resize_clip_normalize,
+)
+from step37_kernels.pixels.resize import resize_uint8
 
 __all__ = [
     "Crop",

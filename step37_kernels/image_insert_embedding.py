@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from step37_kernels._dispatch import Impl, use_triton
+from step37_kernels.dispatch import Impl, use_triton
 from step37_kernels.insert import (
     InsertPlan,
     check_embeddings,

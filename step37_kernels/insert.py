@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step37_kernels import _library as library
-from step37_kernels._dispatch import Impl, use_triton
-from step37_kernels._plan import Runs, num_rows, to_runs
+from step37_kernels import operators as library
+from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.plan_tensors import Runs, num_rows, to_runs
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INT32_MAX = 2**31 - 1

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from step37_kernels._dispatch import Impl
+from step37_kernels.dispatch import Impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.parallel import LayoutRule, SequenceLayout
 

@@ -2,7 +2,7 @@
 
 Written to be read, loops and all. Nothing here is fast, nothing here imports a kernel, and autograd
 differentiates it by itself. What these functions do is what the fused kernels must do. The
-arithmetic of pixels stands in :mod:`step37_kernels.reference_pixels`.
+arithmetic of pixels stands in :mod:`step37_kernels.pixels.reference`.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
 feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``N`` features.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step37_kernels.reference_pixels import clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.reference import clip_normalize, resize_clip_normalize
 
 __all__ = [
     "Plan",

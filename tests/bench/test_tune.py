@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import tune
-from bench.compile_pool import Usage, compile_all, request
 from bench.harness import LATE, CpuClock, Implementation
-from bench.products import only
 from bench.resources import SHARED_LIMIT
-from bench.tune_table import Chip, Extents, accumulators, candidates, describe, propose, source
+from bench.tune import __main__ as tune
+from bench.tune.compile_pool import Usage, compile_all, request
+from bench.tune.products import only
+from bench.tune.table import Chip, Extents, accumulators, candidates, describe, propose, source
 from step37_kernels.ops import project_backward, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile, _Buckets, _table

@@ -26,7 +26,7 @@ from torch.distributed.pipelining import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from step37_data.pp_media import (
+from step37_data.pp_media.chunks import (
     prepare_packed_images_for_pp,
     prepare_vlm_media_for_pp,
     stage_vlm_media_for_pp,

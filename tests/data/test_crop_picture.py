@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from step37_data.crop_picture import draw_crops
-from step37_data.inspect import main
-from step37_data.multicrop import plan_crops
+from step37_data.images.crops import plan_crops
+from step37_data.inspect.cli import main
+from step37_data.inspect.crop_picture import draw_crops
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOS = EXAMPLES / "flickr8k_mini" / "train"

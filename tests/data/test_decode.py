@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data import decode as decode_module
-from step37_data.decode import (
+from step37_data.images import decode as decode_module
+from step37_data.images.crops import picture_size, plan_file
+from step37_data.images.decode import (
     BROKEN_SIZE,
     BrokenImageError,
     BrokenImages,
@@ -25,9 +26,8 @@ from step37_data.decode import (
     default_threads,
     map_threads,
 )
-from step37_data.multicrop import picture_size, plan_file
 from step37_data.preprocess import load_images
-from step37_kernels.pixels import clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
 
 
 def noise(mode: str, size: tuple[int, int] = (23, 17), seed: int = 0) -> Image.Image:
@@ -127,7 +127,7 @@ def test_an_exif_turn_is_not_made(tmp_path):
 def test_a_broken_file_becomes_black_with_a_warning(tmp_path, caplog, name, on_broken):
     path = tmp_path / name
     BROKEN[name][0](path)
-    with caplog.at_level(logging.WARNING, logger="step37_data.decode"):
+    with caplog.at_level(logging.WARNING, logger="step37_data.images.decode"):
         got = decode(str(path), on_broken)
     assert got.pixels.shape == (*BROKEN_SIZE, 3)
     assert not got.pixels.any()
@@ -212,7 +212,7 @@ def test_the_report_counts_and_begins_anew(tmp_path, caplog):
     load_images(items, image_size=8, patch_image_size=4, broken=broken, threads=2)
     assert (broken.seen, broken.occurrences, len(broken.reasons)) == (4, 3, 2)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="step37_data.decode"):
+    with caplog.at_level(logging.WARNING, logger="step37_data.images.decode"):
         message = broken.report(shown=1)
     assert message.splitlines()[0] == "3 of 4 images could not be read (2 files)"
     assert "bad.jpg: OSError" in message

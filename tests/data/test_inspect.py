@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.inspect import find_broken_images, main
-from step37_data.pack_picture import describe_pack, draw_pack
+from step37_data.inspect.cli import find_broken_images, main
+from step37_data.inspect.pack_picture import describe_pack, draw_pack
 from step37_data.pack_transform import pack_samples
 from step37_data.template import Step37MultimodalTemplate
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
 
 def test_the_module_runs_as_a_command(folder: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "step37_data.inspect", "--help"],
+        [sys.executable, "-m", "step37_data.inspect.cli", "--help"],
         capture_output=True,
         text=True,
         check=True,

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data.multicrop import CropPlan, picture_size, plan_crops, token_layout
+from step37_data.images.crops import CropPlan, picture_size, plan_crops, token_layout
 from tests.data.multicrop_oracle import see, starts
 
 PHOTOS = sorted((Path(__file__).parents[2] / "examples/flickr8k_mini/train").glob("*.jpg"))
@@ -173,7 +173,7 @@ def test_the_size_is_read_where_there_are_no_pixels_to_decode(tmp_path):
 
 
 def test_planning_loads_neither_pillow_nor_torch():
-    script = "import sys, step37_data.multicrop as m; m.plan_crops(9, 9); "
+    script = "import sys, step37_data.images.crops as m; m.plan_crops(9, 9); "
     script += "print([n for n in ('PIL', 'torch', 'numpy') if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -15,18 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data import crop_stacks
-from step37_data.crop_stacks import View, load_crop_stacks
-from step37_data.decode import BrokenImageError, BrokenImages
+from step37_data.images import crop_stacks
+from step37_data.images.crop_pixels import normalize_then_resize
+from step37_data.images.crop_stacks import View, load_crop_stacks
+from step37_data.images.crops import plan_crops, token_layout
+from step37_data.images.decode import BrokenImageError, BrokenImages
 from step37_data.lengths import LengthCache, probe_lengths
-from step37_data.multicrop import plan_crops, token_layout
-from step37_data.multicrop_pixels import normalize_then_resize
 from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
-from step37_kernels import ImageInsertEmbedding, reference, reference_pixels
-from step37_kernels.pixels import RaggedImages
+from step37_kernels import ImageInsertEmbedding, reference
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import RaggedImages
 from tests.data.multicrop_oracle import BILINEAR, see
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

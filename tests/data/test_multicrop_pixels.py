@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data.multicrop import plan_crops
-from step37_data.multicrop_pixels import (
+from step37_data.images.crop_pixels import (
     canvas_image,
     cut,
     full_image,
@@ -20,9 +19,10 @@ from step37_data.multicrop_pixels import (
     pad_to_plan,
     prepare_on_device,
 )
-from step37_kernels import reference_pixels
+from step37_data.images.crops import plan_crops
 from step37_kernels.ops.common import INTERPRETED
-from step37_kernels.pixels import RaggedImages, resize_clip_normalize
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import RaggedImages, resize_clip_normalize
 from tests.data.multicrop_oracle import BILINEAR, Seen, see
 from tests.data.test_multicrop import PHOTOS, sides
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
 
-from step37_data.pp_media import (
+from step37_data.pp_media.chunks import (
     VLM_PP_MEDIA_KEY,
     chunk_packed_images,
     chunk_step3_media,

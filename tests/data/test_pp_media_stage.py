@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.utils.checkpoint import checkpoint
 
-from step37_data.pp_media import (
+from step37_data.pp_media.chunks import (
     VLM_PP_MEDIA_KEY,
     prepare_packed_images_for_pp,
     prepare_vlm_media_for_pp,
     stage_vlm_media_for_pp,
 )
-from step37_data.pp_media_stage import _Cursor
+from step37_data.pp_media.stage import _Cursor
 from step37_kernels.image_insert_embedding import ImageForInsert
 
 N_MICROBATCHES = 4

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from step37_data.decode import BrokenImages
+from step37_data.images.decode import BrokenImages
 from step37_data.prefetch import PackError, Prefetcher
 from step37_data.preprocess import preprocess_packed_batch
 

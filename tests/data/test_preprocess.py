@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.decode import BrokenImageError, BrokenImages, decode
+from step37_data.images.decode import BrokenImageError, BrokenImages, decode
+from step37_data.images.device import kernels_match_pillow
 from step37_data.preprocess import (
     IMAGE_ITEM_TYPE,
     PATCH_ITEM_TYPE,
@@ -18,9 +19,8 @@ from step37_data.preprocess import (
     load_images,
     preprocess_packed_batch,
 )
-from step37_data.stacks import kernels_match_pillow
-from step37_kernels import resample
-from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, resize_clip_normalize
+from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IM_START, PATCH_START = 128000, 128003
@@ -371,7 +371,7 @@ def test_a_pillow_of_another_order_is_noticed(monkeypatch, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: on the CPU it is the rule")
 def test_where_pillow_has_to_resize_the_values_are_the_same(photos, monkeypatch):
-    monkeypatch.setattr("step37_data.stacks.kernels_match_pillow", lambda: False)
+    monkeypatch.setattr("step37_data.images.device.kernels_match_pillow", lambda: False)
     loaded = load_images([(p, 0) for p in photos], image_size=56, patch_image_size=1, device=DEVICE)
     for path, (got, _) in zip(photos, loaded, strict=True):
         assert torch.equal(got.cpu(), stock(path, 56))

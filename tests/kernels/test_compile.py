@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, image_insert_embedding
-from step37_kernels._plan import to_runs
 from step37_kernels.parallel import SequenceLayout
+from step37_kernels.plan_tensors import to_runs
 from step37_kernels.testing import make_insert_case
 from tests.kernels.strategies import FILLER, TOKENS
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from step37_kernels._dispatch import use_triton
+from step37_kernels.dispatch import use_triton
 from tests.kernels.checks import run_compiling
 
 

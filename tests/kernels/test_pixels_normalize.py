@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from step37_kernels import pixels as pixels_module
-from step37_kernels import reference_pixels
-from step37_kernels.pixels import CLIP_MEAN, CLIP_STD, DTYPES, clip_normalize
+from step37_kernels.pixels import normalize as pixels_module
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, DTYPES, clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLS = ("triton", "torch")

@@ -13,10 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_kernels import reference_pixels, resample
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops.common import INTERPRETED
-from step37_kernels.pixels import DTYPES, Crop, RaggedImages, resize_clip_normalize
+from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import DTYPES, Crop, RaggedImages, resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PHOTOS = Path(__file__).resolve().parents[2] / "examples" / "flickr8k_mini" / "train"

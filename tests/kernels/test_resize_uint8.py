@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_kernels import reference_pixels
 from step37_kernels.ops.common import INTERPRETED
-from step37_kernels.pixels import RaggedImages
-from step37_kernels.resize import resize_uint8
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.normalize import RaggedImages
+from step37_kernels.pixels.resize import resize_uint8
 
 IMPLS = ("triton", "torch")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.products import Operands, launch, only
+from bench.tune.products import Operands, launch, only
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import gemm, project, project_backward, tiles
 from step37_kernels.ops.common import INTERPRETED

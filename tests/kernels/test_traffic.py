@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from step37_kernels.ops import project, project_backward
-from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.normalize import RaggedImages, clip_normalize, resize_clip_normalize
 from tests import ptx
 
 if ptx.ARCHITECTURE:

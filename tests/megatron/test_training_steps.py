@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step37_kernels import ImageForInsert, reference
-from step37_kernels._dispatch import Impl
+from step37_kernels.dispatch import Impl
 from step37_kernels.megatron import patch_step37, replace_in, sequence_layout, unpatch_step37
 from step37_kernels.parallel import context_parallel_positions
 from step37_kernels.testing import FP32_UNIT

@@ -204,7 +204,7 @@ def install(architecture: str) -> None:
 
     Before the first launch, and with ``TRITON_INTERPRET`` unset or 0.
     """
-    from step37_kernels import _dispatch
+    from step37_kernels import dispatch as _dispatch
     from step37_kernels.ops import tiles
 
     PtxDriver(architecture).install()

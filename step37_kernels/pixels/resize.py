@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from step37_kernels import resample
-from step37_kernels._dispatch import Impl, use_triton
-from step37_kernels.pixels import RaggedImages
-from step37_kernels.reference_pixels import vertical_pass_first
+from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels.normalize import RaggedImages
+from step37_kernels.pixels.reference import vertical_pass_first
 
 
 def resize_uint8(

@@ -4,7 +4,7 @@ One process would compile for minutes, and a tile at which the compiler aborts w
 processes need no GPU: they launch nowhere (:mod:`bench.no_gpu`), and leave what they compile in
 Triton's cache on disk, where the process that times finds it.
 
-``python -m bench.compile_pool 90`` is one of them: a request a line in, an answer a line out.
+``python -m bench.tune.compile_pool 90`` is one of them: a request a line in, an answer a line out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from triton.errors import TritonError
 
 from bench.harness import DTYPES, dtype_name
 from bench.no_gpu import NoDriver, compiled
-from bench.products import ROWS, Operands, launch
 from bench.resources import usage
+from bench.tune.products import ROWS, Operands, launch
 from step37_kernels.ops import project, project_backward
 from step37_kernels.ops.tiles import Product, Tile
 
@@ -95,7 +95,7 @@ class _Worker:
         environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.compile_pool", str(capability)],
+            [sys.executable, "-m", "bench.tune.compile_pool", str(capability)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -168,7 +168,7 @@ def compile_all(
                 if not worker.is_ready():
                     if over.is_set():
                         return
-                    raise RuntimeError(f"bench.compile_pool does not start: {worker.errors()}")
+                    raise RuntimeError(f"bench.tune.compile_pool does not start: {worker.errors()}")
                 for line in _take(waiting):
                     answer = worker.ask(line)
                     if answer is not None:

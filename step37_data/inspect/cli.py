@@ -1,4 +1,4 @@
-"""Look at the packs of a cache folder: ``step37-data inspect``, or ``-m step37_data.inspect``.
+"""Look at the packs of a cache folder: ``step37-data inspect``, or ``-m step37_data.inspect.cli``.
 
 Without ``--pack`` it describes the data set (lengths, fill of both packings, dropped samples,
 broken images); with ``--pack N`` one pack, as a table and, with ``--out``, as a picture. It reads
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from step37_data.crop_picture import describe_picture, draw_crops
-from step37_data.decode import DECODE_ERRORS, default_threads, read_rgb
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
-from step37_data.multicrop import picture_size
-from step37_data.pack_picture import PackDescription, describe_pack, draw_pack
+from step37_data.images.crops import picture_size
+from step37_data.images.decode import DECODE_ERRORS, default_threads, read_rgb
+from step37_data.inspect.crop_picture import describe_picture, draw_crops
+from step37_data.inspect.pack_picture import PackDescription, describe_pack, draw_pack
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader, Packing
 from step37_data.packing import pack, pack_best_fit

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from step37_data.pp_media_stage import (
+from step37_data.pp_media.stage import (
     VLM_PP_MEDIA_KEY,
     chunk_packed_images,
     microbatch_limits,

@@ -19,9 +19,9 @@ from bench.harness import (
     dtype_name,
     rotation,
 )
-from bench.products import HIDDEN, WIDTH, Operands, launch
 from bench.resources import SHARED_LIMIT
-from bench.tune_table import Chip, Extents, describe
+from bench.tune.products import HIDDEN, WIDTH, Operands, launch
+from bench.tune.table import Chip, Extents, describe
 from step37_kernels.ops.tiles import Product, Tile
 from step37_kernels.testing import product_bound
 

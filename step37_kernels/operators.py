@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from step37_kernels._plan import PlanTensors, Runs, make_plan
+from step37_kernels.plan_tensors import PlanTensors, Runs, make_plan
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -70,7 +70,7 @@ def plan(
     rows: list[int],
     triton: bool,
 ) -> PlanTensors:
-    """:func:`step37_kernels._plan.make_plan` with the runs of all groups in flat lists."""
+    """:func:`step37_kernels.plan_tensors.make_plan` with the runs of all groups in flat lists."""
     pairs = iter(zip(features, rows, strict=True))
     runs: Runs = tuple(
         (token, tuple(next(pairs) for _ in range(count)))

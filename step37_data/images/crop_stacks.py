@@ -18,16 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from step37_data.decode import (
-    ON_BROKEN,
-    BrokenImageError,
-    BrokenImages,
-    OnBroken,
-    decode,
-    map_threads,
-)
-from step37_data.multicrop import CropPlan, Window, plan_crops
-from step37_data.multicrop_pixels import (
+from step37_data.images.crop_pixels import (
     PIXEL_ORDERS,
     PixelOrder,
     canvas_image,
@@ -37,9 +28,23 @@ from step37_data.multicrop_pixels import (
     pad_to_plan,
     prepare_on_device,
 )
-from step37_data.stacks import Stack, kernels_match_pillow, to_device, upload
+from step37_data.images.crops import CropPlan, Window, plan_crops
+from step37_data.images.decode import (
+    ON_BROKEN,
+    BrokenImageError,
+    BrokenImages,
+    OnBroken,
+    decode,
+    map_threads,
+)
+from step37_data.images.device import Stack, kernels_match_pillow, to_device, upload
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
-from step37_kernels.pixels import Crop, RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.normalize import (
+    Crop,
+    RaggedImages,
+    clip_normalize,
+    resize_clip_normalize,
+)
 
 logger = logging.getLogger(__name__)
 

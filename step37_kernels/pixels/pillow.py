@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from step37_kernels.reference_pixels import PRECISION_BITS, vertical_pass_first
+from step37_kernels.pixels.reference import PRECISION_BITS, vertical_pass_first
 
 NEWEST_KNOWN_PILLOW = (13, 0)
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from step37_data.multicrop import CropPlan, Window
-from step37_kernels._dispatch import Impl
-from step37_kernels.pixels import Crop, RaggedImages, clip_normalize
-from step37_kernels.resize import resize_uint8
+from step37_data.images.crops import CropPlan, Window
+from step37_kernels.dispatch import Impl
+from step37_kernels.pixels.normalize import Crop, RaggedImages, clip_normalize
+from step37_kernels.pixels.resize import resize_uint8
 
 PixelOrder = Literal["pillow", "serving"]
 PIXEL_ORDERS = get_args(PixelOrder)

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from step37_kernels import reference_pixels, resample
-from step37_kernels._dispatch import Impl, use_triton
-from step37_kernels.reference_pixels import CLIP_MEAN, CLIP_STD, vertical_pass_first
+from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels import reference as reference_pixels
+from step37_kernels.pixels.reference import CLIP_MEAN, CLIP_STD, vertical_pass_first
 
 if TYPE_CHECKING:
-    from step37_kernels.ops.pixels import Line
+    from step37_kernels.ops.normalize import Line
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +59,7 @@ def clip_normalize(
     if pixels.dim() != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"pixels: expected [N, H, W, 3], got {list(pixels.shape)}")
     if use_triton(impl, pixels.device):
-        from step37_kernels.ops import pixels as ops
+        from step37_kernels.ops import normalize as ops
 
         return ops.normalize(pixels, _results(mean, std, dtype, pixels.device), dtype)
     return look_up(pixels, normalize_table(mean, std, dtype, pixels.device))

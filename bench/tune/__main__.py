@@ -1,7 +1,7 @@
 """Subject ``tune``: time tiles of the matrix products, and propose a table for ``ops/tiles.py``.
 
 Nothing is tuned at run time: this is run once for a kind of GPU, and a person pastes what it
-prints. For each product and number of feature rows, :func:`bench.tune_table.candidates` are
+prints. For each product and number of feature rows, :func:`bench.tune.table.candidates` are
 
 1. compiled, for aligned operands and for others, in processes of their own; a tile that spills,
    or needs more shared memory than there is, is left out;
@@ -33,7 +33,6 @@ import torch
 from triton.errors import TritonError
 
 from bench import report
-from bench.compile_pool import Usage, compile_all, request
 from bench.harness import (
     LATE,
     CpuClock,
@@ -48,8 +47,9 @@ from bench.harness import (
     measure_ceilings,
     sample_rounds,
 )
-from bench.tune_problem import CUBLAS, Problem, Target
-from bench.tune_table import (
+from bench.tune.compile_pool import Usage, compile_all, request
+from bench.tune.problem import CUBLAS, Problem, Target
+from bench.tune.table import (
     HOPPER,
     Chip,
     Extents,

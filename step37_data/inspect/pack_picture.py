@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from step37_data.decode import DECODE_ERRORS, read_rgb
-from step37_data.multicrop import Window, plan_crops
-from step37_data.multicrop_pixels import canvas_image, cut, full_image
+from step37_data.images.crop_pixels import canvas_image, cut, full_image
+from step37_data.images.crops import Window, plan_crops
+from step37_data.images.decode import DECODE_ERRORS, read_rgb
 from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 _BACKGROUND, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (120, 120, 120)

@@ -11,7 +11,7 @@ A picture of 500×333 pixels is longer than 1.5 times its height, so its window 
 1.5 windows fit across, which becomes two: the canvas is 666×333, the windows begin at x = 0 and
 x = 333. Its text is two crops of 83 tokens and a full image of 171: 337 tokens.
 
-Nothing here looks at pixels; ``step37_data.multicrop_pixels`` does.
+Nothing here looks at pixels; ``step37_data.images.crop_pixels`` does.
 """
 
 from __future__ import annotations
@@ -208,11 +208,11 @@ def picture_size(path: str) -> tuple[int, int]:
     """(width, height) from the header of an image file; no pixel is decoded.
 
     Raises:
-        Exception: Pillow cannot read the header; ``step37_data.decode.DECODE_ERRORS`` lists what
-            that is known to raise.
+        Exception: Pillow cannot read the header; ``step37_data.images.decode.DECODE_ERRORS`` lists
+            what that is known to raise.
     """
     # Imported here: planning needs no Pillow.
-    from step37_data.decode import open_image
+    from step37_data.images.decode import open_image
 
     with open_image(path) as image:
         return image.size
@@ -224,7 +224,7 @@ def plan_file(path: str) -> CropPlan:
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
     puts in its place; decoding also reports it.
     """
-    from step37_data.decode import BROKEN_SIZE, DECODE_ERRORS
+    from step37_data.images.decode import BROKEN_SIZE, DECODE_ERRORS
 
     try:
         return plan_crops(*picture_size(path))

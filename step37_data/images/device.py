@@ -13,9 +13,16 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from step37_data.decode import ON_BROKEN, BrokenImages, Decoded, OnBroken, decode, map_threads
-from step37_kernels import resample
-from step37_kernels.pixels import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_data.images.decode import (
+    ON_BROKEN,
+    BrokenImages,
+    Decoded,
+    OnBroken,
+    decode,
+    map_threads,
+)
+from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels.normalize import RaggedImages, clip_normalize, resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 

@@ -33,12 +33,11 @@ from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from bench.tune import products
 from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
+from step37_kernels import RaggedImages, clip_normalize, dispatch, resize_clip_normalize
 from step37_kernels.ops import gemm, plan, project, project_backward, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
-from step37_kernels.pixels import normalize as pixels
-from step37_kernels.pixels import resize as picture_resize
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -142,14 +141,14 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], obj
         dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
-            normalize = functools.partial(pixels.clip_normalize, square, dtype=dtype)
+            normalize = functools.partial(clip_normalize, square, dtype=dtype)
             yield f"{short} {rows}", False, normalize
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
-                    pixels.resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
+                    resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
                 )
                 yield f"{short} {rows}{order}", False, resize
-    ragged = pixels.RaggedImages.gather(images)
+    ragged = RaggedImages.gather(images)
     yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
 
 
@@ -173,7 +172,7 @@ KERNELS = (
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
     """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
     NoDriver(arch).install()
-    pixels.use_triton = picture_resize.use_triton = lambda *_: True
+    dispatch.kernels_run_on_cpu = lambda: True
     seen: set[int] = set()
     for variant, is_gemm, launch in _launches(arch, dtypes):
         launch()

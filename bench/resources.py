@@ -33,7 +33,7 @@ from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from bench.tune import products
 from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
-from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels.ops import gemm, gradient, plan, project, project_backward, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
@@ -95,16 +95,22 @@ def _plan(dtype: torch.dtype, inline: bool, step: int, seq_len: int) -> None:
 def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
     view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    gradient = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    gradient_output = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     positions = torch.empty(ROWS, dtype=torch.int32)
     yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
     yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
-    yield short, False, lambda: project_backward.embedding_grad(gradient, positions)
+    yield short, False, lambda: project_backward.embedding_grad(gradient_output, positions)
     for bias in (True, False):
         gather = functools.partial(
-            project_backward.gather_grad, gradient, positions, dtype, bias_sum=bias
+            project_backward.gather_grad, gradient_output, positions, dtype, bias_sum=bias
         )
         yield f"{short}{' bias' * bias}", False, gather
+    for rows, bias in ((True, False), (True, True), (False, True)):
+        launch = functools.partial(
+            gradient.gradient_rows, gradient_output, positions, positions, dtype,
+            embeddings=True, rows=rows, bias=bias,
+        )  # fmt: skip
+        yield f"{short}{' rows' * rows}{' bias' * bias}", False, launch
 
 
 def _products(
@@ -158,6 +164,7 @@ KERNELS = (
     plan.plan_kernel,
     plan.locate_kernel,
     plan.assign_kernel,
+    gradient.gradient_rows_kernel,
     project.pack_rows_kernel,
     project.project_scatter_kernel,
     gemm.sum_splits_kernel,

@@ -34,7 +34,7 @@ from bench.no_gpu import NoDriver, compiled
 from bench.tune import products
 from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
 from step37_kernels import RaggedImages, clip_normalize, dispatch, resize_clip_normalize
-from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels.ops import gemm, gradient, plan, project, project_backward, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
@@ -74,35 +74,42 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Cal
     """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
-            variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
-            variant += ", tables" * (not inline)
-            yield variant, False, functools.partial(_plan, ids, inline, step)
+            for seq_len in (2048, 2 * plan.MAX_POSITIONS):
+                variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
+                variant += ", tables" * (not inline)
+                yield variant, False, functools.partial(_plan, ids, inline, step, seq_len)
     for short in dtypes:
         yield from _copies(DTYPES[short], short)
         yield from _products(CAPABILITY[arch], DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
-def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
+def _plan(dtype: torch.dtype, inline: bool, step: int, seq_len: int) -> None:
     tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
     groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
-    ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
+    ids = torch.empty(1, seq_len * step, dtype=dtype)[:, ::step]
     plan.plan_rows(ids, groups, runs, None if inline else tables)
 
 
 def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
     view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    gradient = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    gradient_output = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     positions = torch.empty(ROWS, dtype=torch.int32)
     yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
     yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
-    yield short, False, lambda: project_backward.embedding_grad(gradient, positions)
+    yield short, False, lambda: project_backward.embedding_grad(gradient_output, positions)
     for bias in (True, False):
         gather = functools.partial(
-            project_backward.gather_grad, gradient, positions, dtype, bias_sum=bias
+            project_backward.gather_grad, gradient_output, positions, dtype, bias_sum=bias
         )
         yield f"{short}{' bias' * bias}", False, gather
+    for rows, bias in ((True, False), (True, True), (False, True)):
+        launch = functools.partial(
+            gradient.gradient_rows, gradient_output, positions, positions, dtype,
+            embeddings=True, rows=rows, bias=bias,
+        )  # fmt: skip
+        yield f"{short}{' rows' * rows}{' bias' * bias}", False, launch
 
 
 def _products(
@@ -153,8 +160,10 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], obj
 
 
 KERNELS = (
+    plan.plan_kernel,
     plan.locate_kernel,
     plan.assign_kernel,
+    gradient.gradient_rows_kernel,
     project.pack_rows_kernel,
     project.project_scatter_kernel,
     gemm.sum_splits_kernel,

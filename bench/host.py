@@ -57,10 +57,8 @@ def _operations() -> dict[str, Callable[[], object]]:
 
     return {
         "plan": lambda: plan_insert(input_ids, groups),
-        "project and insert": lambda: project(words, features, weight, None, plan, inplace=True),
-        "project and insert, channels-first": lambda: project(
-            words, view, weight, None, plan, inplace=True
-        ),
+        "project and insert": lambda: project(words, features, weight, None, plan),
+        "project and insert, channels-first": lambda: project(words, view, weight, None, plan),
         "project and insert, and backward to the weight": forward_and_backward,
     }
 

@@ -15,16 +15,16 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from step37_data.checks import checked_int
-from step37_data.images.crops import ImageEntry, SampleImages, token_runs
 from step37_data.messages import check_encodable, checked_role, map_texts, strings
-from step37_data.tokenizer import load_tokenizer
-from step37_data.tokens import (
+from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
     IMAGE_PLACEHOLDER,
@@ -38,13 +38,14 @@ from step37_data.tokens import (
     PATCH_NEWLINE_TOKEN,
     PATCH_START_TOKEN,
     PATCH_TOKEN_COUNT,
+    ImageTokens,
+    load_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
 
 THINK_TOKENS = ("<think>", "</think>")
 
-_PLACEHOLDERS = (IMAGE_PLACEHOLDER, MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
 _IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})
 _MULTICROP_PLACEHOLDERS = re.compile(
     f"{re.escape(MULTICROP_IMAGE_PLACEHOLDER)}|{re.escape(MULTICROP_PATCH_PLACEHOLDER)}"
@@ -71,7 +72,8 @@ class MultimodalSFTSample(dict[str, Any]):
         return type(self)(self)
 
 
-class Step37MultimodalTemplate:
+@dataclass(kw_only=True, eq=False, repr=False)
+class Step37MultimodalTemplate(ImageTokens):
     """Tokenises conversations for supervised fine-tuning of Step-3.7.
 
     In user, system and tool turns ``<image>`` becomes ``<im_start>``, 169 ``<im_patch>`` and
@@ -108,59 +110,36 @@ class Step37MultimodalTemplate:
             is no integer of at least 1.
     """
 
-    image_placeholder = IMAGE_PLACEHOLDER
-    multicrop_image_placeholder = MULTICROP_IMAGE_PLACEHOLDER
-    multicrop_patch_placeholder = MULTICROP_PATCH_PLACEHOLDER
+    tokenizer_path: str
+    max_sequence_length: int = 2048
+    path_rewrite_fn: Callable[[str], str] | None = None
+    multicrop: bool = False
 
-    def __init__(
-        self,
-        *,
-        tokenizer_path: str,
-        image_token_count: int = IMAGE_TOKEN_COUNT,
-        patch_token_count: int = PATCH_TOKEN_COUNT,
-        image_token: str = IMAGE_TOKEN,
-        image_start_token: str = IMAGE_START_TOKEN,
-        image_end_token: str = IMAGE_END_TOKEN,
-        patch_start_token: str = PATCH_START_TOKEN,
-        patch_end_token: str = PATCH_END_TOKEN,
-        max_sequence_length: int = 2048,
-        path_rewrite_fn: Callable[[str], str] | None = None,
-        multicrop: bool = False,
-    ) -> None:
-        if not tokenizer_path:
+    def __post_init__(self) -> None:
+        if not self.tokenizer_path:
             raise ValueError("tokenizer_path: expected the folder of a tokenizer, got none")
-        self.tokenizer_path = str(tokenizer_path)
+        self.tokenizer_path = str(self.tokenizer_path)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
-        self.image_token_count = checked_int("image_token_count", image_token_count)
-        self.patch_token_count = checked_int("patch_token_count", patch_token_count)
-        self.image_token = image_token
-        self.image_start_token = image_start_token
-        self.image_end_token = image_end_token
-        self.patch_start_token = patch_start_token
-        self.patch_end_token = patch_end_token
-        self.max_sequence_length = int(max_sequence_length)
-        self.path_rewrite_fn = path_rewrite_fn
-        self._image_id = self._special_id(image_token)
-        self.img_start_token_id = self._special_id(image_start_token)
-        self._special_id(image_end_token)
-        self.patch_start_token_id = self._special_id(patch_start_token)
-        self._special_id(patch_end_token)
-        self.multicrop = multicrop
-        if multicrop:
-            self._special_id(PATCH_NEWLINE_TOKEN)
-        crop_structure = {
-            image_start_token,
-            image_end_token,
-            patch_start_token,
-            patch_end_token,
+        checked_int("image_token_count", self.image_token_count)
+        checked_int("patch_token_count", self.patch_token_count)
+        crop_structure = [
+            self.image_start_token,
+            self.patch_start_token,
+            self.image_end_token,
+            self.patch_end_token,
             PATCH_NEWLINE_TOKEN,
-        }
+        ]
+        # The last one has to be a token only where it is used.
+        needed = [self.image_token, *crop_structure[: 5 if self.multicrop else 4]]
+        self._image_id, self.img_start_token_id, self.patch_start_token_id, *_ = map(
+            self._special_id, needed
+        )
         self._multicrop_markup = frozenset(
             {MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER, *crop_structure}
         )
         added = self.tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} - set(THINK_TOKENS)
-        reserved = control | crop_structure | {image_token, *_PLACEHOLDERS}
+        reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}
         self._reserved = re.compile(
             "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
         )
@@ -218,13 +197,9 @@ class Step37MultimodalTemplate:
             vocabulary,
             self.tokenizer.chat_template,
             self.tokenizer.special_tokens_map,
-            self.image_token_count,
-            self.patch_token_count,
-            [self.image_token, self.image_start_token, self.image_end_token],
-            [self.patch_start_token, self.patch_end_token],
+            [getattr(self, field.name) for field in fields(ImageTokens)],
+            _MULTICROP_VERSION if self.multicrop else None,
         ]
-        if self.multicrop:
-            parts.append(["multicrop", _MULTICROP_VERSION])
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -331,16 +306,7 @@ class Step37MultimodalTemplate:
         )
 
     def _expand_crops(self, rows: list[int], images: SampleImages) -> str:
-        runs = token_runs(
-            images.see_in_crops(),
-            image_token=self.image_token,
-            image_start_token=self.image_start_token,
-            image_end_token=self.image_end_token,
-            patch_start_token=self.patch_start_token,
-            patch_end_token=self.patch_end_token,
-            image_token_count=self.image_token_count,
-            patch_token_count=self.patch_token_count,
-        )
+        runs = token_runs(images.see_in_crops(), self)
         rows += [count for token, count in runs if token == self.image_token]
         return "".join(token for token, _ in runs)
 
@@ -371,7 +337,7 @@ class Step37MultimodalTemplate:
             items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, int(kind)))
         return items
 
-    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[ImageEntry]) -> np.ndarray:
+    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
         places = [place for place, token in enumerate(ids) if token == self._image_id]
         if len(places) != len(rows):

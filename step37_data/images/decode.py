@@ -57,12 +57,17 @@ class Decoded:
     """One picture and, if its file was unreadable, why it is black.
 
     Attributes:
-        pixels: uint8 ``[height, width, 3]``, read-only.
+        image: RGB, of the size of the file.
         broken: None, or what went wrong with the file.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    image: Image.Image
     broken: str | None
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """uint8 ``[height, width, 3]``, read-only."""
+        return np.asarray(self.image)
 
 
 class BrokenImages:
@@ -149,14 +154,13 @@ def read_rgb(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
+def decode(path: str, on_broken: OnBroken) -> Decoded:
     """Read one image file.
 
     Args:
         path: of the file.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
-        side: resize to ``side`` × ``side`` (BILINEAR); None keeps the size of the file.
 
     Raises:
         BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
@@ -170,9 +174,7 @@ def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
             raise BrokenImageError(f"image {path} could not be read: {reason}") from error
         logger.warning("image %s could not be read, black is used in its place: %s", path, reason)
         picture = Image.new("RGB", BROKEN_SIZE)
-    if side is not None:
-        picture = picture.resize((side, side), resample=Image.Resampling.BILINEAR)
-    return Decoded(pixels=np.asarray(picture), broken=reason)
+    return Decoded(image=picture, broken=reason)
 
 
 _pools: dict[int, ThreadPoolExecutor] = {}

@@ -168,7 +168,7 @@ def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(60, 41), (20, 90), (32, 32), (300, 20)])
 def test_the_order_of_serving_normalises_and_then_resizes(size):
     picture = pixels(noise(*size))
-    got = normalize_then_resize([picture.to(DEVICE)], 32, dtype=torch.float32)
+    got = normalize_then_resize([picture.to(DEVICE)], 32, dtype=torch.float32, device=DEVICE)
     exact = reference_pixels.clip_normalize(picture[None], dtype=torch.float32)[0].double().numpy()
     exact = antialiased(antialiased(exact, 32, 1), 32, 2)
     # Two fp32 sums of at most 22 terms of magnitude 2.7, whose weights carry rounding of their own.
@@ -180,7 +180,7 @@ def test_the_two_orders_differ_by_the_roundings_to_8_bits():
     """Pillow rounds to 8 bits after each pass, serving never: at most 1 of 255 apart."""
     photos = [pixels(photograph(path)) for path in PHOTOS[:4]]
     pillow = resize_clip_normalize(photos, 504, dtype=torch.float32)
-    serving = normalize_then_resize(photos, 504, dtype=torch.float32)
+    serving = normalize_then_resize(photos, 504, dtype=torch.float32, device=torch.device("cpu"))
     std = torch.tensor(reference_pixels.CLIP_STD).view(3, 1, 1)
     levels = (pillow - serving).abs() * std * 255
     assert 0.3 < levels.max() <= 1.01

@@ -237,8 +237,8 @@ def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
             if not stray:
                 return _Picture(image=image, plan=plan)
             reason = (
-                f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: it "
-                "was planned from another size, or was unreadable then"
+                f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
+                "it was planned from another size, or was unreadable then"
             )
         if on_broken == "raise":
             raise BrokenImageError(f"image {path} could not be shown: {reason}")

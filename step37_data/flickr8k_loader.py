@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
 from step37_data.images.crops import plan_file
+from step37_data.images.decode import map_threads
 from step37_data.lengths import write_atomically
 from step37_data.rank_order import fill_cache_once
-from step37_data.template import (
-    IMAGE_PLACEHOLDER,
-    MultimodalSFTSample,
-    Step37MultimodalTemplate,
-)
+from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
+from step37_data.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +45,7 @@ class Flickr8kSample:
     caption: str
 
 
+@dataclass(eq=False, repr=False)
 class Step37Flickr8kDataset:
     """Image and caption pairs as tokenised conversations: the prompt asks, the caption answers.
 
@@ -55,17 +55,13 @@ class Step37Flickr8kDataset:
         prompt: the user's text, after the image.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Flickr8kSample],
-        template: Step37MultimodalTemplate,
-        prompt: str,
-    ) -> None:
-        if not samples:
+    samples: Sequence[Flickr8kSample]
+    template: Step37MultimodalTemplate
+    prompt: str
+
+    def __post_init__(self) -> None:
+        if not self.samples:
             raise ValueError("samples: expected at least one, got none")
-        self.samples = samples
-        self.template = template
-        self.prompt = prompt
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,8 +111,7 @@ class Step37Flickr8kDataset:
         rewrite = self.template.path_rewrite_fn
         if rewrite is not None:
             paths = [rewrite(path) for path in paths]
-        with ThreadPoolExecutor(_HEADER_READERS) as pool:
-            return [plan.size for plan in pool.map(plan_file, paths)]
+        return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
@@ -161,7 +156,7 @@ def get_flickr8k_dataset_file(
     path = _path_inside(root, filename)
     if _is_present(path):
         return path
-    return _download(repo_id, filename, root, revision, endpoint)
+    return _download(repo_id, root, revision, endpoint, filename)
 
 
 def prepare_flickr8k_samples(
@@ -209,23 +204,18 @@ def prepare_flickr8k_samples(
     root = Path(cache_dir).expanduser()
     metadata = _path_inside(root, f"{split}/metadata.csv")
 
-    def fetch(filename: str) -> Path:
-        return get_flickr8k_dataset_file(
-            repo_id=repo_id,
-            filename=filename,
-            cache_dir=root,
-            revision=revision,
-            endpoint=endpoint,
-        )
-
-    def read() -> list[Flickr8kSample]:
-        return _read_metadata(metadata, caption_key, sample_count)[0]
+    fetch = functools.partial(_download, repo_id, root, revision, endpoint)
+    # Read once, as soon as it is there.
+    read = functools.cache(
+        functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
+    )
 
     def fill() -> None:
         root.mkdir(parents=True, exist_ok=True)
         _check_origin(root, repo_id, revision)
         with _no_bar_per_file():
-            fetch(f"{split}/metadata.csv")
+            if not _is_present(metadata):
+                fetch(f"{split}/metadata.csv")
             missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
             names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
             _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
@@ -234,7 +224,7 @@ def prepare_flickr8k_samples(
         return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
-    samples = read_flickr8k_metadata(metadata, caption_key, sample_count)
+    samples = read()
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
@@ -260,18 +250,6 @@ def read_flickr8k_metadata(
     """
     if sample_count is not None:
         checked_int("sample_count", sample_count)
-    samples, skipped = _read_metadata(metadata, caption_key, sample_count)
-    if skipped:
-        logger.warning(
-            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
-        )
-    return samples
-
-
-def _read_metadata(
-    metadata: Path, caption_key: str, sample_count: int | None
-) -> tuple[list[Flickr8kSample], int]:
-    """The samples, and how many rows before the last of them were skipped."""
     samples: list[Flickr8kSample] = []
     skipped = 0
     for line, row in _rows(metadata):
@@ -287,7 +265,11 @@ def _read_metadata(
         samples.append(Flickr8kSample(str(path), caption))
         if len(samples) == sample_count:
             break
-    return samples, skipped
+    if skipped:
+        logger.warning(
+            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
+        )
+    return samples
 
 
 def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -362,79 +344,55 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
 def _fetch_all(
     fetch: Callable[[str], Path], names: list[str], max_workers: int, progress: bool, what: str
 ) -> None:
-    if not names:
-        return
-    logger.info("downloading %d files of %s", len(names), what)
-    with ThreadPoolExecutor(max_workers, thread_name_prefix="flickr8k") as pool:
-        futures = {pool.submit(fetch, name): name for name in names}
-        bar = tqdm(total=len(names), desc=f"Downloading {what}", unit="file", disable=not progress)
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        finally:
-            # On success there is nothing left to cancel.
-            pool.shutdown(wait=True, cancel_futures=True)
-            bar.close()
+    if names:
+        logger.info("downloading %d files of %s", len(names), what)
+        bar: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
+        # After a failure it starts no other file.
+        thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)
 
 
 def _download(
-    repo_id: str, filename: str, root: Path, revision: str | None, endpoint: str | None
+    repo_id: str, root: Path, revision: str | None, endpoint: str | None, filename: str
 ) -> Path:
+    """Download one file; errors are built-in ones, which every rank can raise."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
     # OSError or children of the base class of HfHubHTTPError.
     network_errors = (OSError, HfHubHTTPError.__bases__[0])
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in itertools.count(1):
         try:
-            return Path(
-                hf_hub_download(
-                    repo_id=repo_id,
-                    repo_type="dataset",
-                    filename=filename,
-                    local_dir=root,
-                    revision=revision,
-                    endpoint=endpoint,
-                )
+            path = hf_hub_download(
+                repo_id,
+                filename,
+                repo_type="dataset",
+                local_dir=root,
+                revision=revision,
+                endpoint=endpoint,
             )
+            return Path(path)
         except network_errors as error:
-            if attempt == _ATTEMPTS or not _may_pass(error):
-                what = f"{root / filename} is missing, and {repo_id}/{filename}"
-                raise _plain_error(error, what, attempt) from error
-            logger.warning(
-                "%s/%s: attempt %d of %d failed (%s)", repo_id, filename, attempt, _ATTEMPTS, error
-            )
-            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt can help."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, LocalEntryNotFoundError):
-        return not isinstance(error.__cause__, OfflineModeIsEnabled)
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    status = _status(error)
-    return status is None or status in (408, 429) or status >= 500
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
-def _plain_error(error: Exception, what: str, attempts: int) -> OSError:
-    """A built-in error, which every rank can raise and every process can unpickle."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-
-    missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-    kind = FileNotFoundError if missing or _status(error) == 404 else OSError
-    tried = f" after {attempts} attempts" if attempts > 1 else ""
-    return kind(f"{what} could not be downloaded{tried}: {error}")
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
+            may_pass = status is None or status in (408, 429) or status >= 500
+            if attempt < _ATTEMPTS and may_pass and not offline:
+                logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
+                time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+                continue
+            missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
+            kind = FileNotFoundError if missing or status == 404 else OSError
+            tried = f" after {attempt} attempts" if attempt > 1 else ""
+            raise kind(
+                f"{root / filename} is missing, and {repo_id}/{filename} could not be "
+                f"downloaded{tried}: {error}"
+            ) from error
+    raise AssertionError("unreachable: an attempt returns or raises")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -366,7 +365,9 @@ def _download(
     # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
     # OSError or children of the base class of HfHubHTTPError.
     network_errors = (OSError, HfHubHTTPError.__bases__[0])
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             path = hf_hub_download(
                 repo_id,
@@ -392,7 +393,6 @@ def _download(
                 f"{root / filename} is missing, and {repo_id}/{filename} could not be "
                 f"downloaded{tried}: {error}"
             ) from error
-    raise AssertionError("unreachable: an attempt returns or raises")
 
 
 @contextlib.contextmanager

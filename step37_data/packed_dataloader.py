@@ -57,8 +57,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ``packing_window`` draws for fuller packs.
         packing_window: samples that ``"best_fit"`` packs together.
         lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
-        probe_workers: processes that measure lengths; see :func:`probe_lengths`.
+        probe_workers, together: how lengths are measured; see :func:`probe_lengths`.
         progress: show a progress bar while measuring.
+        collate_fn: kept for whoever makes a torch ``DataLoader`` of this, as Megatron-Bridge does.
 
     Raises:
         ValueError: no data sets, differing numbers of data sets and epochs or sampling strategies,
@@ -80,6 +81,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         lengths_cache_dir: str | Path | None = None,
         probe_workers: int | None = None,
         progress: bool = True,
+        together: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if len(datasets) == 0:
             raise ValueError("datasets: expected at least one, got none")
@@ -97,10 +100,16 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
         self.datasets = list(datasets)
         self.transform = transform
+        self.collate_fn = collate_fn
         self.max_length = max_length
         self.position = 0
-        self._fingerprint = ""
         self._warned_about_lengths = False
+        keys = [
+            dataset.sample_keys()
+            if isinstance(dataset, KeyedDataset) and (lengths_cache_dir or count <= _KEYS_UP_TO)
+            else None
+            for dataset, count in zip(datasets, counts, strict=True)
+        ]
         lengths = [
             probe_lengths(
                 dataset,
@@ -108,6 +117,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 workers=probe_workers,
                 progress=progress,
                 description=f"Probing data set {number}",
+                together=together,
+                keys=keys[number],
             )
             for number, dataset in enumerate(self.datasets)
         ]
@@ -127,6 +138,13 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
         self._ranges: PackRanges = self.packing_result.packed_sample_ranges
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (domains, indices, sizes, self._ranges.starts, self._ranges.counts):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        for of_dataset, count in zip(keys, counts, strict=True):
+            if of_dataset is not None and count <= _KEYS_UP_TO:
+                digest.update(np.ascontiguousarray(of_dataset, dtype="<u8").data)
+        self._fingerprint = digest.hexdigest()
         _log_fill(packing, self.packing_result, self.pack_sizes(), max_length)
 
     def __len__(self) -> int:
@@ -244,21 +262,6 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         million samples by its key; of larger ones the keys would take too long. Keys of
         ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
         """
-        if self._fingerprint:
-            return self._fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (
-            self.piece_domains,
-            self.piece_indices,
-            self.piece_sizes,
-            self._ranges.starts,
-            self._ranges.counts,
-        ):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        for dataset in self.datasets:
-            if isinstance(dataset, KeyedDataset) and len(dataset) <= _KEYS_UP_TO:
-                digest.update(np.ascontiguousarray(dataset.sample_keys(), dtype="<u8").data)
-        self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
 
@@ -322,16 +325,6 @@ class _Guarded(torch.utils.data.Dataset[Any]):
             return _Failed(ExceptionWrapper(where=f"in worker process {worker.id}"))
 
 
-class _Endless(torch.utils.data.Sampler[int]):
-    """``first, first + step, …`` without end."""
-
-    def __init__(self, first: int, step: int) -> None:
-        self._first, self._step = first, step
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._first, self._step)
-
-
 class _Stream(Iterator[Any]):
     """What ``iterate`` gives: an error leaves it usable, which a generator would not be."""
 
@@ -348,7 +341,7 @@ class _Stream(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._loaded is None:
-            self._loaded = iter(self._load(sampler=_Endless(self._next, self._step)))
+            self._loaded = iter(self._load(sampler=itertools.count(self._next, self._step)))
         try:
             packed = next(self._loaded)
         except BaseException as error:

@@ -210,9 +210,15 @@ def prepare_flickr8k_samples(
     )
 
     def fill() -> None:
+        from huggingface_hub import utils as hub
+
         root.mkdir(parents=True, exist_ok=True)
         _check_origin(root, repo_id, revision)
-        with _no_bar_per_file():
+        with contextlib.ExitStack() as undo:
+            # huggingface_hub shows a bar for every file; our files together have one.
+            if not hub.are_progress_bars_disabled():
+                hub.disable_progress_bars()
+                undo.callback(hub.enable_progress_bars)
             if not _is_present(metadata):
                 fetch(f"{split}/metadata.csv")
             missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
@@ -393,22 +399,3 @@ def _download(
                 f"{root / filename} is missing, and {repo_id}/{filename} could not be "
                 f"downloaded{tried}: {error}"
             ) from error
-
-
-@contextlib.contextmanager
-def _no_bar_per_file() -> Iterator[None]:
-    """huggingface_hub shows a bar for every file; our files together have one."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

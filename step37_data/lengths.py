@@ -12,8 +12,7 @@ import logging
 import os
 import tempfile
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD = np.dtype([("key", "S16"), ("length", "<i8")])
 _DIGEST_SIZE = 16
-_MERGED = "merged.lengths"
-_SECONDS_BETWEEN_WRITES = 5.0
+_SECONDS_BETWEEN_WRITES = 30.0
 _CHUNK = 256
 # Below this, starting processes costs more than it saves.
 _PARALLEL_FROM = 4096
@@ -103,7 +101,7 @@ def probe_lengths(
                 description,
                 total - len(missing),
                 total,
-                cache.folder,
+                cache_dir,
                 len(todo),
             )
             cache.record(_measure(dataset, todo, workers, progress, description))
@@ -116,9 +114,9 @@ def probe_lengths(
 
 
 class LengthCache:
-    """Lengths on disk, under ``cache_dir / fingerprint``: one merged file and newer parts.
+    """Lengths on disk, in one file under ``cache_dir / fingerprint``.
 
-    A file is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
+    It is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
     does not match its digest is reported, ignored and overwritten by the next merge.
 
     Args:
@@ -135,7 +133,8 @@ class LengthCache:
                 f"cache_dir: lengths of {type(dataset).__name__} cannot be cached, it has no "
                 "fingerprint() and sample_keys()"
             )
-        self.folder = Path(cache_dir).expanduser() / dataset.fingerprint()[:32]
+        folder = Path(cache_dir).expanduser() / dataset.fingerprint()[:32]
+        self._file = folder / "samples.lengths"
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
         if keys.shape != (len(dataset), 2):
             raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")
@@ -146,8 +145,9 @@ class LengthCache:
     def look_up(self) -> np.ndarray:
         """int64 ``[N]``: the known lengths, −1 for the others."""
         if (missing := np.flatnonzero(self._lengths < 0)).size:
-            files = sorted(self.folder.glob("*.lengths"))
-            records = _read(files[0]) if len(files) == 1 else _unique_records(map(_read, files))
+            # Asked for in order, neighbouring keys are found in the cache of the processor.
+            missing = missing[np.argsort(self.keys[missing])]
+            records = _read(self._file)
             keys = self.keys[missing]
             places = np.searchsorted(records["key"], keys)
             inside = places < len(records)
@@ -157,32 +157,26 @@ class LengthCache:
         return self._lengths
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write ``(indices, lengths)`` as they come: every few seconds, at the end, on failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``(indices, lengths)`` as they come: twice a minute, at the end, on failure."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         pending: list[np.ndarray] = []
         written = time.monotonic()
         try:
             for indices, lengths in measured:
-                pending.append(self._records(indices, lengths))
+                records = np.empty(len(indices), dtype=_RECORD)
+                records["key"], records["length"] = self.keys[indices], lengths
+                pending.append(records)
                 if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                    self._write_part(pending)
+                    self._write(pending)
                     pending, written = [], time.monotonic()
         finally:
-            self._write_part(pending)
-        files = set(self.folder.glob("*.lengths"))
-        merged = self.folder / _MERGED
-        _write(merged, _unique_records(map(_read, sorted(files))))
-        for path in files - {merged}:
-            path.unlink(missing_ok=True)
+            self._write(pending)
 
-    def _records(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        records = np.empty(len(indices), dtype=_RECORD)
-        records["key"], records["length"] = self.keys[indices], lengths
-        return records
-
-    def _write_part(self, parts: list[np.ndarray]) -> None:
-        if parts:
-            _write(self.folder / f"{uuid.uuid4().hex}.lengths", _unique_records(parts))
+    def _write(self, more: list[np.ndarray]) -> None:
+        records = np.concatenate([*more, _read(self._file)])
+        records = records[np.unique(records["key"], return_index=True)[1]]
+        payload = records.tobytes()
+        write_atomically(self._file, _digest(payload) + payload)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -245,26 +239,14 @@ def _length_of(index: int, sample: Any) -> int:
     return length
 
 
-def _unique_records(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The records of all parts, sorted by key, one per key."""
-    records = np.concatenate([np.empty(0, dtype=_RECORD), *parts])
-    unique: np.ndarray = records[np.unique(records["key"], return_index=True)[1]]
-    return unique
-
-
 def _digest(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_DIGEST_SIZE).digest()
-
-
-def _write(path: Path, records: np.ndarray) -> None:
-    payload = records.tobytes()
-    write_atomically(path, _digest(payload) + payload)
 
 
 def _read(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # merged away by another process since the folder was listed
+    except FileNotFoundError:
         return np.empty(0, dtype=_RECORD)
     payload = content[_DIGEST_SIZE:]
     if len(payload) % _RECORD.itemsize or _digest(payload) != content[:_DIGEST_SIZE]:

@@ -104,24 +104,23 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self.max_length = max_length
         self.position = 0
         self._warned_about_lengths = False
-        keys = [
-            dataset.sample_keys()
-            if isinstance(dataset, KeyedDataset) and (lengths_cache_dir or count <= _KEYS_UP_TO)
-            else None
-            for dataset, count in zip(datasets, counts, strict=True)
-        ]
-        lengths = [
-            probe_lengths(
+        lengths, digest = [], hashlib.blake2b(digest_size=16)
+        for number, (dataset, count) in enumerate(zip(datasets, counts, strict=True)):
+            is_keyed, keys = isinstance(dataset, KeyedDataset), None
+            if is_keyed and (lengths_cache_dir is not None or count <= _KEYS_UP_TO):
+                keys = np.ascontiguousarray(dataset.sample_keys(), dtype="<u8")
+                if count <= _KEYS_UP_TO:
+                    digest.update(keys.data)
+            measured = probe_lengths(
                 dataset,
                 cache_dir=lengths_cache_dir,
                 workers=probe_workers,
                 progress=progress,
                 description=f"Probing data set {number}",
                 together=together,
-                keys=keys[number],
+                keys=keys,
             )
-            for number, dataset in enumerate(self.datasets)
-        ]
+            lengths.append(measured)
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
         if packing == "next_fit":
             self.packing_result = pack(sizes, max_length, oversize_policy)
@@ -138,12 +137,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
         self._ranges: PackRanges = self.packing_result.packed_sample_ranges
-        digest = hashlib.blake2b(digest_size=16)
         for array in (domains, indices, sizes, self._ranges.starts, self._ranges.counts):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        for of_dataset, count in zip(keys, counts, strict=True):
-            if of_dataset is not None and count <= _KEYS_UP_TO:
-                digest.update(np.ascontiguousarray(of_dataset, dtype="<u8").data)
         self._fingerprint = digest.hexdigest()
         _log_fill(packing, self.packing_result, self.pack_sizes(), max_length)
 

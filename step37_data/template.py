@@ -178,8 +178,14 @@ class Step37MultimodalTemplate(ImageTokens):
         for start, end in self._loss_spans(short_ids, messages):
             short_mask[start:end] = 1.0
         ids = np.repeat(np.array(short_ids, dtype=np.int64), repeats)
-        if len(ids) > self.max_sequence_length + 1:
-            self._report_long_sample(len(ids))
+        if len(ids) > self.max_sequence_length + 1 and not self._warned_about_length:
+            self._warned_about_length = True
+            logger.warning(
+                "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
+                "policy of the packing decides about it (said once)",
+                len(ids),
+                self.max_sequence_length + 1,
+            )
         return MultimodalSFTSample(
             tokens=torch.from_numpy(ids),
             loss_mask=torch.from_numpy(np.repeat(short_mask, repeats)),
@@ -221,11 +227,10 @@ class Step37MultimodalTemplate(ImageTokens):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        kwargs: dict[str, Any] = {}
-        if messages[0].get("tool_schemas"):
-            kwargs["tools"] = messages[0]["tool_schemas"]
-        if messages[0].get("reasoning_effort") is not None:
-            kwargs["reasoning_effort"] = messages[0]["reasoning_effort"]
+        first = messages[0]
+        given = {"tools": first.get("tool_schemas") or None}
+        given["reasoning_effort"] = first.get("reasoning_effort")
+        kwargs = {name: value for name, value in given.items() if value is not None}
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
@@ -296,19 +301,12 @@ class Step37MultimodalTemplate(ImageTokens):
                 rows.append(self.image_token_count if of_image else self.patch_token_count)
                 images.see_whole(IMAGE_ITEM_TYPE if of_image else PATCH_ITEM_TYPE)
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
-        if self.multicrop:
-            pieces = text.split(IMAGE_PLACEHOLDER)
-            expanded = [self._expand_crops(rows, images) + piece for piece in pieces[1:]]
-            return "".join([pieces[0], *expanded])
-        rows += [self.image_token_count] * text.count(IMAGE_PLACEHOLDER)
-        return text.replace(
-            IMAGE_PLACEHOLDER, f"{self.image_start_token}{self.image_token}{self.image_end_token}"
-        )
-
-    def _expand_crops(self, rows: list[int], images: SampleImages) -> str:
-        runs = token_runs(images.see_in_crops(), self)
-        rows += [count for token, count in runs if token == self.image_token]
-        return "".join(token for token, _ in runs)
+        expanded, *pieces = text.split(IMAGE_PLACEHOLDER)
+        for piece in pieces:
+            runs = token_runs(images.see_in_crops() if self.multicrop else (), self)
+            rows += [count for token, count in runs if token == self.image_token]
+            expanded += "".join(token for token, _ in runs) + piece
+        return expanded
 
     def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
@@ -345,38 +343,40 @@ class Step37MultimodalTemplate(ImageTokens):
                 f"conversations: the chat template renders {len(places)} of the {len(rows)} image "
                 "and crop placeholders"
             )
-        repeats = np.ones(len(ids), dtype=np.int64)
-        counts = {IMAGE_ITEM_TYPE: 0, PATCH_ITEM_TYPE: 0}
-        for place, row_count in zip(places, rows, strict=True):
-            before = ids[place - 1] if place else -1
-            if (before, row_count) == (self.img_start_token_id, self.image_token_count):
-                counts[IMAGE_ITEM_TYPE] += 1
-            elif (before, row_count) == (self.patch_start_token_id, self.patch_token_count):
-                counts[PATCH_ITEM_TYPE] += 1
-            else:
-                found = self.tokenizer.convert_ids_to_tokens(before) if place else "nothing"
+        rows_after = {
+            self.img_start_token_id: self.image_token_count,
+            self.patch_start_token_id: self.patch_token_count,
+        }
+        before = [ids[place - 1] if place else -1 for place in places]
+        for start_id, row_count in zip(before, rows, strict=True):
+            if rows_after.get(start_id) != row_count:
+                found = (
+                    self.tokenizer.convert_ids_to_tokens(start_id) if start_id >= 0 else "nothing"
+                )
                 raise ValueError(
                     f"conversations: a placeholder of {row_count} {self.image_token!r} follows "
                     f"{found!r}; an image ({self.image_token_count}) must follow "
                     f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
                     f"{self.patch_start_token!r}"
                 )
-            repeats[place] = row_count
         for kind, name, start_id in (
             (IMAGE_ITEM_TYPE, "image", self.img_start_token_id),
             (PATCH_ITEM_TYPE, "crop", self.patch_start_token_id),
         ):
-            if ids.count(start_id) != counts[kind]:
+            count = before.count(start_id)
+            if ids.count(start_id) != count:
                 raise ValueError(
-                    f"conversations: {ids.count(start_id)} start tokens of type {name} for "
-                    f"{counts[kind]} placeholders"
+                    f"conversations: {ids.count(start_id)} start tokens of type {name} for {count} "
+                    "placeholders"
                 )
             paths = [entry[0] for entry in images if entry[1] == kind]
-            if len(paths) != counts[kind]:
+            if len(paths) != count:
                 raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {counts[kind]} placeholders "
-                    f"in the conversation: {paths}"
+                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
+                    f"conversation: {paths}"
                 )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[places] = rows
         return repeats
 
     def _loss_spans(
@@ -420,15 +420,4 @@ class Step37MultimodalTemplate(ImageTokens):
         raise ValueError(
             f"conversations[{number}] (assistant): the chat template renders the turn as "
             f"{convert(found)}, which does not begin with its generation prompt {convert(prompt)}"
-        )
-
-    def _report_long_sample(self, length: int) -> None:
-        level = logging.DEBUG if self._warned_about_length else logging.WARNING
-        self._warned_about_length = True
-        logger.log(
-            level,
-            "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
-            "policy of the packing decides about it (said once, later ones at DEBUG)",
-            length,
-            self.max_sequence_length + 1,
         )

@@ -71,31 +71,26 @@ class Decoded:
 
 
 class BrokenImages:
-    """Counts unreadable image files, for a report at the end of an epoch. Thread-safe."""
+    """Counts unreadable image files, for a report at the end of an epoch. Thread-safe.
+
+    Attributes:
+        seen: images asked for since the last report.
+        occurrences: unreadable ones among them; a file met twice counts twice.
+    """
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
-        self._occurrences = 0
-        self._seen = 0
+        self.seen = 0
+        self.occurrences = 0
         self._lock = threading.Lock()
 
     def record(self, path: str, reason: str | None) -> None:
         """Note that ``path`` was read, or was not for ``reason``."""
         with self._lock:
-            self._seen += 1
+            self.seen += 1
             if reason is not None:
-                self._occurrences += 1
+                self.occurrences += 1
                 self._reasons[path] = reason
-
-    @property
-    def seen(self) -> int:
-        """Images asked for since the last report."""
-        return self._seen
-
-    @property
-    def occurrences(self) -> int:
-        """Unreadable ones among them; a file met twice counts twice."""
-        return self._occurrences
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -110,8 +105,8 @@ class BrokenImages:
             The message logged, or None if every image could be read.
         """
         with self._lock:
-            reasons, occurrences, seen = self._reasons, self._occurrences, self._seen
-            self._reasons, self._occurrences, self._seen = {}, 0, 0
+            reasons, occurrences, seen = self._reasons, self.occurrences, self.seen
+            self._reasons, self.occurrences, self.seen = {}, 0, 0
         if not occurrences:
             return None
         lines = [f"{occurrences} of {seen} images could not be read ({len(reasons)} files)"]

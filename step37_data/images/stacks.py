@@ -95,7 +95,7 @@ _Pixels = list[npt.NDArray[np.uint8]]
 _Pictures = dict[tuple[str, bool], tuple[_Picture, _Pixels]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ImageReader:
     """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
 
@@ -198,16 +198,15 @@ class ImageReader:
         number = {file: i for i, file in enumerate(pictures)}
         stacks = {}
         for kind, side in sides.items():
-            files = [(number[entry.file], entry) for entry in entries if entry.kind == kind]
+            wanted = [
+                (number[entry.file], pictures[entry.file][0].window(entry))
+                for entry in entries
+                if entry.kind == kind
+            ]
             if kind == PATCH_ITEM_TYPE:
-                source = ready.canvases
-                crops = [
-                    ready.window_rectangle(i, pictures[entry.file][0].window(entry))
-                    for i, entry in files
-                ]
+                source, crops = ready.canvases, [ready.window_rectangle(*each) for each in wanted]
             else:
-                source = ready.full
-                crops = [ready.full_rectangle(i) for i, _ in files]
+                source, crops = ready.full, [ready.full_rectangle(picture) for picture, _ in wanted]
             if self.pixel_order == "pillow":
                 stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
             else:

@@ -183,10 +183,7 @@ def chunk_step3_media(
         crop_tensor = torch.zeros(len(crops), dtype=torch.long, device=pixel_values.device)
     else:
         crops = _as_counts("num_patches", num_patches)
-        if isinstance(num_patches, torch.Tensor):
-            crop_tensor = num_patches.reshape(-1).long()
-        else:
-            crop_tensor = torch.tensor(crops, dtype=torch.long)
+        crop_tensor = torch.as_tensor(num_patches).reshape(-1).long()
         # An entry may stand for a sample or for an image: the length tells, or both cut alike.
         readings = {
             tuple(cut)

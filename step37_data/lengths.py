@@ -200,7 +200,7 @@ def _measure(
         workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
     chunks = _Chunks(dataset, [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)])
     measured = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is
+        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=as_it_is
     )
     with tqdm(total=len(indices), desc=description, unit="sample", disable=not progress) as bar:
         for chunk, lengths in measured:
@@ -223,8 +223,9 @@ class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
         return chunk, np.array(lengths, np.int64)
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def as_it_is(given: Any) -> Any:
+    """What a DataLoader is to make of what a data set gives: nothing else."""
+    return given
 
 
 def _length_of(index: int, sample: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int
-from step37_data.lengths import KeyedDataset, probe_lengths
+from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
 from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
     LoopedSequentialSampler,
@@ -222,7 +222,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -291,10 +291,6 @@ def draw_schedule(
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
-
-
-def _as_it_is(packed: Any) -> Any:
-    return packed
 
 
 @dataclass(frozen=True, slots=True)

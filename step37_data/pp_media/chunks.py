@@ -122,7 +122,10 @@ def chunk_vlm_media(
     # Where both hold, every image is one patch and the two cuts are the same.
     if patch_counts is not None and sum(patch_counts) == n_rows:
         pixel_limits = _limits_of(patch_counts, image_limits)
-    elif n_rows == n_images and (image_grid is None or _is_row_an_image(pixel_values)):
+    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    elif n_rows == n_images and (
+        image_grid is None or isinstance(pixel_values, list) or pixel_values.ndim >= 3
+    ):
         pixel_limits = image_limits
     else:
         raise misaligned(f"{n_rows} rows are neither the {n_images} images nor their patches")
@@ -226,9 +229,7 @@ def chunk_step3_media(
 
 
 def prepare_vlm_media_for_pp(
-    batch: MutableMapping[str, Any],
-    batch_size: int,
-    n_microbatches: int,
+    batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
 ) -> MutableMapping[str, Any]:
     """Take the media out of a batch and put them back, split, under `VLM_PP_MEDIA_KEY`.
 
@@ -268,8 +269,7 @@ def prepare_vlm_media_for_pp(
 
 
 def wrap_vlm_collate_for_pp(
-    collate_fn: Callable[[Any], MutableMapping[str, Any]],
-    n_microbatches: int,
+    collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int
 ) -> Callable[[Any], MutableMapping[str, Any]]:
     """Return `collate_fn` followed by `prepare_vlm_media_for_pp`; picklable if `collate_fn` is.
 
@@ -395,11 +395,6 @@ def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
         return None
     counts = image_grid.prod(dim=1).tolist()
     return counts if all(count > 0 for count in counts) else None
-
-
-def _is_row_an_image(pixel_values: torch.Tensor | list[torch.Tensor]) -> bool:
-    # A two-dimensional tensor with a grid is a list of patches, never of images.
-    return isinstance(pixel_values, list) or pixel_values.ndim >= 3
 
 
 def _check_has_rows(name: str, rows: Any) -> None:

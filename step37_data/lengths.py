@@ -39,8 +39,6 @@ class KeyedDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, idx: int) -> Any: ...
-
     def fingerprint(self) -> str:
         """Name of everything that decides lengths besides the samples: tokenizer, template."""
 
@@ -96,14 +94,7 @@ def probe_lengths(
         _, firsts = np.unique(cache.keys[missing], return_index=True)
         todo = missing[np.sort(firsts)]
         if len(todo):
-            logger.info(
-                "%s: %d of %d lengths from %s, measuring %d",
-                description,
-                total - len(missing),
-                total,
-                cache_dir,
-                len(todo),
-            )
+            logger.info("%s: measuring %d of %d lengths", description, len(todo), total)
             cache.record(_measure(dataset, todo, workers, progress, description))
 
     if together:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int
 from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
-from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
+from step37_data.packing import OversizePolicy, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -140,7 +139,26 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         for array in (domains, indices, sizes, self._ranges.starts, self._ranges.counts):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         self._fingerprint = digest.hexdigest()
-        _log_fill(packing, self.packing_result, self.pack_sizes(), max_length)
+        self._log_fill(packing)
+
+    def _log_fill(self, packing: Packing) -> None:
+        sizes, result = self.pack_sizes(), self.packing_result
+        samples = int(result.packed_sample_ranges.counts.sum())
+        logger.info(
+            "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
+            packing,
+            samples,
+            len(self),
+            self.max_length,
+            100.0 * float(sizes.sum() / np.maximum(sizes, self.max_length).sum()),
+        )
+        if result.num_droped:
+            logger.warning(
+                "%d of %d samples were dropped: longer than the %d tokens of a pack",
+                result.num_droped,
+                samples + result.num_droped,
+                self.max_length,
+            )
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -152,32 +170,28 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
     def __getitem__(self, idx: int) -> Any:
         pieces = self.pieces(idx)
         samples = [self.datasets[domain][index] for domain, index in pieces]
-        self._check_lengths(idx, pieces, samples)
-        return self.transform(samples) if self.transform else samples
-
-    def _check_lengths(
-        self, idx: int, pieces: Sequence[tuple[int, int]], samples: Sequence[Any]
-    ) -> None:
-        start, count = self._ranges[idx % len(self._ranges)]
-        planned = self.piece_sizes[start : start + count].tolist()
-        for (domain, index), sample, size in zip(pieces, samples, planned, strict=True):
+        planned = self.piece_sizes[self._rows(idx)].tolist()
+        for piece, sample, size in zip(pieces, samples, planned, strict=True):
             if len(sample) != size and not self._warned_about_lengths:
                 self._warned_about_lengths = True
                 logger.warning(
                     "datasets[%d][%d] has %d tokens now and had %d when the packs were made: the "
                     "data set gives other samples from time to time, and packs can hold more than "
                     "%d tokens (said once)",
-                    domain,
-                    index,
+                    *piece,
                     len(sample),
                     size,
                     self.max_length,
                 )
+        return self.transform(samples) if self.transform else samples
+
+    def _rows(self, idx: int) -> slice:
+        start, count = self._ranges[idx % len(self._ranges)]
+        return slice(start, start + count)
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
         """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
-        start, count = self._ranges[idx % len(self._ranges)]
-        rows = slice(start, start + count)
+        rows = self._rows(idx)
         return list(
             zip(self.piece_domains[rows].tolist(), self.piece_indices[rows].tolist(), strict=True)
         )
@@ -293,13 +307,6 @@ def draw_schedule(
     return domains, indices, sizes
 
 
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """In place of a pack: what reading it raised in a worker process."""
-
-    error: ExceptionWrapper
-
-
 class _Guarded(torch.utils.data.Dataset[Any]):
     """The packs, for a DataLoader whose own errors are to be told from theirs."""
 
@@ -313,7 +320,8 @@ class _Guarded(torch.utils.data.Dataset[Any]):
             worker = torch.utils.data.get_worker_info()
             if worker is None:
                 raise
-            return _Failed(ExceptionWrapper(where=f"in worker process {worker.id}"))
+            # In place of the pack: to be raised where it is asked for.
+            return ExceptionWrapper(where=f"in worker process {worker.id}")
 
 
 class _Stream(Iterator[Any]):
@@ -343,8 +351,8 @@ class _Stream(Iterator[Any]):
                 self._advance()
             raise
         self._advance()
-        if isinstance(packed, _Failed):
-            packed.error.reraise()
+        if isinstance(packed, ExceptionWrapper):
+            packed.reraise()
         return packed
 
     def close(self) -> None:
@@ -375,25 +383,3 @@ def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:
         if not (float(epoch) > 0 and math.isfinite(epoch)):
             raise ValueError(f"epochs[{number}]: expected more than 0 and finite, got {epoch}")
     return [float(epoch) * float(size) for size, epoch in zip(sizes, epochs, strict=True)]
-
-
-def _log_fill(
-    packing: Packing, result: PackingResult, pack_sizes: np.ndarray, max_length: int
-) -> None:
-    samples = int(result.packed_sample_ranges.counts.sum())
-    capacity = np.maximum(pack_sizes, max_length).sum()
-    logger.info(
-        "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
-        packing,
-        samples,
-        result.num_packed_samples,
-        max_length,
-        100.0 * float(pack_sizes.sum()) / float(capacity),
-    )
-    if result.num_droped:
-        logger.warning(
-            "%d of %d samples were dropped: longer than the %d tokens of a pack",
-            result.num_droped,
-            samples + result.num_droped,
-            max_length,
-        )

@@ -228,15 +228,14 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         first = messages[0]
-        given = {"tools": first.get("tool_schemas") or None}
-        given["reasoning_effort"] = first.get("reasoning_effort")
-        kwargs = {name: value for name, value in given.items() if value is not None}
+        effort = first.get("reasoning_effort")
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=first.get("tool_schemas") or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **kwargs,
+                **({} if effort is None else {"reasoning_effort": effort}),
             )
         except Exception as error:  # jinja2's own, or what an expression of the template raises
             roles = ", ".join(message["role"] for message in messages)

@@ -172,10 +172,6 @@ def decode(path: str, on_broken: OnBroken) -> Decoded:
     return Decoded(image=picture, broken=reason)
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
-
-
 def available_cores() -> int:
     """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -188,27 +184,9 @@ def default_threads() -> int:
     return min(8, available_cores())
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
-    with _pools_lock:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="step37-decode")
-        return _pools[threads]
-
-
-def _forget_pools() -> None:
-    """After a fork the child has the pools but not their threads."""
-    global _pools_lock
-    _pools_lock = threading.Lock()
-    _pools.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pools)
-
-
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
-) -> Iterator[_Result]:
+) -> list[_Result]:
     """``map(function, items)`` on ``threads`` threads, in order; the first error is raised.
 
     ``threads=1`` runs in the calling thread.
@@ -217,5 +195,6 @@ def map_threads(
     if count < 1:
         raise ValueError(f"threads: expected at least 1, got {count}")
     if count == 1:
-        return map(function, items)
-    return _pool(count).map(function, items)
+        return list(map(function, items))
+    with ThreadPoolExecutor(count, thread_name_prefix="step37-decode") as pool:
+        return list(pool.map(function, items))

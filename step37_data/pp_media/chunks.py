@@ -287,10 +287,12 @@ def _collate_and_prepare(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
 ) -> MutableMapping[str, Any]:
     batch = collate_fn(examples)
-    if not isinstance(batch, MutableMapping) or not any(key in batch for key in _VLM_MEDIA_KEYS):
+    if not isinstance(batch, MutableMapping):
+        return batch
+    found = [key for key in _VLM_MEDIA_KEYS if key in batch]
+    if not found:
         return batch
     if batch.get("input_ids") is None:
-        found = [key for key in _VLM_MEDIA_KEYS if key in batch]
         raise ValueError(f"the batch has media ({', '.join(found)}) but no input_ids to count")
     return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
 
@@ -315,10 +317,8 @@ def _image_chunks(
     counts = media.get("n_images_per_sample")
     if grids or isinstance(pixel_values, list):
         grid = media[grids[0]] if grids else None
-        pixels, grid_chunks = chunk_vlm_media(
-            pixel_values, grid, batch_size, n_microbatches, counts
-        )
-        return _without_none(pixel_values=pixels, image_grid_hws=grid_chunks)
+        chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+        return _without_none("pixel_values", "image_grid_hws", chunks)
     return chunk_step3_media(
         pixel_values,
         batch_size,
@@ -344,14 +344,14 @@ def _video_chunks(
         raise ValueError(
             f"pixel_values_videos {_described(pixel_values)} come without video_grid_thw"
         )
-    pixels, grid_chunks = chunk_vlm_media(
-        pixel_values, grid, batch_size, n_microbatches, media.get("n_videos_per_sample")
-    )
-    return _without_none(pixel_values_videos=pixels, video_grid_thw=grid_chunks)
+    counts = media.get("n_videos_per_sample")
+    chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+    return _without_none("pixel_values_videos", "video_grid_thw", chunks)
 
 
-def _without_none(**chunks: list[Any] | None) -> dict[str, list[Any]]:
-    return {key: value for key, value in chunks.items() if value is not None}
+def _without_none(pixels: str, grid: str, chunks: Sequence[Any]) -> dict[str, list[Any]]:
+    named = zip((pixels, grid), chunks, strict=True)
+    return {key: value for key, value in named if value is not None}
 
 
 def _check_no_media_without(pixels: str, media: dict[str, Any], keys: Sequence[str]) -> None:

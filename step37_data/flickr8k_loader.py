@@ -106,10 +106,8 @@ class Step37Flickr8kDataset:
             ) from error
 
     def _picture_sizes(self) -> list[tuple[int, int]]:
-        paths = [str(sample.image_path) for sample in self.samples]
-        rewrite = self.template.path_rewrite_fn
-        if rewrite is not None:
-            paths = [rewrite(path) for path in paths]
+        rewrite = self.template.path_rewrite_fn or str
+        paths = [rewrite(str(sample.image_path)) for sample in self.samples]
         return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
 
     @staticmethod
@@ -237,13 +235,11 @@ def prepare_flickr8k_samples(
     root = Path(cache_dir).expanduser()
     metadata = _path_inside(root, f"{split}/metadata.csv")
 
-    fetch = functools.partial(
-        get_flickr8k_dataset_file,
-        repo_id=repo_id,
-        cache_dir=root,
-        revision=revision,
-        endpoint=endpoint,
-    )
+    def fetch(name: str) -> Path:
+        return get_flickr8k_dataset_file(
+            name, repo_id=repo_id, cache_dir=root, revision=revision, endpoint=endpoint
+        )
+
     # Read once, as soon as it is there.
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
@@ -353,10 +349,7 @@ def _path_inside(folder: Path, name: str) -> Path:
 
 
 def _is_present(path: str | Path) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:

@@ -124,8 +124,8 @@ class LengthCache:
                 f"cache_dir: lengths of {type(dataset).__name__} cannot be cached, it has no "
                 "fingerprint() and sample_keys()"
             )
-        folder = Path(cache_dir).expanduser() / dataset.fingerprint()[:32]
-        self._file = folder / "samples.lengths"
+        folder = Path(cache_dir).expanduser()
+        self._file = folder / dataset.fingerprint()[:32] / "samples.lengths"
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
         if keys.shape != (len(dataset), 2):
             raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")

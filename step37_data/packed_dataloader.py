@@ -30,8 +30,6 @@ Sampling = Literal["sequential", "random"]
 Packing = Literal["next_fit", "best_fit"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
-# Keys of so many samples are hashed within a second.
-_KEYS_UP_TO = 1_000_000
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
@@ -104,12 +102,11 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self.position = 0
         self._warned_about_lengths = False
         lengths, digest = [], hashlib.blake2b(digest_size=16)
-        for number, (dataset, count) in enumerate(zip(datasets, counts, strict=True)):
-            is_keyed, keys = isinstance(dataset, KeyedDataset), None
-            if is_keyed and (lengths_cache_dir is not None or count <= _KEYS_UP_TO):
+        for number, dataset in enumerate(datasets):
+            keys = None
+            if isinstance(dataset, KeyedDataset):
                 keys = np.ascontiguousarray(dataset.sample_keys(), dtype="<u8")
-                if count <= _KEYS_UP_TO:
-                    digest.update(keys.data)
+                digest.update(keys.data)
             measured = probe_lengths(
                 dataset,
                 cache_dir=lengths_cache_dir,
@@ -267,9 +264,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
     def schedule_fingerprint(self) -> str:
         """Hex digest of which sample stands where in which pack.
 
-        A sample is known by its place and length, and in a :class:`KeyedDataset` of at most a
-        million samples by its key; of larger ones the keys would take too long. Keys of
-        ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
+        A sample is known by its place and length, and in a :class:`KeyedDataset` by its key. Keys
+        of ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
         """
         return self._fingerprint
 
@@ -295,11 +291,9 @@ def draw_schedule(
     sizes = np.empty(draws, dtype=np.min_scalar_type(max(int(part.max()) for part in lengths)))
     for number, strategy in enumerate(strategies):
         size = len(lengths[number])
-        sampler = (
-            LoopedShuffleSampler(size, _SEED + number)
-            if strategy == "random"
-            else LoopedSequentialSampler(size)
-        )
+        sampler: Any = LoopedSequentialSampler(size)
+        if strategy == "random":
+            sampler = LoopedShuffleSampler(size, _SEED + number)
         places = np.flatnonzero(domains == number) if len(strategies) > 1 else slice(None)
         drawn = sampler.take(len(places) if isinstance(places, np.ndarray) else draws)
         indices[places] = drawn

@@ -277,12 +277,10 @@ def preprocess_packed_batch(
         stacks, reasons = reader.load_stacks(entries, sides)
         for kind, images in stacks.items():
             if len(images):
-                rope, longest = compute_rope_args(images, encoder_patch_size, device=target)
-                groups.append(
-                    ImageForInsert(
-                        starts[kind], images, rope_cu_seqlens=rope, rope_max_seq_len=longest
-                    )
-                )
+                group = ImageForInsert(starts[kind], images)
+                rope = compute_rope_args(images, encoder_patch_size, device=target)
+                group.rope_cu_seqlens, group.rope_max_seq_len = rope
+                groups.append(group)
     elif on_broken == "skip-loss":
         # The loss is computed on this stage, perhaps: it has to know as much as the first one.
         reasons = reader.find_broken(entries)

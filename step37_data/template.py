@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -252,15 +253,14 @@ class Step37MultimodalTemplate(ImageTokens):
             asked = self._render(question, False)
             text = self._render(question, True)[len(asked) :]
             ids = self._encode(text)
-            delimiter = self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else ""
-            added = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-            if added is None or not text.startswith(delimiter + "assistant"):
+            delimiter = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+            if delimiter is None or not text.startswith(f"{delimiter.content}assistant"):
                 raise ValueError(
                     f"tokenizer_path: the chat template in {self.tokenizer_path!r} is not in the "
                     "Step-3.7 layout: its generation prompt must begin with a special token "
                     f"followed by 'assistant', got {text!r}"
                 )
-            header = self._encode(delimiter + "assistant")
+            header = self._encode(f"{delimiter.content}assistant")
             self._generation_prompts[reasoning_effort] = (ids, header)
         return self._generation_prompts[reasoning_effort]
 
@@ -323,15 +323,15 @@ class Step37MultimodalTemplate(ImageTokens):
         if isinstance(images, str):
             raise ValueError(f"images: expected a list of paths, got {images!r}")
         items = []
+        rewrite = self.path_rewrite_fn or str
         for image in images or ():
-            path, *rest = image if isinstance(image, (tuple, list)) and image else (image,)
-            kind = rest[0] if rest else IMAGE_ITEM_TYPE
+            given = image if isinstance(image, (tuple, list)) and image else (image,)
+            path, kind = (*given, IMAGE_ITEM_TYPE)[:2]
             if not isinstance(path, (str, os.PathLike)):
                 raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
             if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
                 raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
-            path = str(path)
-            items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, int(kind)))
+            items.append((rewrite(str(path)), int(kind)))
         return items
 
     def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
@@ -347,11 +347,9 @@ class Step37MultimodalTemplate(ImageTokens):
             self.patch_start_token_id: self.patch_token_count,
         }
         before = [ids[place - 1] if place else -1 for place in places]
-        for start_id, row_count in zip(before, rows, strict=True):
-            if rows_after.get(start_id) != row_count:
-                found = (
-                    self.tokenizer.convert_ids_to_tokens(start_id) if start_id >= 0 else "nothing"
-                )
+        for start, row_count in zip(before, rows, strict=True):
+            if rows_after.get(start) != row_count:
+                found = self.tokenizer.convert_ids_to_tokens(start) if start >= 0 else "nothing"
                 raise ValueError(
                     f"conversations: a placeholder of {row_count} {self.image_token!r} follows "
                     f"{found!r}; an image ({self.image_token_count}) must follow "
@@ -383,10 +381,9 @@ class Step37MultimodalTemplate(ImageTokens):
     ) -> Iterator[tuple[int, int]]:
         prompt, header = self._generation_prompt(messages[0].get("reasoning_effort"))
         turns = [place for place, token in enumerate(ids) if token == prompt[0]]
-        ends = [*turns[1:], len(ids)]
         answers = [
             (start, end)
-            for start, end in zip(turns, ends, strict=True)
+            for start, end in itertools.pairwise([*turns, len(ids)])
             if ids[start : start + len(header)] == header
         ]
         expected = sum(message["role"] == "assistant" for message in messages)

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from step37_data.checks import checked_int
+
 logger = logging.getLogger(__name__)
 
 OnBroken = Literal["zero", "raise", "skip-loss"]
@@ -191,9 +193,7 @@ def map_threads(
 
     ``threads=1`` runs in the calling thread.
     """
-    count = default_threads() if threads is None else threads
-    if count < 1:
-        raise ValueError(f"threads: expected at least 1, got {count}")
+    count = default_threads() if threads is None else checked_int("threads", threads)
     if count == 1:
         return list(map(function, items))
     with ThreadPoolExecutor(count, thread_name_prefix="step37-decode") as pool:

@@ -287,9 +287,8 @@ def _collate_and_prepare(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
 ) -> MutableMapping[str, Any]:
     batch = collate_fn(examples)
-    if not isinstance(batch, MutableMapping):
-        return batch
-    found = [key for key in _VLM_MEDIA_KEYS if key in batch]
+    is_batch = isinstance(batch, MutableMapping)
+    found = [key for key in _VLM_MEDIA_KEYS if is_batch and key in batch]
     if not found:
         return batch
     if batch.get("input_ids") is None:

@@ -160,10 +160,9 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             multicrop=self.multicrop,
             **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
         )
-        if self.img_start_token_id < 0:
-            self.img_start_token_id = template.img_start_token_id
-        if self.patch_start_token_id < 0:
-            self.patch_start_token_id = template.patch_start_token_id
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(self, name) < 0:
+                setattr(self, name, getattr(template, name))
         samples = prepare_flickr8k_samples(
             repo_id=self.repo_id,
             split=self.split,

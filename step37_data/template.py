@@ -123,21 +123,14 @@ class Step37MultimodalTemplate(ImageTokens):
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         checked_int("image_token_count", self.image_token_count)
         checked_int("patch_token_count", self.patch_token_count)
-        crop_structure = [
-            self.image_start_token,
-            self.patch_start_token,
-            self.image_end_token,
-            self.patch_end_token,
-            PATCH_NEWLINE_TOKEN,
-        ]
-        # The last one has to be a token only where it is used.
-        needed = [self.image_token, *crop_structure[: 5 if self.multicrop else 4]]
-        self._image_id, self.img_start_token_id, self.patch_start_token_id, *_ = map(
-            self._special_id, needed
-        )
-        self._multicrop_markup = frozenset(
-            {MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER, *crop_structure}
-        )
+        starts = (self.image_start_token, self.patch_start_token)
+        ends = (self.image_end_token, self.patch_end_token)
+        # The newline has to be a token only where it is used.
+        newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
+        ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
+        self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
+        placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
+        self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
         added = self.tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} - set(THINK_TOKENS)
         reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}

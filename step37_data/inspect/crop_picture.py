@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from PIL import Image, ImageDraw
 
 from step37_data.images.crop_pixels import canvas_image, full_image
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops, token_runs
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_data.images.decode import read_rgb
+from step37_data.placeholders import token_runs
 from step37_data.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
 
 _LINE, _MARGIN, _OUTSIDE = (214, 60, 60), 8, (240, 240, 240)

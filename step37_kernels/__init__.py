@@ -10,6 +10,8 @@ from step37_kernels.pixels.normalize import (
 )
 from step37_kernels.pixels.resize import resize_uint8
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Crop",
     "ImageForInsert",

@@ -60,6 +60,8 @@ def test_the_changelog_has_a_dated_section_for_the_version_below_what_is_unrelea
     version, dash, date = titles[1].partition(" - ")
     assert (version, dash) == (step37_kernels.__version__, " - ")
     datetime.date.fromisoformat(date)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
 
 
 def test_a_warning_of_our_own_is_an_error_and_one_of_torch_is_not(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
 # make lint   set up, then ruff, mypy, import-linter
 # make docs   set up, then the site of docs/ into out/site, strict
+# make pictures    set up, then the pictures of docs/ drawn anew
 # make package     set up, then sdist and wheel into dist/, checked
 # make kernel-hub  set up, then the folder that the `kernels` package loads, into out/kernel-hub
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
@@ -14,7 +15,7 @@ RUN := .venv/bin/python
 JOBS ?= auto
 ARCH ?= sm_90
 
-.PHONY: demo test ptx lint docs package kernel-hub bench gpu resources setup clean
+.PHONY: demo test ptx lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -37,6 +38,9 @@ lint: setup
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "out/site/index.html"
+
+pictures: setup
+	@$(RUN) -m tools.pictures
 
 package: setup
 	@rm -rf dist

@@ -22,10 +22,10 @@ _fused: weakref.WeakKeyDictionary[nn.Module, _Fused] = weakref.WeakKeyDictionary
 def _fused_for(module: Any) -> _Fused:
     fused = _fused.get(module)
     if fused is None:
-        projector, owner = module.align_projector, weakref.ref(module)
+        projector, owner = module.align_projector, weakref.proxy(module)
         with torch.device("meta"):
             fused = _Fused(
-                lambda **given: owner()._language_embedding(**given),
+                lambda **given: owner._language_embedding(**given),
                 projector.in_features,
                 projector.out_features,
                 projector_bias=projector.bias is not None,

@@ -70,12 +70,17 @@ def show(axes: Axes, picture: Any, x: float, y: float, width: float, height: flo
 
 @functools.lru_cache(maxsize=1 << 16)
 def width_of(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that ``text`` is wide at ``size`` points."""
+    """Inches that ``text`` is wide at ``size`` points, at most.
+
+    A raster's letters stand on whole pixels, which makes a line a little longer than its outlines.
+    """
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
     font = FontProperties(size=size, weight=weight)
-    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+    return (
+        1.06 * float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+    )
 
 
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import step37_kernels
+from tests.door.test_snippets import snippets
 
 ROOT = Path(__file__).parents[2]
 for tool in ("build", "twine", "setuptools"):
@@ -159,6 +160,14 @@ def test_the_installed_kernels_and_module_work(installed: Run) -> None:
     assert "site-packages" in done.stdout
     assert str(ROOT) not in done.stdout
     assert done.stdout.split()[-1] == step37_kernels.__version__
+
+
+def test_the_first_snippet_of_the_readme_and_of_get_started_run_from_the_wheel(
+    installed: Run,
+) -> None:
+    for page in ("README.md", "docs/index.md"):
+        alone = next(s for s in snippets(ROOT / page) if s.needs is None)
+        installed("python", "-W", "error", "-c", alone.code)
 
 
 def test_the_command_helps_without_extras_and_names_the_one_that_it_needs(installed: Run) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,7 +35,13 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """sdist, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    # Of a copy: building writes beside the sources, and other processes build too.
+    source = tmp_path_factory.mktemp("source") / "step37"
+    names = (".git", ".venv*", ".*_cache", ".hypothesis", "*.egg-info", "__pycache__")
+    ignore = shutil.ignore_patterns(*names, "build", "dist", "out")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder)]
+    command.append(str(source))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

@@ -43,7 +43,7 @@ def test_no_label_of_a_row_map_of_2048_positions_is_wider_than_its_cell() -> Non
         "image_paths": [(photograph, 0)] * 9,
     }
     sheet = draw_row_map(pack, plan_insert(tokens[None], [(7, [169] * 9)], impl="torch"), Words())
-    check_lettering(sheet)
+    style.png_of(sheet)
     wide = CELL_W * style.DPI
     cells = [text for text in sheet.axes[0].texts if text.get_fontsize() == 6.5]
     assert len(cells) == 2048

@@ -36,7 +36,15 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except ModuleNotFoundError as error:
+        from step37_data.extras import how_to_get
+
+        needed = how_to_get(error)
+        if needed is None:
+            raise
+        raise ModuleNotFoundError(f"{__name__}.{name} {needed}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -106,10 +106,8 @@ class Step37Flickr8kDataset:
             ) from error
 
     def _picture_sizes(self) -> list[tuple[int, int]]:
-        paths = [str(sample.image_path) for sample in self.samples]
-        rewrite = self.template.path_rewrite_fn
-        if rewrite is not None:
-            paths = [rewrite(path) for path in paths]
+        rewrite = self.template.path_rewrite_fn or str
+        paths = [rewrite(str(sample.image_path)) for sample in self.samples]
         return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
 
     @staticmethod
@@ -124,9 +122,9 @@ class Step37Flickr8kDataset:
 
 
 def get_flickr8k_dataset_file(
+    filename: str,
     *,
     repo_id: str,
-    filename: str,
     cache_dir: str | Path,
     revision: str | None = None,
     endpoint: str | None = None,
@@ -140,8 +138,8 @@ def get_flickr8k_dataset_file(
     :func:`prepare_flickr8k_samples`).
 
     Args:
-        repo_id: data set on the hub, such as ``intro/flickr8k``.
         filename: path inside the data set, with forward slashes.
+        repo_id: data set on the hub, such as ``intro/flickr8k``.
         cache_dir: local folder that mirrors the data set.
         revision: branch, tag or commit; None is the default branch.
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
@@ -155,7 +153,41 @@ def get_flickr8k_dataset_file(
     path = _path_inside(root, filename)
     if _is_present(path):
         return path
-    return _download(repo_id, root, revision, endpoint, filename)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
+    # OSError or children of the base class of HfHubHTTPError.
+    network_errors = (OSError, HfHubHTTPError.__bases__[0])
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            hf_hub_download(
+                repo_id,
+                filename,
+                repo_type="dataset",
+                local_dir=root,
+                revision=revision,
+                endpoint=endpoint,
+            )
+            return path
+        except network_errors as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
+            may_pass = status is None or status in (408, 429) or status >= 500
+            if attempt < _ATTEMPTS and may_pass and not offline:
+                logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
+                time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+                continue
+            # A built-in error, which every rank can raise. The hub tells nobody of a private repo.
+            missing = isinstance(error, FileNotFoundError) or status in (401, 404)
+            kind = FileNotFoundError if missing else OSError
+            tried = f" after {attempt} attempts" if attempt > 1 else ""
+            raise kind(
+                f"{path} is missing, and {repo_id}/{filename} could not be "
+                f"downloaded{tried}: {error}"
+            ) from error
 
 
 def prepare_flickr8k_samples(
@@ -203,18 +235,27 @@ def prepare_flickr8k_samples(
     root = Path(cache_dir).expanduser()
     metadata = _path_inside(root, f"{split}/metadata.csv")
 
-    fetch = functools.partial(_download, repo_id, root, revision, endpoint)
+    def fetch(name: str) -> Path:
+        return get_flickr8k_dataset_file(
+            name, repo_id=repo_id, cache_dir=root, revision=revision, endpoint=endpoint
+        )
+
     # Read once, as soon as it is there.
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
 
     def fill() -> None:
+        from huggingface_hub import utils as hub
+
         root.mkdir(parents=True, exist_ok=True)
         _check_origin(root, repo_id, revision)
-        with _no_bar_per_file():
-            if not _is_present(metadata):
-                fetch(f"{split}/metadata.csv")
+        with contextlib.ExitStack() as undo:
+            # huggingface_hub shows a bar for every file; our files together have one.
+            if not hub.are_progress_bars_disabled():
+                hub.disable_progress_bars()
+                undo.callback(hub.enable_progress_bars)
+            fetch(f"{split}/metadata.csv")
             missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
             names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
             _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
@@ -252,8 +293,8 @@ def read_flickr8k_metadata(
     samples: list[Flickr8kSample] = []
     skipped = 0
     for line, row in _rows(metadata):
-        caption = (row.get(caption_key) or "").strip()
-        file_name = (row.get("file_name") or "").strip()
+        caption = row.get(caption_key, "").strip()
+        file_name = row.get("file_name", "").strip()
         if not caption or not file_name:
             skipped += 1
             continue
@@ -271,30 +312,27 @@ def read_flickr8k_metadata(
     return samples
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Every row of a CSV file, with the number of its last line."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         # Strict: else a quote that is not closed takes in all rows up to the next one.
-        rows = csv.DictReader(file, strict=True)
-        lines = rows.reader  # rows.line_num stays behind on errors and blank lines
+        rows = csv.reader(file, strict=True)
         first = 1
         try:
-            if rows.fieldnames is None:
-                return
-            first = lines.line_num + 1
-            for row in rows:
-                if None in row:
-                    surplus = row.pop(None)
-                    cells = [*row.values(), *surplus]
+            header = next(rows, [])
+            first = rows.line_num + 1
+            for cells in rows:
+                if len(cells) > len(header):
                     raise ValueError(
-                        f"{metadata}, line {lines.line_num}: expected the {len(row)} cells of the "
-                        f"header, got {len(cells)}: {cells}; a text with a comma needs quotes"
+                        f"{metadata}, line {rows.line_num}: expected the {len(header)} cells of "
+                        f"the header, got {len(cells)}: {cells}; a text with a comma needs quotes"
                     )
-                yield lines.line_num, row
-                first = lines.line_num + 1
+                if cells:
+                    yield rows.line_num, dict(zip(header, cells, strict=False))
+                first = rows.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"{metadata}, line {first}: {error}, in a row read up to line {lines.line_num}; "
+                f"{metadata}, line {first}: {error}, in a row read up to line {rows.line_num}; "
                 "is a quote not closed?"
             ) from error
         except UnicodeDecodeError as error:
@@ -311,10 +349,7 @@ def _path_inside(folder: Path, name: str) -> Path:
 
 
 def _is_present(path: str | Path) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
@@ -348,67 +383,3 @@ def _fetch_all(
         bar: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
         # After a failure it starts no other file.
         thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)
-
-
-def _download(
-    repo_id: str, root: Path, revision: str | None, endpoint: str | None, filename: str
-) -> Path:
-    """Download one file; errors are built-in ones, which every rank can raise."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
-    # OSError or children of the base class of HfHubHTTPError.
-    network_errors = (OSError, HfHubHTTPError.__bases__[0])
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            path = hf_hub_download(
-                repo_id,
-                filename,
-                repo_type="dataset",
-                local_dir=root,
-                revision=revision,
-                endpoint=endpoint,
-            )
-            return Path(path)
-        except network_errors as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
-            may_pass = status is None or status in (408, 429) or status >= 500
-            if attempt < _ATTEMPTS and may_pass and not offline:
-                logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
-                time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-                continue
-            missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-            kind = FileNotFoundError if missing or status == 404 else OSError
-            tried = f" after {attempt} attempts" if attempt > 1 else ""
-            raise kind(
-                f"{root / filename} is missing, and {repo_id}/{filename} could not be "
-                f"downloaded{tried}: {error}"
-            ) from error
-
-
-@contextlib.contextmanager
-def _no_bar_per_file() -> Iterator[None]:
-    """huggingface_hub shows a bar for every file; our files together have one."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

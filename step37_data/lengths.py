@@ -12,8 +12,7 @@ import logging
 import os
 import tempfile
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 _RECORD = np.dtype([("key", "S16"), ("length", "<i8")])
 _DIGEST_SIZE = 16
-_MERGED = "merged.lengths"
-_SECONDS_BETWEEN_WRITES = 5.0
+_SECONDS_BETWEEN_WRITES = 30.0
 _CHUNK = 256
 # Below this, starting processes costs more than it saves.
 _PARALLEL_FROM = 4096
@@ -40,8 +38,6 @@ class KeyedDataset(Protocol):
     """A map-style data set whose lengths can be cached."""
 
     def __len__(self) -> int: ...
-
-    def __getitem__(self, idx: int) -> Any: ...
 
     def fingerprint(self) -> str:
         """Name of everything that decides lengths besides the samples: tokenizer, template."""
@@ -98,14 +94,7 @@ def probe_lengths(
         _, firsts = np.unique(cache.keys[missing], return_index=True)
         todo = missing[np.sort(firsts)]
         if len(todo):
-            logger.info(
-                "%s: %d of %d lengths from %s, measuring %d",
-                description,
-                total - len(missing),
-                total,
-                cache.folder,
-                len(todo),
-            )
+            logger.info("%s: measuring %d of %d lengths", description, len(todo), total)
             cache.record(_measure(dataset, todo, workers, progress, description))
 
     if together:
@@ -116,9 +105,9 @@ def probe_lengths(
 
 
 class LengthCache:
-    """Lengths on disk, under ``cache_dir / fingerprint``: one merged file and newer parts.
+    """Lengths on disk, in one file under ``cache_dir / fingerprint``.
 
-    A file is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
+    It is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
     does not match its digest is reported, ignored and overwritten by the next merge.
 
     Args:
@@ -135,7 +124,8 @@ class LengthCache:
                 f"cache_dir: lengths of {type(dataset).__name__} cannot be cached, it has no "
                 "fingerprint() and sample_keys()"
             )
-        self.folder = Path(cache_dir).expanduser() / dataset.fingerprint()[:32]
+        folder = Path(cache_dir).expanduser()
+        self._file = folder / dataset.fingerprint()[:32] / "samples.lengths"
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
         if keys.shape != (len(dataset), 2):
             raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")
@@ -146,8 +136,9 @@ class LengthCache:
     def look_up(self) -> np.ndarray:
         """int64 ``[N]``: the known lengths, −1 for the others."""
         if (missing := np.flatnonzero(self._lengths < 0)).size:
-            files = sorted(self.folder.glob("*.lengths"))
-            records = _read(files[0]) if len(files) == 1 else _unique_records(map(_read, files))
+            # Asked for in order, neighbouring keys are found in the cache of the processor.
+            missing = missing[np.argsort(self.keys[missing])]
+            records = _read(self._file)
             keys = self.keys[missing]
             places = np.searchsorted(records["key"], keys)
             inside = places < len(records)
@@ -157,32 +148,26 @@ class LengthCache:
         return self._lengths
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write ``(indices, lengths)`` as they come: every few seconds, at the end, on failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``(indices, lengths)`` as they come: twice a minute, at the end, on failure."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         pending: list[np.ndarray] = []
         written = time.monotonic()
         try:
             for indices, lengths in measured:
-                pending.append(self._records(indices, lengths))
+                records = np.empty(len(indices), dtype=_RECORD)
+                records["key"], records["length"] = self.keys[indices], lengths
+                pending.append(records)
                 if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                    self._write_part(pending)
+                    self._write(pending)
                     pending, written = [], time.monotonic()
         finally:
-            self._write_part(pending)
-        files = set(self.folder.glob("*.lengths"))
-        merged = self.folder / _MERGED
-        _write(merged, _unique_records(map(_read, sorted(files))))
-        for path in files - {merged}:
-            path.unlink(missing_ok=True)
+            self._write(pending)
 
-    def _records(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        records = np.empty(len(indices), dtype=_RECORD)
-        records["key"], records["length"] = self.keys[indices], lengths
-        return records
-
-    def _write_part(self, parts: list[np.ndarray]) -> None:
-        if parts:
-            _write(self.folder / f"{uuid.uuid4().hex}.lengths", _unique_records(parts))
+    def _write(self, more: list[np.ndarray]) -> None:
+        records = np.concatenate([*more, _read(self._file)])
+        records = records[np.unique(records["key"], return_index=True)[1]]
+        payload = records.tobytes()
+        write_atomically(self._file, _digest(payload) + payload)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -206,7 +191,7 @@ def _measure(
         workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
     chunks = _Chunks(dataset, [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)])
     measured = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=_as_it_is
+        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=as_it_is
     )
     with tqdm(total=len(indices), desc=description, unit="sample", disable=not progress) as bar:
         for chunk, lengths in measured:
@@ -229,8 +214,9 @@ class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
         return chunk, np.array(lengths, np.int64)
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+def as_it_is(given: Any) -> Any:
+    """What a DataLoader is to make of what a data set gives: nothing else."""
+    return given
 
 
 def _length_of(index: int, sample: Any) -> int:
@@ -245,26 +231,14 @@ def _length_of(index: int, sample: Any) -> int:
     return length
 
 
-def _unique_records(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The records of all parts, sorted by key, one per key."""
-    records = np.concatenate([np.empty(0, dtype=_RECORD), *parts])
-    unique: np.ndarray = records[np.unique(records["key"], return_index=True)[1]]
-    return unique
-
-
 def _digest(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_DIGEST_SIZE).digest()
-
-
-def _write(path: Path, records: np.ndarray) -> None:
-    payload = records.tobytes()
-    write_atomically(path, _digest(payload) + payload)
 
 
 def _read(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # merged away by another process since the folder was listed
+    except FileNotFoundError:
         return np.empty(0, dtype=_RECORD)
     payload = content[_DIGEST_SIZE:]
     if len(payload) % _RECORD.itemsize or _digest(payload) != content[:_DIGEST_SIZE]:

@@ -75,14 +75,7 @@ def load_images(
     """
     sides = _sides(image_size, patch_image_size)
     entries = _entries(image_paths)
-    reader = ImageReader(
-        device=resolve_device(device),
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-    )
+    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
     stacks, _ = reader.load_stacks(entries, sides)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
@@ -154,24 +147,18 @@ def build_image_for_insert(
     by_type: dict[int, list[torch.Tensor]] = {PATCH_ITEM_TYPE: [], IMAGE_ITEM_TYPE: []}
     for image, kind in images_and_types:
         by_type[_checked_type(kind)].append(image)
-    target = resolve_device(device)
     groups = []
-    for kind, start, limit in (
-        (PATCH_ITEM_TYPE, patch_start_id, limit_patches),
-        (IMAGE_ITEM_TYPE, image_start_id, limit_images),
+    for images, start, limit in (
+        (by_type[PATCH_ITEM_TYPE], patch_start_id, limit_patches),
+        (by_type[IMAGE_ITEM_TYPE], image_start_id, limit_images),
     ):
-        kept = by_type[kind][:limit]
-        if not kept:
-            continue
-        stacked = torch.stack(kept)
-        group = ImageForInsert(
-            insert_start_token=start,
-            images=to_device(stacked if dtype is None else stacked.to(dtype), target),
-        )
-        if rope_args_fn is not None:
-            cu_seqlens, longest = rope_args_fn(kept)
-            group.rope_cu_seqlens, group.rope_max_seq_len = cu_seqlens, int(longest)
-        groups.append(group)
+        if kept := images[:limit]:
+            stacked = torch.stack(kept).to(dtype or kept[0].dtype)
+            group = ImageForInsert(start, to_device(stacked, resolve_device(device)))
+            if rope_args_fn is not None:
+                cu_seqlens, longest = rope_args_fn(kept)
+                group.rope_cu_seqlens, group.rope_max_seq_len = cu_seqlens, int(longest)
+            groups.append(group)
     return groups
 
 
@@ -252,9 +239,9 @@ def preprocess_packed_batch(
             resolved), a tensor has another shape (a batch that was not unwrapped), or
             ``image_paths`` are not what ``multicrop`` says.
     """
-    for name, token in (
-        ("img_start_token_id", img_start_token_id),
-        ("patch_start_token_id", patch_start_token_id),
+    starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
+    for name, token in zip(
+        ("patch_start_token_id", "img_start_token_id"), starts.values(), strict=True
     ):
         if token < 0:
             raise ValueError(
@@ -264,14 +251,7 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
-    reader = ImageReader(
-        device=resolve_device(device),
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-    )
+    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
     target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {
@@ -286,28 +266,21 @@ def preprocess_packed_batch(
     loss_masks = batch["loss_masks"]
     given = _entries(batch.get("image_paths", ()))
     _check_multicrop(given, multicrop)
-    starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
     entries: list[ImageEntry] = []
     positions: list[int] = []
     for kind, start in starts.items():
         of_kind, places = _used_images(given, tokens, kind, start)
         entries += of_kind
         positions += places
-    groups: list[ImageForInsert] = []
-    reasons: list[str | None] = []
+    groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
         stacks, reasons = reader.load_stacks(entries, sides)
         for kind, images in stacks.items():
             if len(images):
-                rope, longest = compute_rope_args(images, encoder_patch_size, device=target)
-                groups.append(
-                    ImageForInsert(
-                        insert_start_token=starts[kind],
-                        images=images,
-                        rope_cu_seqlens=rope,
-                        rope_max_seq_len=longest,
-                    )
-                )
+                group = ImageForInsert(starts[kind], images)
+                rope = compute_rope_args(images, encoder_patch_size, device=target)
+                group.rope_cu_seqlens, group.rope_max_seq_len = rope
+                groups.append(group)
     elif on_broken == "skip-loss":
         # The loss is computed on this stage, perhaps: it has to know as much as the first one.
         reasons = reader.find_broken(entries)

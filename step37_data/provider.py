@@ -15,8 +15,6 @@ from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
 from step37_data.tokens import ImageTokens
 
-_UNSET_ID = -1
-
 
 @dataclass(kw_only=True)
 class _StandaloneProvider:
@@ -123,9 +121,9 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     probe_workers: int | None = None
     """Processes that measure lengths; None decides by the size of the data set."""
 
-    img_start_token_id: int = _UNSET_ID
+    img_start_token_id: int = -1
     """Id of ``image_start_token``; -1 takes it from the tokenizer when the data set is built."""
-    patch_start_token_id: int = _UNSET_ID
+    patch_start_token_id: int = -1
     """Id of ``patch_start_token``; -1 as above."""
     image_size: int = 728
     patch_image_size: int = 504
@@ -162,10 +160,9 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             multicrop=self.multicrop,
             **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
         )
-        if self.img_start_token_id < 0:
-            self.img_start_token_id = template.img_start_token_id
-        if self.patch_start_token_id < 0:
-            self.patch_start_token_id = template.patch_start_token_id
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(self, name) < 0:
+                setattr(self, name, getattr(template, name))
         samples = prepare_flickr8k_samples(
             repo_id=self.repo_id,
             split=self.split,

@@ -75,6 +75,5 @@ def _what_is_there(path: str) -> str:
     if not folder.is_dir():
         return f"there is no folder {path!r} here, and no tokenizer could be read from the hub"
     missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing:
-        return f"no tokenizer could be read from {path!r}, which lacks {', '.join(missing)}"
-    return f"no tokenizer could be read from {path!r}"
+    lacks = f", which lacks {', '.join(missing)}" if missing else ""
+    return f"no tokenizer could be read from {path!r}{lacks}"

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,12 +25,18 @@ PIXEL_ORDERS = get_args(PixelOrder)
 _BILINEAR = Image.Resampling.BILINEAR
 
 
+def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
+    """The picture in the top left corner of a black one of ``plan.padded_size``."""
+    if plan.padded_size == plan.size:
+        return picture
+    square = Image.new("RGB", plan.padded_size)
+    square.paste(picture, (0, 0))
+    return square
+
+
 def full_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
     """The picture padded and capped as ``plan`` says: RGB of ``plan.full_size``."""
-    if plan.padded_size != plan.size:
-        square = Image.new("RGB", plan.padded_size)
-        square.paste(picture, (0, 0))
-        picture = square
+    picture = padded_image(picture, plan)
     # A resize to the size it has copies the picture, which costs a pass over its memory.
     return picture if picture.size == plan.full_size else picture.resize(plan.full_size, _BILINEAR)
 
@@ -50,16 +54,6 @@ def cut(canvas: Image.Image, window: Window) -> Image.Image:
     if window == (0, 0, *canvas.size):
         return canvas
     return canvas.crop((x, y, x + width, y + height))
-
-
-def pad_to_plan(pixels: npt.NDArray[np.uint8], plan: CropPlan) -> npt.NDArray[np.uint8]:
-    """``[h, w, 3]`` in the top left corner of a black picture of ``plan.padded_size``."""
-    if plan.padded_size == plan.size:
-        return pixels
-    width, height = plan.padded_size
-    padded = np.zeros((height, width, 3), dtype=np.uint8)
-    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

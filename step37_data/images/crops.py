@@ -60,9 +60,9 @@ class CropPlan:
     size: tuple[int, int]
     padded_size: tuple[int, int]
     full_size: tuple[int, int]
-    canvas_size: tuple[int, int] | None
-    windows: tuple[Window, ...]
-    newline_mask: tuple[bool, ...]
+    canvas_size: tuple[int, int] | None = None
+    windows: tuple[Window, ...] = ()
+    newline_mask: tuple[bool, ...] = ()
 
     @property
     def full_window(self) -> Window:
@@ -101,23 +101,19 @@ def plan_crops(width: int, height: int) -> CropPlan:
             "side nothing is left of the shorter one"
         )
     window = _window_side(max(full), min(full))
-    canvas: tuple[int, int] | None = None
-    windows: tuple[Window, ...] = ()
-    newline_mask: tuple[bool, ...] = ()
-    if window is not None:
-        canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
-        # A side of the canvas is a multiple of the window, or less than one window.
-        lefts = range(0, canvas[0], window)
-        tops = range(0, canvas[1], window)
-        windows = tuple((x, y, window, window) for y in tops for x in lefts)
-        newline_mask = tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts)
+    if window is None:
+        return CropPlan(size=(width, height), padded_size=padded, full_size=full)
+    canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
+    # A side of the canvas is a multiple of the window, or less than one window.
+    lefts = range(0, canvas[0], window)
+    tops = range(0, canvas[1], window)
     return CropPlan(
         size=(width, height),
         padded_size=padded,
         full_size=full,
         canvas_size=canvas,
-        windows=windows,
-        newline_mask=newline_mask,
+        windows=tuple((x, y, window, window) for y in tops for x in lefts),
+        newline_mask=tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts),
     )
 
 
@@ -125,12 +121,7 @@ def plan_whole(width: int, height: int) -> CropPlan:
     """The plan of a file that is taken as it is: a single window, all of it."""
     size = (width, height)
     return CropPlan(
-        size=size,
-        padded_size=size,
-        full_size=size,
-        canvas_size=size,
-        windows=((0, 0, *size),),
-        newline_mask=(False,),
+        size=size, padded_size=size, full_size=size, canvas_size=size, windows=((0, 0, *size),)
     )
 
 

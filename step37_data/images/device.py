@@ -39,7 +39,8 @@ def upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> R
     """
     offsets = [0, *itertools.accumulate(picture.size for picture in pictures)]
     staging = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=True)
-    np.concatenate([picture.reshape(-1) for picture in pictures], out=staging.numpy())
+    nothing = np.empty(0, dtype=np.uint8)
+    np.concatenate([nothing, *(picture.reshape(-1) for picture in pictures)], out=staging.numpy())
     stream = _copy_stream(device.index)
     current = torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):

@@ -26,7 +26,7 @@ from step37_data.images.crop_pixels import (
     cut,
     full_image,
     normalize_then_resize,
-    pad_to_plan,
+    padded_image,
     prepare_on_device,
 )
 from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
@@ -95,7 +95,7 @@ _Pixels = list[npt.NDArray[np.uint8]]
 _Pictures = dict[tuple[str, bool], tuple[_Picture, _Pixels]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ImageReader:
     """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
 
@@ -135,14 +135,9 @@ class ImageReader:
             BrokenImageError: a file is unreadable, or of another size than its windows were
                 planned for, and ``on_broken`` is ``"raise"``.
         """
-        if self.device.type == "cuda" and kernels_match_pillow():
-            pictures = self._read(entries, _padded)
-            images = self._on_device(pictures, entries, sides)
-        else:
-            resized = sides if self.pixel_order == "pillow" else None
-            pictures = self._read(entries, functools.partial(_cut, sides=resized))
-            images = self._on_host(pictures, entries, sides)
-        return images, [pictures[entry.file][0].broken for entry in entries]
+        by_device = self.device.type == "cuda" and kernels_match_pillow()
+        pictures, stacks = (self._on_device if by_device else self._on_host)(entries, sides)
+        return stacks, [pictures[entry.file][0].broken for entry in entries]
 
     def find_broken(self, entries: Sequence[ImageEntry]) -> list[str | None]:
         """What :meth:`load_stacks` would find wrong with the file of every entry."""
@@ -172,42 +167,35 @@ class ImageReader:
         return pictures
 
     def _on_host(
-        self, pictures: _Pictures, entries: Sequence[ImageEntry], sides: Mapping[int, int]
-    ) -> dict[int, torch.Tensor]:
+        self, entries: Sequence[ImageEntry], sides: Mapping[int, int]
+    ) -> tuple[_Pictures, dict[int, torch.Tensor]]:
+        by_pillow = self.pixel_order == "pillow"
+        pictures = self._read(entries, functools.partial(_cut, sides=sides if by_pillow else None))
+        finish = self._normalized if by_pillow else self._normalized_then_resized
         left = {file: iter(cuts) for file, (_, cuts) in pictures.items()}
-        cuts_of: dict[int, _Pixels] = {kind: [] for kind in sides}
+        cuts_of: dict[int, list[torch.Tensor]] = {kind: [] for kind in sides}
         for entry in entries:
-            cuts_of[entry.kind].append(next(left[entry.file]))
-        stacks = {}
-        for kind, cuts in cuts_of.items():
-            if cuts and self.pixel_order == "pillow":
-                pixels = to_device(torch.from_numpy(np.stack(cuts)), self.device)
-                stacks[kind] = clip_normalize(pixels, dtype=self.dtype)
-            else:
-                moved = [to_device(torch.tensor(pixels), self.device) for pixels in cuts]
-                stacks[kind] = self._normalized_then_resized(moved, sides[kind])
-        return stacks
+            cuts_of[entry.kind].append(torch.from_numpy(next(left[entry.file])))
+        return pictures, {kind: finish(cuts, sides[kind]) for kind, cuts in cuts_of.items()}
 
     def _on_device(
-        self, pictures: _Pictures, entries: Sequence[ImageEntry], sides: Mapping[int, int]
-    ) -> dict[int, torch.Tensor]:
-        if not pictures:
-            return self._on_host(pictures, entries, sides)
+        self, entries: Sequence[ImageEntry], sides: Mapping[int, int]
+    ) -> tuple[_Pictures, dict[int, torch.Tensor]]:
+        pictures = self._read(entries, _padded)
         uploaded = upload([pixels for _, (pixels,) in pictures.values()], self.device)
         ready = prepare_on_device(uploaded, [picture.plan for picture, _ in pictures.values()])
         number = {file: i for i, file in enumerate(pictures)}
         stacks = {}
         for kind, side in sides.items():
-            files = [(number[entry.file], entry) for entry in entries if entry.kind == kind]
+            windows = [
+                (number[entry.file], pictures[entry.file][0].window(entry))
+                for entry in entries
+                if entry.kind == kind
+            ]
             if kind == PATCH_ITEM_TYPE:
-                source = ready.canvases
-                crops = [
-                    ready.window_rectangle(i, pictures[entry.file][0].window(entry))
-                    for i, entry in files
-                ]
+                source, crops = ready.canvases, [ready.window_rectangle(*at) for at in windows]
             else:
-                source = ready.full
-                crops = [ready.full_rectangle(i) for i, _ in files]
+                source, crops = ready.full, [ready.full_rectangle(i) for i, _ in windows]
             if self.pixel_order == "pillow":
                 stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
             else:
@@ -215,10 +203,15 @@ class ImageReader:
                     source.image(at.image)[at.top : at.bottom, at.left : at.right] for at in crops
                 ]
                 stacks[kind] = self._normalized_then_resized(cuts, side)
-        return stacks
+        return pictures, stacks
 
-    def _normalized_then_resized(self, cuts: Sequence[torch.Tensor], side: int) -> torch.Tensor:
-        return normalize_then_resize(cuts, side, dtype=self.dtype, device=self.device)
+    def _normalized(self, cuts: list[torch.Tensor], side: int) -> torch.Tensor:
+        pixels = torch.stack(cuts) if cuts else torch.empty((0, side, side, 3), dtype=torch.uint8)
+        return clip_normalize(to_device(pixels, self.device), dtype=self.dtype)
+
+    def _normalized_then_resized(self, cuts: list[torch.Tensor], side: int) -> torch.Tensor:
+        moved = [to_device(pixels, self.device) for pixels in cuts]
+        return normalize_then_resize(moved, side, dtype=self.dtype, device=self.device)
 
 
 def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
@@ -248,7 +241,7 @@ def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
 
 
 def _padded(picture: _Picture, entries: Sequence[ImageEntry]) -> _Pixels:  # noqa: ARG001
-    return [pad_to_plan(np.asarray(picture.image), picture.plan)]
+    return [np.asarray(padded_image(picture.image, picture.plan))]
 
 
 def _cut(
@@ -265,5 +258,5 @@ def _cut(
         if sides is not None:
             side = sides[entry.kind]
             image = image.resize((side, side), Image.Resampling.BILINEAR)
-        cuts.append(np.asarray(image))
+        cuts.append(np.array(image))
     return cuts

@@ -122,7 +122,10 @@ def chunk_vlm_media(
     # Where both hold, every image is one patch and the two cuts are the same.
     if patch_counts is not None and sum(patch_counts) == n_rows:
         pixel_limits = _limits_of(patch_counts, image_limits)
-    elif n_rows == n_images and (image_grid is None or _is_row_an_image(pixel_values)):
+    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    elif n_rows == n_images and (
+        image_grid is None or isinstance(pixel_values, list) or pixel_values.ndim >= 3
+    ):
         pixel_limits = image_limits
     else:
         raise misaligned(f"{n_rows} rows are neither the {n_images} images nor their patches")
@@ -183,10 +186,7 @@ def chunk_step3_media(
         crop_tensor = torch.zeros(len(crops), dtype=torch.long, device=pixel_values.device)
     else:
         crops = _as_counts("num_patches", num_patches)
-        if isinstance(num_patches, torch.Tensor):
-            crop_tensor = num_patches.reshape(-1).long()
-        else:
-            crop_tensor = torch.tensor(crops, dtype=torch.long)
+        crop_tensor = torch.as_tensor(num_patches).reshape(-1).long()
         # An entry may stand for a sample or for an image: the length tells, or both cut alike.
         readings = {
             tuple(cut)
@@ -229,9 +229,7 @@ def chunk_step3_media(
 
 
 def prepare_vlm_media_for_pp(
-    batch: MutableMapping[str, Any],
-    batch_size: int,
-    n_microbatches: int,
+    batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
 ) -> MutableMapping[str, Any]:
     """Take the media out of a batch and put them back, split, under `VLM_PP_MEDIA_KEY`.
 
@@ -271,8 +269,7 @@ def prepare_vlm_media_for_pp(
 
 
 def wrap_vlm_collate_for_pp(
-    collate_fn: Callable[[Any], MutableMapping[str, Any]],
-    n_microbatches: int,
+    collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int
 ) -> Callable[[Any], MutableMapping[str, Any]]:
     """Return `collate_fn` followed by `prepare_vlm_media_for_pp`; picklable if `collate_fn` is.
 
@@ -290,10 +287,11 @@ def _collate_and_prepare(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
 ) -> MutableMapping[str, Any]:
     batch = collate_fn(examples)
-    if not isinstance(batch, MutableMapping) or not any(key in batch for key in _VLM_MEDIA_KEYS):
+    is_batch = isinstance(batch, MutableMapping)
+    found = [key for key in _VLM_MEDIA_KEYS if is_batch and key in batch]
+    if not found:
         return batch
     if batch.get("input_ids") is None:
-        found = [key for key in _VLM_MEDIA_KEYS if key in batch]
         raise ValueError(f"the batch has media ({', '.join(found)}) but no input_ids to count")
     return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
 
@@ -318,10 +316,8 @@ def _image_chunks(
     counts = media.get("n_images_per_sample")
     if grids or isinstance(pixel_values, list):
         grid = media[grids[0]] if grids else None
-        pixels, grid_chunks = chunk_vlm_media(
-            pixel_values, grid, batch_size, n_microbatches, counts
-        )
-        return _without_none(pixel_values=pixels, image_grid_hws=grid_chunks)
+        chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+        return _without_none("pixel_values", "image_grid_hws", chunks)
     return chunk_step3_media(
         pixel_values,
         batch_size,
@@ -347,14 +343,14 @@ def _video_chunks(
         raise ValueError(
             f"pixel_values_videos {_described(pixel_values)} come without video_grid_thw"
         )
-    pixels, grid_chunks = chunk_vlm_media(
-        pixel_values, grid, batch_size, n_microbatches, media.get("n_videos_per_sample")
-    )
-    return _without_none(pixel_values_videos=pixels, video_grid_thw=grid_chunks)
+    counts = media.get("n_videos_per_sample")
+    chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+    return _without_none("pixel_values_videos", "video_grid_thw", chunks)
 
 
-def _without_none(**chunks: list[Any] | None) -> dict[str, list[Any]]:
-    return {key: value for key, value in chunks.items() if value is not None}
+def _without_none(pixels: str, grid: str, chunks: Sequence[Any]) -> dict[str, list[Any]]:
+    named = zip((pixels, grid), chunks, strict=True)
+    return {key: value for key, value in named if value is not None}
 
 
 def _check_no_media_without(pixels: str, media: dict[str, Any], keys: Sequence[str]) -> None:
@@ -398,11 +394,6 @@ def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
         return None
     counts = image_grid.prod(dim=1).tolist()
     return counts if all(count > 0 for count in counts) else None
-
-
-def _is_row_an_image(pixel_values: torch.Tensor | list[torch.Tensor]) -> bool:
-    # A two-dimensional tensor with a grid is a list of patches, never of images.
-    return isinstance(pixel_values, list) or pixel_values.ndim >= 3
 
 
 def _check_has_rows(name: str, rows: Any) -> None:

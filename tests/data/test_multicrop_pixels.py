@@ -16,7 +16,7 @@ from step37_data.images.crop_pixels import (
     cut,
     full_image,
     normalize_then_resize,
-    pad_to_plan,
+    padded_image,
     prepare_on_device,
 )
 from step37_data.images.crops import plan_crops
@@ -84,7 +84,7 @@ def assert_device_chain(pictures: list[Image.Image], impl: str, sides_: tuple[in
     image_side, crop_side = sides_
     plans = [plan_crops(*picture.size) for picture in pictures]
     padded = [
-        torch.from_numpy(np.array(pad_to_plan(np.asarray(picture), plan))).to(DEVICE)
+        pixels(padded_image(picture, plan)).to(DEVICE)
         for picture, plan in zip(pictures, plans, strict=True)
     ]
     ready = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)

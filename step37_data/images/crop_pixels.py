@@ -16,7 +16,8 @@ from PIL import Image
 
 from step37_data.images.crops import CropPlan, Window
 from step37_kernels.dispatch import Impl
-from step37_kernels.pixels.normalize import Crop, RaggedImages, clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.ragged import Crop, RaggedImages
 from step37_kernels.pixels.resize import resize_uint8
 
 PixelOrder = Literal["pillow", "serving"]
@@ -100,7 +101,7 @@ def prepare_on_device(
         full = resize_uint8(pictures, full_shapes, impl=impl)
     canvas_of: list[int | None] = []
     offsets: list[int] = []
-    shapes, sizes, room = [], [], []
+    shapes, sizes, padded_sizes = [], [], []
     for offset, shape, plan in zip(full.offsets, full_shapes, plans, strict=True):
         if plan.canvas_size is None:
             canvas_of.append(None)
@@ -110,11 +111,11 @@ def prepare_on_device(
         shapes.append(shape)
         sizes.append(plan.canvas_size[::-1])
         x, y, width, height = plan.windows[-1]
-        room.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
+        padded_sizes.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
     canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
     # A file that is taken as it is is a canvas already.
-    if not sizes == room == shapes:
-        canvases = resize_uint8(canvases, sizes, room=room, impl=impl)
+    if not sizes == padded_sizes == shapes:
+        canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
     return DevicePictures(full=full, canvases=canvases, canvas_of=canvas_of)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from step37_kernels.pixels.normalize import RaggedImages
+from step37_kernels.pixels.ragged import RaggedImages
 
 Device = torch.device | str | None
 

@@ -42,7 +42,8 @@ from step37_data.images.device import to_device, upload
 from step37_data.placeholders import ImageEntry
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
-from step37_kernels.pixels.normalize import clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.testing import InsertCase, expected, make_insert_case
@@ -145,32 +146,6 @@ def test_a_weight_that_is_a_transposed_view_is_read_right(device):
     assert_gradients(other, output, case.grad_output)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_gives_the_same_bits_and_the_same_gradients(device, dtype):
-    case = small_case(device, dtype=dtype)
-    apart = run(case, "triton")
-    fresh = case.embeddings * 1
-    inside = run(dataclasses.replace(case, embeddings=fresh), "triton", inplace=True)
-    assert inside.data_ptr() == fresh.data_ptr()
-    assert torch.equal(apart, inside)
-    leaves = [case.embeddings, case.weight, case.bias, *case.features]
-    for one, other in zip(
-        torch.autograd.grad(apart, leaves, case.grad_output),
-        torch.autograd.grad(inside, leaves, case.grad_output),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
-
-
-def test_autograd_notices_that_overwritten_values_were_saved(device):
-    case = small_case(device)
-    fresh = case.embeddings * 1
-    squared = fresh.square()
-    run(dataclasses.replace(case, embeddings=fresh), "triton", inplace=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        squared.sum().backward()
-
-
 def test_two_runs_are_bit_equal(device):
     case = small_case(device, dtype=torch.float16)
     results = []
@@ -182,36 +157,42 @@ def test_two_runs_are_bit_equal(device):
         assert torch.equal(one, other)
 
 
-LAUNCHERS = ("embedding_grad", "gather_grad", "grad_features", "grad_weight")
+class Products(TorchDispatchMode):
+    """Shapes of the left operands of the library's matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+# What is taken from grad_output in the one launch (of the embeddings, the rows, the bias), and the
+# shapes of what is multiplied: 26 rows, 21 of them of the first group.
 NEEDS = {
-    "embeddings": {"embedding_grad"},
-    "weight": {"gather_grad", "grad_weight"},
-    "bias": {"gather_grad"},
-    "first feature": {"gather_grad", "grad_features"},
-    "last feature": {"gather_grad", "grad_features"},
+    "embeddings": ((True, False, False), []),
+    "weight": ((False, True, False), [(48, 26)]),
+    "bias": ((False, False, True), []),
+    "first feature": ((False, True, False), [(21, 48)]),
+    "last feature": ((False, True, False), [(5, 48)]),
 }
 
 
 @pytest.mark.parametrize("needed", [*NEEDS, "nothing"])
 def test_only_what_needs_a_gradient_is_computed(device, needed, monkeypatch):
-    from step37_kernels.ops import project_backward
+    from step37_kernels.ops import gradient
 
-    launched: list[str] = []
-    rows: list[int] = []
+    taken: list[tuple[bool, bool, bool]] = []
+    real = gradient.gradient_rows
 
-    def spy(name: str) -> Callable[..., object]:
-        real = getattr(project_backward, name)
+    def spy(*arguments, embeddings, rows, bias):
+        taken.append((embeddings, rows, bias))
+        return real(*arguments, embeddings=embeddings, rows=rows, bias=bias)
 
-        def launch(*arguments: object, **options: object) -> object:
-            launched.append(name)
-            if name == "grad_features":
-                rows.append(arguments[0].shape[0])
-            return real(*arguments, **options)
-
-        return launch
-
-    for name in LAUNCHERS:
-        monkeypatch.setattr(project_backward, name, spy(name))
+    monkeypatch.setattr(gradient, "gradient_rows", spy)
     case = small_case(device)
     leaves = {
         "embeddings": case.embeddings,
@@ -231,18 +212,16 @@ def test_only_what_needs_a_gradient_is_computed(device, needed, monkeypatch):
     if needed == "nothing":
         assert not output.requires_grad
         return
-    output.backward(case.grad_output)
-    assert set(launched) == NEEDS[needed]
-    assert len(launched) == len(set(launched))
+    with torch.autograd.set_multithreading_enabled(False), Products() as products:
+        output.backward(case.grad_output)
+    assert ([*taken], products.shapes) == ([NEEDS[needed][0]], NEEDS[needed][1])
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [needed]
     wanted = expected(case)
     if needed == "first feature":
-        assert rows == [21]
         assert_within(
             needed, case.leaves[0].grad, wanted.grad_features[0], wanted.grad_features_bound[0]
         )
     if needed == "last feature":
-        assert rows == [5]
         assert_within(
             needed, case.leaves[1].grad, wanted.grad_features[1], wanted.grad_features_bound[1]
         )
@@ -385,13 +364,6 @@ def test_dtypes_without_kernels_are_refused_not_converted(device):
     assert run(case, "torch").dtype == torch.float64
 
 
-def test_in_place_needs_contiguous_embeddings(device):
-    case = small_case(device)
-    embeddings = case.embeddings.detach()[:1].expand(case.embeddings.shape)
-    with pytest.raises(ValueError, match=r"embeddings: inplace=True needs a contiguous tensor"):
-        run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
-
-
 def test_a_bias_with_a_stride_is_read_right(device):
     case = small_case(device)
     strided = case.bias.detach().repeat_interleave(2)[::2].requires_grad_()
@@ -411,23 +383,30 @@ def test_gradients_that_cannot_be_differentiated_again_say_so(device):
         grad.sum().backward()
 
 
-def test_in_place_works_in_inference_mode(device):
+def test_nothing_that_is_given_is_written_to(device):
+    case = small_case(device)
+    given = {
+        name: value.detach().clone()
+        for name, value in arguments_of(case).items()
+        if isinstance(value, torch.Tensor)
+    }
+    output = run(case, "triton")
+    output.backward(case.grad_output)
+    assert output.data_ptr() != case.embeddings.data_ptr()
+    for name, value in given.items():
+        assert torch.equal(arguments_of(case)[name], value)
+
+
+def test_an_inference_tensor_is_read_in_and_out_of_inference_mode(device):
     case = small_case(device)
     wanted = run(case, "triton")
     with torch.inference_mode():
         embeddings = case.embeddings.clone()
-        output = run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
-        assert output.data_ptr() == embeddings.data_ptr()
-        assert torch.equal(output, wanted)
-
-
-def test_in_place_refuses_an_inference_tensor_outside_inference_mode(device):
-    case = small_case(device)
-    with torch.inference_mode():
-        embeddings = case.embeddings.clone()
-    with pytest.raises(ValueError, match=r"embeddings: inplace=True needs a normal tensor"):
-        run(dataclasses.replace(case, embeddings=embeddings), "triton", inplace=True)
-    assert run(dataclasses.replace(case, embeddings=embeddings), "triton").requires_grad
+        inside = run(dataclasses.replace(case, embeddings=embeddings), "triton")
+        assert torch.equal(inside, wanted)
+    outside = run(dataclasses.replace(case, embeddings=embeddings), "triton")
+    assert outside.requires_grad
+    assert torch.equal(outside, wanted)
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "tf32", "tf32 everywhere"])

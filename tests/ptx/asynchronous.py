@@ -27,6 +27,16 @@ def _fence(_: Program, __: Instruction) -> Run:
     return lambda *_: None
 
 
+@instruction("griddepcontrol")
+def _order_of_launches(_: Program, found: Instruction) -> Run:
+    """Launches run to their end, one after another; memory knows who should have waited."""
+    if found.parts[1] == "wait":
+        return lambda blocks, _: setattr(blocks.launch.memory, "early", False)
+    if found.parts[1] != "launch_dependents":
+        raise unknown(found)
+    return lambda *_: None
+
+
 def _start(early: bool, group: list[Job], job: Job) -> None:
     if early:
         job()

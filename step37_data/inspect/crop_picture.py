@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from step37_data.images.crop_pixels import canvas_image, full_image
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops, token_runs
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_data.images.decode import read_rgb
 from step37_data.inspect import style
+from step37_data.placeholders import token_runs
 from step37_data.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
 
 if TYPE_CHECKING:

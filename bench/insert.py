@@ -1,9 +1,8 @@
 """Subject ``insert``: projecting feature rows and putting them in place, forward and backward.
 
 Operations: ``forward`` (with everything recorded that backward needs), ``backward`` (of
-embeddings, features and weight), ``forward+backward``; ``dX`` and ``dW``, the backward pass of
-features and of the weight alone. Only floors see packed operands; ours and the peers start from
-what a training step has.
+embeddings, features and weight), ``forward+backward``. Floors do a part of the work: on packed
+operands, or with the plan made before; ours and the peers start from what a training step has.
 """
 
 from __future__ import annotations
@@ -18,43 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers
-from bench.harness import (
-    Implementation,
-    Key,
-    Row,
-    Settings,
-    Work,
-    dtype_name,
-    measure,
-    rotation,
-)
+from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.oracle import Oracle
 from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels.dispatch import use_triton
+from step37_kernels import plan_insert, project_and_insert
+from step37_kernels.dispatch import Impl
 from step37_kernels.testing import InsertCase, Layout
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")
-OPERATIONS = ("forward", "backward", "forward+backward", "dX", "dW")
+OPERATIONS = ("forward", "backward", "forward+backward")
+GRAPHS = 2
+"""Input sets of a graph replay: each graph keeps memory of its own."""
 Results = dict[str, Any]
 
 
 def work_of(operation: str, shape: Shape, itemsize: int) -> Work:
-    """The least work of an operation.
-
-    Forward may be done in place: text rows need not move. Backward writes a new gradient of the
-    embeddings, text rows included, since ``grad_output`` is not ours to change.
-    """
+    """The least work of an operation: each tensor that is needed is read once, each result written
+    once. Forward copies text rows to its output, backward those of ``grad_output``."""
     R, S, H, C = shape.num_rows, shape.seq_len, shape.hidden, shape.width
-    x, weight, rows = R * C, H * C, R * H
+    x, weight = R * C, H * C
     product = 2 * R * H * C
-    forward, dx, dw = (product, x + weight + rows), rows + weight + x, rows + x + weight
+    forward = (product, x + weight + (2 * S - R) * H)
     backward = (2 * product, 2 * S * H + 2 * x + 2 * weight)
     flops, elements = {
         "forward": forward,
         "backward": backward,
         "forward+backward": (forward[0] + backward[0], forward[1] + backward[1]),
-        "dX": (product, dx),
-        "dW": (product, dw),
     }[operation]
     return Work(flops=flops, bytes=elements * itemsize, rows=R)
 
@@ -72,7 +60,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
-    """A case with fresh leaves, which require a gradient where the operation asks for it."""
+    """A case with fresh leaves, all of which require a gradient."""
 
     case: InsertCase
     embeddings: Tensor
@@ -80,28 +68,21 @@ class Leaves:
     weight: Tensor
 
     @classmethod
-    def of(cls, case: InsertCase, operation: str, copy: bool) -> Leaves:
-        """``copy``: of the embeddings, for one who overwrites them. The others must not find its
-        results in place of theirs."""
-        all_needed = operation not in ("dX", "dW")
-        embeddings = case.embeddings.clone() if copy else case.embeddings.detach()
-        return cls(
-            case,
-            embeddings.requires_grad_(all_needed),
-            [x.detach().requires_grad_(all_needed or operation == "dX") for x in case.features],
-            case.weight.detach().requires_grad_(all_needed or operation == "dW"),
-        )
+    def of(cls, case: InsertCase) -> Leaves:
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_()
+
+        return cls(case, leaf(case.embeddings), [*map(leaf, case.features)], leaf(case.weight))
 
     def forward(self, function: peers.Forward) -> Graph:
         groups = [(token, x) for (token, _), x in zip(self.case.groups, self.features, strict=True)]
         output = function(self.embeddings, self.case.input_ids, groups, self.weight)
-        leaves = {
+        wanted = {
             "grad_embeddings": [self.embeddings],
             "grad_features": self.features,
             "grad_weight": [self.weight],
         }
-        needed = {name: tensors for name, tensors in leaves.items() if tensors[0].requires_grad}
-        return Graph(output, needed, self.case.grad_output)
+        return Graph(output, wanted, self.case.grad_output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +103,29 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
     """An implementation of any operation from a function that inserts."""
 
     def leaves(i: int) -> Leaves:
-        return Leaves.of(inputs.case(i), operation, copy=peer.overwrites)
+        return Leaves.of(inputs.case(i))
+
+    def graph(i: int) -> Graph:
+        return leaves(i).forward(peer.function)
 
     def forward(leaves: Leaves) -> Results:
         return {"output": leaves.forward(peer.function).output}
 
     def both(leaves: Leaves) -> Results:
-        graph = leaves.forward(peer.function)
-        return {"output": graph.output, **graph.gradients()}
+        made = leaves.forward(peer.function)
+        return {"output": made.output, **made.gradients()}
 
-    def graph(i: int) -> Graph:
-        return leaves(i).forward(peer.function)
-
-    if operation == "forward":
-        return Implementation(name=peer.name, kind=peer.kind, prepare=leaves, run=forward)
-    if operation == "forward+backward":
-        return Implementation(name=peer.name, kind=peer.kind, prepare=leaves, run=both)
-    return Implementation(name=peer.name, kind=peer.kind, prepare=graph, run=Graph.gradients)
+    prepare, run = {
+        "forward": (leaves, forward),
+        "backward": (graph, Graph.gradients),
+        "forward+backward": (leaves, both),
+    }[operation]
+    return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
 
 
 def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implementation]:
-    """The bare matrix products of an operation on operands that are already packed."""
+    """The bare matrix products of an operation on packed operands; of forward, also one product
+    and the scatter of its rows to places that are known."""
     destinations = inputs.batch.destinations
 
     def packed(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,20 +140,29 @@ def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implement
         "grad_features": lambda _, g, weight: g @ weight,
         "grad_weight": lambda x, g, _: g.T @ x,
     }
-    needed = {
-        "forward": ("projected",),
-        "backward": ("grad_features", "grad_weight"),
-        "forward+backward": tuple(products),
-        "dX": ("grad_features",),
-        "dW": ("grad_weight",),
-    }[operation]
+    needed = {"forward": ["projected"], "backward": ["grad_features", "grad_weight"]}
+    chosen = needed.get(operation, [*products])
     yield Implementation(
         name="GEMM alone",
         kind="floor",
         prepare=packed,
-        run=lambda operands: {name: products[name](*operands) for name in needed},
+        run=lambda operands: {name: products[name](*operands) for name in chosen},
     )
-    if operation == "forward" and layout == "channels-first":
+    if operation != "forward":
+        return
+
+    def and_scatter(given: tuple[Tensor, InsertCase]) -> Results:
+        x, case = given
+        flat = case.embeddings.flatten(0, 1)
+        return {"output": flat.index_copy(0, destinations, F.linear(x, case.weight))}
+
+    yield Implementation(
+        name="cuBLAS + scatter",
+        kind="floor",
+        prepare=lambda i: (packed(i)[0], inputs.case(i)),
+        run=and_scatter,
+    )
+    if layout == "channels-first":
         yield Implementation(
             name="nn.Linear alone, on the view",
             kind="floor",
@@ -179,19 +171,42 @@ def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implement
         )
 
 
-def kernel_alone(operation: str, inputs: Inputs) -> Iterator[Implementation]:
-    """Our dX and dW kernels on packed operands, as the floor beside them has."""
-    from step37_kernels.ops import project_backward as ops
+def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
+    """Our product with the plan made before, nothing recorded for backward."""
+    batch = inputs.batch
+    plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
-    floor = next(floors(operation, inputs, "contiguous"))
-    runs: dict[str, Callable[[Any], Results]] = {
-        "dX": lambda operands: {"grad_features": ops.grad_features(operands[1], operands[2], None)},
-        "dW": lambda operands: {"grad_weight": ops.grad_weight(operands[1], operands[0], None)},
-    }
-    if operation in runs:
-        yield Implementation(
-            name="step37 kernel alone", kind="ours", prepare=floor.prepare, run=runs[operation]
-        )
+    def run(case: InsertCase) -> Results:
+        return {
+            "output": project_and_insert(
+                case.embeddings, case.features, case.weight, None, plan, impl=impl
+            )
+        }
+
+    return Implementation(name="step37 kernel alone", kind="ours", prepare=inputs.case, run=run)
+
+
+def replay(one: Implementation) -> Implementation:
+    """An implementation as a CUDA graph, one for each input set."""
+    made: dict[int, tuple[torch.cuda.CUDAGraph, Results]] = {}
+
+    def prepare(i: int) -> tuple[torch.cuda.CUDAGraph, Results]:
+        i %= GRAPHS
+        if i not in made:
+            one.run(one.prepare(i))  # compiles, and loads what it compiled
+            state = one.prepare(i)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = one.run(state)
+            made[i] = graph, results
+        return made[i]
+
+    def run(state: tuple[torch.cuda.CUDAGraph, Results]) -> Results:
+        state[0].replay()
+        return state[1]
+
+    name = f"{one.name}, graph replay"
+    return Implementation(name=name, kind=one.kind, prepare=prepare, run=run)
 
 
 def implementations(
@@ -202,15 +217,11 @@ def implementations(
     settings: Settings,
 ) -> list[Implementation]:
     """Everything that one group of rows compares."""
-    if operation in ("dX", "dW"):
-        # The pass of one gradient shows nothing of competitors that backward does not show.
-        insertions = [peer for peer in insertions if peer.name == "step37"]
-    elif operation == "backward":
-        # Nor does it make a difference to it whether forward worked in place.
-        insertions = [peer for peer in insertions if not peer.overwrites]
     found = [insertion(peer, operation, inputs) for peer in insertions]
-    if use_triton(settings.impl, settings.device):
-        found += kernel_alone(operation, inputs)
+    if settings.device.type == "cuda" and operation != "backward":
+        found.insert(1, replay(found[0]))
+    if operation == "forward":
+        found.insert(1, kernel_alone(inputs, settings.impl))
     return [*found, *floors(operation, inputs, layout)]
 
 

@@ -54,7 +54,6 @@ class Oracle:
             device=batch.destinations.device,
         )
         self._is_text[batch.destinations] = False
-        # A copy: an implementation that works in place has the original in its hands.
         self._text = case.embeddings.reshape(-1, self._hidden)[self._is_text]
         grad = case.grad_output.reshape(-1, self._hidden)
         self._grad_embeddings = grad * self._is_text.unsqueeze(-1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.harness import Kind
 from step37_kernels import plan_insert, project_and_insert
+from step37_kernels.dispatch import Impl
 
 Groups = Sequence[tuple[int, Tensor]]
 Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
@@ -25,17 +26,14 @@ Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
 BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding"
 
 
-def step37(impl: Literal["auto", "triton", "torch"], *, inplace: bool) -> Forward:
-    """Ours: plan, then project and insert. The module works in place wherever it may."""
+def step37(impl: Impl) -> Forward:
+    """Ours: plan, then project and insert."""
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-        plan = plan_insert(
-            input_ids, [(token, [x.shape[1]] * x.shape[0]) for token, x in groups], impl=impl
-        )
+        counts = [(token, [x.shape[1]] * x.shape[0]) for token, x in groups]
+        plan = plan_insert(input_ids, counts, impl=impl)
         features = [x for _, x in groups]
-        return project_and_insert(
-            embeddings, features, weight, None, plan, inplace=inplace, impl=impl
-        )
+        return project_and_insert(embeddings, features, weight, None, plan, impl=impl)
 
     return forward
 
@@ -133,20 +131,12 @@ class Peer(NamedTuple):
     name: str
     kind: Kind
     function: Forward
-    overwrites: bool = False
-    """Whether it writes into the embeddings that it is given."""
 
 
-def peers(
-    hidden: int,
-    width: int,
-    impl: Literal["auto", "triton", "torch"],
-    compile_backend: str | None,
-) -> list[Peer]:
+def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> list[Peer]:
     """Everything that does the whole insertion, ours first."""
     found = [
-        Peer("step37 in place", "ours", step37(impl, inplace=True), overwrites=True),
-        Peer("step37", "ours", step37(impl, inplace=False)),
+        Peer("step37", "ours", step37(impl)),
         Peer("stock", "stock", stock),
         Peer("masked_scatter", "peer", masked_scatter),
         Peer("index_copy", "peer", index_copy),

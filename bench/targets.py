@@ -40,14 +40,14 @@ def syncs(group: dict[str, Record]) -> float | None:
     return max((count for count in counts if count is not None), default=None)
 
 
-def memory_over_stock(group: dict[str, Record]) -> float | None:
-    """Our peak above the output over stock's; in place, nothing is allocated for the output."""
-    ours, stock = (group.get(name, {}).get("peak_bytes") for name in ("step37 in place", "stock"))
-    if ours is None or stock is None:
+def memory_over_output(group: dict[str, Record]) -> float | None:
+    """Our peak over the output, which is new memory."""
+    peak = group.get("step37", {}).get("peak_bytes")
+    if peak is None:
         return None
-    (shape,) = shapes_named([group["stock"]["shape"]])
-    above = stock - shape.seq_len * shape.hidden * ITEM_BYTES[group["stock"]["dtype"]]
-    return float(ours / above) if above > 0 else None
+    first = group["step37"]
+    (shape,) = shapes_named([first["shape"]])
+    return float(peak / (shape.seq_len * shape.hidden * ITEM_BYTES[first["dtype"]]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,66 +63,72 @@ class Target:
     """All if empty."""
     figure: Figure
     limit: float
+    accepted: float | None = None
+    """Counts as met too, while rates that the target rests on are not measured."""
+
+    def verdict(self, worst: float) -> str:
+        if worst <= self.limit:
+            return "met"
+        return "accepted" if self.accepted and worst <= self.accepted else "missed"
 
 
-IN_PLACE = "step37 in place"
 PEERS = ("stock", "masked_scatter", "index_copy", "Megatron-Bridge", "torch.compile")
+FORWARD, BOTH = ("forward",), ("forward+backward",)
+CONTIGUOUS = ("contiguous",)
+GEMM, STOCK = time_over("step37", "GEMM alone"), time_over("step37", "stock")
+COPY = time_over("step37", "copy of as many bytes")
+LARGE = ("flickr8k", "long", "huge", "multicrop")
+
+
+def times_stock(shape: str, times: float) -> Target:
+    """Forward and backward so many times faster than stock."""
+    text = f"forward + backward / stock, {shape}"
+    return Target(text=text, operations=BOTH, shapes=(shape,), figure=STOCK, limit=1 / times)
+
+
 TARGETS = (
     Target(
-        text="forward / GEMM alone",
-        operations=("forward",),
-        layouts=("contiguous",),
-        shapes=("flickr8k", "long", "huge"),
-        figure=time_over(IN_PLACE, "GEMM alone"),
-        limit=1.05,
+        text="forward / GEMM alone, R ≥ 1521 (≤ 1.05 accepted)",
+        operations=FORWARD,
+        layouts=CONTIGUOUS,
+        shapes=LARGE,
+        figure=GEMM,
+        limit=1.0,
+        accepted=1.05,
     ),
     Target(
         text="forward / GEMM alone, one image",
-        operations=("forward",),
-        layouts=("contiguous",),
+        operations=FORWARD,
+        layouts=CONTIGUOUS,
         shapes=("one-image",),
-        figure=time_over(IN_PLACE, "GEMM alone"),
-        limit=1.3,
+        figure=GEMM,
+        limit=1.15,
+    ),
+    Target(
+        text="forward + backward / three GEMMs alone",
+        operations=BOTH,
+        layouts=CONTIGUOUS,
+        shapes=LARGE,
+        figure=GEMM,
+        limit=1.1,
     ),
     Target(
         text="forward on the channels-first view / nn.Linear on that view",
-        operations=("forward",),
+        operations=FORWARD,
         layouts=("channels-first",),
-        figure=time_over(IN_PLACE, "nn.Linear alone"),
+        figure=time_over("step37", "nn.Linear alone"),
         limit=1.05,
     ),
     Target(
-        text="forward / fastest peer",
-        operations=("forward",),
-        figure=time_over(IN_PLACE, *PEERS),
+        text="fastest peer, torch.compile included",
+        operations=FORWARD + BOTH,
+        figure=time_over("step37", *PEERS),
         limit=1.0,
     ),
-    Target(
-        text="forward + backward / stock, flickr8k",
-        operations=("forward+backward",),
-        shapes=("flickr8k",),
-        figure=time_over(IN_PLACE, "stock"),
-        limit=1 / 3,
-    ),
-    Target(
-        text="forward + backward / stock, long",
-        operations=("forward+backward",),
-        shapes=("long",),
-        figure=time_over(IN_PLACE, "stock"),
-        limit=1 / 5,
-    ),
-    Target(
-        text="forward + backward / best torch.compile",
-        operations=("forward+backward",),
-        figure=time_over(IN_PLACE, "torch.compile"),
-        limit=1 / 1.15,
-    ),
-    Target(
-        text="dX and dW kernels / GEMM alone",
-        operations=("dX", "dW"),
-        figure=time_over("step37 kernel alone", "GEMM alone"),
-        limit=1.1,
-    ),
+    times_stock("flickr8k", 3),
+    times_stock("long", 3.5),
+    times_stock("huge", 7),
+    times_stock("multicrop", 5),
     Target(
         text="host synchronisations",
         operations=("forward", "backward", "forward+backward"),
@@ -130,11 +136,11 @@ TARGETS = (
         limit=0,
     ),
     Target(
-        text="memory above the output / stock's",
-        operations=("forward",),
-        layouts=("contiguous",),
-        figure=memory_over_stock,
-        limit=0.05,
+        text="peak memory of forward / its output",
+        operations=FORWARD,
+        layouts=CONTIGUOUS,
+        figure=memory_over_output,
+        limit=1.05,
     ),
     Target(
         text="normalise / copy of as many bytes",
@@ -142,7 +148,7 @@ TARGETS = (
         operations=("normalize",),
         layouts=("",),
         shapes=("64 × 728×728",),
-        figure=time_over("step37", "copy of as many bytes"),
+        figure=COPY,
         limit=1 / 0.7,
     ),
     Target(
@@ -151,7 +157,7 @@ TARGETS = (
         operations=("resize+normalize",),
         layouts=("",),
         shapes=("64 × 500×375 → 728",),
-        figure=time_over("step37", "copy of as many bytes"),
+        figure=COPY,
         limit=2.0,
     ),
 )

@@ -19,6 +19,7 @@ from step37_kernels.ops.common import (
     round_to,
     whole_vectors,
 )
+from step37_kernels.ops.launch import launch
 
 Line = tuple[float, float, float, float, float, float]
 """Scale and offset of red, green and blue."""
@@ -174,7 +175,9 @@ def normalize(
     )
     grid = (n * rows * ceil_div(columns, BLOCK_PIXELS),)
     with device_of(pixels):
-        normalize_kernel[grid](
+        launch(
+            normalize_kernel,
+            grid,
             pixels,
             results if isinstance(results, torch.Tensor) else out,
             out,

@@ -15,4 +15,4 @@ def test_launches_are_counted_and_every_operation_has_a_time():
         ("project and insert, channels-first", 2),
         ("project and insert, and backward to the weight", 3),
     ]
-    assert all(float(cached) > 0 and float(uncached) > 0 for *_, cached, uncached in rows)
+    assert all(float(host_us) > 0 for *_, host_us in rows)

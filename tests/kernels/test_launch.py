@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+
 from tests.kernels.checks import run_compiling
 
 SETUP = """
@@ -74,7 +77,7 @@ print(len(launched))
     assert run(script) == 3  # locate, assign, project and scatter
 
 
-def test_the_second_launch_gets_what_triton_gave_the_first():
+def test_launches_of_one_binary_differ_in_what_a_batch_brings():
     script = """
 memory = torch.zeros(40 * C + 1, dtype=torch.bfloat16)
 aligned, shifted = memory[:-1].view(40, C), memory[1:].view(40, C)
@@ -99,25 +102,19 @@ def plain(arguments):
 
 pointers = tiles.Tile(64, 64, 64, 8, 4, 3)
 tiles.pick = lambda *_: pointers
-asked = []
-real_run = type(project.project_scatter_kernel).run
-type(project.project_scatter_kernel).run = lambda *a, **k: asked.append(0) or real_run(*a, **k)
 first, second = plain(launch(aligned, 40)), plain(launch(aligned, 40))
 fewer = plain(launch(aligned, 16))
-times = len(asked)
 other = plain(launch(shifted, 40)), plain(launch(shifted, 40))
-print(json.dumps([first, second, fewer, other, times, len(asked), launch(aligned, 1)[9 + 9]]))
+print(json.dumps([first, second, fewer, other, launch(aligned, 1)[9 + 9]]))
 """
-    first, second, fewer, other, times, asked, one_row = run(script)
+    first, second, fewer, other, one_row = run(script)
     assert first == second
-    assert times == 1  # and not for a new number of rows
     assert [a for a, b in zip(first[0], fewer[0], strict=True) if a != b][-1:] == ["40"]
     function = 4
     assert fewer[0][function] == first[0][function]
     # Memory that is not aligned is another binary.
     assert other[0] == other[1]
     assert other[0][0][function] != first[0][function]
-    assert asked == 2
     assert one_row == 1  # a single row is passed as such
 
 
@@ -155,3 +152,75 @@ print(json.dumps(seen))
 """
     names = ["locate_kernel", "assign_kernel", "project_scatter_kernel"]
     assert run(script) == names * 2
+
+
+CAPTURE = """
+torch.cuda.is_initialized = lambda: True
+capturing = [False]
+torch.cuda.is_current_stream_capturing = lambda: capturing[0]  # no GPU here, so no capture
+
+
+def plan_of(dtype):
+    launched.clear()
+    try:
+        plan.plan_rows(torch.zeros(1, 64, dtype=dtype), [(7, 1)], [(1, 4)], None)
+    except RuntimeError as error:
+        return [str(error), len(launched)]
+    return len(launched)
+"""
+
+
+def test_a_first_launch_inside_a_graph_capture_says_what_to_call_before():
+    script = """
+loaded = []
+NoDriver.utils.load_binary = lambda *_: loaded.append(0) or (0, len(loaded), 0, 0, 1024)
+capturing[0] = True
+refused = plan_of(torch.int64)
+refused.append(len(loaded))
+capturing[0] = False
+outside = plan_of(torch.int64)
+capturing[0] = True
+print(json.dumps([refused, outside, plan_of(torch.int64), plan_of(torch.int32)]))
+"""
+    (message, launches, loads), outside, captured, of_another_type = run(CAPTURE + script)
+    assert message == (
+        "locate_kernel would be launched for the first time inside a CUDA graph capture, where no "
+        "kernel can be loaded; run one forward and backward with the same shapes before the capture"
+    )
+    assert (launches, loads) == (0, 0)
+    assert outside == captured > 0
+    assert of_another_type == [message, 0]  # which is another binary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_a_first_launch_inside_a_real_capture_is_refused_and_a_second_one_is_not():
+    script = """
+import json
+import torch
+from step37_kernels.ops import plan
+
+ids = torch.full((1, 64), 7, device="cuda")
+
+
+def capture():
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        planned = plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+    graph.replay()
+    torch.cuda.synchronize()
+    return planned
+
+
+message = None
+try:
+    capture()
+except RuntimeError as error:
+    message = str(error)
+plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+print(json.dumps([message, capture()[0].tolist()]))
+"""
+    done = run_compiling("-c", script)
+    assert done.returncode == 0, done.stderr
+    message, destinations = json.loads(done.stdout)
+    assert "for the first time inside a CUDA graph capture" in message
+    assert destinations == [1, 2, 3, 4]

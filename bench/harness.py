@@ -445,10 +445,31 @@ def environment(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-        found["driver"] = _command(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-        )
+        found["driver"] = _nvidia_smi(device, "driver_version")
     return found
+
+
+STATE = "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"
+
+
+def device_state(device: torch.device) -> dict[str, str]:
+    """Clocks, power and temperature while it multiplies, as nvidia-smi gives them."""
+    found = dict.fromkeys(STATE, "not reported")
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        out = torch.empty_like(a)
+        for _ in range(500):  # some 0.7 s, within which nvidia-smi answers
+            torch.mm(a, a, out=out)
+        line = _nvidia_smi(device, *STATE)
+        torch.cuda.synchronize(device)
+        found |= zip(STATE, filter(None, map(str.strip, line.split(","))), strict=False)
+    return found
+
+
+def _nvidia_smi(device: torch.device, *fields: str) -> str:
+    identity = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = f"--query-gpu={','.join(fields)}"
+    return _command("nvidia-smi", query, "--format=csv,noheader", identity)
 
 
 def _version(package: str) -> str:

@@ -10,19 +10,19 @@ computes on the host meanwhile (a zero gradient, say) costs next to nothing.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
+from torch import Tensor
 
 from bench.harness import environment
 from bench.no_gpu import NoDriver
-from step37_kernels import insert, plan_insert
-from step37_kernels import project_and_insert as project
+from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import tiles
 
 HIDDEN, WIDTH, IMAGES, ROWS = 64, 128, 1, 169
@@ -31,16 +31,7 @@ CALLS = 200
 H100 = 90
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostCost:
-    """One operation: launches, and µs of the host per call (median over rounds)."""
-
-    operation: str
-    launches: int
-    host_us: float
-
-
-def _operations() -> dict[str, Callable[[], object]]:
+def operations() -> dict[str, Callable[[], object]]:
     input_ids = torch.zeros(1, 1 + IMAGES * (ROWS + 1), dtype=torch.int64)
     input_ids[0, : -1 : ROWS + 1] = START
     groups = [(START, [ROWS] * IMAGES)]
@@ -48,24 +39,26 @@ def _operations() -> dict[str, Callable[[], object]]:
     features = torch.zeros(IMAGES, ROWS, WIDTH, dtype=torch.bfloat16)
     view = torch.zeros(IMAGES, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
     weight = torch.zeros(HIDDEN, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    plan = plan_insert(input_ids, groups)
     gradient = torch.zeros_like(words)
+    make_plan = functools.partial(plan_insert, input_ids, groups, impl="triton")
+    plan = make_plan()
+
+    def insert(features: Tensor) -> Tensor:
+        return project_and_insert(words, features, weight, None, plan, impl="triton")
 
     def forward_and_backward() -> None:
         weight.grad = None
-        project(words, features, weight, None, plan).backward(gradient)
+        insert(features).backward(gradient)
 
     return {
-        "plan": lambda: plan_insert(input_ids, groups),
-        "project and insert": lambda: project(words, features, weight, None, plan, inplace=True),
-        "project and insert, channels-first": lambda: project(
-            words, view, weight, None, plan, inplace=True
-        ),
+        "plan": make_plan,
+        "project and insert": lambda: insert(features),
+        "project and insert, channels-first": lambda: insert(view),
         "project and insert, and backward to the weight": forward_and_backward,
     }
 
 
-def _median_us(call: Callable[[], object], rounds: int) -> float:
+def median_us(call: Callable[[], object], rounds: int) -> float:
     for _ in range(CALLS):
         call()
     times = []
@@ -77,29 +70,27 @@ def _median_us(call: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure(rounds: int) -> list[HostCost]:
-    """All operations. Makes :class:`bench.no_gpu.NoDriver` this process's driver, for good."""
+def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
+    """Name, launches and µs of the host a call (median over rounds) of all operations.
+
+    Makes :class:`bench.no_gpu.NoDriver` this process's driver, for good.
+    """
     launches = [0]
 
     def count(*_: object) -> None:
         launches[0] += 1
 
     NoDriver("sm_90", count).install()
-    insert.use_triton = lambda *_: True
     tiles._capability = lambda _: H100  # type: ignore[assignment]
-    costs = []
-    for name, call in _operations().items():
+    for name, call in operations().items():
         call()
         launches[0] = 0
         call()
-        number = launches[0]
-        host_us = _median_us(call, rounds)
-        costs.append(HostCost(operation=name, launches=number, host_us=host_us))
-    return costs
+        yield name, launches[0], median_us(call, rounds)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -107,10 +98,9 @@ def main() -> int:
         return 1
     where = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in where.items() if value))
-    print("\n| operation | launches | µs of the host |")
-    print("|---|---|---|")
-    for cost in measure(options.rounds):
-        print(f"| {cost.operation} | {cost.launches} | {cost.host_us:.0f} |")
+    print("\n| operation | launches | µs of the host |\n|---|---|---|")
+    for name, launches, us in measure(options.rounds):
+        print(f"| {name} | {launches} | {us:.0f} |")
     return 0
 
 

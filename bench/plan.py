@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.harness import Implementation, Key, Row, Settings, Work, measure
 from bench.shapes import SHAPES, Batch, Shape, make_batch, shapes_named
 from step37_kernels import plan_insert
+from step37_kernels.dispatch import Impl
 
 
 def locations(batch: Batch) -> Tensor:
@@ -41,28 +42,20 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
         same = torch.equal(result.to(wanted), wanted)
         return None if same else "rows do not land where the batch was laid out"
 
-    def ours(_: object) -> Tensor:
-        return plan_insert(batch.input_ids, groups, impl=settings.impl).destinations
+    def destinations(impl: Impl) -> Tensor:
+        return plan_insert(batch.input_ids, groups, impl=impl).destinations
 
-    def vectorised(_: object) -> Tensor:
-        return plan_insert(batch.input_ids, groups, impl="torch").destinations
-
+    compared = [
+        Implementation(name=name, kind=kind, prepare=int, run=run)
+        for name, kind, run in (
+            ("step37", "ours", lambda _: destinations(settings.impl)),
+            ("stock (starts only)", "stock", lambda _: locations(batch)),
+            ("PyTorch operations", "peer", lambda _: destinations("torch")),
+        )
+    ]
     key = Key(subject="plan", operation="plan", shape=shape.name, variant="", dtype="int64")
     # Ids are read; destinations and what each position receives are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
     return measure(
-        key,
-        Work(flops=0, bytes=moved, rows=shape.num_rows),
-        [
-            Implementation(name="step37", kind="ours", prepare=int, run=ours),
-            Implementation(
-                name="stock (starts only)",
-                kind="stock",
-                prepare=int,
-                run=lambda _: locations(batch),
-            ),
-            Implementation(name="PyTorch operations", kind="peer", prepare=int, run=vectorised),
-        ],
-        check,
-        settings,
+        key, Work(flops=0, bytes=moved, rows=shape.num_rows), compared, check, settings
     )

@@ -1,6 +1,6 @@
-"""From measured rows to JSON, and from JSON to a table, plots and a comparison of two runs.
+"""From measured rows to JSON, and from JSON to a table, a plot and a comparison of two runs.
 
-``python -m bench.report RESULTS.json`` writes the table and the plots again.
+``python -m bench.report RESULTS.json`` writes the table and the plot again.
 
 Ratios are computed here, from medians of one run, so that they cannot disagree with them:
 
@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -158,6 +159,9 @@ def markdown(results: Record) -> str:
     lines.append(f"- copy: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read plus written")
     for dtype, rate in ceilings["flops_per_s"].items():
         lines.append(f"- matrix product, {dtype}: {rate / 1e12:.1f} TFLOP/s")
+    for shape, state in results.get("state", {}).items():
+        figures = ", ".join(f"{name} {figure}" for name, figure in state.items())
+        lines.append(f"- while multiplying, after {shape}: {figures}")
     lines += [
         "",
         "× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over "
@@ -174,9 +178,8 @@ def markdown(results: Record) -> str:
             lines += ["", f"## {title}", "", _line(name for name, _ in COLUMNS)]
             lines.append(_line("---" if side == "l" else "---:" for _, side in COLUMNS))
         lines += [_line(table_row(record, group, ceilings)) for record in group]
-    met = targets(results)
-    if met:
-        lines += ["", "## Targets", "", "The worst group of each.", "", *met]
+    for title, table in (("Means", means(results)), ("Targets: worst groups", targets(results))):
+        lines += ["", f"## {title}", "", *table] if table else []
     return "\n".join([*lines, ""])
 
 
@@ -185,10 +188,29 @@ def targets(results: Record) -> list[str]:
     lines = [
         _line((target.text, f"≤ {target.limit:.3g}", f"{worst:.3g}", where, verdict))
         for target, worst, where in judge(list(grouped(results["rows"])))
-        for verdict in ["met" if worst <= target.limit else "missed"]
+        for verdict in [target.verdict(worst)]
     ]
     header = [_line(("target", "limit", "measured", "where", "")), _line(["---"] * 5)]
     return header + lines if lines else []
+
+
+def means(results: Record) -> list[str]:
+    """Geometric means of our ratios over the shapes of a run, an operation and layout a line."""
+    found: dict[tuple[str, ...], list[Ratios]] = {}
+    for group in grouped(results["rows"]):
+        for record in group:
+            if record["implementation"] == "step37" and record["median_us"]:
+                key = (record["subject"], record["operation"], record["variant"], record["dtype"])
+                found.setdefault(key, []).append(ratios(record, group, results["ceilings"]))
+    lines = []
+    for key, several in found.items():
+        cells = []
+        for name in ("stock", "best_peer", "gemm", "limit"):
+            values = [getattr(each, name) for each in several if getattr(each, name)]
+            cells.append(_figure(statistics.geometric_mean(values) if values else None))
+        lines.append(_line((" ".join(filter(None, key)), str(len(several)), *cells)))
+    header = ("geometric mean", "shapes", "× stock", "× best peer", "× GEMM", "× limit")
+    return [_line(header), _line(["---"] * 6), *lines] if lines else []
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -241,44 +263,26 @@ def compare(old: Record, new: Record) -> str:
 
 
 def plot(results: Record, stem: Path) -> list[Path]:
-    """Draw the roofline and time against rows as SVG, if Matplotlib is there.
-
-    Of matrix products only, and not of the hundreds of tiles that ``tune`` has tried.
-
-    Returns:
-        The files written: ``<stem>-roofline.svg`` and ``<stem>-rows.svg``.
-    """
+    """Draw the matrix products below the roofline, ``<stem>-roofline.svg``, if Matplotlib is there;
+    not the many tiles that ``tune`` has tried. Returns what was written."""
     timed = [r for r in results["rows"] if r["median_us"] and r["flops"] and r["subject"] != "tune"]
     if not timed:
         return []
     if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no plots: they need Matplotlib (pip install matplotlib)")
+        logger.warning("no plot: it needs Matplotlib (pip install matplotlib)")
         return []
-    new_figure = importlib.import_module("matplotlib.figure").Figure
-    environment = results["environment"]
-    written = []
-    for name, draw in (("roofline", _draw_roofline), ("rows", _draw_rows)):
-        figure = new_figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, timed, results["ceilings"])
-        axes.set_title(f"{environment['device']}, {environment['date']}", fontsize=9)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-        written.append(stem.with_name(f"{stem.name}-{name}.svg"))
-        figure.savefig(written[-1])
-    return written
-
-
-def _draw_roofline(axes: Any, records: Sequence[Record], ceilings: Record) -> None:
-    intensity = [record["flops"] / record["bytes"] for record in records]
+    environment, ceilings = results["environment"], results["ceilings"]
+    figure = importlib.import_module("matplotlib.figure").Figure((8, 5), layout="constrained")
+    axes = figure.subplots()
+    intensity = [record["flops"] / record["bytes"] for record in timed]
     low, high = min(intensity) / 2, max(intensity) * 2
     for dtype, rate in ceilings["flops_per_s"].items():
         corner = rate / ceilings["copy_bytes_per_s"]
         xs = sorted({low, min(max(corner, low), high), high})
         ys = [min(rate, x * ceilings["copy_bytes_per_s"]) / 1e12 for x in xs]
         axes.plot(xs, ys, color="black", linewidth=1, label=f"measured limit, {dtype}")
-    for name in dict.fromkeys(record["implementation"] for record in records):
-        own = [record for record in records if record["implementation"] == name]
+    for name in dict.fromkeys(record["implementation"] for record in timed):
+        own = [record for record in timed if record["implementation"] == name]
         axes.scatter(
             [record["flops"] / record["bytes"] for record in own],
             [record["flops"] / record["median_us"] / 1e6 for record in own],
@@ -286,20 +290,12 @@ def _draw_roofline(axes: Any, records: Sequence[Record], ceilings: Record) -> No
             label=name,
         )
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-
-
-def _draw_rows(axes: Any, records: Sequence[Record], _: Record) -> None:
-    first = records[0]
-    like = (first["subject"], first["operation"], first["variant"], first["dtype"])
-    same = [r for r in records if (r["subject"], r["operation"], r["variant"], r["dtype"]) == like]
-    for name in dict.fromkeys(record["implementation"] for record in same):
-        points = sorted(
-            (record["rows"], record["median_us"])
-            for record in same
-            if record["implementation"] == name
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=f"µs: {', '.join(like)}")
+    axes.set_title(f"{environment['device']}, {environment['date']}", fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    path = stem.with_name(f"{stem.name}-roofline.svg")
+    figure.savefig(path)
+    return [path]
 
 
 def file_name(device: str) -> str:
@@ -309,7 +305,7 @@ def file_name(device: str) -> str:
 
 
 def write(results: Record, stem: Path) -> list[Path]:
-    """Write ``<stem>.json``, ``<stem>.md`` and the plots; returns what was written."""
+    """Write ``<stem>.json``, ``<stem>.md`` and the plot; returns what was written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data, table = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md")
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -333,7 +329,7 @@ def read(path: Path) -> Record:
 
 
 def main() -> None:
-    """Write table and plots of stored results again."""
+    """Write table and plot of stored results again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("results", type=Path, help="JSON of an earlier run")
     path = parser.parse_args().results

@@ -10,14 +10,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED
+from step37_kernels.ops.common import INTERPRETED, ceil_div
 
 Product = Literal["forward", "grad_features", "grad_weight", "accumulate_weight"]
 """``accumulate_weight`` is grad_weight on top of what ``main_grad`` holds."""
@@ -43,6 +45,8 @@ class Tile:
     """Programs that share one tile's reduction; a second pass adds their parts in order."""
     subtiles: int = 1
     """2: the epilogue goes through the tile by halves, with fewer registers."""
+    library: bool = False
+    """Not a tile: the library multiplies (cuBLAS, hipBLAS), one more kernel places the rows."""
 
     def __post_init__(self) -> None:
         if self.persistent and self.split_k > 1:
@@ -52,6 +56,8 @@ class Tile:
 
     def __str__(self) -> str:
         """As tables show it: ``128×256×64 TMA persistent halves``."""
+        if self.library:
+            return "library"
         parts = [f"{self.block_m}×{self.block_n}×{self.block_k}"]
         parts += ["TMA"] * self.tma + ["persistent"] * self.persistent
         parts += [f"split {self.split_k}"] * (self.split_k > 1) + ["halves"] * (self.subtiles > 1)
@@ -183,3 +189,108 @@ def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile
             yield product, tile
             if tile.tma:
                 yield product, tile.by_pointers
+
+
+# --- The insert ---------------------------------------------------------------------------------
+
+LIBRARY = Tile(0, 0, 0, 1, 0, 0, library=True)
+MAX_PARTS = 8
+"""The most programs that share one tile's reduction evenly; uneven shares touch one more."""
+
+# 16-bit operands on Hopper, by the model of `bench predict`: for 1 … 16 pictures of 169 rows, and
+# beyond. 192 rows are two products, 128 + 64, with an accumulator each; both read the weight's
+# block from shared memory once it is there.
+_192x256 = Tile(192, 256, 64, 1, 8, 4, tma=True)
+_128x256 = Tile(128, 256, 64, 1, 8, 4, tma=True)
+_192x128 = Tile(192, 128, 64, 1, 8, 5, tma=True)
+_128x128 = Tile(128, 128, 64, 1, 8, 6, tma=True)
+_INSERT = _Buckets(
+    # 128, then 169 k for the k below
+    (128, 192, 384, 512, 704, 1024, 1183, 1920, 2048, 2304, 2560),
+    (
+        _128x128,
+        _192x128,  # k = 1
+        _192x256,  # 2
+        _128x256,  # 3
+        _192x256,  # 4
+        _128x256,  # 5, 6
+        _128x256,  # 7
+        _192x256,  # 8 … 11
+        _128x256,  # 12
+        _192x256,  # 13
+        _128x256,  # 14, 15
+        _192x256,  # 16 and more
+    ),
+)
+_INSERT_INTERPRETED = Tile(48, 32, 32, 1, 4, 2, tma=True)
+
+
+def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
+    """The table's entry for ``rows`` feature rows of ``dtype`` on a GPU of this capability (90:
+    Hopper; any number that is none of NVIDIA's for AMD). Needs no GPU."""
+    if capability == 90 and dtype.itemsize == 2:
+        return _INSERT.pick(rows)
+    return LIBRARY
+
+
+@triton.jit
+def tail_share(tail, programs, blocks, MOST: tl.constexpr):
+    """Blocks of the reduction that each program takes of ``tail`` tiles, fewer than programs.
+
+    The tiles' blocks lie in one line, and each program takes the next share of it. Shares that cut
+    every tile into equal parts leave the fewest parts to add up, and are taken unless others are
+    shorter by a fifth. A share of ``blocks`` leaves the tiles whole.
+
+    Works on tensors in a kernel, and as ``tail_share.fn`` on the host's numbers.
+    """
+    some = tail + (tail == 0)
+    parts = programs // some
+    parts = parts - (parts - MOST) * (parts > MOST)
+    even = (blocks + parts - 1) // parts
+    share = (some * blocks + programs - 1) // programs
+    least = (blocks + MOST - 1) // MOST
+    share = share + (least - share) * (share < least)
+    return share + (even - share) * (even * 4 <= share * 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How the programs of a launch share the tiles of a product."""
+
+    tiles: int
+    programs: int
+    """One a multiprocessor, but for one that is left to the copies of text rows."""
+    tail: int
+    """Tiles of the last, incomplete wave: those before are walked over whole."""
+    share: int
+    """Blocks of the reduction that each program takes of the tail (:func:`tail_share`)."""
+    blocks: int
+    """Blocks of a whole reduction."""
+
+    @property
+    def waves(self) -> int:
+        """Complete ones."""
+        return self.tiles // self.programs
+
+    @property
+    def split(self) -> bool:
+        """Whether parts of tiles are left to a second launch, which adds them up in order."""
+        return self.tail > 0 and self.share < self.blocks
+
+    @property
+    def partials(self) -> int:
+        """Slots of ``block_m × block_n`` fp32 values for the parts; some stay empty."""
+        return self.tail + self.programs if self.split else 0
+
+
+def schedule(
+    tile: Tile, row_counts: Sequence[int], hidden: int, width: int, processors: int
+) -> Schedule:
+    """The share of each program where a source of each of ``row_counts`` has tiles of its own."""
+    tiles = sum(ceil_div(rows, tile.block_m) for rows in row_counts) * ceil_div(
+        hidden, tile.block_n
+    )
+    programs, blocks = processors - 1, ceil_div(width, tile.block_k)
+    tail = tiles % programs
+    share = tail_share.fn(tail, programs, blocks, MAX_PARTS)
+    return Schedule(tiles=tiles, programs=programs, tail=tail, share=share, blocks=blocks)

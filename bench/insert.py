@@ -115,11 +115,12 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
         made = leaves.forward(peer.function)
         return {"output": made.output, **made.gradients()}
 
-    prepare, run = {
+    ways: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {
         "forward": (leaves, forward),
         "backward": (graph, Graph.gradients),
         "forward+backward": (leaves, both),
-    }[operation]
+    }
+    prepare, run = ways[operation]
     return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
 
 

@@ -1,83 +1,66 @@
 """``python -m bench predict``: what every launch should cost, by arithmetic; nothing is measured.
 
-A product takes its start and its pipeline's filling, then the slowest of three: the matrix units,
-in whole waves of tiles over the multiprocessors; the blocks that come through L2; the operands and
-the result through memory. The last wave's store follows, and that of every wave where a program has
-its multiprocessor to itself. Library products are the best of :data:`LIBRARY` by the same model.
+A product takes its start and the filling of its pipeline, then the slowest of three: the matrix
+units, in waves of tiles; the blocks that come through L2; operands and result through memory. The
+store of the last wave follows. Library products are the best of :data:`LIBRARY` by the same model.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from bench.insert import work_of
 from bench.shapes import SHAPES, Shape, shapes_named
+from step37_kernels.ops import tiles as table
 from step37_kernels.ops.common import ceil_div
-from step37_kernels.ops.tiles import Tile, _table
+from step37_kernels.ops.tiles import Tile
 
-CHIPS = ("H100", "H200")
-OPERATIONS = ("forward", "forward+backward")
-CASES = ("nominal", "fast", "slow")
+PROCESSORS = 132
+ONE_LAUNCH = 16384  # positions up to which the plan is one launch
 COMMAND = "python -m bench predict"
+# low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
 RATES: dict[str, tuple[float, float, float, str, str]] = {
-    # low, nominal, high, unit, source
-    "multiprocessors": (132, 132, 132, "", "data sheet (SXM)"),
-    "peak": (989, 989, 989, "TFLOP/s", "data sheet, dense bf16; of the floor only"),
-    "H100 bandwidth": (3.35, 3.35, 3.35, "TB/s", "data sheet; of the floor only"),
-    "H200 bandwidth": (4.8, 4.8, 4.8, "TB/s", "data sheet; of the floor only"),
+    "peak": (989, 989, 989, "TFLOP/s", "data sheet, dense bf16"),
+    "H100 bandwidth": (3.35, 3.35, 3.35, "TB/s", "data sheet"),
+    "H200 bandwidth": (4.8, 4.8, 4.8, "TB/s", "data sheet"),
     "products": (770, 780, 800, "TFLOP/s", "published: cuBLAS at 8192³ on an H200, random data"),
-    "Triton's share": (0.94, 1, 1, "of that", "published: 92–98 % of cuBLAS, launch to end"),
+    "Triton": (0.94, 1, 1, "of products", "published: 92–98 % of cuBLAS, from start to end"),
     "H100 memory": (2.8, 3.0, 3.1, "TB/s", "published: copies, bytes read plus written"),
     "H200 memory": (4.1, 4.3, 4.4, "TB/s", "published: copies, bytes read plus written"),
     "L2": (7.7, 8.5, 10, "TB/s", "published: L2 to all multiprocessors"),
-    "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor; 64 bytes a clock at most"),
+    "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor, reading plus writing"),
     "start": (2.0, 2.3, 3.0, "µs", "published: the shortest useful kernel"),
     "fill": (1.0, 1.5, 2.0, "µs", "assumed: two trips to memory before the first product"),
     "dependent": (0.7, 1.0, 1.5, "µs", "published: a launch behind another"),
-    "plan": (2.0, 3.0, 5.0, "µs", "assumed: scan and assignment of up to 1024 positions"),
-    "scan": (0.1, 0.2, 0.4, "µs", "assumed: every further 1024 positions of the plan"),
+    "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
+    "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
 }
-IN_TIME = ("start", "fill", "dependent", "plan", "scan")
-"""Rates that are better when they are low."""
-ONE_LAUNCH = 16384
-"""Positions up to which the plan is one launch."""
-LIBRARY = [
-    (m, n, split)
-    for m in (64, 128, 192, 256)
-    for n in (64, 128, 192, 256)
-    for split in (1, 2, 3, 4, 6, 8)
-    if m * n <= 256 * 192
-]
-"""What cuBLAS is taken to choose among, always the best: tiles of ``m × n``, pairs of which share
-the larger operand's block; its stores are hidden."""
+SIZES = (64, 128, 192, 256)
+LIBRARY = [one for one in itertools.product(SIZES, SIZES, (1, 2, 3, 4, 6, 8)) if sum(one) < 512]
+"""What cuBLAS is taken to choose among, always the best: tiles of ``m × n``, of which two at once
+take the larger block, and parts of the reduction."""
+Rates = dict[str, float]
+Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
 
-class Rates:
-    """The rates of one chip, all nominal, or all at their fast or slow end."""
-
-    def __init__(self, chip: str, case: str = "nominal") -> None:
-        self._chip, self._case = chip, case
-
-    def __getitem__(self, name: str) -> float:
-        name = name if name in RATES else f"{self._chip} {name}"
-        low, nominal, high, *_ = RATES[name]
-        fast, slow = (low, high) if name in IN_TIME else (high, low)
-        return {"nominal": nominal, "fast": fast, "slow": slow}[self._case]
-
-    def moving(self, numbytes: float, through: str = "memory") -> float:
-        """µs."""
-        return numbytes / self[through] / 1e6
+def rates_of(chip: str, case: str) -> Rates:
+    """All nominal, or all at the fast or the slow end; in TFLOP/s, TB/s, µs."""
+    found = {}
+    for name, (low, nominal, high, unit, _) in RATES.items():
+        fast, slow = (low, high) if unit == "µs" else (high, low)
+        found[name.removeprefix(f"{chip} ")] = {"fast": fast, "slow": slow}.get(case, nominal)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch as the model sees it."""
 
     kernel: str
@@ -87,206 +70,161 @@ class Launch:
     bound: str
     us: float
 
+    def __str__(self) -> str:
+        how = f" ({self.tile}: {self.tiles} tiles, {self.waves:g} waves, {self.bound})"
+        return f"{self.kernel} {self.us:.1f}{how if self.tile else ''}"
 
-def product(
-    rates: Rates,
-    extents: tuple[int, int, int],
-    blocks: tuple[int, int],
-    *,
-    name: str = "library product",
-    split: int = 1,
-    share: float = 1.0,
-    hidden_store: bool = True,
-    stream_k: bool = False,
-    multicast: bool = False,
-    sum_apart: bool = True,
-) -> Launch:
-    """``[M, N] = [M, K] · [K, N]`` of 16-bit numbers in tiles of ``blocks``."""
-    (m, n, k), (block_m, block_n) = extents, blocks
-    processors = int(rates["multiprocessors"])
-    tiles = ceil_div(m, block_m) * ceil_div(n, block_n)
-    programs = tiles * split
-    whole_waves = ceil_div(programs, processors)
-    waves = max(1.0, tiles / processors) if stream_k else float(whole_waves)
-    flops = 2 * block_m * block_n * k / split
-    store = rates.moving(2 * min(programs, processors) * block_m * block_n)
-    store *= 1 if hidden_store else whole_waves
-    if split > 1:  # the parts, in fp32 through L2, then their sum
-        store = rates["dependent"] + rates.moving(8 * split * m * n, "L2")
-        store += rates["start"] if sum_apart else 0
-    elif stream_k:
-        store += rates["dependent"] + rates.moving(8 * processors * block_m * block_n, "L2")
-    read = block_m + block_n - (max(blocks) / 2 if multicast else 0)
-    unit = rates["products"] * share / processors
+
+def timed(rates: Rates, mnk: Extents, flops: float, l2: float, end: float) -> tuple[str, float]:
+    """What bounds a product, and µs; ``end`` of them follow the last wave."""
+    m, n, k = mnk
     times = {
-        "tensor": store + waves * flops / unit / 1e6,
-        "L2": store + rates.moving(2 * programs * read * k / split, "L2"),
-        "HBM": rates.moving(2 * (m * k + n * k + m * n)),
-        "launch": rates["start"],
+        "tensor": flops / rates["products"] / 1e6 + end,
+        "L2": l2 / rates["L2"] / 1e6 + end,
+        "HBM": 2 * (m * k + n * k + m * n) / rates["memory"] / 1e6,
     }
     bound = max(times, key=times.__getitem__)
-    tile = f"{block_m}×{block_n}" + f" split {split}" * (split > 1) + " stream-K" * stream_k
-    us = rates["start"] + rates["fill"] + times[bound]
-    return Launch(name, tile, programs, round(waves, 2), bound, us)
+    return bound, rates["start"] + rates["fill"] + times[bound]
 
 
-@functools.lru_cache(maxsize=None)
-def library(chip: str, case: str, extents: tuple[int, int, int]) -> Launch:
+def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
+    """µs of fp32 parts through L2 to a second launch, which writes their sums."""
+    moving = 8 * parts / rates["L2"] + 2 * results / rates["memory"]
+    return rates["dependent"] + start + moving / 1e6
+
+
+@functools.cache
+def library(chip: str, case: str, extents: Extents) -> Launch:
     """The library's product."""
-    rates = Rates(chip, case)
-    found = (
-        product(rates, extents, (m, n), split=split, multicast=True) for m, n, split in LIBRARY
-    )
+    (m, n, k), rates, found = extents, rates_of(chip, case), []
+    for block_m, block_n, split in LIBRARY:
+        area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
+        programs = ceil_div(m, block_m) * ceil_div(n, block_n) * split
+        waves = ceil_div(programs, PROCESSORS)
+        end = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
+        if split > 1:
+            end = sum_us(rates, split * m * n, m * n, rates["start"])
+        flops = waves * PROCESSORS * 2 * area * k / split
+        l2 = 2 * programs * read * k / split
+        name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
+        found.append(
+            Launch("library product", name, programs, waves, *timed(rates, extents, flops, l2, end))
+        )
     return min(found, key=lambda launch: launch.us)
 
 
-def moved(rates: Rates, name: str, numbytes: float) -> Launch:
-    """A kernel that only moves bytes."""
-    us = rates.moving(numbytes)
-    bound = "HBM" if us > rates["start"] else "launch"
-    return Launch(name, "", 0, 0, bound, rates["start"] + us)
-
-
-def own(tile: Tile, rows: int, shape: Shape, rates: Rates) -> Launch:
-    """Our product with this tile."""
-    resident = (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages
-    return dataclasses.replace(
-        product(
-            rates,
-            (rows, shape.hidden, shape.width),
-            (tile.block_m, tile.block_n),
-            name="project and scatter",
-            split=tile.split_k,
-            share=rates["Triton's share"],
-            hidden_store=tile.persistent or 2 * resident <= 227 * 1024,
-        ),
-        tile=str(tile),
+def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
+    """Our product with this tile; the launch that adds parts up is counted in it."""
+    shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
+    area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
+    blocks = shares.waves * shares.blocks + (shares.share if shares.tail else 0)
+    end = 2 * area * min(shares.tiles, shares.programs) / rates["memory"] / 1e6
+    if shares.split:  # that launch waits inside the kernel, so its start is hidden
+        end = sum_us(rates, shares.programs * area, shares.tail * area, 0)
+    flops = blocks * PROCESSORS * 2 * area * tile.block_k / rates["Triton"]
+    l2 = 2 * shares.tiles * shares.blocks * read * tile.block_k
+    extents = (sum(row_counts), like.hidden, like.width)
+    name = f"{tile}" + f", tail in shares of {shares.share}/{shares.blocks}" * shares.split
+    waves = round(blocks / shares.blocks, 2)
+    return Launch(
+        "project, scatter", name, shares.tiles, waves, *timed(rates, extents, flops, l2, end)
     )
 
 
-def best(
-    rows: int, chip: str, tiles: Iterable[Tile], shape: Shape = SHAPES["flickr8k"]
-) -> list[tuple[float, Tile]]:
+def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
     """µs of our product of ``rows`` rows with each tile, the fastest first."""
-    rates = Rates(chip)
-    timed = [(own(tile, rows, shape, rates).us, tile) for tile in tiles]
-    return sorted(timed, key=lambda pair: pair[0])
+    rates = rates_of(chip, "nominal")
+    found = [(own(rates, tile, [rows], SHAPES["flickr8k"]).us, tile) for tile in tiles]
+    return sorted(found, key=lambda pair: pair[0])
 
 
-def forward(shape: Shape, chip: str, case: str, tile: Tile) -> tuple[list[Launch], float]:
-    """Launches of plan and product, and µs of both together."""
-    rates = Rates(chip, case)
+def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
+    """Launches of plan and product with the table's tile, and µs of both together."""
+    rates, rows = rates_of(chip, case), shape.num_rows
     planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
-    whole = shape.seq_len <= ONE_LAUNCH
     plan = Launch("plan", "", 1, 0, "launch", planning)
-    project = own(tile, shape.num_rows, shape, rates)
-    idle = -project.tiles % int(rates["multiprocessors"])
-    # The product starts beside the plan and waits for it in its epilogue; where no multiprocessor
-    # is idle, a tile starts late. A plan of several launches is waited for.
-    late = rates["dependent"] + (0 if idle and whole else planning)
-    # Idle multiprocessors copy text rows during the last wave; the rest is copied after it.
-    text = 4 * (shape.seq_len - shape.num_rows) * shape.hidden
-    wave = project.us / max(project.waves, 1)
-    beside = idle * rates["copy"] * 1e6 * wave
-    us = late + project.us + rates.moving(max(text - beside, 0))
-    return [plan, project], us
+    text = 2 * (shape.seq_len - rows) * shape.hidden
+    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
+    tile = table.entry(rows, torch.bfloat16, 90)
+    project = own(rates, tile, [n * each for n, each in groups if n], shape)
+    # The product starts beside a plan of one launch, and waits for it in its epilogue.
+    late = rates["dependent"] + (planning if shape.seq_len > ONE_LAUNCH else 0)
+    # One multiprocessor copies text rows meanwhile; what is left then, all of them.
+    left = max(2 * text / 1e6 - rates["copy"] * project.us, 0) / rates["memory"]
+    return [plan, project], late + project.us + left
 
 
-def row(shape: Shape, chip: str, operation: str, tile: Tile) -> dict[str, Any]:
+def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
     """One operation on one shape: figures of all cases, launches of the nominal one."""
     rows, hidden, width = shape.num_rows, shape.hidden, shape.width
     extents = [(rows, hidden, width), (rows, width, hidden), (hidden, width, rows)]
-    extents = extents[: 3 if operation == "forward+backward" else 1]
+    extents = extents[: 1 if operation == "forward" else 3]
     totals, bare, launches = [], [], []
-    for case in CASES:
-        rates = Rates(chip, case)
+    for case in ("nominal", "fast", "slow"):
+        rates = rates_of(chip, case)
         products = [library(chip, case, each) for each in extents]
-        gaps = rates["dependent"] * (len(products) - 1)
-        bare.append(sum(each.us for each in products) + gaps)
-        made, us = forward(shape, chip, case, tile)
+        bare.append(sum(each.us for each in products) + rates["dependent"] * (len(products) - 1))
+        made, us = forward(shape, chip, case)
         if len(products) > 1:
-            gather = moved(rates, "gather gradient", 2 * hidden * (2 * shape.seq_len + rows))
-            made += [gather, *products[1:]]
-            us += gather.us + sum(each.us for each in products[1:]) + 3 * rates["dependent"]
+            gather = 2 * hidden * (2 * shape.seq_len + rows) / rates["memory"] / 1e6
+            made.append(Launch("gradient", "", 0, 0, "HBM", rates["start"] + gather))
+            made += products[1:]
+            us += sum(each.us for each in made[-3:]) + 3 * rates["dependent"]
         totals.append(us)
-        launches.append([dataclasses.asdict(each) for each in made])
-    rates = Rates(chip)
-    work = work_of(operation, shape, 2)
-    floor = max(work.flops / rates["peak"] / 1e6, rates.moving(work.bytes, "bandwidth"))
+        launches.append(made)
+    rates, work = rates_of(chip, "nominal"), work_of(operation, shape, 2)
     ratios = [ours / theirs for ours, theirs in zip(totals, bare, strict=True)]
+    floor = max(work.flops / rates["peak"], work.bytes / rates["bandwidth"]) / 1e6
     return {
         "shape": shape.name, "chip": chip, "operation": operation, "rows": rows,
         "predicted_us": totals[0], "low_us": min(totals), "high_us": max(totals),
-        "gemm_us": bare[0], "floor_us": floor,
+        "gemm_us": bare[0], "floor_us": floor, "over_floor": totals[0] / floor,
         "ratio": ratios[0], "low_ratio": min(ratios), "high_ratio": max(ratios),
-        "over_floor": totals[0] / floor, "launches": launches[0],
+        "launches": [each._asdict() for each in launches[0]],
+        "shown": "; ".join(map(str, launches[0])), "measured": "",
     }  # fmt: skip
 
 
-def rows_of(shapes: Sequence[Shape], chips: Sequence[str] = CHIPS) -> list[dict[str, Any]]:
-    """Every shape on every chip, both operations, with the table's tiles."""
-    table = _table(90, 2)["forward"]
-    return [
-        row(shape, chip, operation, table.pick(shape.num_rows))
-        for chip in chips
-        for operation in OPERATIONS
-        for shape in shapes
-    ]
+def add_measured(rows: Iterable[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Put medians of benchmark results beside what was predicted for that device."""
+    found = {
+        (each["shape"], each["operation"], each["implementation"]): each["median_us"]
+        for each in results["rows"]
+        if (each["subject"], each["variant"], each["dtype"]) == ("insert", "contiguous", "bf16")
+    }
+    for each in rows:
+        key = (each["shape"], each["operation"])
+        ours, gemm = found.get((*key, "step37")), found.get((*key, "GEMM alone"))
+        if each["chip"] in results["environment"]["device"] and ours and gemm:
+            each["measured"] = f"{ours:.1f} µs, product {gemm:.1f}, × {ours / gemm:.2f}"
 
 
-def add_measured(rows: Iterable[dict[str, Any]], paths: Iterable[Path]) -> None:
-    """Put medians of benchmark results beside what was predicted, where device and shape agree."""
-    for path in paths:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        device = results["environment"]["device"]
-        found = {
-            (each["shape"], each["operation"], each["implementation"]): each["median_us"]
-            for each in results["rows"]
-            if (each["subject"], each["variant"], each["dtype"]) == ("insert", "contiguous", "bf16")
-        }
-        for each in rows:
-            if each["chip"] in device:
-                key = (each["shape"], each["operation"])
-                for field, name in (("measured_us", "step37"), ("measured_gemm_us", "GEMM alone")):
-                    if found.get((*key, name)):
-                        each[field] = found[*key, name]
+HEAD = f"""# Predicted times
+
+Made by `{COMMAND} > docs/predicted.md`: arithmetic, see `bench/predict.py`. **No figure of this
+page was measured**, but for columns that say so. × product: over the predicted cuBLAS product, or
+three of them and the gaps between; × floor: over FLOP by peak or bytes by bandwidth, whichever is
+larger. Ranges: all rates at their fast and at their slow end, for both sides of a ratio.
+
+| assumed | low | nominal | high | unit | source |
+|---|---|---|---|---|---|
+"""
+COLUMNS = """\
+| shape | rows | predicted µs | product µs | × product | × floor | launches | measured |
+|---|---|---|---|---|---|---|---|
+"""
+ROW = (
+    "| {shape} | {rows} | {predicted_us:.1f} [{low_us:.0f}–{high_us:.0f}] | {gemm_us:.1f} "
+    "| {ratio:.2f} [{low_ratio:.2f}–{high_ratio:.2f}] | {over_floor:.2f} | {shown} | {measured} |\n"
+)
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rates, then one table a chip and operation."""
-    lines = ["# Predicted times", "", f"Made by `{COMMAND} > docs/predicted.md`: arithmetic, see"]
-    lines += ["`bench/predict.py`. **No figure here was measured.** Ranges take all rates at their"]
-    lines += ["fast and at their slow end. × product: over the predicted cuBLAS product (forward +"]
-    lines += ["backward: three). × floor: over FLOP ÷ peak or bytes ÷ bandwidth.", ""]
-    lines += ["| assumed | low | nominal | high | unit | source |", "|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {' | '.join(map(str, rate))} |" for name, rate in RATES.items()]
-    measured = any("measured_us" in each for each in rows)
-    columns = ["shape", "rows", "predicted µs", "product µs", "× product", "× floor", "launches"]
-    columns += ["measured µs", "measured product µs", "measured ×"] * measured
-    titles = dict.fromkeys((each["chip"], each["operation"]) for each in rows)
-    for chip, operation in titles:
-        lines += ["", f"## {chip}, {operation}, predicted", "", f"| {' | '.join(columns)} |"]
-        lines.append("|---" * len(columns) + "|")
-        for each in rows:
-            if (each["chip"], each["operation"]) != (chip, operation):
-                continue
-            launches = "; ".join(_shown(launch) for launch in each["launches"])
-            cells = [each["shape"], str(each["rows"])]
-            cells.append("{predicted_us:.1f} [{low_us:.0f}–{high_us:.0f}]".format(**each))
-            cells.append(f"{each['gemm_us']:.1f}")
-            cells.append("{ratio:.2f} [{low_ratio:.2f}–{high_ratio:.2f}]".format(**each))
-            cells += [f"{each['over_floor']:.2f}", launches]
-            ours, gemm = each.get("measured_us"), each.get("measured_gemm_us")
-            figures = (ours, gemm, ours / gemm if ours and gemm else None)
-            cells += [f"{figure:.2f}" if figure else "" for figure in figures] if measured else []
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _shown(launch: dict[str, Any]) -> str:
-    text = f"{launch['kernel']} {launch['us']:.1f}"
-    if launch["tile"]:
-        text += " ({tile}, {tiles} tiles, {waves:g} waves, {bound})".format(**launch)
+    """The rates, then a table for each chip and operation."""
+    text = HEAD + "".join(f"| {name} | {' | '.join(map(str, r))} |\n" for name, r in RATES.items())
+    for (chip, operation), group in itertools.groupby(rows, lambda r: (r["chip"], r["operation"])):
+        text += f"\n## {chip}, {operation}, predicted\n\n{COLUMNS}"
+        text += "".join(ROW.format(**each) for each in group)
     return text
 
 
@@ -294,17 +232,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, or one JSON object."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help='print {"rows": […]}')
-    parser.add_argument("--shapes", help="comma-separated (all, and images-1 … images-16)")
-    parser.add_argument("--measured", type=Path, nargs="*", default=[], help="results in JSON")
-    options = parser.parse_args(arguments)
     every = ",".join([*SHAPES, *(f"images-{k}" for k in range(1, 17))])
+    parser.add_argument("--shapes", default=every, help="comma-separated")
+    parser.add_argument("--measured", type=Path, nargs="*", default=[], help="JSON of benchmarks")
+    options = parser.parse_args(arguments)
     try:
-        shapes = shapes_named([name for name in (options.shapes or every).split(",") if name])
+        shapes = shapes_named(options.shapes.split(","))
     except ValueError as error:
         parser.error(f"--shapes: {error}")
-    rows = rows_of(shapes)
-    add_measured(rows, options.measured)
-    print(json.dumps({"rows": rows}, indent=1) if options.json else markdown(rows))
+    both = ("forward", "forward+backward")
+    rows = [row(one, chip, what) for chip in ("H100", "H200") for what in both for one in shapes]
+    for path in options.measured:
+        add_measured(rows, json.loads(path.read_text(encoding="utf-8")))
+    print(json.dumps({"rows": rows}, indent=1) if options.json else markdown(rows), end="")
 
 
 if __name__ == "__main__":

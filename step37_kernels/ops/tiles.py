@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, ceil_div
@@ -32,7 +30,9 @@ class Tile:
     """One program's share of an ``[M, N] = [M, K] · [K, N]`` product, and how it is compiled."""
 
     block_m: int
+    """Feature rows; of the insert's tiles also a sum of two powers of two: two products."""
     block_n: int
+    """Columns of H."""
     block_k: int
     group_m: int
     num_warps: int
@@ -195,102 +195,95 @@ def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile
 
 LIBRARY = Tile(0, 0, 0, 1, 0, 0, library=True)
 MAX_PARTS = 8
-"""The most programs that share one tile's reduction evenly; uneven shares touch one more."""
 
-# 16-bit operands on Hopper, by the model of `bench predict`: for 1 … 16 pictures of 169 rows, and
-# beyond. 192 rows are two products, 128 + 64, with an accumulator each; both read the weight's
-# block from shared memory once it is there.
+# 16-bit operands on Hopper, by the model of ``bench predict`` for 132 multiprocessors: a wave that
+# fits beats a tile that is large. 192 rows are two products, 128 + 64, on one block of the weight.
 _192x256 = Tile(192, 256, 64, 1, 8, 4, tma=True)
 _128x256 = Tile(128, 256, 64, 1, 8, 4, tma=True)
 _192x128 = Tile(192, 128, 64, 1, 8, 5, tma=True)
 _128x128 = Tile(128, 128, 64, 1, 8, 6, tma=True)
-_INSERT = _Buckets(
-    # 128, then 169 k for the k below
-    (128, 192, 384, 512, 704, 1024, 1183, 1920, 2048, 2304, 2560),
-    (
-        _128x128,
-        _192x128,  # k = 1
-        _192x256,  # 2
-        _128x256,  # 3
-        _192x256,  # 4
-        _128x256,  # 5, 6
-        _128x256,  # 7
-        _192x256,  # 8 … 11
-        _128x256,  # 12
-        _192x256,  # 13
-        _128x256,  # 14, 15
-        _192x256,  # 16 and more
-    ),
+_HOPPER_INSERT: tuple[tuple[int, Tile], ...] = (
+    # rows up to, tile; pictures of 169 rows; tiles of C = 6144, H = 4096 in waves of 132
+    (128, _128x128),  # 32 tiles, K split in 4
+    (192, _192x128),  # 1: 32, split in 4
+    (256, _128x256),
+    (384, _192x256),  # 2: 32, split in 4
+    (512, _128x256),  # 3: 64, split in 2
+    (768, _192x128),  # 4: 128
+    (1280, _128x256),  # 5: 112; 6: 128; 7: a wave, and 28 split in 4
+    (1920, _192x256),  # 8, 9: 128; 10, 11: a wave, and 12 split in 8, 28 in 4
+    (2048, _128x256),  # 12: a wave, and 124
+    (2304, _192x256),  # 13: a wave, and 60 split in 2
+    (2560, _128x256),  # 14, 15: two waves, and 40 split in 3, 56 in 2
+    (3840, _192x256),  # 16: a wave, and 108
+    (4224, _128x256),
+    (5376, _192x256),
+    (5632, _128x256),
+    (7104, _192x256),  # 39: four waves, and 32 split in 4
+    (7296, _128x256),
+    (2**31, _192x256),
 )
-_INSERT_INTERPRETED = Tile(48, 32, 32, 1, 4, 2, tma=True)
+# The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
+_INTERPRETER_INSERT = Tile(48, 32, 32, 1, 4, 2, tma=True)
 
 
 def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
-    """The table's entry for ``rows`` feature rows of ``dtype`` on a GPU of this capability (90:
-    Hopper; any number that is none of NVIDIA's for AMD). Needs no GPU."""
-    if capability == 90 and dtype.itemsize == 2:
-        return _INSERT.pick(rows)
-    return LIBRARY
+    """The table's entry for ``rows`` feature rows of ``dtype``; needs no GPU.
 
-
-@triton.jit
-def tail_share(tail, programs, blocks, MOST: tl.constexpr):
-    """Blocks of the reduction that each program takes of ``tail`` tiles, fewer than programs.
-
-    The tiles' blocks lie in one line, and each program takes the next share of it. Shares that cut
-    every tile into equal parts leave the fewest parts to add up, and are taken unless others are
-    shorter by a fifth. A share of ``blocks`` leaves the tiles whole.
-
-    Works on tensors in a kernel, and as ``tail_share.fn`` on the host's numbers.
+    Args:
+        rows: of all sources together.
+        dtype: of features and weight.
+        capability: 90 for Hopper, 0 for Triton's interpreter; of AMD what PyTorch says.
     """
-    some = tail + (tail == 0)
-    parts = programs // some
-    parts = parts - (parts - MOST) * (parts > MOST)
-    even = (blocks + parts - 1) // parts
-    share = (some * blocks + programs - 1) // programs
-    least = (blocks + MOST - 1) // MOST
-    share = share + (least - share) * (share < least)
-    return share + (even - share) * (even * 4 <= share * 5)
+    if capability == 0:
+        return _INTERPRETER_INSERT
+    if capability != 90 or dtype.itemsize != 2:
+        return LIBRARY
+    return next(tile for most, tile in _HOPPER_INSERT if rows <= most)
+
+
+def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:
+    """The entry for contiguous sources ``[R_i, C]``; the library's where TMA cannot read them."""
+    capability = 0 if INTERPRETED else _capability(weight.device)
+    tile = entry(sum(map(len, sources)), weight.dtype, capability)
+    return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How the programs of a launch share the tiles of a product."""
+    """Which programs of a launch have which tile: first one for each of ``whole`` tiles, then
+    ``parts`` for each of ``tail`` more, which share its reduction."""
 
-    tiles: int
-    programs: int
-    """One a multiprocessor, but for one that is left to the copies of text rows."""
+    whole: int
     tail: int
-    """Tiles of the last, incomplete wave: those before are walked over whole."""
-    share: int
-    """Blocks of the reduction that each program takes of the tail (:func:`tail_share`)."""
-    blocks: int
-    """Blocks of a whole reduction."""
+    parts: int
 
     @property
-    def waves(self) -> int:
-        """Complete ones."""
-        return self.tiles // self.programs
-
-    @property
-    def split(self) -> bool:
-        """Whether parts of tiles are left to a second launch, which adds them up in order."""
-        return self.tail > 0 and self.share < self.blocks
+    def programs(self) -> int:
+        return self.whole + self.tail * self.parts
 
     @property
     def partials(self) -> int:
-        """Slots of ``block_m × block_n`` fp32 values for the parts; some stay empty."""
-        return self.tail + self.programs if self.split else 0
+        """Programs that leave ``block_m × block_n`` fp32 values to a second launch, which adds
+        the parts of each tile in order."""
+        return self.tail * self.parts if self.parts > 1 else 0
 
 
 def schedule(
     tile: Tile, row_counts: Sequence[int], hidden: int, width: int, processors: int
 ) -> Schedule:
-    """The share of each program where a source of each of ``row_counts`` has tiles of its own."""
-    tiles = sum(ceil_div(rows, tile.block_m) for rows in row_counts) * ceil_div(
-        hidden, tile.block_n
-    )
-    programs, blocks = processors - 1, ceil_div(width, tile.block_k)
-    tail = tiles % programs
-    share = tail_share.fn(tail, programs, blocks, MAX_PARTS)
-    return Schedule(tiles=tiles, programs=programs, tail=tail, share=share, blocks=blocks)
+    """One program to a multiprocessor: full waves of whole tiles; those of the last wave, if they
+    would leave more than half of the multiprocessors idle, in as many parts as these can take.
+
+    Args:
+        tile: not the library's.
+        row_counts: rows of each source; no tile spans two of them.
+        hidden, width: H and C.
+        processors: multiprocessors of the GPU.
+    """
+    rows = sum(ceil_div(count, tile.block_m) for count in row_counts)
+    tiles = rows * ceil_div(hidden, tile.block_n)
+    tail = tiles % processors
+    most = min(MAX_PARTS, ceil_div(width, tile.block_k))
+    parts = max(1, min(most, processors // tail)) if tail else 1
+    return Schedule(whole=tiles - tail, tail=tail, parts=parts)

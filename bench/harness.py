@@ -414,10 +414,7 @@ def measure_ceilings(settings: Settings) -> Ceilings:
         out = torch.empty_like(a)
         product_us = best_us("product", functools.partial(_product, a, b, out))
         rates[dtype_name(dtype)] = 2 * size**3 / product_us * 1e6
-    return Ceilings(
-        copy_bytes_per_s=2 * source.nbytes / copy_us * 1e6,
-        flops_per_s=rates,
-    )
+    return Ceilings(copy_bytes_per_s=2 * source.nbytes / copy_us * 1e6, flops_per_s=rates)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, _: object) -> torch.Tensor:

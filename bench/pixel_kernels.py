@@ -4,9 +4,8 @@ The pictures are on the device already; what decoding and the host add is measur
 ``pixels`` and ``multicrop``. The gate is Pillow and the reference, bit for bit. PyTorch's own
 resize computes other values than Pillow; it is held to be near it, and its rows say so.
 
-Operations: ``normalize`` of pictures that have their size; ``resize+normalize``; and the stages of
-a pack of large pictures in crops: ``canvas`` (8-bit, of which the crops are cut), ``crops``,
-``full images``, and all of them (``multicrop``).
+Operations: ``normalize`` of pictures that have their size; ``resize+normalize``; and ``multicrop``,
+a pack of large pictures resized to canvases, of which crops are cut, and to full images.
 """
 
 from __future__ import annotations
@@ -61,11 +60,8 @@ Run = Callable[[Any], Any]
 
 def photographs(count: int, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """The photographs of the example, in turn; resized to (width, height) if one is given."""
-    paths = photo_paths(count)
-    found = {path: stock_decode(path) for path in set(paths)}
-    if size is not None:
-        found = {path: picture.resize(size, BILINEAR) for path, picture in found.items()}
-    return [found[path] for path in paths]
+    pictures = map(stock_decode, photo_paths(count))
+    return [picture.resize(size, BILINEAR) if size else picture for picture in pictures]
 
 
 def pixels_of(pictures: Sequence[Image.Image], device: torch.device) -> list[Tensor]:
@@ -175,7 +171,7 @@ def run(settings: Settings) -> Iterator[list[Row]]:
             yield resize(photographs(count, FLICKR8K), settings, dtype)
         # Of eight sizes, as they are.
         yield resize(photographs(BATCHES[-1]), settings, dtype)
-        yield from multicrop(settings, dtype)
+        yield multicrop(settings, dtype)
 
 
 def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
@@ -186,18 +182,10 @@ def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
     prepare = rotated(pixels, pixels.nbytes, Tensor.clone, settings)
     constants = constants_on(settings.device)
     plain = functools.partial(plain_normalize, constants=constants, dtype=dtype)
-    group.add(
-        "step37",
-        "ours",
-        prepare,
-        functools.partial(clip_normalize, dtype=dtype, impl=settings.impl),
-    )
-    group.add(
-        "step37, PyTorch operations",
-        "peer",
-        prepare,
-        functools.partial(clip_normalize, dtype=dtype, impl="torch"),
-    )
+    ours = functools.partial(clip_normalize, dtype=dtype)
+    group.add("step37", "ours", prepare, functools.partial(ours, impl=settings.impl))
+    by_torch = functools.partial(ours, impl="torch")
+    group.add("step37, PyTorch operations", "peer", prepare, by_torch)
     # On CUDA both multiply by rounded reciprocals.
     group.add("PyTorch", "peer", prepare, plain, near=True)
     if settings.compile_backend is not None:
@@ -242,76 +230,31 @@ def resize(pictures: Sequence[Image.Image], settings: Settings, dtype: torch.dty
     return group.measure([wanted], images.data.nbytes, written, len(pictures))
 
 
-def multicrop(settings: Settings, dtype: torch.dtype) -> Iterator[list[Row]]:
-    """A pack of large pictures in crops, stage by stage and whole."""
+def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
+    """A pack of large pictures in crops."""
     plan = plan_crops(*LARGE)
     if plan.full_size != LARGE:
         raise AssertionError(f"written for pictures that are taken as they are, got {plan}")
     pictures = photographs(LARGE_PICTURES, LARGE)
     images = RaggedImages.gather(pixels_of(pictures, settings.device))
-    plans = [plan] * len(pictures)
-    prepare_pictures = functools.partial(prepare_on_device, plans=plans, impl=settings.impl)
     last_resize = functools.partial(resize_clip_normalize, dtype=dtype, impl=settings.impl)
-    ready = prepare_pictures(images)
-    crops = [
-        ready.window_rectangle(i, window) for i in range(len(pictures)) for window in plan.windows
-    ]
-    full = [ready.full_rectangle(i) for i in range(len(pictures))]
-
-    def cut_crops(canvases: RaggedImages) -> Tensor:
-        return last_resize(canvases, CROP_SIZE, crops=crops)
-
-    def shrink(given: RaggedImages) -> Tensor:
-        return last_resize(given, IMAGE_SIZE, crops=full)
 
     def whole(given: RaggedImages) -> tuple[Tensor, Tensor]:
-        made = prepare_pictures(given)
-        return cut_crops(made.canvases), shrink(made.full)
+        ready = prepare_on_device(given, plans=[plan] * len(pictures), impl=settings.impl)
+        numbers = range(len(pictures))
+        crops = [ready.window_rectangle(i, window) for i in numbers for window in plan.windows]
+        full = [ready.full_rectangle(i) for i in numbers]
+        return (
+            last_resize(ready.canvases, CROP_SIZE, crops=crops),
+            last_resize(ready.full, IMAGE_SIZE, crops=full),
+        )
 
     canvases = [canvas_image(picture, plan) for picture in pictures]
-    rooms = [(0, 0, width, height) for height, width in ready.canvases.shapes]
-    wanted_canvases = torch.cat(
-        [
-            torch.from_numpy(np.array(cut(canvas, room))).flatten()
-            for canvas, room in zip(canvases, rooms, strict=True)
-        ]
-    )
     windows = [cut(canvas, window) for canvas in canvases for window in plan.windows]
-    wanted_crops = by_pillow(windows, CROP_SIZE, dtype)
-    wanted_full = by_pillow(pictures, IMAGE_SIZE, dtype)
-
-    def rows(
-        operation: str,
-        given: RaggedImages,
-        one: Run,
-        wanted: Sequence[Tensor],
-        read: int,
-        written: int,
-    ) -> list[Row]:
-        shape = f"{len(pictures)} × {LARGE[0]}×{LARGE[1]}"
-        group = Group("resize", operation, shape, settings, dtype)
-        prepare = rotated(given, given.data.nbytes, copy_of, settings)
-        group.add("step37", "ours", prepare, one)
-        return group.measure(wanted, read, written, len(pictures))
-
-    picture_bytes, canvas_bytes = images.data.nbytes, ready.canvases.data.nbytes
-    crop_bytes, full_bytes = wanted_crops.nbytes, wanted_full.nbytes
-    yield rows(
-        "canvas",
-        images,
-        lambda given: prepare_pictures(given).canvases.data,
-        [wanted_canvases],
-        picture_bytes,
-        canvas_bytes,
-    )
-    yield rows("crops", ready.canvases, cut_crops, [wanted_crops], canvas_bytes, crop_bytes)
-    yield rows("full images", images, shrink, [wanted_full], picture_bytes, full_bytes)
+    wanted = [by_pillow(windows, CROP_SIZE, dtype), by_pillow(pictures, IMAGE_SIZE, dtype)]
+    shape = f"{len(pictures)} × {LARGE[0]}×{LARGE[1]}"
+    group = Group("resize", "multicrop", shape, settings, dtype)
+    group.add("step37", "ours", rotated(images, images.data.nbytes, copy_of, settings), whole)
     # What has to move: the canvas need not leave the chip.
-    yield rows(
-        "multicrop",
-        images,
-        whole,
-        [wanted_crops, wanted_full],
-        picture_bytes,
-        crop_bytes + full_bytes,
-    )
+    written = sum(tensor.nbytes for tensor in wanted)
+    return group.measure(wanted, images.data.nbytes, written, len(pictures))

@@ -45,7 +45,7 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
 }
 SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
 LIBRARY = [one for one in itertools.product(SIZES, SIZES, SPLITS) if sum(one) < 512]
-"""What cuBLAS is taken to have, and to choose best: tiles, two of which share a block, and parts."""
+"""What cuBLAS is taken to choose best among: tiles, two of which share a block, and parts."""
 Rates = dict[str, float]
 Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 

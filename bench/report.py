@@ -1,6 +1,6 @@
-"""From measured rows to JSON, and from JSON to a table, a plot and a comparison of two runs.
+"""From measured rows to JSON, and from JSON to tables and a comparison of two runs.
 
-``python -m bench.report RESULTS.json`` writes the table and the plot again.
+``python -m bench.report RESULTS.json`` prints the tables again.
 
 Ratios are computed here, from medians of one run, so that they cannot disagree with them:
 
@@ -13,14 +13,11 @@ Ratios are computed here, from medians of one run, so that they cannot disagree 
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import importlib.util
 import json
-import logging
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -29,8 +26,6 @@ from typing import Any
 
 from bench.harness import Ceilings, Row
 from bench.targets import judge
-
-logger = logging.getLogger(__name__)
 
 NOTABLE_CHANGE = 0.03
 COLUMNS = (
@@ -262,42 +257,6 @@ def compare(old: Record, new: Record) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Record, stem: Path) -> list[Path]:
-    """Draw the matrix products below the roofline, ``<stem>-roofline.svg``, if Matplotlib is there;
-    not the many tiles that ``tune`` has tried. Returns what was written."""
-    timed = [r for r in results["rows"] if r["median_us"] and r["flops"] and r["subject"] != "tune"]
-    if not timed:
-        return []
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no plot: it needs Matplotlib (pip install matplotlib)")
-        return []
-    environment, ceilings = results["environment"], results["ceilings"]
-    figure = importlib.import_module("matplotlib.figure").Figure((8, 5), layout="constrained")
-    axes = figure.subplots()
-    intensity = [record["flops"] / record["bytes"] for record in timed]
-    low, high = min(intensity) / 2, max(intensity) * 2
-    for dtype, rate in ceilings["flops_per_s"].items():
-        corner = rate / ceilings["copy_bytes_per_s"]
-        xs = sorted({low, min(max(corner, low), high), high})
-        ys = [min(rate, x * ceilings["copy_bytes_per_s"]) / 1e12 for x in xs]
-        axes.plot(xs, ys, color="black", linewidth=1, label=f"measured limit, {dtype}")
-    for name in dict.fromkeys(record["implementation"] for record in timed):
-        own = [record for record in timed if record["implementation"] == name]
-        axes.scatter(
-            [record["flops"] / record["bytes"] for record in own],
-            [record["flops"] / record["median_us"] / 1e6 for record in own],
-            s=14,
-            label=name,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-    axes.set_title(f"{environment['device']}, {environment['date']}", fontsize=9)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    path = stem.with_name(f"{stem.name}-roofline.svg")
-    figure.savefig(path)
-    return [path]
-
-
 def file_name(device: str) -> str:
     """A name for the results of a run on this device that ends now, without extension."""
     date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -305,12 +264,12 @@ def file_name(device: str) -> str:
 
 
 def write(results: Record, stem: Path) -> list[Path]:
-    """Write ``<stem>.json``, ``<stem>.md`` and the plot; returns what was written."""
+    """Write ``<stem>.json`` and ``<stem>.md``; returns what was written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data, table = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md")
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table.write_text(markdown(results), encoding="utf-8")
-    return [data, table, *plot(results, stem)]
+    return [data, table]
 
 
 def read(path: Path) -> Record:
@@ -328,14 +287,5 @@ def read(path: Path) -> Record:
     return results
 
 
-def main() -> None:
-    """Write table and plot of stored results again."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("results", type=Path, help="JSON of an earlier run")
-    path = parser.parse_args().results
-    for written in write(read(path), path.with_suffix("")):
-        print(written)
-
-
 if __name__ == "__main__":
-    main()
+    print(markdown(read(Path(sys.argv[1]))))

@@ -23,14 +23,10 @@ from bench import peers
 from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.insert import work_of
 from bench.oracle import Oracle
+from bench.pixel_kernels import BILINEAR
+from bench.pixels import stock_normalize
 from bench.shapes import PATCH_END, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels import (
-    ImageForInsert,
-    ImageInsertEmbedding,
-    RaggedImages,
-    resize_clip_normalize,
-)
-from step37_kernels.pixels.reference import CLIP_MEAN, CLIP_STD
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, resize_clip_normalize
 from step37_kernels.testing import InsertCase
 
 SHAPES = ("flickr8k", "long", "multicrop")
@@ -64,14 +60,9 @@ def upload(pictures: Pictures, device: torch.device) -> RaggedImages:
 
 def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
     """What stock's data code does, picture after picture: ``[N, 3, side, side]``."""
-    mean = np.array(CLIP_MEAN, dtype=np.float32)
-    std = np.array(CLIP_STD, dtype=np.float32)
-    done = []
-    for picture in pictures:
-        resized = Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR)
-        normalized = (np.asarray(resized, dtype=np.float32) / 255 - mean) / std
-        done.append(torch.from_numpy(normalized).permute(2, 0, 1))
-    return torch.stack(done).to(device=like.device, dtype=like.dtype)
+    resized = [Image.fromarray(picture).resize((side, side), BILINEAR) for picture in pictures]
+    normalized = torch.stack([stock_normalize(picture) for picture in resized])
+    return normalized.to(device=like.device, dtype=like.dtype)
 
 
 def implementations(

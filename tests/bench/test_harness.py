@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from bench.harness import (
     Settings,
     Work,
     clock_for,
+    device_state,
     environment,
     measure,
     measure_ceilings,
@@ -166,6 +168,20 @@ def test_ceilings_and_environment_are_measured_and_named(settings: Settings) -> 
     found = environment(settings.device)
     assert found["torch"] == torch.__version__
     assert {"device", "commit", "driver", "cuda", "triton", "python", "date"} <= found.keys()
+
+
+def test_clocks_and_power_that_nobody_reports_are_said_to_be_so() -> None:
+    state = device_state(torch.device("cpu"))
+    assert {"clocks.sm", "power.draw", "temperature.gpu"} <= state.keys()
+    assert set(state.values()) == {"not reported"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_clocks_and_power_are_reported_while_the_gpu_works() -> None:
+    state = device_state(torch.device("cuda"))
+    if shutil.which("nvidia-smi"):
+        assert int(state["clocks.sm"].removesuffix(" MHz")) > 300
 
 
 @pytest.mark.gpu

@@ -266,7 +266,7 @@ class Schedule:
     def partials(self) -> int:
         """Programs that leave ``block_m × block_n`` fp32 values to a second launch, which adds
         the parts of each tile in order."""
-        return self.tail * self.parts if self.parts > 1 else 0
+        return self.tail * self.parts
 
 
 def schedule(
@@ -285,5 +285,7 @@ def schedule(
     tiles = rows * ceil_div(hidden, tile.block_n)
     tail = tiles % processors
     most = min(MAX_PARTS, ceil_div(width, tile.block_k))
-    parts = max(1, min(most, processors // tail)) if tail else 1
+    parts = min(most, processors // tail) if tail else 1
+    if parts <= 1:
+        return Schedule(whole=tiles, tail=0, parts=1)
     return Schedule(whole=tiles - tail, tail=tail, parts=parts)

@@ -244,6 +244,7 @@ def test_a_new_number_of_rows_compiles_nothing():
     from step37_kernels.ops import project, project_backward
 
     kernels = [
+        plan_ops.plan_kernel,
         plan_ops.locate_kernel,
         plan_ops.assign_kernel,
         project.project_scatter_kernel,

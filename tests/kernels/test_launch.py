@@ -48,7 +48,7 @@ def run(script: str) -> object:
 def test_a_new_number_of_rows_images_or_tokens_compiles_nothing():
     script = """
 kernels = [
-    plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
+    plan.plan_kernel, plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
     gemm.sum_splits_kernel, project_backward.embedding_grad_kernel,
     project_backward.gather_grad_kernel, project_backward.grad_features_kernel,
     project_backward.grad_weight_kernel,
@@ -56,25 +56,30 @@ kernels = [
 fused = module()
 for rows in (1, 65, 129, 257, 513, 2049):  # each bucket of the tile table
     step(fused, rows, 64).sum().backward()
+step(fused, 81, plan.MAX_POSITIONS + 1)
 before = [len(compiled(kernel)) for kernel in kernels]
-for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80)):
+for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80),
+                              (81, 20000, 2)):
     step(fused, rows, seq_len, images).sum().backward()
 print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
 """
     before, after = run(script)
     assert before == after
-    assert before[:2] == [1, 1]
+    assert before[:3] == [1, 1, 1]
 
 
-def test_a_forward_pass_is_three_launches():
+def test_a_forward_pass_is_two_launches_and_three_where_the_sequence_is_long():
     script = """
 fused = module()
-step(fused, 169, 2048)
-launched.clear()
-step(fused, 169, 2048)
-print(len(launched))
+numbers = []
+for seq_len in (2048, plan.MAX_POSITIONS, plan.MAX_POSITIONS + 1):
+    step(fused, 169, seq_len)
+    launched.clear()
+    step(fused, 169, seq_len)
+    numbers.append(len(launched))
+print(json.dumps(numbers))
 """
-    assert run(script) == 3  # locate, assign, project and scatter
+    assert run(script) == [2, 2, 3]  # the plan, or locate and assign; project and scatter
 
 
 def test_launches_of_one_binary_differ_in_what_a_batch_brings():
@@ -150,8 +155,7 @@ for _ in range(2):
         arguments[7](arguments[6])
 print(json.dumps(seen))
 """
-    names = ["locate_kernel", "assign_kernel", "project_scatter_kernel"]
-    assert run(script) == names * 2
+    assert run(script) == ["plan_kernel", "project_scatter_kernel"] * 2
 
 
 CAPTURE = """
@@ -184,7 +188,7 @@ print(json.dumps([refused, outside, plan_of(torch.int64), plan_of(torch.int32)])
 """
     (message, launches, loads), outside, captured, of_another_type = run(CAPTURE + script)
     assert message == (
-        "locate_kernel would be launched for the first time inside a CUDA graph capture, where no "
+        "plan_kernel would be launched for the first time inside a CUDA graph capture, where no "
         "kernel can be loaded; run one forward and backward with the same shapes before the capture"
     )
     assert (launches, loads) == (0, 0)

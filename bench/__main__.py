@@ -2,7 +2,7 @@
 
 Subjects: plan, step, insert, normalize, resize, host, pixels, multicrop, data; all of them by
 default. Every shape is measured by a process of its own, so that a fault ends one shape. On request
-only: predict, which needs no GPU, and tune. The last six are programs; one that is named alone
+only: tune, and predict, which needs no GPU. From host on they are programs; one that is named alone
 takes options of its own (``python -m bench predict --help``).
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench import report, step
+from bench import report, step, tune
 from bench.harness import (
     DTYPES,
     LATE,
@@ -64,7 +64,7 @@ SUBJECTS = {
     "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),
     "data": Subject("bench.data", program=True, quick=("--quick",)),
     "predict": Subject("bench.predict", program=True, on_request=True),
-    "tune": Subject("bench.tune", program=True, quick=("--budget", "80"), on_request=True),
+    "tune": Subject("bench.tune", shapes=tune.SHAPES, needs_gpu=True, on_request=True),
 }
 
 

@@ -12,6 +12,7 @@ is there, whether the copy engine (TMA) is used, and how wide the widest global 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -31,14 +32,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
-from bench.tune import products
-from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
-from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels.ops import gradient, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
 from step37_kernels.pixels import normalize as pixels
-from step37_kernels.pixels import resize as picture_resize
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -48,6 +46,8 @@ MATRIX_UNIT = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma_",
 }
+HIDDEN, WIDTH, ROWS = 512, 1024, 169
+"""Of the tensors to compile for; none of them is a constant of the kernels."""
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 
@@ -71,17 +71,20 @@ class Resources:
     """Bytes of the widest global store; 0 on AMD."""
 
 
-def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
+Launch = tuple[str, Callable[[], object]]
+
+
+def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
+    """``(variant, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             for seq_len in (2048, 2 * plan.MAX_POSITIONS):
                 variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
                 variant += ", tables" * (not inline)
-                yield variant, False, functools.partial(_plan, ids, inline, step, seq_len)
+                yield variant, functools.partial(_plan, ids, inline, step, seq_len)
     for short in dtypes:
-        yield from _copies(DTYPES[short], short)
-        yield from _products(CAPABILITY[arch], DTYPES[short], short)
+        yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
+        yield from _gradients(DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
@@ -92,49 +95,71 @@ def _plan(dtype: torch.dtype, inline: bool, step: int, seq_len: int) -> None:
     plan.plan_rows(ids, groups, runs, None if inline else tables)
 
 
-def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
-    view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    gradient = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
-    positions = torch.empty(ROWS, dtype=torch.int32)
-    yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
-    yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
-    yield short, False, lambda: project_backward.embedding_grad(gradient, positions)
-    for bias in (True, False):
-        gather = functools.partial(
-            project_backward.gather_grad, gradient, positions, dtype, bias_sum=bias
+@contextlib.contextmanager
+def only(tile: tiles.Tile) -> Iterator[None]:
+    """Whatever the table says, inserts in here take this tile."""
+    table = project.insert_tile
+    project.insert_tile = lambda *_: tile
+    try:
+        yield
+    finally:
+        project.insert_tile = table
+
+
+def insert_blank(
+    tile: tiles.Tile,
+    dtype: torch.dtype,
+    *,
+    bias: bool = False,
+    shard: bool = False,
+    sources: int = 1,
+    after_plan: bool = False,
+) -> None:
+    """An insert of tensors with nothing in them: to compile for."""
+    weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
+    numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
+    with only(tile):
+        project.project_insert(
+            torch.empty(sources * ROWS, 1, HIDDEN, dtype=dtype),
+            [torch.empty(ROWS, WIDTH, dtype=dtype)] * sources,
+            weight,
+            weight[:, 0].contiguous() if bias else None,
+            numbers.flatten(),
+            numbers,
+            torch.empty(1, dtype=torch.int32) if shard else None,
+            after_plan=after_plan,
         )
-        yield f"{short}{' bias' * bias}", False, gather
 
 
-def _products(
-    capability: int, dtype: torch.dtype, short: str
-) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    destinations = torch.empty(ROWS, dtype=torch.int32)
-    bias = torch.empty(HIDDEN, dtype=dtype)
-    live_rows = torch.empty(1, dtype=torch.int32)
-    for product, tile in tiles.entries(capability, dtype):
-        options: list[tuple[bool, Tensor | None]] = [(False, None)]
-        if dtype == torch.bfloat16:
-            biases = (False, True) if product == "forward" else (False,)
-            options = [(with_bias, live) for with_bias in biases for live in (None, live_rows)]
-        operands = Operands.blank(product, dtype)
-        for with_bias, live in options:
-            launch = functools.partial(
-                products.launch,
-                product,
-                tile,
-                operands,
-                destinations,
-                bias=bias if with_bias else None,
-                live_rows=live,
-            )
-            variant = f"{short} {tile}{' bias' * with_bias}{' shard' * (live is not None)}"
-            variant += " onto fp32" * (product == "accumulate_weight")
-            yield variant, dtype != torch.float32, launch
+def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
+    pack = project.contiguous_rows
+    yield f"{short} channels-first", functools.partial(pack, [view])
+    yield f"{short} rows apart", functools.partial(pack, [view.contiguous()[:, ::2]])
+    entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
+    variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
+    for tile in entries:
+        for options in [{}] if tile.library else variants:
+            for after_plan in [False] if tile.library else [False, True]:
+                variant = f"{short} {tile}" + "".join(f" {name}" for name in options)
+                launch = functools.partial(
+                    insert_blank, tile, dtype, after_plan=after_plan, **options
+                )
+                yield variant + " behind the plan" * after_plan, launch
 
 
-def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    numbers = torch.empty(ROWS, dtype=torch.int32)
+    for rows, bias in ((True, False), (True, True), (False, True)):
+        launch = functools.partial(
+            gradient.gradient_rows, grad, numbers, numbers, dtype,
+            embeddings=True, rows=rows, bias=bias,
+        )  # fmt: skip
+        yield f"{short}{' rows' * rows}{' bias' * bias}", launch
+
+
+def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
     def picture(*shape: int) -> Tensor:
         return torch.empty(*shape, 3, dtype=torch.uint8)
 
@@ -143,15 +168,15 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], obj
         dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
-            normalize = functools.partial(pixels.clip_normalize, square, dtype=dtype)
-            yield f"{short} {rows}", False, normalize
+            ours = {"dtype": dtype, "impl": "triton"}
+            yield f"{short} {rows}", functools.partial(pixels.clip_normalize, square, **ours)
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
-                    pixels.resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
+                    pixels.resize_clip_normalize, [image], size, pillow=(13, 0), **ours
                 )
-                yield f"{short} {rows}{order}", False, resize
+                yield f"{short} {rows}{order}", resize
     ragged = pixels.RaggedImages.gather(images)
-    yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
+    yield "uint8", lambda: resize_uint8(ragged, [(20, 30), (30, 20)], impl="triton")
 
 
 KERNELS = (
@@ -159,12 +184,10 @@ KERNELS = (
     plan.locate_kernel,
     plan.assign_kernel,
     project.pack_rows_kernel,
-    project.project_scatter_kernel,
-    gemm.sum_splits_kernel,
-    project_backward.embedding_grad_kernel,
-    project_backward.gather_grad_kernel,
-    project_backward.grad_features_kernel,
-    project_backward.grad_weight_kernel,
+    project.project_insert_kernel,
+    project.sum_parts_kernel,
+    project.place_rows_kernel,
+    gradient.gradient_rows_kernel,
     pixel_ops.normalize_kernel,
     resize_ops.first_pass_kernel,
     resize_ops.second_pass_kernel,
@@ -175,15 +198,14 @@ KERNELS = (
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
     """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
     NoDriver(arch).install()
-    pixels.use_triton = picture_resize.use_triton = lambda *_: True
     seen: set[int] = set()
-    for variant, is_gemm, launch in _launches(arch, dtypes):
+    for variant, launch in _launches(arch, dtypes):
         launch()
         for kernel in KERNELS:
             for binary in compiled(kernel):
                 if id(binary) not in seen:
                     seen.add(id(binary))
-                    product = is_gemm and kernel is not gemm.sum_splits_kernel
+                    product = kernel is project.project_insert_kernel
                     yield _read(kernel.__name__, variant, arch, product, binary)
 
 

@@ -8,7 +8,6 @@ left out. What enters the table has to pass ``tests/kernels/test_resources.py``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -21,11 +20,11 @@ import torch
 from triton.errors import TritonError
 
 from bench.harness import Implementation, Key, Row, Settings, dtype_name, measure, rotation
-from bench.insert import Inputs, check_results, floors, kernel_alone, work_of
+from bench.insert import Inputs, floors, work_of
 from bench.no_gpu import NoDriver, compiled
 from bench.oracle import Oracle
 from bench.predict import best
-from bench.resources import SHARED_LIMIT, insert_blank, usage
+from bench.resources import SHARED_LIMIT, insert_blank, only, usage
 from bench.shapes import Shape, make_batch, make_case, shapes_named
 from step37_kernels.ops import project
 from step37_kernels.ops.tiles import Tile, entry
@@ -37,17 +36,6 @@ GAIN = 0.02
 ACCUMULATORS = range(32, 193)
 """Registers a thread for the sums: fewer starve the matrix unit, more leave none for addresses."""
 ENTRY = "the table's "
-
-
-@contextlib.contextmanager
-def only(tile: Tile) -> Iterator[None]:
-    """Whatever the table says, inserts in here take this tile."""
-    table = project.insert_tile
-    project.insert_tile = lambda *_: tile
-    try:
-        yield
-    finally:
-        project.insert_tile = table
 
 
 def family() -> Iterator[Tile]:
@@ -74,13 +62,12 @@ def candidates(rows: int) -> list[Tile]:
 
 
 def problem_of(tile: Tile) -> str | None:
-    """Compile for Hopper, in a process without a GPU: into Triton's cache; what is wrong with it."""
+    """What is wrong with a tile on Hopper. Compiles it, into Triton's cache, and needs no GPU."""
     NoDriver("sm_90").install()
     try:
-        with only(tile):
-            insert_blank(torch.bfloat16)
-    except (TritonError, RuntimeError) as error:
-        return f"does not compile: {type(error).__name__}: {str(error).splitlines()[-1:]}"
+        insert_blank(tile, torch.bfloat16)
+    except (TritonError, RuntimeError, ValueError) as error:
+        return f"does not compile: {type(error).__name__}: {str(error).splitlines()[-1]}"
     _, stack = usage(compiled(project.project_insert_kernel)[-1].asm["cubin"])
     return f"spills {stack} bytes a thread" if stack else None
 
@@ -88,8 +75,7 @@ def problem_of(tile: Tile) -> str | None:
 def sound(tiles: Sequence[Tile]) -> list[Tile]:
     """Those that compile without spills; the others are told."""
     workers = max(1, min(len(tiles), len(os.sched_getaffinity(0)) - 1))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         answers = [(tile, pool.submit(problem_of, tile)) for tile in tiles]
     found = []
     for tile, answer in answers:
@@ -121,17 +107,24 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
     sets = range(rotation(settings.device, work.bytes))
     cases = [make_case(batch, dtype=dtype, layout="contiguous", seed=i) for i in sets]
     inputs = Inputs(batch, cases)
-    alone = kernel_alone(inputs, settings.impl)
+    row_at = torch.full((shape.seq_len, 1), -1, dtype=torch.int32, device=settings.device)
+    places = batch.destinations.int()
+    row_at[batch.destinations, 0] = torch.arange(len(places), device=places.device).int()
 
-    def with_tile(tile: Tile, case: object) -> object:
+    def sources(i: int) -> tuple[torch.Tensor, ...]:
+        case = inputs.case(i)
+        return case.embeddings, case.weight, *(x.flatten(0, 1) for x in case.features)
+
+    def with_tile(tile: Tile, operands: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        text, weight, *rows = operands
         with only(tile):
-            return alone.run(case)
+            return {"output": project.project_insert(text, rows, weight, None, places, row_at)}
 
     present = entry(shape.num_rows, dtype, 90)
     named = {ENTRY + describe(present): present} | {describe(tile): tile for tile in tiles}
     compared = [
         Implementation(
-            name=name, kind="peer", prepare=alone.prepare, run=functools.partial(with_tile, tile)
+            name=name, kind="peer", prepare=sources, run=functools.partial(with_tile, tile)
         )
         for name, tile in named.items()
     ]
@@ -156,8 +149,8 @@ def advice(rows: int, measured: Sequence[Row]) -> str:
         return f"{rows} rows: nothing was timed"
     fastest = min(timed, key=timed.__getitem__)
     present = next(iter(times))
-    held = timed.get(present)
-    if held is not None and held < (1 + GAIN) * timed[fastest]:
-        return f"{rows} rows: {present} stays, {held:.1f} µs; the fastest takes {timed[fastest]:.1f}"
-    before = f"{held:.1f} µs" if held is not None else "no time"
-    return f"{rows} rows: take {fastest}, {timed[fastest]:.1f} µs, for {present}, {before}"
+    held, best_us = timed.get(present), timed[fastest]
+    if held is not None and held < (1 + GAIN) * best_us:
+        return f"{rows} rows: {present} stays, {held:.1f} µs; the fastest takes {best_us:.1f} µs"
+    before = f"{held:.1f} µs" if held is not None else "which failed"
+    return f"{rows} rows: take {fastest}, {best_us:.1f} µs, for {present}, {before}"

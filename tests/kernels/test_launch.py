@@ -68,6 +68,25 @@ print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
     assert before[:3] == [1, 1, 1]
 
 
+def test_gradients_of_any_length_and_whatever_is_wanted_share_three_binaries():
+    script = """
+from itertools import product
+from step37_kernels.ops import gradient
+
+for positions, rows in ((1, 1), (16, 3), (169, 2048), (5000, 5001)):
+    grad = torch.zeros(positions, 1, H, dtype=torch.bfloat16)
+    row_at = torch.zeros(positions, dtype=torch.int32)
+    destinations = torch.zeros(rows, dtype=torch.int32)
+    for embeddings, of_rows, bias in product((False, True), repeat=3):
+        gradient.gradient_rows(
+            grad, row_at, destinations, torch.bfloat16,
+            embeddings=embeddings, rows=of_rows, bias=bias,
+        )
+print(json.dumps([len(launched), len(compiled(gradient.gradient_rows_kernel))]))
+"""
+    assert run(script) == [4 * 7, 3]
+
+
 def test_a_forward_pass_is_two_launches_and_three_where_the_sequence_is_long():
     script = """
 fused = module()

@@ -13,7 +13,7 @@ import argparse
 import functools
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator
 
 import torch
@@ -59,15 +59,7 @@ def operations() -> dict[str, Callable[[], object]]:
 
 
 def median_us(call: Callable[[], object], rounds: int) -> float:
-    for _ in range(CALLS):
-        call()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - begin) / CALLS * 1e6)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(call, number=CALLS, repeat=rounds + 1)[1:]) / CALLS * 1e6
 
 
 def measure(rounds: int) -> Iterator[tuple[str, int, float]]:

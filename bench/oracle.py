@@ -1,12 +1,11 @@
 """The gate of the insertion rows: right values in float64, and how far rounding may be from them.
 
-The bounds are those of the tests (:func:`step37_kernels.testing.product_bound`). The reference
-itself is a float64 loop on the CPU: minutes at the sizes of this suite. So the same quantities are
-computed here on the device, and of large products only some rows: one in every 64, so that no tile
-of any kernel goes unseen, and the first and last row of every feature, where a wrong map would
-show. All columns of these rows are compared. Two things are compared in full, and exactly: text
-rows of the output, and the gradient of the embeddings. Every result is searched in full for NaN,
-with which the memory was filled before. ``tests/bench`` holds this oracle against the reference.
+The bounds are the tests' (:func:`step37_kernels.testing.product_bound`). The reference would take
+minutes at this suite's sizes. So the same is computed here on the device, and of large products
+some rows: one in every 64, so that no tile goes unseen, and each feature's first and last row,
+where a wrong map would show. Text rows and the gradient of the embeddings are compared in full, and
+exactly; NaN, with which memory was filled before, is looked for everywhere. ``tests/bench`` holds
+this oracle against the reference.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Implementation, Key, Row, Settings, Work, measure
+from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
 from bench.shapes import SHAPES, Batch, Shape, make_batch, shapes_named
 from step37_kernels import plan_insert
 from step37_kernels.dispatch import Impl
@@ -45,14 +45,12 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
     def destinations(impl: Impl) -> Tensor:
         return plan_insert(batch.input_ids, groups, impl=impl).destinations
 
-    compared = [
-        Implementation(name=name, kind=kind, prepare=int, run=run)
-        for name, kind, run in (
-            ("step37", "ours", lambda _: destinations(settings.impl)),
-            ("stock (starts only)", "stock", lambda _: locations(batch)),
-            ("PyTorch operations", "peer", lambda _: destinations("torch")),
-        )
+    ways: list[tuple[str, Kind, Callable[[object], Tensor]]] = [
+        ("step37", "ours", lambda _: destinations(settings.impl)),
+        ("stock (starts only)", "stock", lambda _: locations(batch)),
+        ("PyTorch operations", "peer", lambda _: destinations("torch")),
     ]
+    compared = [Implementation(name=n, kind=k, prepare=int, run=run) for n, k, run in ways]
     key = Key(subject="plan", operation="plan", shape=shape.name, variant="", dtype="int64")
     # Ids are read; destinations and what each position receives are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)

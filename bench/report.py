@@ -195,7 +195,7 @@ def means(results: Record) -> list[str]:
     for group in grouped(results["rows"]):
         for record in group:
             if record["implementation"] == "step37" and record["median_us"]:
-                key = (record["subject"], record["operation"], record["variant"], record["dtype"])
+                key = tuple(record[name] for name in ("subject", "operation", "variant", "dtype"))
                 found.setdefault(key, []).append(ratios(record, group, results["ceilings"]))
     lines = []
     for key, several in found.items():

@@ -40,12 +40,6 @@ from step37_kernels.pixels import normalize as pixels
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-MATRIX_UNIT = {
-    "sm_80": "mma.sync",
-    "sm_90": "wgmma.mma_async",
-    "sm_100": "tcgen05.mma",
-    "gfx942": "v_mfma_",
-}
 HIDDEN, WIDTH, ROWS = 512, 1024, 169
 """Of the tensors to compile for; none of them is a constant of the kernels."""
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
@@ -53,18 +47,20 @@ CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
+    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block."""
+
     kernel: str
     variant: str
     arch: str
     gemm: bool
-    """A matrix product of 16-bit numbers: it has to use the matrix unit."""
+    """A matrix product: it has to use the matrix unit."""
     registers: int
     stack: int
     shared: int
     matrix_unit: bool
     copy_engine: bool
     serialized: bool
-    """On sm_90: the assembler found that it has to wait for each ``wgmma`` before the next."""
+    """The assembler found that it has to wait for each ``wgmma`` before the next."""
     load_bytes: int
     """Bytes of the widest global load or asynchronous copy of one thread; 0: none, or on AMD."""
     store_bytes: int
@@ -168,7 +164,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
         dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
-            ours = {"dtype": dtype, "impl": "triton"}
+            ours: dict[str, Any] = {"dtype": dtype, "impl": "triton"}
             yield f"{short} {rows}", functools.partial(pixels.clip_normalize, square, **ours)
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
@@ -210,33 +206,23 @@ def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Reso
 
 
 def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Resources:
-    serialized = False
+    load_bytes = store_bytes = 0
     if arch.startswith("gfx"):
         assembly = binary.asm["amdgcn"]
-        registers, stack = (
-            _number(r"\.vgpr_count:\s+", assembly),
-            _number("ScratchSize: ", assembly),
-        )
-        load_bytes = store_bytes = 0
+        registers = _number(r"\.vgpr_count:\s+", assembly)
+        stack = _number("ScratchSize: ", assembly)
     else:
         assembly = binary.asm["ptx"]
         registers, stack = usage(binary.asm["cubin"])
         load_bytes, store_bytes = _widest(assembly, "ld"), _widest(assembly, "st")
-        serialized = is_gemm and arch == "sm_90" and _serialized(assembly)
     return Resources(
-        kernel=name,
-        variant=variant,
-        arch=arch,
-        gemm=is_gemm,
-        registers=registers,
-        stack=stack,
-        shared=binary.metadata.shared,
-        matrix_unit=MATRIX_UNIT[arch] in assembly,
+        kernel=name, variant=variant, arch=arch, gemm=is_gemm,
+        registers=registers, stack=stack, shared=binary.metadata.shared,
+        matrix_unit="wgmma.mma_async" in assembly,
         copy_engine="cp.async.bulk.tensor" in assembly,
-        serialized=serialized,
-        load_bytes=load_bytes,
-        store_bytes=store_bytes,
-    )
+        serialized=is_gemm and _serialized(assembly),
+        load_bytes=load_bytes, store_bytes=store_bytes,
+    )  # fmt: skip
 
 
 def _number(label: str, text: str) -> int:
@@ -246,33 +232,28 @@ def _number(label: str, text: str) -> int:
     return int(found[1])
 
 
+def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
+    """What a tool says of a file with these bytes."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(binary)
+        file.flush()
+        command = [tool, file.name, *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 def _serialized(ptx: str) -> bool:
     """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(ptx.encode())
-        file.flush()
-        report = subprocess.run(
-            [get_ptxas(90).path, "--verbose", "-arch=sm_90a", file.name, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return "wgmma.mma_async instructions are serialized" in report.stdout + report.stderr
+    options = ("--verbose", "-arch=sm_90a", "-o", os.devnull)
+    told = _told_of(ptx.encode(), ".ptx", get_ptxas(90).path, *options)
+    return "wgmma.mma_async instructions are serialized" in told
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack of a kernel for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return _number("REG:", report), _number("STACK:", report)
+    told = _told_of(cubin, ".cubin", str(tool), "--dump-resource-usage")
+    return _number("REG:", told), _number("STACK:", told)
 
 
 def _widest(ptx: str, access: str) -> int:
@@ -295,25 +276,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.resources: unset TRITON_INTERPRET; interpreted kernels do not compile")
-    show = functools.partial(print, flush=True)
+    titles = "kernel|variant|registers|stack|shared|matrix unit|TMA|widest load|widest store"
     if not arguments.json:
-        show(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
-        show(
-            "| kernel | variant | registers | stack | shared | matrix unit | TMA "
-            "| widest load | widest store |"
-        )
-        show("|---|---|---|---|---|---|---|---|---|")
+        print(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
+        print(f"| {titles.replace('|', ' | ')} |\n{'|---' * 9}|")
     for row in resources(arguments.arch, arguments.dtypes):
-        if arguments.json:
-            show(json.dumps(asdict(row)))
-        else:
-            unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
-            unit += " (serialized)" * row.serialized
-            show(
-                f"| {row.kernel} | {row.variant} | {row.registers} | {row.stack} "
-                f"| {row.shared} | {unit} | {'yes' * row.copy_engine} "
-                f"| {row.load_bytes or ''} | {row.store_bytes or ''} |"
-            )
+        unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
+        unit += " (serialized)" * row.serialized
+        cells = [row.kernel, row.variant, row.registers, row.stack, row.shared, unit]
+        cells += ["yes" * row.copy_engine, row.load_bytes or "", row.store_bytes or ""]
+        line = json.dumps(asdict(row)) if arguments.json else f"| {' | '.join(map(str, cells))} |"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from bench.oracle import Oracle
 from bench.pixel_kernels import BILINEAR
 from bench.pixels import stock_normalize
 from bench.shapes import PATCH_END, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, resize_clip_normalize
+from step37_data.images.device import upload
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, resize_clip_normalize
 from step37_kernels.testing import InsertCase
 
 SHAPES = ("flickr8k", "long", "multicrop")
@@ -44,18 +45,6 @@ class Inputs:
 
     pictures: Sequence[tuple[Pictures, int]]
     case: InsertCase
-
-
-def upload(pictures: Pictures, device: torch.device) -> RaggedImages:
-    """Pictures of any sizes in one buffer on the device, without waiting for the copy."""
-    sizes = [picture.size for picture in pictures]
-    staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([picture.reshape(-1) for picture in pictures], out=staging.numpy())
-    return RaggedImages(
-        data=staging.to(device, non_blocking=True),
-        offsets=np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist(),
-        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
-    )
 
 
 def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
@@ -154,11 +143,8 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
     )
     text = 2 * (shape.seq_len - shape.num_rows) * shape.hidden * dtype.itemsize
     key = Key(
-        subject="step",
-        operation="pixels to fused embedding",
-        shape=shape.name,
-        variant="channels-first",
-        dtype=dtype_name(dtype),
-    )
+        subject="step", operation="pixels to fused embedding", shape=shape.name,
+        variant="channels-first", dtype=dtype_name(dtype),
+    )  # fmt: skip
     work = Work(flops=insert.flops, bytes=insert.bytes + pixels + text, rows=shape.num_rows)
     return measure(key, work, compared, check, settings)

@@ -32,11 +32,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
+from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import gradient, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
-from step37_kernels.pixels import normalize as pixels
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -165,13 +165,13 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
             ours: dict[str, Any] = {"dtype": dtype, "impl": "triton"}
-            yield f"{short} {rows}", functools.partial(pixels.clip_normalize, square, **ours)
+            yield f"{short} {rows}", functools.partial(clip_normalize, square, **ours)
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
-                    pixels.resize_clip_normalize, [image], size, pillow=(13, 0), **ours
+                    resize_clip_normalize, [image], size, pillow=(13, 0), **ours
                 )
                 yield f"{short} {rows}{order}", resize
-    ragged = pixels.RaggedImages.gather(images)
+    ragged = RaggedImages.gather(images)
     yield "uint8", lambda: resize_uint8(ragged, [(20, 30), (30, 20)], impl="triton")
 
 

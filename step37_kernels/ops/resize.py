@@ -20,7 +20,7 @@ import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of, in_vectors, whole_vectors
 from step37_kernels.ops.launch import launch
-from step37_kernels.ops.normalize import Line, line_arguments, normalized
+from step37_kernels.ops.normalize import ScaleAndOffset, line_arguments, normalized
 
 # Rows and columns of a program's tile, and how many rows it works on at a time: the more, the more
 # loads are on the way together. A warp of the second pass stores whole vectors, and its 256 columns
@@ -353,7 +353,7 @@ def resize(
     pixels: torch.Tensor,
     jobs: Sequence[ResizeJob],
     tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
-    results: torch.Tensor | Line,
+    results: torch.Tensor | ScaleAndOffset,
     dtype: torch.dtype,
     size: int,
 ) -> torch.Tensor:

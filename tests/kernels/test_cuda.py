@@ -206,7 +206,7 @@ def test_elements_beyond_two_to_the_31_are_addressed_right():
     features = torch.randn(2, 169, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(hidden, 64, device="cuda", dtype=torch.bfloat16)
     plan = plan_insert(ids, [(IM_START, [169, 169])])
-    output = project_and_insert(embeddings, features, weight, None, plan, inplace=True)
+    output = project_and_insert(embeddings, features, weight, None, plan)
     projected = reference.project(features.detach(), weight)
     for k, start in enumerate(starts):
         span = output[start + 1 : start + 170, 0]

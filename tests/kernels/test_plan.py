@@ -58,7 +58,7 @@ def test_the_docstrings_example_is_true(device, impl):
     assert plan.starts.tolist() == [2, 4, 7]
     assert plan.row_at.flatten().tolist() == [-1, -1, 0, 1, 3, 4, -1, 5]
     assert plan.destinations.tolist() == [2, 3, -1, 4, 5, 7, -1, -1, -1]
-    assert plan.found.tolist() == [3]
+    assert plan.start_counts.tolist() == [3]
 
 
 @pytest.mark.usefixtures("two_launches")
@@ -125,7 +125,7 @@ def test_ids_may_have_any_strides(device, impl, view):
 def test_a_batch_without_tokens_has_no_locations(device, impl, shape):
     plan = plan_insert(torch.zeros(shape, dtype=torch.int64, device=device), [(7, [3])], impl=impl)
     assert plan.destinations.tolist() == [-1, -1, -1]
-    assert plan.found.tolist() == [0]
+    assert plan.start_counts.tolist() == [0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

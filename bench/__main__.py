@@ -23,17 +23,8 @@ from pathlib import Path
 
 import torch
 
-from bench import report, step, tune
-from bench.harness import (
-    DTYPES,
-    LATE,
-    Ceilings,
-    Row,
-    Settings,
-    device_state,
-    environment,
-    measure_ceilings,
-)
+from bench import harness, report, step, tune
+from bench.harness import DTYPES, LATE, Ceilings, Row, Settings
 from bench.shapes import SHAPES, shapes_named
 
 
@@ -76,22 +67,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line → options, with what does not exist refused."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
-    parser.add_argument(
-        "--shapes",
-        type=_names,
-        default=[],
-        help=f"comma-separated: {', '.join(SHAPES)}, images-N, sweep (default: the subject's own)",
-    )
-    parser.add_argument(
-        "--dtype", type=_names, default=["bf16"], help="comma-separated: bf16, fp16, fp32"
-    )
+    names = ", ".join(SHAPES)
+    for option, default, text in (
+        ("--shapes", [], f"{names}, images-N (default: the subject's own)"),
+        ("--dtype", ["bf16"], "bf16, fp16, fp32"),
+    ):
+        parser.add_argument(option, type=_names, default=default, help=f"comma-separated: {text}")
     parser.add_argument("--compare", type=Path, help="JSON of an earlier run to compare with")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--quick", action="store_true", help="a fifth of the time; more noise")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile peers")
-    parser.add_argument(
-        "--budget", type=float, default=360, help="seconds after which no row is begun (360)"
-    )
+    text = "seconds after which no row is begun (360)"
+    parser.add_argument("--budget", type=float, default=360, help=text)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for subject in options.subjects:
@@ -125,8 +112,8 @@ def measure_here(subjects: Sequence[Subject], settings: Settings) -> report.Reco
     """Measure and show rows in this process. An error ends its subject, and is told."""
     rows: list[Row] = []
     errors: list[str] = []
-    where = environment(settings.device)
-    ceilings = measure_ceilings(settings)
+    where = harness.environment(settings.device)
+    ceilings = harness.measure_ceilings(settings)
     for subject in subjects:
         try:
             for group in importlib.import_module(subject.module).run(settings):
@@ -135,7 +122,7 @@ def measure_here(subjects: Sequence[Subject], settings: Settings) -> report.Reco
         except Exception as error:
             traceback.print_exc()
             errors.append(f"{subject.module}: {type(error).__name__}: {error}")
-    state = {", ".join(settings.shapes) or "no shape": device_state(settings.device)}
+    state = {", ".join(settings.shapes) or "no shape": harness.device_state(settings.device)}
     return {**report.to_json(rows, ceilings, where), "state": state, "errors": errors}
 
 
@@ -145,7 +132,9 @@ def measure_apart(subjects: dict[str, Subject], options: argparse.Namespace) -> 
     for name, subject in subjects.items():
         for shape in (options.shapes or subject.shapes) if subject.shapes else [""]:
             own.setdefault(shape, []).append(name)
-    nothing = report.to_json([], Ceilings(copy_bytes_per_s=0), environment(torch.device("cpu")))
+    nothing = report.to_json(
+        [], Ceilings(copy_bytes_per_s=0), harness.environment(torch.device("cpu"))
+    )
     results: report.Record = {**nothing, "state": {}, "errors": []}
     end = time.perf_counter() + options.budget
     for number, (shape, names) in enumerate(own.items()):

@@ -13,13 +13,11 @@ process. :func:`measure` takes a group through four steps:
 What a sample on CUDA is: events before and after the call, behind a backlog of device work that is
 longer than the host needs to issue the call. That is how a training step meets an operation: the
 host runs ahead, so launches are free until somebody waits for the device, and waiting costs what it
-costs. (Host time is a column of its own, for those who are bound by it. It is taken apart, on an
-idle device: behind the backlog, whoever waits for the device would wait for that, too.) The backlog
-reads a buffer larger than L2, and inputs rotate among several random sets, so nothing is found in
-cache; it reads because dirty lines would be written back at the expense of what is timed.
+costs. (Host time is a column of its own, taken apart on an idle device.) The backlog reads a buffer
+larger than L2, and inputs rotate among several random sets, so nothing is found in cache; it reads
+because dirty lines would be written back at the expense of what is timed.
 
-On a CPU the same code runs with a host clock and without backlog; that path exists for the data
-subjects and for this suite's own tests.
+On a CPU the same code runs with a host clock and without backlog, for this suite's own tests.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 Kind = Literal["ours", "stock", "peer", "floor"]
@@ -47,6 +46,7 @@ part of the work (the bare matrix product), so it is no competitor."""
 LATE = "not run: time budget used up"
 """The problem of rows whose turn did not come before the deadline."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FOLDER = Path(__file__).parent
 WARM_UP_ROUNDS = 5
 MAX_SAMPLES = 200
 MIN_SAMPLES = 5
@@ -101,15 +101,13 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The least that a group's operation must do: what × limit and the rates are computed from.
-
-    Each input that is needed is read once, each output is written once.
-    """
+    """The least that a group's operation must do: what × limit and the rates are computed from."""
 
     flops: int
     bytes: int
+    """Each input that is needed is read once, each output is written once."""
     rows: int
-    """Feature rows, images or samples: the abscissa of the plot of time."""
+    """Feature rows, images or samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +131,7 @@ class Row:
     peak_bytes: int | None = None
     """Most memory allocated during the call above what was allocated before it."""
     kept_bytes: int | None = None
-    """Of that, what is still allocated when the call has returned: results, and what backward
-    needs. The rest was temporary."""
+    """Of that, what is still allocated afterwards: results, and what backward needs."""
 
 
 Check = Callable[[Implementation, Any], str | None]
@@ -355,9 +352,7 @@ def sample_rounds(
             break
     return {
         name: {
-            "median_us": statistics.median(times),
-            "p20_us": percentile(times, 20),
-            "p80_us": percentile(times, 80),
+            **dict(zip(("p20_us", "median_us", "p80_us"), spread(times), strict=True)),
             "host_us": clock.host_us.get(name),
             "samples": len(times),
         }
@@ -365,13 +360,10 @@ def sample_rounds(
     }
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of the values lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def spread(times: Sequence[float]) -> list[float]:
+    """20th percentile, median and 80th percentile."""
+    found: list[float] = np.percentile(times, (20, 50, 80)).tolist()
+    return found
 
 
 def rotation(device: torch.device, set_bytes: int) -> int:
@@ -435,9 +427,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _command(
-            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
-        ),
+        "commit": _command("git", "-C", str(FOLDER), "describe", "--always", "--dirty"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device.type == "cuda":

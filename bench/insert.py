@@ -7,10 +7,11 @@ operands, or with the plan made before; ours and the peers start from what a tra
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,35 +59,7 @@ class Inputs:
         return self.cases[i % len(self.cases)]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaves:
-    """A case with fresh leaves, all of which require a gradient."""
-
-    case: InsertCase
-    embeddings: Tensor
-    features: list[Tensor]
-    weight: Tensor
-
-    @classmethod
-    def of(cls, case: InsertCase) -> Leaves:
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().requires_grad_()
-
-        return cls(case, leaf(case.embeddings), [*map(leaf, case.features)], leaf(case.weight))
-
-    def forward(self, function: peers.Forward) -> Graph:
-        groups = [(token, x) for (token, _), x in zip(self.case.groups, self.features, strict=True)]
-        output = function(self.embeddings, self.case.input_ids, groups, self.weight)
-        wanted = {
-            "grad_embeddings": [self.embeddings],
-            "grad_features": self.features,
-            "grad_weight": [self.weight],
-        }
-        return Graph(output, wanted, self.case.grad_output)
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
+class Graph(NamedTuple):
     """A forward pass that has run."""
 
     output: Tensor
@@ -99,26 +72,36 @@ class Graph:
         return {name: [next(grads) for _ in tensors] for name, tensors in self.wanted.items()}
 
 
+def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
+    """A forward pass on fresh leaves, all of which require a gradient."""
+    tensors = (case.embeddings, case.weight, *case.features)
+    embeddings, weight, *features = (tensor.detach().requires_grad_() for tensor in tensors)
+    groups = [(token, x) for (token, _), x in zip(case.groups, features, strict=True)]
+    wanted = {
+        "grad_embeddings": [embeddings], "grad_features": features, "grad_weight": [weight],
+    }  # fmt: skip
+
+    def run() -> Graph:
+        output = function(embeddings, case.input_ids, groups, weight)
+        return Graph(output, wanted, case.grad_output)
+
+    return run
+
+
 def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementation:
     """An implementation of any operation from a function that inserts."""
 
-    def leaves(i: int) -> Leaves:
-        return Leaves.of(inputs.case(i))
+    def ready(i: int) -> Callable[[], Graph]:
+        return pass_of(peer.function, inputs.case(i))
 
-    def graph(i: int) -> Graph:
-        return leaves(i).forward(peer.function)
-
-    def forward(leaves: Leaves) -> Results:
-        return {"output": leaves.forward(peer.function).output}
-
-    def both(leaves: Leaves) -> Results:
-        made = leaves.forward(peer.function)
-        return {"output": made.output, **made.gradients()}
+    def both(forward: Callable[[], Graph]) -> Results:
+        graph = forward()
+        return {"output": graph.output, **graph.gradients()}
 
     ways: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {
-        "forward": (leaves, forward),
-        "backward": (graph, Graph.gradients),
-        "forward+backward": (leaves, both),
+        "forward": (ready, lambda forward: {"output": forward().output}),
+        "backward": (lambda i: ready(i)(), Graph.gradients),
+        "forward+backward": (ready, both),
     }
     prepare, run = ways[operation]
     return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
@@ -178,11 +161,8 @@ def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
     plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
     def run(case: InsertCase) -> Results:
-        return {
-            "output": project_and_insert(
-                case.embeddings, case.features, case.weight, None, plan, impl=impl
-            )
-        }
+        given = (case.embeddings, case.features, case.weight, None, plan)
+        return {"output": project_and_insert(*given, impl=impl)}
 
     return Implementation(name="step37 kernel alone", kind="ours", prepare=inputs.case, run=run)
 
@@ -206,8 +186,7 @@ def replay(one: Implementation) -> Implementation:
         state[0].replay()
         return state[1]
 
-    name = f"{one.name}, graph replay"
-    return Implementation(name=name, kind=one.kind, prepare=prepare, run=run)
+    return dataclasses.replace(one, name=f"{one.name}, graph replay", prepare=prepare, run=run)
 
 
 def implementations(
@@ -239,9 +218,8 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
         for layout in LAYOUTS:
             # Compiled peers are compiled for this batch alone, which is their best case.
             torch.compiler.reset()
-            insertions = peers.peers(
-                shape.hidden, shape.width, settings.impl, settings.compile_backend
-            )
+            options = (settings.impl, settings.compile_backend)
+            insertions = peers.peers(shape.hidden, shape.width, *options)
             elements = shape.num_rows * shape.width + shape.hidden * shape.width
             elements += 2 * shape.seq_len * shape.hidden
             sets = rotation(settings.device, elements * dtype.itemsize)
@@ -250,12 +228,9 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
             check = functools.partial(check_results, Oracle(cases[0], batch))
             for operation in OPERATIONS:
                 key = Key(
-                    subject="insert",
-                    operation=operation,
-                    shape=shape.name,
-                    variant=layout,
+                    subject="insert", operation=operation, shape=shape.name, variant=layout,
                     dtype=dtype_name(dtype),
-                )
+                )  # fmt: skip
                 work = work_of(operation, shape, dtype.itemsize)
                 compared = implementations(operation, inputs, layout, insertions, settings)
                 yield measure(key, work, compared, check, settings)

@@ -39,12 +39,8 @@ def step37(impl: Impl) -> Forward:
 
 
 def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """The algorithm that is replaced, operation for operation.
-
-    :mod:`step37_kernels.reference` gives the same values but projects picture by picture and reads
-    all locations at once; here it is one product a group and two ``.item()`` a picture, as
-    Megatron-Bridge has it.
-    """
+    """The algorithm that is replaced, operation for operation: one product and one clone a group,
+    two ``.item()`` a picture."""
     for token, features in groups:
         projected = F.linear(features, weight)
         locations = (input_ids == token).nonzero()

@@ -121,7 +121,7 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
     end = store + (waves - 1) * (store + rates["fill"])
     if shares.partials:  # that launch waits inside the kernel, so its start is hidden
         end += sum_us(rates, shares.partials * area, shares.tail * area, 0) - store
-    work = shares.whole // PROCESSORS + (1 / shares.parts if shares.tail else 0)
+    work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
     flops = work * PROCESSORS * 2 * area * like.width / rates["Triton"]
     mnk = (sum(row_counts), like.hidden, like.width)
     cost = timed(rates, mnk, flops, 2 * tiles * read * like.width, end)

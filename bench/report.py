@@ -19,34 +19,22 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness import Ceilings, Row
 from bench.targets import judge
 
 NOTABLE_CHANGE = 0.03
 COLUMNS = (
-    ("shape", "l"),
-    ("layout", "l"),
-    ("dtype", "l"),
-    ("implementation", "l"),
-    ("µs (p20–p80)", "r"),
-    ("TFLOP/s", "r"),
-    ("GB/s", "r"),
-    ("× stock", "r"),
-    ("× best peer", "r"),
-    ("× GEMM", "r"),
-    ("× limit", "r"),
-    ("host µs", "r"),
-    ("syncs", "r"),
-    ("launches", "r"),
-    ("peak MiB", "r"),
-    ("temporary MiB", "r"),
-)
-
+    "shape", "layout", "dtype", "implementation", "µs (p20–p80)", "TFLOP/s", "GB/s", "× stock",
+    "× best peer", "× GEMM", "× limit", "host µs", "syncs", "launches", "peak MiB", "temporary MiB",
+)  # fmt: skip
+NAMES = 4
+"""Columns that name a row; they are aligned to the left."""
+GROUP = ("subject", "operation", "shape", "variant", "dtype")
 Record = dict[str, Any]
 """A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
 
@@ -62,12 +50,10 @@ def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]
 
 def group_of(record: Record) -> tuple[str, ...]:
     """What the rows of one group share."""
-    names = ("subject", "operation", "shape", "variant", "dtype")
-    return tuple(record[name] for name in names)
+    return tuple(record[name] for name in GROUP)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratios:
+class Ratios(NamedTuple):
     """What one row is compared with; None where there is nothing to compare."""
 
     stock: float | None
@@ -90,12 +76,8 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
     own = record["median_us"]
 
     def best(*kinds: str) -> float | None:
-        times = [
-            other["median_us"]
-            for other in group
-            if other is not record and other["kind"] in kinds and other["median_us"]
-        ]
-        return min(times, default=None)
+        others = [each for each in group if each is not record and each["kind"] in kinds]
+        return min((each["median_us"] for each in others if each["median_us"]), default=None)
 
     def over(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
@@ -104,10 +86,10 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
     # A floor does less than the others: how much faster it is says nothing.
     whole = None if record["kind"] == "floor" else own
     return Ratios(
-        stock=over(best("stock"), whole),
-        best_peer=over(best("stock", "peer"), whole),
-        gemm=over(own, gemm[0]) if gemm else None,
-        limit=over(own, limit_us(record, ceilings)),
+        over(best("stock"), whole),
+        over(best("stock", "peer"), whole),
+        over(own, gemm[0]) if gemm else None,
+        over(own, limit_us(record, ceilings)),
     )
 
 
@@ -127,7 +109,7 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
     """The cells of one row, as :data:`COLUMNS` names them."""
     name = [record["shape"], record["variant"], record["dtype"], record["implementation"]]
     if record["problem"]:
-        return [*name, record["problem"], *[""] * (len(COLUMNS) - len(name) - 1)]
+        return [*name, record["problem"], *[""] * (len(COLUMNS) - NAMES - 1)]
     own = record["median_us"]
     ratio = ratios(record, group, ceilings)
     spread = f"{own:.1f} ({record['p20_us']:.1f}–{record['p80_us']:.1f})"
@@ -170,8 +152,8 @@ def markdown(results: Record) -> str:
         title = f"{group[0]['subject']}: {group[0]['operation']}"
         if title != operation:
             operation = title
-            lines += ["", f"## {title}", "", _line(name for name, _ in COLUMNS)]
-            lines.append(_line("---" if side == "l" else "---:" for _, side in COLUMNS))
+            lines += ["", f"## {title}", "", _line(COLUMNS)]
+            lines.append(_line(["---"] * NAMES + ["---:"] * (len(COLUMNS) - NAMES)))
         lines += [_line(table_row(record, group, ceilings)) for record in group]
     for title, table in (("Means", means(results)), ("Targets: worst groups", targets(results))):
         lines += ["", f"## {title}", "", *table] if table else []
@@ -216,12 +198,11 @@ def console(group: Sequence[Row], ceilings: Ceilings) -> str:
     """The rows of one group as aligned text."""
     results = to_json(group, ceilings, {})
     records = results["rows"]
-    columns = COLUMNS[3:]
-    cells = [[name for name, _ in columns]]
-    cells += [table_row(record, records, results["ceilings"])[3:] for record in records]
+    cells = [list(COLUMNS[NAMES - 1 :])]
+    cells += [table_row(record, records, results["ceilings"])[NAMES - 1 :] for record in records]
     # The reason of a row without figures stands where the figures would, however long.
     figures = [line for line in cells if line[2] or line[3]]
-    widths = [max(len(line[i]) for line in figures) for i in range(len(columns))]
+    widths = [max(len(line[i]) for line in figures) for i in range(len(cells[0]))]
     widths[0] = max(len(line[0]) for line in cells)
     lines = ["", " · ".join(filter(None, group_of(records[0])))]
     for line in cells:

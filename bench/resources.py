@@ -47,7 +47,9 @@ CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block."""
+    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block; bytes
+    of the widest global load or asynchronous copy of a thread, and of its widest store (0 on AMD).
+    """
 
     kernel: str
     variant: str
@@ -62,9 +64,7 @@ class Resources:
     serialized: bool
     """The assembler found that it has to wait for each ``wgmma`` before the next."""
     load_bytes: int
-    """Bytes of the widest global load or asynchronous copy of one thread; 0: none, or on AMD."""
     store_bytes: int
-    """Bytes of the widest global store; 0 on AMD."""
 
 
 Launch = tuple[str, Callable[[], object]]
@@ -103,14 +103,9 @@ def only(tile: tiles.Tile) -> Iterator[None]:
 
 
 def insert_blank(
-    tile: tiles.Tile,
-    dtype: torch.dtype,
-    *,
-    bias: bool = False,
-    shard: bool = False,
-    sources: int = 1,
-    after_plan: bool = False,
-) -> None:
+    tile: tiles.Tile, dtype: torch.dtype, *, bias: bool = False, shard: bool = False,
+    sources: int = 1, after_plan: bool = False,
+) -> None:  # fmt: skip
     """An insert of tensors with nothing in them: to compile for."""
     weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
     numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
@@ -138,10 +133,9 @@ def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch
         for options in [{}] if tile.library else variants:
             for after_plan in [False] if tile.library else [False, True]:
                 variant = f"{short} {tile}" + "".join(f" {name}" for name in options)
-                launch = functools.partial(
-                    insert_blank, tile, dtype, after_plan=after_plan, **options
-                )
-                yield variant + " behind the plan" * after_plan, launch
+                launch = functools.partial(insert_blank, tile, dtype, after_plan=after_plan)
+                variant += " behind the plan" * after_plan
+                yield variant, functools.partial(launch, **options)
 
 
 def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:

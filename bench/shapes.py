@@ -48,12 +48,10 @@ SHAPES = {
         Shape(name="multicrop", seq_len=8192, images=11, crops=66),
     )
 }
-SWEEP = tuple(_images(count) for count in (1, 2, 4, 8, 16, 32, 64, 128, 200))
-"""What ``--shapes sweep`` stands for: time against rows."""
 
 
 def shapes_named(names: Sequence[str]) -> list[Shape]:
-    """Look shapes up: those of :data:`SHAPES`, ``images-N``, and ``sweep``.
+    """Look shapes up: those of :data:`SHAPES`, and ``images-N``.
 
     Raises:
         ValueError: an unknown name.
@@ -63,14 +61,10 @@ def shapes_named(names: Sequence[str]) -> list[Shape]:
         prefix, _, count = name.partition("-")
         if name in SHAPES:
             found.append(SHAPES[name])
-        elif name == "sweep":
-            found += SWEEP
         elif prefix == "images" and count.isdecimal() and int(count) > 0:
             found.append(_images(int(count)))
         else:
-            raise ValueError(
-                f"shape {name!r}: expected one of {', '.join(SHAPES)}, sweep, or images-N"
-            )
+            raise ValueError(f"shape {name!r}: expected one of {', '.join(SHAPES)}, or images-N")
     return found
 
 

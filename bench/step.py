@@ -8,6 +8,7 @@ is the user's: its features are given, as the channels-first view that it return
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from bench.pixel_kernels import BILINEAR
 from bench.pixels import stock_normalize
 from bench.shapes import PATCH_END, Batch, Shape, make_batch, make_case, shapes_named
 from step37_data.images.device import upload
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, resize_clip_normalize
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, resize_clip_normalize
 from step37_kernels.testing import InsertCase
 
 SHAPES = ("flickr8k", "long", "multicrop")
@@ -71,13 +72,14 @@ def implementations(
     def prepare(i: int) -> Inputs:
         return sets[i % len(sets)]
 
+    def on_device(pictures: Pictures) -> RaggedImages:
+        if settings.device.type == "cuda":
+            return upload(pictures, settings.device)
+        return RaggedImages.gather([torch.from_numpy(picture) for picture in pictures])
+
     def ours(inputs: Inputs) -> dict[str, Any]:
-        pixels = [
-            resize_clip_normalize(
-                upload(pictures, settings.device), side, dtype=weight.dtype, impl=settings.impl
-            )
-            for pictures, side in inputs.pictures
-        ]
+        resize = functools.partial(resize_clip_normalize, dtype=weight.dtype, impl=settings.impl)
+        pixels = [resize(on_device(pictures), side) for pictures, side in inputs.pictures]
         images = [
             ImageForInsert(token, images=one, image_features=features[0])
             for (token, features), one in zip(inputs.case.groups, pixels, strict=True)

@@ -123,10 +123,8 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
     present = entry(shape.num_rows, dtype, 90)
     named = {ENTRY + describe(present): present} | {describe(tile): tile for tile in tiles}
     compared = [
-        Implementation(
-            name=name, kind="peer", prepare=sources, run=functools.partial(with_tile, tile)
-        )
-        for name, tile in named.items()
+        Implementation(name=n, kind="peer", prepare=sources, run=functools.partial(with_tile, tile))
+        for n, tile in named.items()
     ]
     compared.append(next(floors("forward", inputs, "contiguous")))
     oracle = Oracle(cases[0], batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import insert, shapes
+from bench import shapes
 from bench.shapes import Shape
 from tools import gpu, smoke
 from tools.gpu import Phase
@@ -128,13 +128,8 @@ def test_smoke_runs_what_there_is_and_stops_at_the_first_wrong_result(
         "normalize: ok",
         "resize: ok",
     ]
-    right = insert.Leaves.forward
-
-    def wrong(*arguments: object) -> insert.Graph:
-        graph = right(*arguments)
-        return insert.Graph(graph.output + 1, graph.wanted, graph.grad_output)
-
-    monkeypatch.setattr(insert.Leaves, "forward", wrong)
+    right = smoke.step37("torch")
+    monkeypatch.setattr(smoke, "step37", lambda _: lambda *given: right(*given) + 1)
     with pytest.raises(SystemExit):
         smoke.main(["tiny"], CPU, "torch")
     assert "insert tiny, contiguous: output: a text row differs" in capsys.readouterr().out

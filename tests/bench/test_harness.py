@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,7 +25,6 @@ from bench.harness import (
     environment,
     measure,
     measure_ceilings,
-    percentile,
 )
 
 KEY = Key(subject="s", operation="o", shape="x", variant="", dtype="fp32")
@@ -154,11 +152,11 @@ def test_past_the_deadline_nothing_runs(settings: Settings) -> None:
     assert calls == []
 
 
-@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
-@pytest.mark.parametrize("count", [1, 2, 5, 10])
-def test_percentiles_are_those_of_numpy(percent: int, count: int) -> None:
-    values = np.random.default_rng(count).normal(size=count).tolist()
-    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+@pytest.mark.parametrize(
+    ("times", "wanted"), [([3.0], [3.0, 3.0, 3.0]), ([5.0, 1.0, 4.0, 2.0, 3.0, 6.0], [2, 3.5, 5])]
+)
+def test_the_spread_is_that_of_the_times_in_order(times, wanted) -> None:
+    assert harness.spread(times) == wanted
 
 
 def test_ceilings_and_environment_are_measured_and_named(settings: Settings) -> None:

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from bench.tune.products import Operands, launch, only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.tune.products import Operands, launch, only
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import gemm, project, project_backward, tiles
 from step37_kernels.ops.common import INTERPRETED

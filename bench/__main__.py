@@ -37,11 +37,9 @@ class Subject:
     """Run as ``python -m module``; else ``module.run(settings)`` gives groups of rows."""
     shapes: tuple[str, ...] = ()
     """Measured by default, each in a process; empty where rows are not about shapes."""
-    quick: tuple[str, ...] = ()
-    """Options of a program for a short run."""
+    quick: tuple[str, ...] = ()  # options of a program for a short run
     needs_gpu: bool = False
-    on_request: bool = False
-    """Not among those that run by default."""
+    on_request: bool = False  # not among those that run by default
 
 
 SUBJECTS = {
@@ -59,20 +57,20 @@ SUBJECTS = {
 }
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line → options, with what does not exist refused."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
     names = ", ".join(SHAPES)
+
+    def several(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
     for option, default, text in (
         ("--shapes", [], f"{names}, images-N (default: the subject's own)"),
         ("--dtype", ["bf16"], "bf16, fp16, fp32"),
     ):
-        parser.add_argument(option, type=_names, default=default, help=f"comma-separated: {text}")
+        parser.add_argument(option, type=several, default=default, help=f"comma-separated: {text}")
     parser.add_argument("--compare", type=Path, help="JSON of an earlier run to compare with")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--quick", action="store_true", help="a fifth of the time; more noise")
@@ -81,12 +79,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=360, help=text)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for subject in options.subjects:
-        if subject not in SUBJECTS:
-            parser.error(f"subject {subject!r}: expected one of {', '.join(SUBJECTS)}")
-    for name in options.dtype:
-        if name not in DTYPES:
-            parser.error(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    for what, given, known in (
+        ("subject", options.subjects, SUBJECTS), ("--dtype", options.dtype, DTYPES)
+    ):  # fmt: skip
+        for name in given:
+            if name not in known:
+                parser.error(f"{what} {name!r}: expected one of {', '.join(known)}")
     try:
         options.shapes = [shape.name for shape in shapes_named(options.shapes)]
     except ValueError as error:

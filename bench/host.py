@@ -1,10 +1,8 @@
 """What an operation costs the host: Python time and launches, with nothing launched.
 
-``python -m bench.host`` needs no GPU and uses none. The launchers run as they would on an H100, on
-a driver that launches nothing (:mod:`bench.no_gpu`), with small tensors in host memory: what is
-timed is the host's part of a call, without the driver's own. Below a few hundred rows it decides
-how long a forward pass takes. Tensors are one picture's 169 rows, but narrow, so that what PyTorch
-computes on the host meanwhile (a zero gradient, say) costs next to nothing.
+``python -m bench.host`` needs no GPU. The launchers run as they would on an H100, on a driver that
+launches nothing (:mod:`bench.no_gpu`): what is timed is the host's part of a call, without the
+driver's own. Tensors are narrow, so that what PyTorch computes on the host meanwhile costs nothing.
 """
 
 from __future__ import annotations
@@ -25,22 +23,19 @@ from bench.no_gpu import NoDriver
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import tiles
 
-HIDDEN, WIDTH, IMAGES, ROWS = 64, 128, 1, 169
+HIDDEN, WIDTH, ROWS = 64, 128, 169
 START = 7
 CALLS = 200
 H100 = 90
 
 
 def operations() -> dict[str, Callable[[], object]]:
-    input_ids = torch.zeros(1, 1 + IMAGES * (ROWS + 1), dtype=torch.int64)
-    input_ids[0, : -1 : ROWS + 1] = START
-    groups = [(START, [ROWS] * IMAGES)]
-    words = torch.zeros(input_ids.shape[1], 1, HIDDEN, dtype=torch.bfloat16)
-    features = torch.zeros(IMAGES, ROWS, WIDTH, dtype=torch.bfloat16)
-    view = torch.zeros(IMAGES, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
-    weight = torch.zeros(HIDDEN, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    gradient = torch.zeros_like(words)
-    make_plan = functools.partial(plan_insert, input_ids, groups, impl="triton")
+    zeros = functools.partial(torch.zeros, dtype=torch.bfloat16)
+    input_ids = torch.tensor([[START] + [0] * (ROWS + 1)])
+    words, gradient = zeros(ROWS + 2, 1, HIDDEN), zeros(ROWS + 2, 1, HIDDEN)
+    features, view = zeros(1, ROWS, WIDTH), zeros(1, WIDTH, ROWS).transpose(1, 2)
+    weight = zeros(HIDDEN, WIDTH, requires_grad=True)
+    make_plan = functools.partial(plan_insert, input_ids, [(START, [ROWS])], impl="triton")
     plan = make_plan()
 
     def insert(features: Tensor) -> Tensor:
@@ -63,10 +58,7 @@ def median_us(call: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
-    """Name, launches and µs of the host a call (median over rounds) of all operations.
-
-    Makes :class:`bench.no_gpu.NoDriver` this process's driver, for good.
-    """
+    """Name, launches and µs of the host a call (median over rounds) of all operations."""
     launches = [0]
 
     def count(*_: object) -> None:

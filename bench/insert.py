@@ -27,8 +27,7 @@ from step37_kernels.testing import InsertCase, Layout
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")
 OPERATIONS = ("forward", "backward", "forward+backward")
-GRAPHS = 2
-"""Input sets of a graph replay: each graph keeps memory of its own."""
+GRAPHS = 2  # input sets of a graph replay: each graph keeps memory of its own
 Results = dict[str, Any]
 
 
@@ -36,16 +35,14 @@ def work_of(operation: str, shape: Shape, itemsize: int) -> Work:
     """The least work of an operation: each tensor that is needed is read once, each result written
     once. Forward copies text rows to its output, backward those of ``grad_output``."""
     R, S, H, C = shape.num_rows, shape.seq_len, shape.hidden, shape.width
-    x, weight = R * C, H * C
-    product = 2 * R * H * C
-    forward = (product, x + weight + (2 * S - R) * H)
-    backward = (2 * product, 2 * S * H + 2 * x + 2 * weight)
-    flops, elements = {
-        "forward": forward,
-        "backward": backward,
-        "forward+backward": (forward[0] + backward[0], forward[1] + backward[1]),
+    forward = R * C + H * C + (2 * S - R) * H
+    backward = 2 * (S * H + R * C + H * C)
+    products, elements = {
+        "forward": (1, forward),
+        "backward": (2, backward),
+        "forward+backward": (3, forward + backward),
     }[operation]
-    return Work(flops=flops, bytes=elements * itemsize, rows=R)
+    return Work(flops=products * 2 * R * H * C, bytes=elements * itemsize, rows=R)
 
 
 @dataclass(frozen=True, slots=True)

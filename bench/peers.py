@@ -7,6 +7,7 @@ every batch of the suite has: as many start tokens as features, whole spans, no 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -89,10 +90,8 @@ def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Te
 
 
 def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
-    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors.
-
-    The word embedding that it borrows hands out the embeddings of the case.
-    """
+    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors:
+    the word embedding that it borrows hands out the embeddings of the case."""
     given: list[Tensor] = []
     # On the meta device: each call puts the weight of the case in its place.
     with torch.device("meta"):
@@ -100,25 +99,22 @@ def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
         given.append(embeddings)
-        images = [
-            SimpleNamespace(insert_start_token=token, image_features=features)
-            for token, features in groups
-        ]
-        out: Tensor = torch.func.functional_call(
-            module, {"align_projector.weight": weight}, (input_ids, images)
-        )
+        images = [SimpleNamespace(insert_start_token=t, image_features=x) for t, x in groups]
+        weights = {"align_projector.weight": weight}
+        out: Tensor = torch.func.functional_call(module, weights, (input_ids, images))
         return out
 
     return forward
 
 
-def bridge(hidden: int, width: int) -> Forward | None:
-    """Megatron-Bridge's own class, or None where it is not installed."""
+def bridge(hidden: int, width: int) -> list[Peer]:
+    """Megatron-Bridge's own class, where it is installed."""
     try:
         module = importlib.import_module(BRIDGE)
     except ModuleNotFoundError:
-        return None
-    return module_peer(module.ImageInsertEmbedding, hidden, width)
+        return []
+    peer = module_peer(module.ImageInsertEmbedding, hidden, width)
+    return [Peer("Megatron-Bridge", "peer", peer)]
 
 
 class Peer(NamedTuple):
@@ -137,11 +133,7 @@ def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> l
         Peer("masked_scatter", "peer", masked_scatter),
         Peer("index_copy", "peer", index_copy),
     ]
-    theirs = bridge(hidden, width)
-    if theirs is not None:
-        found.append(Peer("Megatron-Bridge", "peer", theirs))
-    if compile_backend is not None:
-        for name, function in (("masked_scatter", masked_scatter), ("index_copy", index_copy)):
-            compiled = torch.compile(function, dynamic=False, backend=compile_backend)
-            found.append(Peer(f"torch.compile {name}", "peer", compiled))
-    return found
+    functions = (masked_scatter, index_copy) if compile_backend else ()
+    compiled = functools.partial(torch.compile, dynamic=False, backend=compile_backend)
+    found += [Peer(f"torch.compile {f.__name__}", "peer", compiled(f)) for f in functions]
+    return [*found, *bridge(hidden, width)]

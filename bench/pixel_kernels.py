@@ -31,15 +31,13 @@ from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
 
 SIZE = 728
-BATCHES = (9, 64)
-"""Pictures: those of a pack, and enough to fill the device."""
+BATCHES = (9, 64)  # pictures: those of a pack, and enough to fill the device
 FLICKR8K = (500, 375)
 """(width, height) of most of its pictures."""
 LARGE = (1920, 1080)
 LARGE_PICTURES = 9
 BILINEAR = Image.Resampling.BILINEAR
-NEAR = 2
-"""How many of the 256 levels a resize that is not Pillow's may be away from it."""
+NEAR = 2  # how many of the 256 levels a resize that is not Pillow's may be away from it
 COPY = "copy of as many bytes"
 
 Way = tuple[str, Kind, Callable[[int], Any], Callable[[Any], Any]]
@@ -81,22 +79,13 @@ def constants_on(device: torch.device) -> Tensor:
 
 
 def measured(
-    names: tuple[str, str, str],
-    ways: list[Way],
-    wanted: Sequence[Tensor],
-    read: int,
-    dtype: torch.dtype,
-    settings: Settings,
-) -> list[Row]:
-    """Gate and time ways to make tensors, and a copy that moves as many bytes.
+    names: tuple[str, str, str], ways: list[Way], wanted: Sequence[Tensor], read: int,
+    dtype: torch.dtype, settings: Settings,
+) -> list[Row]:  # fmt: skip
+    """Gate and time ways to make the wanted tensors, and a copy that moves as many bytes.
 
-    Args:
-        names: subject, operation and shape; the shape begins with the number of pictures.
-        ways: ours first.
-        wanted: the values to get, tensor by tensor of a result.
-        read: bytes of the pictures.
-        dtype: of the values.
-        settings: of the run.
+    ``names``: subject, operation, and a shape that begins with the number of pictures; ``read``:
+    bytes of these.
     """
     moved = read + sum(tensor.nbytes for tensor in wanted)
     half = torch.empty(moved // 2, dtype=torch.uint8, device=settings.device)
@@ -122,7 +111,7 @@ def measured(
     subject, operation, shape = names
     short = harness.dtype_name(dtype)
     return harness.measure(
-        Key(subject=subject, operation=operation, shape=shape, variant="", dtype=short),
+        Key(subject=subject, operation=operation, shape=shape, dtype=short),
         Work(flops=0, bytes=moved, rows=int(shape.split()[0])),
         [Implementation(name=n, kind=k, prepare=p, run=r) for n, k, p, r in ways],
         check,

@@ -12,8 +12,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
 SIZE = 728
+BILINEAR = Image.Resampling.BILINEAR
 IMAGES_A_PACK = 9
 STEP_S = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """One line of a table: the median of one call, which works on so many images."""
 
     name: str
@@ -43,9 +43,7 @@ class Row:
 
     def line(self, baseline: float) -> str:
         each = self.seconds / self.images
-        speed = f"{baseline / each:.2f}×"
-        cells = [self.name, f"{each * 1e6:.0f}", f"{1 / each:.0f}", speed]
-        return "| " + " | ".join(cells) + " |"
+        return f"| {self.name} | {each * 1e6:.0f} | {1 / each:.0f} | {baseline / each:.2f}× |"
 
 
 def median_seconds(call: Callable[[], object], budget_s: float) -> float:
@@ -74,19 +72,14 @@ def stock_normalize(image: Image.Image) -> torch.Tensor:
     """NumPy and PyTorch, three passes over fp32."""
     array = np.asarray(image, dtype=np.float32) / 255.0
     tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous()
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (tensor - mean) / std
-
-
-def stock_resize(image: Image.Image) -> Image.Image:
-    return image.resize((SIZE, SIZE), resample=Image.Resampling.BILINEAR)
 
 
 def stock(paths: Sequence[str], device: torch.device) -> torch.Tensor:
     """One thread, one image after the other: ``[N, 3, SIZE, SIZE]`` bf16 on ``device``."""
-    images = [stock_normalize(stock_resize(stock_decode(path))) for path in paths]
-    return torch.stack(images).to(torch.bfloat16).to(device)
+    resized = [stock_decode(path).resize((SIZE, SIZE), BILINEAR) for path in paths]
+    return torch.stack(list(map(stock_normalize, resized))).to(torch.bfloat16).to(device)
 
 
 def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch.Tensor]:
@@ -109,33 +102,21 @@ def check(paths: Sequence[str], device: torch.device) -> None:
 
 
 def thread_counts() -> list[int]:
-    counts, count = [], 1
-    while count < default_threads():
-        counts.append(count)
-        count *= 2
-    return [*counts, default_threads()]
+    most = default_threads()
+    return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
 
 def host_rows(device: torch.device, budget_s: float) -> Iterator[Row]:
-    """A pack of images from files to bf16 on the device, and its parts on the host."""
+    """A pack of images from files to bf16 on the device; what decoding takes of that."""
     paths = photo_paths(IMAGES_A_PACK)
-    pictures = [stock_decode(path) for path in paths]
-    resized = [stock_resize(picture) for picture in pictures]
 
     def decode_all(threads: int) -> object:
         return list(map_threads(lambda path: decode(path, "raise"), paths, threads))
 
-    def stock_bf16() -> object:
-        return torch.stack([stock_normalize(picture) for picture in resized]).to(torch.bfloat16)
-
-    calls: dict[str, Callable[[], object]] = {"stock, 1 thread: all": lambda: stock(paths, device)}
+    calls: dict[str, Callable[[], object]] = {"stock, 1 thread": lambda: stock(paths, device)}
     for threads in thread_counts():
-        calls[f"ours, threads {threads}: all"] = functools.partial(ours, paths, device, threads)
-    calls["stock: decode"] = lambda: [stock_decode(path) for path in paths]
-    for threads in thread_counts():
-        calls[f"ours, threads {threads}: decode"] = functools.partial(decode_all, threads)
-    calls["stock: resize"] = lambda: [stock_resize(picture) for picture in pictures]
-    calls["stock: normalise and bf16"] = stock_bf16
+        calls[f"ours, threads {threads}"] = functools.partial(ours, paths, device, threads)
+        calls[f"of which decoding, threads {threads}"] = functools.partial(decode_all, threads)
     for name, call in calls.items():
         yield Row(name=name, seconds=median_seconds(call, budget_s), images=len(paths))
 

@@ -51,7 +51,7 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
         ("PyTorch operations", "peer", lambda _: destinations("torch")),
     ]
     compared = [Implementation(name=n, kind=k, prepare=int, run=run) for n, k, run in ways]
-    key = Key(subject="plan", operation="plan", shape=shape.name, variant="", dtype="int64")
+    key = Key(subject="plan", operation="plan", shape=shape.name, dtype="int64")
     # Ids are read; destinations and what each position receives are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
     return measure(key, Work(flops=0, bytes=moved, rows=shape.num_rows), compared, check, settings)

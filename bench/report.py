@@ -32,8 +32,12 @@ COLUMNS = (
     "shape", "layout", "dtype", "implementation", "µs (p20–p80)", "TFLOP/s", "GB/s", "× stock",
     "× best peer", "× GEMM", "× limit", "host µs", "syncs", "launches", "peak MiB", "temporary MiB",
 )  # fmt: skip
-NAMES = 4
-"""Columns that name a row; they are aligned to the left."""
+NAMES = 4  # columns that name a row; they are aligned to the left
+LEGEND = """\
+× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over that of the
+bare product, and over what the copy and product rates above allow (at best 1). Rates are those of
+the least work. Peak: allocated above the inputs; temporary: what of it is free again when the call
+returns. An empty cell was not measured."""
 GROUP = ("subject", "operation", "shape", "variant", "dtype")
 Record = dict[str, Any]
 """A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
@@ -111,7 +115,6 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
     if record["problem"]:
         return [*name, record["problem"], *[""] * (len(COLUMNS) - NAMES - 1)]
     own = record["median_us"]
-    ratio = ratios(record, group, ceilings)
     spread = f"{own:.1f} ({record['p20_us']:.1f}–{record['p80_us']:.1f})"
     flops, peak, kept = record["flops"], record["peak_bytes"], record["kept_bytes"]
     temporary = None if peak is None or kept is None else peak - kept
@@ -120,7 +123,7 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
         spread,
         _figure(flops / own / 1e6 if flops else None, ".1f"),
         _figure(record["bytes"] / own / 1e3, ".0f"),
-        *map(_figure, (ratio.stock, ratio.best_peer, ratio.gemm, ratio.limit)),
+        *map(_figure, ratios(record, group, ceilings)),
         _figure(record["host_us"], ".0f"),
         _figure(record["host_syncs"], "d"),
         _figure(record["launches"], "d"),
@@ -139,14 +142,7 @@ def markdown(results: Record) -> str:
     for shape, state in results.get("state", {}).items():
         figures = ", ".join(f"{name} {figure}" for name, figure in state.items())
         lines.append(f"- while multiplying, after {shape}: {figures}")
-    lines += [
-        "",
-        "× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over "
-        "that of the bare product, and over what the copy and product rates above allow (at best "
-        "1). Rates are those of the least work. Peak: allocated above the inputs; "
-        "temporary: what of it is free again when the call returns. An empty cell was not "
-        "measured.",
-    ]
+    lines += ["", LEGEND]
     operation = None
     for group in grouped(results["rows"]):
         title = f"{group[0]['subject']}: {group[0]['operation']}"
@@ -173,19 +169,17 @@ def targets(results: Record) -> list[str]:
 
 def means(results: Record) -> list[str]:
     """Geometric means of our ratios over the shapes of a run, an operation and layout a line."""
-    found: dict[tuple[str, ...], list[Ratios]] = {}
+    found: dict[str, list[Ratios]] = {}
     for group in grouped(results["rows"]):
         for record in group:
             if record["implementation"] == "step37" and record["median_us"]:
-                key = tuple(record[name] for name in ("subject", "operation", "variant", "dtype"))
+                key = " ".join(record[name] for name in GROUP if record[name] and name != "shape")
                 found.setdefault(key, []).append(ratios(record, group, results["ceilings"]))
     lines = []
     for key, several in found.items():
-        cells = []
-        for name in ("stock", "best_peer", "gemm", "limit"):
-            values = [getattr(each, name) for each in several if getattr(each, name)]
-            cells.append(_figure(statistics.geometric_mean(values) if values else None))
-        lines.append(_line((" ".join(filter(None, key)), str(len(several)), *cells)))
+        columns = [[value for value in column if value] for column in zip(*several, strict=True)]
+        cells = (_figure(statistics.geometric_mean(each)) if each else "" for each in columns)
+        lines.append(_line((key, str(len(several)), *cells)))
     header = ("geometric mean", "shapes", "× stock", "× best peer", "× GEMM", "× limit")
     return [_line(header), _line(["---"] * 6), *lines] if lines else []
 
@@ -195,21 +189,13 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def console(group: Sequence[Row], ceilings: Ceilings) -> str:
-    """The rows of one group as aligned text."""
+    """The rows of one group as a table."""
     results = to_json(group, ceilings, {})
     records = results["rows"]
-    cells = [list(COLUMNS[NAMES - 1 :])]
-    cells += [table_row(record, records, results["ceilings"])[NAMES - 1 :] for record in records]
-    # The reason of a row without figures stands where the figures would, however long.
-    figures = [line for line in cells if line[2] or line[3]]
-    widths = [max(len(line[i]) for line in figures) for i in range(len(cells[0]))]
-    widths[0] = max(len(line[0]) for line in cells)
-    lines = ["", " · ".join(filter(None, group_of(records[0])))]
-    for line in cells:
-        padded = [f"{line[0]:<{widths[0]}}"]
-        padded += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    cells = [table_row(record, records, results["ceilings"]) for record in records]
+    title = " · ".join(filter(None, group_of(records[0])))
+    lines = [_line(line[NAMES - 1 :]) for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
+    return "\n".join(["", title, "", *lines])
 
 
 def compare(old: Record, new: Record) -> str:
@@ -254,11 +240,7 @@ def write(results: Record, stem: Path) -> list[Path]:
 
 
 def read(path: Path) -> Record:
-    """Results that :func:`write` wrote.
-
-    Raises:
-        ValueError: the file is something else.
-    """
+    """Results that :func:`write` wrote; ``ValueError`` where the file is something else."""
     try:
         results: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,9 +4,7 @@
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
 
 The launchers themselves are called, on a driver that launches nothing: what is compiled is what a
-GPU of that architecture would get, for each entry of the tile table and each dtype. Reported are
-registers a thread, bytes of stack (spills), shared memory, whether the matrix unit's instruction
-is there, whether the copy engine (TMA) is used, and how wide the widest global access is.
+GPU of that architecture would get, for each entry of the tile table and each dtype.
 """
 
 from __future__ import annotations
@@ -54,15 +52,13 @@ class Resources:
     kernel: str
     variant: str
     arch: str
-    gemm: bool
-    """A matrix product: it has to use the matrix unit."""
+    gemm: bool  # a matrix product: it has to use the matrix unit
     registers: int
     stack: int
     shared: int
     matrix_unit: bool
     copy_engine: bool
-    serialized: bool
-    """The assembler found that it has to wait for each ``wgmma`` before the next."""
+    serialized: bool  # the assembler found that it has to wait for each ``wgmma`` before the next
     load_bytes: int
     store_bytes: int
 
@@ -170,19 +166,11 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 
 KERNELS = (
-    plan.plan_kernel,
-    plan.locate_kernel,
-    plan.assign_kernel,
-    project.pack_rows_kernel,
-    project.project_insert_kernel,
-    project.sum_parts_kernel,
-    project.place_rows_kernel,
-    gradient.gradient_rows_kernel,
-    pixel_ops.normalize_kernel,
-    resize_ops.first_pass_kernel,
-    resize_ops.second_pass_kernel,
-    resize_uint8_ops.filter_pass_kernel,
-)
+    plan.plan_kernel, plan.locate_kernel, plan.assign_kernel, gradient.gradient_rows_kernel,
+    project.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
+    project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.first_pass_kernel,
+    resize_ops.second_pass_kernel, resize_uint8_ops.filter_pass_kernel,
+)  # fmt: skip
 
 
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:

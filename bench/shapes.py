@@ -51,11 +51,7 @@ SHAPES = {
 
 
 def shapes_named(names: Sequence[str]) -> list[Shape]:
-    """Look shapes up: those of :data:`SHAPES`, and ``images-N``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Look shapes up: those of :data:`SHAPES`, and ``images-N``; else ``ValueError``."""
     found: list[Shape] = []
     for name in names:
         prefix, _, count = name.partition("-")
@@ -73,8 +69,7 @@ class Batch:
     """Token ids of a shape, and where its feature rows belong by construction."""
 
     shape: Shape
-    input_ids: Tensor
-    """``[1, S]`` int64"""
+    input_ids: Tensor  # ``[1, S]`` int64
     groups: tuple[tuple[int, int, int], ...]
     """``(start_token, N, L)`` in insertion order: crops first, as the data pipeline has them."""
     destinations: Tensor
@@ -82,11 +77,7 @@ class Batch:
 
 
 def make_batch(shape: Shape, device: torch.device) -> Batch:
-    """Lay a shape out.
-
-    Raises:
-        ValueError: the pictures do not fit into the sequence.
-    """
+    """Lay a shape out; ``ValueError`` where the pictures do not fit into the sequence."""
     spans: list[tuple[int, int, int]] = []  # start token, end token, rows
     for i in range(max(shape.images, 1)):
         share = shape.crops * (i + 1) // max(shape.images, 1)

@@ -23,11 +23,8 @@ def time_over(ours: str, *theirs: str) -> Figure:
     """Our time over the least of theirs, each given by how its name begins."""
 
     def figure(group: dict[str, Record]) -> float | None:
-        times = [
-            row["median_us"]
-            for name, row in group.items()
-            if name.startswith(theirs) and row["median_us"]
-        ]
+        others = [row["median_us"] for name, row in group.items() if name.startswith(theirs)]
+        times = [us for us in others if us]
         own = group.get(ours, {}).get("median_us")
         return own / min(times) if own and times else None
 
@@ -42,12 +39,11 @@ def syncs(group: dict[str, Record]) -> float | None:
 
 def memory_over_output(group: dict[str, Record]) -> float | None:
     """Our peak over the output, which is new memory."""
-    peak = group.get("step37", {}).get("peak_bytes")
-    if peak is None:
+    ours = group.get("step37", {})
+    if ours.get("peak_bytes") is None:
         return None
-    first = group["step37"]
-    (shape,) = shapes_named([first["shape"]])
-    return float(peak / (shape.seq_len * shape.hidden * ITEM_BYTES[first["dtype"]]))
+    (shape,) = shapes_named([ours["shape"]])
+    return float(ours["peak_bytes"] / (shape.seq_len * shape.hidden * ITEM_BYTES[ours["dtype"]]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +53,8 @@ class Target:
     text: str
     subject: str = "insert"
     operations: tuple[str, ...]
-    layouts: tuple[str, ...] = ("contiguous", "channels-first")
-    """Values of the group's ``variant``."""
-    shapes: tuple[str, ...] = ()
-    """All if empty."""
+    layouts: tuple[str, ...] = ("contiguous", "channels-first")  # values of the group's ``variant``
+    shapes: tuple[str, ...] = ()  # all if empty
     figure: Figure
     limit: float
     accepted: float | None = None
@@ -99,8 +93,6 @@ def pixels(subject: str, operation: str, shape: str, limit: float) -> Target:
     )  # fmt: skip
 
 
-THREE = "forward + backward / three GEMMs alone"
-ANY = "fastest peer, torch.compile included"
 TARGETS = (
     forward_over(
         "forward / GEMM alone, R ≥ 1521 (≤ 1.05 accepted)", GEMM,
@@ -115,10 +107,13 @@ TARGETS = (
         layouts=("channels-first",), limit=1.05,
     ),
     Target(
-        text=THREE, operations=BOTH, layouts=CONTIGUOUS, shapes=LARGE,
-        figure=time_over("step37", GEMM), limit=1.1,
+        text="forward + backward / three GEMMs alone", operations=BOTH, layouts=CONTIGUOUS,
+        shapes=LARGE, figure=time_over("step37", GEMM), limit=1.1,
     ),
-    Target(text=ANY, operations=FORWARD + BOTH, figure=time_over("step37", *PEERS), limit=1.0),
+    Target(
+        text="fastest peer, torch.compile included", operations=FORWARD + BOTH,
+        figure=time_over("step37", *PEERS), limit=1.0,
+    ),
     times_stock("flickr8k", 3),
     times_stock("long", 3.5),
     times_stock("huge", 7),

@@ -26,13 +26,13 @@ from bench.oracle import Oracle
 from bench.predict import best
 from bench.resources import SHARED_LIMIT, insert_blank, only, usage
 from bench.shapes import Shape, make_batch, make_case, shapes_named
+from step37_kernels import plan_insert
 from step37_kernels.ops import project
 from step37_kernels.ops.tiles import Tile, entry
 
 SHAPES = ("images-1", "images-4", "images-9", "long")
 TRIED = 8
-GAIN = 0.02
-"""A tile has to be this much faster to take another's place."""
+GAIN = 0.02  # a tile has to be this much faster to take another's place
 ACCUMULATORS = range(32, 193)
 """Registers a thread for the sums: fewer starve the matrix unit, more leave none for addresses."""
 ENTRY = "the table's "
@@ -107,9 +107,7 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
     sets = range(rotation(settings.device, work.bytes))
     cases = [make_case(batch, dtype=dtype, layout="contiguous", seed=i) for i in sets]
     inputs = Inputs(batch, cases)
-    row_at = torch.full((shape.seq_len, 1), -1, dtype=torch.int32, device=settings.device)
-    places = batch.destinations.int()
-    row_at[batch.destinations, 0] = torch.arange(len(places), device=places.device).int()
+    plan = plan_insert(batch.input_ids, [(t, [each] * n) for t, n, each in batch.groups])
 
     def sources(i: int) -> tuple[torch.Tensor, ...]:
         case = inputs.case(i)
@@ -118,7 +116,8 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
     def with_tile(tile: Tile, operands: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         text, weight, *rows = operands
         with only(tile):
-            return {"output": project.project_insert(text, rows, weight, None, places, row_at)}
+            places = (plan.destinations, plan.row_at)
+            return {"output": project.project_insert(text, rows, weight, None, *places)}
 
     present = entry(shape.num_rows, dtype, 90)
     named = {ENTRY + describe(present): present} | {describe(tile): tile for tile in tiles}
@@ -133,9 +132,8 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
         # All are ours, and held to fp32 accumulation; an error of one must not end the others.
         return oracle.check(results, narrow_partial_sums=one.kind == "floor")
 
-    key = Key(
-        subject="tune", operation="forward", shape=shape.name, variant="", dtype=dtype_name(dtype)
-    )
+    short = dtype_name(dtype)
+    key = Key(subject="tune", operation="forward", shape=shape.name, dtype=short)
     return measure(key, work, compared, check, settings)
 
 

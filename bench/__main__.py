@@ -112,6 +112,7 @@ def measure_here(subjects: Sequence[Subject], settings: Settings) -> report.Reco
     errors: list[str] = []
     where = harness.environment(settings.device)
     ceilings = harness.measure_ceilings(settings)
+    state = {", ".join(settings.shapes) or "no shape": harness.device_state(settings.device)}
     for subject in subjects:
         try:
             for group in importlib.import_module(subject.module).run(settings):
@@ -120,7 +121,6 @@ def measure_here(subjects: Sequence[Subject], settings: Settings) -> report.Reco
         except Exception as error:
             traceback.print_exc()
             errors.append(f"{subject.module}: {type(error).__name__}: {error}")
-    state = {", ".join(settings.shapes) or "no shape": harness.device_state(settings.device)}
     return {**report.to_json(rows, ceilings, where), "state": state, "errors": errors}
 
 
@@ -130,9 +130,8 @@ def measure_apart(subjects: dict[str, Subject], options: argparse.Namespace) -> 
     for name, subject in subjects.items():
         for shape in (options.shapes or subject.shapes) if subject.shapes else [""]:
             own.setdefault(shape, []).append(name)
-    nothing = report.to_json(
-        [], Ceilings(copy_bytes_per_s=0), harness.environment(torch.device("cpu"))
-    )
+    here = harness.environment(torch.device("cpu"))
+    nothing = report.to_json([], Ceilings(copy_bytes_per_s=0), here)
     results: report.Record = {**nothing, "state": {}, "errors": []}
     end = time.perf_counter() + options.budget
     for number, (shape, names) in enumerate(own.items()):

@@ -31,15 +31,10 @@ class _Utils:
 
 @dataclasses.dataclass
 class NoDriver:
-    """Stands where Triton's driver would.
+    """Stands where Triton's driver would."""
 
-    Args:
-        architecture: ``sm_90`` and the like, or AMD's ``gfx942``.
-        on_launch: called with the arguments of each launch that would have happened.
-    """
-
-    architecture: str
-    on_launch: Callable[..., None] = lambda *_: None
+    architecture: str  # ``sm_90`` and the like, or AMD's ``gfx942``
+    on_launch: Callable[..., None] = lambda *_: None  # called instead of each launch
     utils = _Utils()
 
     def install(self) -> None:

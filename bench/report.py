@@ -141,7 +141,7 @@ def markdown(results: Record) -> str:
         lines.append(f"- matrix product, {dtype}: {rate / 1e12:.1f} TFLOP/s")
     for shape, state in results.get("state", {}).items():
         figures = ", ".join(f"{name} {figure}" for name, figure in state.items())
-        lines.append(f"- while multiplying, after {shape}: {figures}")
+        lines.append(f"- while multiplying, before {shape}: {figures}")
     lines += ["", LEGEND]
     operation = None
     for group in grouped(results["rows"]):

@@ -110,11 +110,6 @@ def _constants(tile: Tile, width: int, has_bias: bool, has_live: bool, precision
     )
 
 
-def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
-    del num_rows
-    return _packed(features)
-
-
 def project_scatter(
     x: Tensor,
     weight: Tensor,
@@ -268,25 +263,7 @@ def pack_rows_kernel(
     tl.store(packed_ptr + target, values, mask=inside)
 
 
-def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
-    """``[N, L, C]`` tensors of any strides → one to :data:`MAX_SOURCES` contiguous ``[R_i, C]``.
-
-    What is contiguous stays where it is. The rest, such as the channels-first view of a vision
-    tower, is packed in one launch. More tensors than that are packed into one, a launch each four.
-    Empty tensors are dropped.
-    """
-    features = [feature for feature in features if feature.shape[:2].numel()]
-    if len(features) > MAX_SOURCES:
-        return [_packed(features)]
-    strided = [feature for feature in features if not feature.is_contiguous()]
-    counts = [feature.shape[:2].numel() for feature in strided]
-    packed = iter(_packed(strided).split(counts) if strided else ())
-    return [
-        feature.flatten(0, 1) if feature.is_contiguous() else next(packed) for feature in features
-    ]
-
-
-def _packed(features: Sequence[Tensor]) -> Tensor:
+def pack_rows(features: Sequence[Tensor]) -> Tensor:
     """Non-empty ``[N, L, C]`` tensors of any strides as one contiguous ``[R, C]``."""
     width = features[0].shape[2]
     num_rows = sum(each.shape[:2].numel() for each in features)

@@ -114,7 +114,7 @@ def test_rows_are_measured_written_and_compared(
     ]
     table = path.with_suffix(".md").read_text()
     assert table.startswith("# Benchmark")
-    assert "- while multiplying, after tiny: clocks.sm not reported, clocks.mem not" in table
+    assert "- while multiplying, before tiny: clocks.sm not reported, clocks.mem not" in table
     assert command.finish(measured_here("bench.plan", settings=here), tmp_path, earlier)
     assert "of 3 rows changed by more than 3%" in capsys.readouterr().out
 

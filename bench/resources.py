@@ -120,9 +120,9 @@ def insert_blank(
 
 def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
     view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    pack = project.contiguous_rows
-    yield f"{short} channels-first", functools.partial(pack, [view])
-    yield f"{short} rows apart", functools.partial(pack, [view.contiguous()[:, ::2]])
+    apart = view.contiguous()[:, ::2]
+    yield f"{short} channels-first", functools.partial(project.pack_rows, [view])
+    yield f"{short} rows apart", functools.partial(project.pack_rows, [apart])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
     variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
     for tile in entries:

@@ -24,7 +24,6 @@ from step37_kernels.ops.common import ceil_div
 from step37_kernels.ops.tiles import Tile
 
 PROCESSORS = 132
-ONE_LAUNCH = 16384  # positions up to which the plan is one launch
 COMMAND = "python -m bench predict"
 # low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
 RATES: dict[str, tuple[float, float, float, str, str]] = {
@@ -143,8 +142,8 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
     tile = table.entry(rows, torch.bfloat16, 90)
     project = own(rates, tile, [n * each for n, each in groups if n], shape)
-    # The product starts beside a plan of one launch, and waits for it in its epilogue.
-    late = rates["dependent"] + (planning if shape.seq_len > ONE_LAUNCH else 0)
+    # The product starts beside the plan, and waits for it in its epilogue.
+    late = max(rates["dependent"], planning - project.us)
     # Multiprocessors without a tile in the last wave copy text rows; what is left then, all.
     beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
     left = max(2 * text / 1e6 - beside, 0) / rates["memory"]

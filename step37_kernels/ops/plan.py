@@ -1,7 +1,8 @@
 """From token ids to destination rows: short integer kernels, no host synchronisation.
 
-Up to :data:`MAX_POSITIONS`, one launch of one program, ``plan``. Above, and where the layout does
-not fit into the arguments of a launch, two launches of many programs:
+Where the layout fits into the arguments of a launch, as it nearly always does, one launch of one
+program, ``plan``. Where it does not, two launches of many programs, with the layout in two tables
+in device memory:
 
 1. ``locate``  finds the start tokens of every group and numbers them in row-major order.
 2. ``assign``  finds, for every position, the latest feature row that claims it: the largest row
@@ -16,10 +17,7 @@ to have begun can win a position from its run: the work grows with positions, gr
 with features. A chunk's dependent steps are a running sum, the starts' way to the L2 cache and
 back, and the claims: some 350 instructions a warp, 16 warps, about 1.1 µs, while the ids of the
 next chunk are on the way. Predicted on an H100, one group, the launch's 2.3 µs included: 3.4 µs for
-2048 positions, 7 for 8192, 11 for 16384; behind the product's first tiles, none of it shows.
-
-What the host knows of the layout (tokens, counts) travels in the launch itself where it is small,
-as it nearly always is, and in two tables in device memory where it is not.
+2048 positions, 7 for 8192, 20 for 32768; behind the product's first tiles, none of it shows.
 """
 
 from __future__ import annotations
@@ -36,8 +34,6 @@ from torch import Tensor
 from step37_kernels.ops.common import INTERPRETED, ceil_div, device_of, let_dependants_start
 from step37_kernels.ops.launch import launch
 
-MAX_POSITIONS = 16384
-"""S·B up to which one program makes the whole plan."""
 PLAN_BLOCK = 2048
 PLAN_WARPS = 16
 LOCATE_BLOCK = 2048
@@ -47,10 +43,7 @@ ASSIGN_CHUNK = 32
 MAX_INLINE = 4
 """Groups, and runs of features with equal row counts, that fit into the arguments of a launch."""
 
-_SIZES = [
-    *["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"],
-    "num_features",
-]
+_SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"]
 _GROUPS = ["token_0", "token_1", "token_2", "token_3", "first_1", "first_2", "first_3"]
 _RUNS = ["rows_0", "rows_1", "rows_2", "rows_3", "run_1", "run_2", "run_3"]
 
@@ -94,7 +87,7 @@ def _at(few, index):
     return tl.sum(tl.where(lane == index, few, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "num_groups", "num_runs", *_GROUPS, *_RUNS])
+@triton.jit(do_not_specialize=[*_SIZES, "num_features", "num_groups", "num_runs", *_GROUPS, *_RUNS])
 def plan_kernel(
     ids_ptr,  # [B, S] int32 or int64, any strides
     starts_ptr,  # [N] int32, out
@@ -191,10 +184,10 @@ def plan_kernel(
             tl.store(starts_ptr + offset + lane, nothing, mask=offset + lane < end)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_GROUPS])
+@triton.jit(do_not_specialize=_SIZES)
 def locate_kernel(
     ids_ptr,  # [B, S] int32 or int64, any strides
-    group_ptr,  # [G, 2] int64, read if TABLE: start token, number of the group's first feature
+    group_ptr,  # [G + 1, 2] int64: start token, number of the group's first feature
     starts_ptr,  # [N] int32, out
     found_ptr,  # [G] int32, out
     destinations_ptr,  # [R] int32, out: filled with −1
@@ -204,29 +197,15 @@ def locate_kernel(
     stride_s,
     num_positions,
     num_rows,
-    num_features,
-    token_0,  # start token and first feature of each group, unless TABLE; first_0 is 0
-    token_1,
-    token_2,
-    token_3,
-    first_1,
-    first_2,
-    first_3,
-    TABLE: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
     group = tl.program_id(1)
     lane = tl.arange(0, BLOCK)
-    if TABLE:
-        token = tl.load(group_ptr + 2 * group)
-        first = tl.load(group_ptr + 2 * group + 1).to(tl.int32)
-        end = tl.load(group_ptr + 2 * group + 3).to(tl.int32)
-    else:
-        token = _pick(group, token_0, token_1, token_2, token_3).to(tl.int64)
-        first = _pick(group, first_1 * 0, first_1, first_2, first_3)
-        end = _pick(group, first_1, first_2, first_3, num_features)
+    token = tl.load(group_ptr + 2 * group)
+    first = tl.load(group_ptr + 2 * group + 1).to(tl.int32)
+    end = tl.load(group_ptr + 2 * group + 3).to(tl.int32)
     capacity = end - first
 
     # Each program counts the matches of all blocks before its own again: the ids are a few
@@ -257,57 +236,15 @@ def locate_kernel(
             tl.store(starts_ptr + first + offset + lane, nothing, mask=offset + lane < capacity)
 
 
-@triton.jit
-def _claim(
-    best,  # [BLOCK] the latest row so far
-    s,
-    b,
-    starts_ptr,
-    offsets_ptr,
-    batch_size,
-    feature,
-    end,
-    first_row,
-    rows,
-    TABLE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """``best`` after features ``feature`` … ``end − 1``, of ``rows`` rows each unless TABLE."""
-    for chunk in range(feature, end, CHUNK):
-        k = chunk + tl.arange(0, CHUNK)
-        exists = k < end
-        start = tl.load(starts_ptr + k, mask=exists, other=-1)
-        if TABLE:
-            first = tl.load(offsets_ptr + k, mask=exists, other=0)
-            count = tl.load(offsets_ptr + k + 1, mask=exists, other=0) - first
-        else:
-            first = first_row + (k - feature) * rows
-            count = tl.zeros_like(k) + rows
-        step = s[:, None] - (start // batch_size)[None, :]
-        lands = (start >= 0)[None, :] & (b[:, None] == (start % batch_size)[None, :])
-        lands &= (step >= 0) & (step < count[None, :])
-        claims = tl.where(lands, first[None, :] + step, -1)
-        best = tl.maximum(best, tl.max(claims, axis=1))
-    return best
-
-
-@triton.jit(do_not_specialize=["batch_size", "num_positions", "num_features", *_RUNS])
+@triton.jit(do_not_specialize=["batch_size", "num_positions", "num_features"])
 def assign_kernel(
     starts_ptr,  # [N] int32: s * B + b of each feature's first row, or −1
-    offsets_ptr,  # [N + 1] int32, read if TABLE: first row of each feature, then R
+    offsets_ptr,  # [N + 1] int32: first row of each feature, then R
     row_at_ptr,  # [S * B] int32, out
     destinations_ptr,  # [R] int32, in as −1, and out
     batch_size,
     num_positions,
     num_features,
-    rows_0,  # rows of each feature, and first feature, of each run, unless TABLE; run_0 is 0
-    rows_1,
-    rows_2,
-    rows_3,
-    run_1,
-    run_2,
-    run_3,
-    TABLE: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -317,29 +254,17 @@ def assign_kernel(
     s = position // batch_size
     b = position % batch_size
     best = tl.full([BLOCK], -1, tl.int32)
-    if TABLE:
-        best = _claim(
-            best, s, b, starts_ptr, offsets_ptr, batch_size, 0, num_features, 0, 0, TABLE, CHUNK
-        )
-    else:
-        row_1 = run_1 * rows_0
-        row_2 = row_1 + (run_2 - run_1) * rows_1
-        row_3 = row_2 + (run_3 - run_2) * rows_2
-        best = _claim(
-            best, s, b, starts_ptr, offsets_ptr, batch_size, 0, run_1, 0, rows_0, TABLE, CHUNK
-        )
-        best = _claim(
-            best, s, b, starts_ptr, offsets_ptr, batch_size, run_1, run_2, row_1, rows_1,
-            TABLE, CHUNK,
-        )  # fmt: skip
-        best = _claim(
-            best, s, b, starts_ptr, offsets_ptr, batch_size, run_2, run_3, row_2, rows_2,
-            TABLE, CHUNK,
-        )  # fmt: skip
-        best = _claim(
-            best, s, b, starts_ptr, offsets_ptr, batch_size, run_3, num_features, row_3, rows_3,
-            TABLE, CHUNK,
-        )  # fmt: skip
+    for chunk in range(0, num_features, CHUNK):
+        k = chunk + tl.arange(0, CHUNK)
+        exists = k < num_features
+        start = tl.load(starts_ptr + k, mask=exists, other=-1)
+        first = tl.load(offsets_ptr + k, mask=exists, other=0)
+        count = tl.load(offsets_ptr + k + 1, mask=exists, other=0) - first
+        step = s[:, None] - (start // batch_size)[None, :]
+        lands = (start >= 0)[None, :] & (b[:, None] == (start % batch_size)[None, :])
+        lands &= (step >= 0) & (step < count[None, :])
+        claims = tl.where(lands, first[None, :] + step, -1)
+        best = tl.maximum(best, tl.max(claims, axis=1))
     inside = position < num_positions
     tl.store(row_at_ptr + position, best, mask=inside)
     tl.store(destinations_ptr + best, position, mask=inside & (best >= 0))
@@ -368,30 +293,24 @@ def plan_rows(
     num_positions = batch_size * seq_len
     num_features = sum(features for _, features in groups)
     num_rows = sum(features * rows for features, rows in runs)
-    if tables is None:
-        group_table = offsets = input_ids  # not read
-        tokens = _padded([token for token, _ in groups], MAX_INLINE, 0)
-        firsts = _padded(_ends(groups, 1), MAX_INLINE - 1, num_features)
-        rows = _padded([each for _, each in runs], MAX_INLINE, 0)
-        run_firsts = _padded(_ends(runs, 0), MAX_INLINE - 1, num_features)
-    else:
-        group_table, offsets = tables
-        tokens = rows = (0,) * MAX_INLINE
-        firsts = run_firsts = (0,) * (MAX_INLINE - 1)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
     destinations = empty(num_rows)
     row_at = empty(seq_len, batch_size)
     starts = empty(num_features)
     found = empty(len(groups))
-    sizes = (batch_size, seq_len, *input_ids.stride(), num_positions, num_rows, num_features)
+    sizes = (batch_size, seq_len, *input_ids.stride(), num_positions, num_rows)
     contiguous = input_ids.is_contiguous()
     with device_of(input_ids):
-        if tables is None and num_positions <= MAX_POSITIONS:
+        if tables is None:
             launch(
                 plan_kernel,
                 (1,),
                 *(input_ids, starts, found, row_at, destinations),
-                *(*sizes, len(groups), len(runs), *tokens, *firsts, *rows, *run_firsts),
+                *(*sizes, num_features, len(groups), len(runs)),
+                *_padded([token for token, _ in groups], MAX_INLINE, 0),
+                *_padded(_ends(groups, 1), MAX_INLINE - 1, num_features),
+                *_padded([each for _, each in runs], MAX_INLINE, 0),
+                *_padded(_ends(runs, 0), MAX_INLINE - 1, num_features),
                 CONTIGUOUS=contiguous,
                 INTERPRET=INTERPRETED,
                 BLOCK=PLAN_BLOCK,
@@ -399,12 +318,11 @@ def plan_rows(
                 num_warps=PLAN_WARPS,
             )
         else:
+            group_table, offsets = tables
             launch(
                 locate_kernel,
                 (ceil_div(num_positions, LOCATE_BLOCK), len(groups)),
-                *(input_ids, group_table, starts, found, destinations),
-                *(*sizes, *tokens, *firsts),
-                TABLE=tables is not None,
+                *(input_ids, group_table, starts, found, destinations, *sizes),
                 CONTIGUOUS=contiguous,
                 BLOCK=LOCATE_BLOCK,
                 num_warps=LOCATE_WARPS,
@@ -413,8 +331,7 @@ def plan_rows(
                 assign_kernel,
                 (ceil_div(num_positions, ASSIGN_BLOCK),),
                 *(starts, offsets, row_at, destinations),
-                *(batch_size, num_positions, num_features, *rows, *run_firsts),
-                TABLE=tables is not None,
+                *(batch_size, num_positions, num_features),
                 INTERPRET=INTERPRETED,
                 BLOCK=ASSIGN_BLOCK,
                 CHUNK=ASSIGN_CHUNK,

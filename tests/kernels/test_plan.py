@@ -25,10 +25,10 @@ LAUNCHES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def two_launches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As above :data:`plan_ops.MAX_POSITIONS` if asked for, at sizes that take no time."""
+    """As of more groups or runs than :data:`plan_ops.MAX_INLINE` if asked for, with any number."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr(plan_ops, "MAX_POSITIONS", 0)
+            patch.setattr(plan_ops, "MAX_INLINE", 0)
         yield
 
 

@@ -358,6 +358,8 @@ def insert_projected(
                 f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
                 f"{tensor.dtype}; pass impl='torch'"
             )
+    if not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
+        after_plan = False  # a copy is launched in between
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

@@ -532,11 +532,11 @@ def sum_parts_kernel(
     rows = base + row + inner
     part_ptrs = partial_ptr + (number * parts).to(tl.int64) * (BLOCK_M * BLOCK_N)
     part_ptrs += inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (rows < end)[:, None]
-    acc = tl.load(part_ptrs, mask=mask, other=0.0)
+    acc = tl.load(part_ptrs, mask=(rows < end)[:, None], other=0.0)
     for part in tl.static_range(1, MOST):  # unrolled: all are on their way at once
         part_ptrs += BLOCK_M * BLOCK_N
-        acc += tl.load(part_ptrs, mask=mask & (part < parts), other=0.0)
+        here = rows < tl.where(part < parts, end, 0)
+        acc += tl.load(part_ptrs, mask=here[:, None], other=0.0)
     cols = col + tl.arange(0, BLOCK_N)
     _store_rows(acc, dtype_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET)
 

@@ -2,6 +2,10 @@
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
 # make lint   set up, then ruff, mypy, import-linter
+# make docs   set up, then the site of docs/ into out/site, strict
+# make pictures    set up, then the pictures of docs/ drawn anew
+# make package     set up, then sdist and wheel into dist/, checked
+# make kernel-hub  set up, then the folder that the `kernels` package loads, into out/kernel-hub
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
 # make gpu    everything that wants a GPU: the GPU tests, all tests of the kernels (compiled there),
 #             then the benchmarks
@@ -11,7 +15,7 @@ RUN := .venv/bin/python
 JOBS ?= auto
 ARCH ?= sm_90
 
-.PHONY: demo test ptx lint bench gpu resources setup clean
+.PHONY: demo test ptx lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -31,6 +35,21 @@ lint: setup
 	@$(RUN) -m mypy
 	@$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
+pictures: setup
+	@$(RUN) -m tools.pictures
+
+package: setup
+	@rm -rf dist
+	@$(RUN) -m build --no-isolation --outdir dist . >/dev/null
+	@$(RUN) -m twine check --strict dist/*
+
+kernel-hub: setup
+	@$(RUN) -m tools.kernel_hub
+
 resources: setup
 	@for arch in sm_80 sm_90 sm_100 gfx942; do $(RUN) -m bench.resources --arch $$arch; done
 
@@ -43,4 +62,4 @@ gpu: setup
 	@$(RUN) -m bench
 
 clean:
-	rm -rf .venv build out .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -593,7 +593,7 @@ def project_insert(
         live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
             where they may be anywhere.
         after_plan: the last launch on this stream made the plan, and what it wrote may be waited
-            for as late as it is needed. Only for GPUs of capability 90 and later.
+            for as late as it is needed, by GPUs of capability 90 and later.
     """
     out = torch.empty(text.shape, dtype=text.dtype, device=text.device)
     tile = insert_tile(sources, weight)
@@ -603,7 +603,7 @@ def project_insert(
         else:
             _by_tiles(
                 tile, sources, weight, bias, destinations, live_rows, text, row_at, out,
-                pdl=after_plan,
+                pdl=after_plan and not INTERPRETED,
             )  # fmt: skip
     return out
 

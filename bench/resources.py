@@ -120,7 +120,7 @@ def insert_blank(
 
 def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
     view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    pack = project.contiguous_rows
+    pack = project.pack_rows
     yield f"{short} channels-first", functools.partial(pack, [view])
     yield f"{short} rows apart", functools.partial(pack, [view.contiguous()[:, ::2]])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))

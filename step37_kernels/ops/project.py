@@ -11,7 +11,6 @@ Shape letters: ``R`` feature rows of all sources, ``C`` encoder output width, ``
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -26,136 +25,16 @@ from step37_kernels.ops.common import (
     INTERPRETED,
     ceil_div,
     device_of,
-    dot_precision,
     in_vectors,
     round_to,
     whole_vectors,
 )
-from step37_kernels.ops.gemm import (
-    _processors,
-    mma,
-    num_programs,
-    operand,
-    partial_sums,
-    rows_times_weight,
-    sum_splits,
-)
-from step37_kernels.ops.launch import Constants, Launcher, launch
-from step37_kernels.ops.tiles import MAX_PARTS, Tile, insert_tile, schedule, tile_for
+from step37_kernels.ops.launch import launch
+from step37_kernels.ops.tiles import MAX_PARTS, Tile, insert_tile, processors, schedule
 
 PACK_BLOCK_L = 64
 PACK_BLOCK_C = 64
 
-
-@triton.jit(do_not_specialize=["num_rows"])
-def project_scatter_kernel(
-    x,  # [R, C] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
-    weight,  # [H, C] contiguous; descriptor of [BLOCK_N, BLOCK_K] blocks, or pointer
-    bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
-    destinations_ptr,  # [R] int32: position s * B + b, or −1
-    live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are dropped, and not computed
-    out_ptr,  # [P, H] contiguous: only the rows of destinations are written
-    partial_ptr,  # [SPLIT_K, R, H] fp32, out if SPLIT_K > 1; then out is left to the second pass
-    H,
-    C,
-    num_rows,
-    HAS_BIAS: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    live_rows = num_rows
-    if HAS_LIVE:
-        live_rows = tl.load(live_ptr)
-    num_m = tl.cdiv(live_rows, BLOCK_M)
-    num_tiles = num_m * tl.cdiv(H, BLOCK_N)
-    first = tl.program_id(0)
-    split = tl.program_id(1)
-    if PERSISTENT:
-        for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
-            rows_times_weight(
-                tile, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-                num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
-                SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            )  # fmt: skip
-    elif first < num_tiles:
-        rows_times_weight(
-            first, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-            num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
-            SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-        )  # fmt: skip
-
-
-_project_scatter = Launcher(project_scatter_kernel)
-
-
-@functools.lru_cache
-def _constants(tile: Tile, width: int, has_bias: bool, has_live: bool, precision: str) -> Constants:
-    return Constants(
-        HAS_BIAS=has_bias,
-        HAS_LIVE=has_live,
-        EVEN_K=width % tile.block_k == 0,
-        PRECISION=precision,
-        INTERPRET=INTERPRETED,
-        **tile.options(),
-    )
-
-
-def project_scatter(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    destinations: Tensor,
-    live_rows: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``; one launch, or two
-    where the tile table splits the reduction of a few rows.
-
-    Args:
-        x: ``[R, C]`` contiguous, R > 0, in the weight's dtype.
-        weight: ``[H, C]`` contiguous.
-        bias: ``[H]`` contiguous or None.
-        destinations: ``[R]`` int32, unique where ≥ 0.
-        live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
-            where they may be anywhere.
-        out: ``[S, B, H]`` contiguous.
-    """
-    num_rows, width = x.shape
-    hidden = weight.shape[0]
-    tile = tile_for("forward", num_rows, x, weight)
-    partial = partial_sums(tile, num_rows, hidden, out)
-    with device_of(x):
-        _project_scatter(
-            (num_programs(tile, num_rows, hidden, x.device), tile.split_k),
-            (
-                operand(x, tile.block_m, tile.block_k, tile),
-                operand(weight, tile.block_n, tile.block_k, tile),
-                weight if bias is None else bias,
-                destinations,
-                destinations if live_rows is None else live_rows,
-                out,
-                partial,
-            ),
-            (hidden, width),
-            (num_rows,),
-            _constants(
-                tile, width, bias is not None, live_rows is not None, dot_precision(x.dtype)
-            ),
-        )
-        sum_splits(tile, partial, weight, bias, destinations, out)
-
-
-# --- The insert ---------------------------------------------------------------------------------
 
 MAX_SOURCES = 4
 """Contiguous tensors of feature rows that one launch reads where they are."""
@@ -321,6 +200,15 @@ def _tile_place(
 
 
 @triton.jit
+def _mma(a, b, acc, INTERPRET: tl.constexpr):
+    """``acc + a @ b`` with fp32 accumulation."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")  # fp32: in the interpreter alone
+
+
+@triton.jit
 def _store_rows(
     acc,  # [ROWS, COLS] fp32
     dtype_ptr,  # any pointer of the weight's dtype
@@ -476,9 +364,9 @@ def project_insert_kernel(
             # Rows and columns past the end, which the copy engine fills with zeros, are not stored.
             for k in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
                 w = weight.load([col, k]).T
-                acc = mma(x.load([row, k]), w, acc, "ieee", INTERPRET)
+                acc = _mma(x.load([row, k]), w, acc, INTERPRET)
                 if REST:
-                    rest = mma(y.load([row + TOP, k]), w, rest, "ieee", INTERPRET)
+                    rest = _mma(y.load([row + TOP, k]), w, rest, INTERPRET)
             if PDL and not HAS_LIVE:
                 # Not before: nothing above is the plan's. Not later: nothing is written earlier.
                 tl.extra.cuda.gdc_wait()
@@ -670,7 +558,7 @@ def _by_tiles(
 ) -> None:
     hidden, width = weight.shape
     counts = [len(x) for x in sources]
-    plan = schedule(tile, counts, hidden, width, _processors(weight.device))
+    plan = schedule(tile, counts, hidden, width, processors(weight.device))
     size = plan.partials * tile.block_m * tile.block_n
     partial = torch.empty(size, dtype=torch.float32, device=out.device)
     top = 1 << tile.block_m.bit_length() - 1

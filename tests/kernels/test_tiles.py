@@ -25,10 +25,10 @@ H100 = 132
 # Two products and one; a GPU so small that tiles come in waves, and one so large that it splits K.
 SIZES = ((48, 32, 32), (16, 32, 32)) if INTERPRETED else ((192, 64, 32), (64, 128, 32))
 KINDS = {
-    "two products in waves": (Tile(*SIZES[0], 1, 4, 2, tma=True), 3),
-    "two products split": (Tile(*SIZES[0], 1, 4, 2, tma=True), H100),
-    "one product in waves": (Tile(*SIZES[1], 1, 4, 2, tma=True), 4),
-    "one product split": (Tile(*SIZES[1], 1, 4, 2, tma=True), H100),
+    "two products in waves": (Tile(*SIZES[0], 4, 2), 3),
+    "two products split": (Tile(*SIZES[0], 4, 2), H100),
+    "one product in waves": (Tile(*SIZES[1], 4, 2), 4),
+    "one product split": (Tile(*SIZES[1], 4, 2), H100),
     "library": (tiles.LIBRARY, H100),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -40,7 +40,7 @@ def only(tile: Tile, processors: int) -> Iterator[None]:
     """The only entry of the table, and a GPU of so many multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "entry", lambda *_: tile)
-        patch.setattr(project, "_processors", lambda _: processors)
+        patch.setattr(project, "processors", lambda _: processors)
         yield
 
 
@@ -185,12 +185,12 @@ def test_every_entry_of_the_table_multiplies_exactly(device, pictures, monkeypat
     rows = 169 * pictures
     tile = tiles.entry(rows, torch.bfloat16, tiles._capability(torch.device(device)))
     hidden = tile.block_n - 24
-    monkeypatch.setattr(project, "_processors", lambda _: H100 * tile.block_n // 4096)
+    monkeypatch.setattr(project, "processors", lambda _: H100 * tile.block_n // 4096)
     exact_insert(device, [rows], hidden=hidden, width=200, bias=pictures % 2 == 0)
 
 
 @compiled
-@pytest.mark.parametrize("tile", dict.fromkeys(t for _, t in tiles._HOPPER_INSERT), ids=str)
+@pytest.mark.parametrize("tile", dict.fromkeys(t for _, t in tiles._HOPPER), ids=str)
 @pytest.mark.parametrize(
     ("counts", "shard", "after_plan"),
     [
@@ -208,7 +208,7 @@ def test_every_tile_takes_several_sources_shards_and_a_plan_in_the_making(
         pytest.skip("tiles of Hopper")
     monkeypatch.setattr(tiles, "entry", lambda *_: tile)
     for processors, bias in ((2, False), (H100, True)):
-        monkeypatch.setattr(project, "_processors", lambda _, found=processors: found)
+        monkeypatch.setattr(project, "processors", lambda _, found=processors: found)
         exact_insert(
             device, counts, hidden=tile.block_n + 40, width=136, dtype=torch.float16, bias=bias,
             shard=shard, after_plan=after_plan,
@@ -307,7 +307,7 @@ def test_rows_are_made_contiguous_in_few_launches_and_only_where_they_are_not(de
 
 
 @given(
-    tile=st.sampled_from([tile for _, tile in tiles._HOPPER_INSERT]),
+    tile=st.sampled_from([tile for _, tile in tiles._HOPPER]),
     counts=st.lists(st.integers(1, 9000), min_size=1, max_size=4),
     hidden=st.integers(1, 9000),
     width=st.integers(1, 9000),

@@ -17,7 +17,6 @@ from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile
 from step37_kernels.testing import deviation, expected, make_insert_case
-from tests import ptx
 from tests.kernels.strategies import feature_groups, token_ids
 
 H100 = 132
@@ -344,23 +343,3 @@ def test_nobody_tuned_tiles_for_other_chips_and_fp32():
         for capability in (80, 89, 94, 100, 120):
             assert tiles.entry(rows, torch.bfloat16, capability).library
     assert str(tiles.LIBRARY) == "library"
-
-
-if ptx.ARCHITECTURE:
-    from tests.ptx.driver import recorded
-
-    @pytest.mark.parametrize("order", ["contiguous", "batch first", "sliced"])
-    def test_text_rows_are_copied_in_whole_vectors_and_no_others_are_read(order):
-        text = in_memory_order(torch.zeros(40, 6, 4096, dtype=torch.bfloat16), order)
-        row_at = torch.full((40, 6), -1, dtype=torch.int32)
-        row_at[5:30, 2] = torch.arange(25, dtype=torch.int32)
-        x, weight = torch.zeros(25, 64).bfloat16(), torch.zeros(4096, 64).bfloat16()
-        nowhere = torch.full((25,), -1, dtype=torch.int32)
-        with only(*KINDS["library"]), recorded() as launches:
-            project.project_insert(text, [x], weight, None, nowhere, row_at)
-        (launch,) = launches
-        assert launch.loads.keys() == {4, 16}  # places, values
-        vectors = 240 * 4096 * 2 // (32 * 16)
-        assert launch.loads[16].requests == vectors
-        assert launch.stores.keys() == {16}
-        assert launch.stores[16].requests == vectors

@@ -44,7 +44,7 @@ def family() -> Iterator[Tile]:
     for block_m, block_n, block_k, warps in blocks:
         stages = min(6, SHARED_LIMIT["sm_90"] // (2 * (block_m + block_n) * block_k))
         if stages >= 3 and block_m * block_n // (32 * warps) in ACCUMULATORS:
-            yield Tile(block_m, block_n, block_k, 1, warps, stages, tma=True)
+            yield Tile(block_m, block_n, block_k, warps, stages)
 
 
 def describe(tile: Tile) -> str:

@@ -15,7 +15,7 @@ from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile
 
-SMALL = Tile(16, 32, 32, 1, 4, 2, tma=True)
+SMALL = Tile(16, 32, 32, 4, 2)
 
 
 def test_the_family_keeps_to_the_limits_of_the_chip() -> None:
@@ -56,8 +56,8 @@ def test_a_tile_that_does_not_compile_is_left_out_and_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the processes compile
-    good = Tile(64, 64, 64, 1, 4, 3, tma=True)
-    odd = Tile(64, 64, 48, 1, 4, 3, tma=True)
+    good = Tile(64, 64, 64, 4, 3)
+    odd = Tile(64, 64, 48, 4, 3)
     assert tune.sound([good, odd]) == [good]
     out = capsys.readouterr().out
     assert out.startswith("left out: 64×64×48 TMA, 4 warps, 3 stages: does not compile: ")

@@ -57,7 +57,7 @@ kernels = [
     project.sum_parts_kernel, gradient.gradient_rows_kernel,
 ]
 fused = module()
-for rows, _ in tiles._HOPPER_INSERT[:-1]:
+for rows, _ in tiles._HOPPER[:-1]:
     step(fused, rows, 64).sum().backward()
 many_groups(5, 8)
 before = [len(compiled(kernel)) for kernel in kernels]
@@ -94,7 +94,7 @@ print(json.dumps([len(launched), len(compiled(gradient.gradient_rows_kernel))]))
 def test_forward_and_backward_are_three_launches_of_ours_and_more_where_work_is_split():
     script = """
 H, C = 4096, 6144
-project._processors = lambda _: 132
+project.processors = lambda _: 132
 fused = module()
 step(fused, 169, 64)
 names = []

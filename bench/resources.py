@@ -71,7 +71,7 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
-            variant += ", tables" * (not inline)
+            variant += ", table" * (not inline)
             yield variant, functools.partial(_plan, ids, inline, step)
     for short in dtypes:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
@@ -80,10 +80,10 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
 
 
 def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
-    tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
+    table = torch.empty(12, dtype=torch.int64)
     groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
     ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
-    plan.plan_rows(ids, groups, runs, None if inline else tables)
+    plan.plan_rows(ids, groups, runs, None if inline else table)
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 
 KERNELS = (
-    plan.plan_kernel, plan.locate_kernel, plan.assign_kernel, gradient.gradient_rows_kernel,
+    plan.plan_kernel, gradient.gradient_rows_kernel,
     project.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.first_pass_kernel,
     resize_ops.second_pass_kernel, resize_uint8_ops.filter_pass_kernel,

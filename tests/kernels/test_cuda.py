@@ -245,8 +245,6 @@ def test_a_new_number_of_rows_compiles_nothing():
 
     kernels = [
         plan_ops.plan_kernel,
-        plan_ops.locate_kernel,
-        plan_ops.assign_kernel,
         project.pack_rows_kernel,
         project.project_insert_kernel,
         project.sum_parts_kernel,

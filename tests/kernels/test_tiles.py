@@ -137,23 +137,26 @@ def exact_insert(
     width: int,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    together: bool = False,
     shard: bool = False,
     after_plan: bool = False,
 ) -> None:
-    """Insert sources of so many rows, as the pictures of a packed sequence would be: one after
-    another, some cut off by the next one. Every number is as exact arithmetic gives it."""
-    token, seq_len = 7, sum(counts) + len(counts) + 9
-    ids = torch.zeros(1, seq_len, dtype=torch.int64)
-    position = 3
+    """Insert pictures of so many rows one after another, each a source of its own or all together
+    one; the next one, or the end, cuts some off. Every number is as exact arithmetic gives it."""
+    token, starts = 7, [3]
     for count in counts:
-        ids[0, position] = token
-        position += max(2, count - 5)  # the next one begins before this one has ended
+        starts.append(starts[-1] + max(2, count - 5))
+    seq_len = starts.pop()
+    ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    ids[0, starts] = token
     ids = ids.to(device)
     plan = plan_insert(ids, [(token, counts)], impl="triton" if after_plan else "torch")
     sources = [
         whole_numbers(count, width, dtype=dtype, device=device, seed=i)
         for i, count in enumerate(counts)
     ]
+    if together:
+        sources = [torch.cat(sources)]
     positions = torch.arange(seq_len, device=device)
     if shard:
         positions = positions[: seq_len // 2]
@@ -171,7 +174,7 @@ def exact_insert(
         torch.cat(sources).double(),
         weight.double(),
         None if offset is None else offset.double(),
-        plan.destinations,
+        plan,
     )
     assert (plan.destinations < 0).any()
     assert torch.equal(output, exact.to(dtype).where((plan.row_at >= 0)[..., None], exact).float())
@@ -181,11 +184,11 @@ def exact_insert(
 @pytest.mark.parametrize("pictures", range(1, 17))
 def test_every_entry_of_the_table_multiplies_exactly(device, pictures, monkeypatch):
     """In the waves that it has on an H100 at H = 4096, with one column of tiles instead of all."""
-    rows = 169 * pictures
-    tile = tiles.entry(rows, torch.bfloat16, tiles._capability(torch.device(device)))
+    tile = tiles.entry(169 * pictures, torch.bfloat16, tiles._capability(torch.device(device)))
     hidden = tile.block_n - 24
     monkeypatch.setattr(project, "processors", lambda _: H100 * tile.block_n // 4096)
-    exact_insert(device, [rows], hidden=hidden, width=200, bias=pictures % 2 == 0)
+    counts = [169] * pictures
+    exact_insert(device, counts, hidden=hidden, width=200, bias=pictures % 2 == 0, together=True)
 
 
 @compiled

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl
@@ -23,10 +24,7 @@ from step37_kernels.parallel import LayoutRule, SequenceLayout
 
 logger = logging.getLogger(__name__)
 
-KNOWN_BRIDGE_VERSIONS = (
-    "Megatron-Bridge newer than 0.4.0, that is its main branch since it has "
-    "models/stepfun/modelling_step37"
-)
+KNOWN_BRIDGE_VERSIONS = "Megatron-Bridge 0.6.2"
 """Releases in which the replaced class was found where this module looks for it."""
 
 _PACKAGE = "megatron.bridge.models.stepfun.modelling_step37"
@@ -91,6 +89,22 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             projector_bias,
             **_options.arguments(),
         )
+
+    @staticmethod
+    def _normalize_feature_list(
+        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """One tensor ``[L, C]`` a feature. Models built before the patch keep the stock class,
+        whose code looks this up by the class's name: here, now."""
+        tensors = [image_features] if isinstance(image_features, Tensor) else image_features
+        ranks = {t.ndim for t in tensors}
+        if ranks - ({3} if isinstance(image_features, Tensor) else {2, 3}):
+            raise ValueError(
+                "image_features: expected [N, L, C], or a list of [L, C] and [N, L, C], got "
+                f"{[tuple(t.shape) for t in tensors]}"
+            )
+        features = (f for t in tensors for f in (t if t.ndim == 3 else [t]))
+        return [feature.to(device=device, dtype=dtype) for feature in features]
 
     def configure(self, **options: Any) -> None:
         """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""

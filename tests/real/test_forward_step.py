@@ -20,25 +20,22 @@ from step37_data.pack_transform import pack_samples
 from step37_data.prefetch import PackError
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, unpatch_step37
-from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.models import (
-    IM_START,
-    PATCH_START,
-    VOCABULARY,
-    build,
-    set_weights,
-)
-from tests.megatron.stand_ins.processes import (
+from tests.megatron.processes import (
     CudaMeansCpu,
     let_the_cpu_play_the_gpu,
     run,
     start_megatron,
     stop_megatron,
 )
+from tests.real.bridge_model import (
+    IM_START,
+    PATCH_START,
+    SIDE,
+    VOCABULARY,
+    build,
+    set_weights,
+)
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
-SIDE, ROWS = 28, 4  # 28 px are 2 × 2 rows of the stand-in's vision tower
 DATASET = SimpleNamespace(
     img_start_token_id=IM_START,
     patch_start_token_id=PATCH_START,
@@ -132,12 +129,6 @@ class Recorder:
 @pytest.fixture
 def packs(tmp_path: Path) -> list[dict[str, Any]]:
     return make_packs(tmp_path, 5)
-
-
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    with bridge.installed():
-        yield
 
 
 @pytest.fixture
@@ -349,50 +340,49 @@ def train(folder: str, steps: int, parallel: dict[str, int]) -> list[float]:
     stages = parallel.get("pipeline_model_parallel_size", 1)
     virtual = parallel.get("virtual_pipeline_model_parallel_size")
     chunks_per_rank = virtual or 1
-    with bridge.installed():
-        patch_step37(strict=True)
-        packs = make_packs(Path(folder), 4)
-        chunks = []
-        for chunk in range(chunks_per_rank):
-            stage = parallel_state.get_pipeline_model_parallel_rank() + chunk * stages
-            model = build(
-                seed=None,
-                num_layers=4,
-                pre_process=stage == 0,
-                post_process=stage == stages * chunks_per_rank - 1,
-                vp_stage=chunk if virtual else None,
-                pipeline_dtype=torch.float32,
-                variable_seq_lengths=True,
-                moe_token_dispatcher_type="alltoall",
-                batch_p2p_comm=False,
-                deallocate_pipeline_outputs=False,
-                **parallel,
-            )
-            fused = isinstance(model.image_insert_embedding, ImageInsertEmbedding)
-            assert fused == (stage == 0)
-            set_weights(model, first_layer=stage * (4 // (stages * chunks_per_rank)))
-            chunks.append(model)
-        optimizer = torch.optim.SGD([p for c in chunks for p in c.parameters()], lr=0.1)
-        step, state = ForwardStep(device="cpu", dtype=torch.float32), State()
-        iterators = [iter(packs * steps) for _ in chunks]
-        results = []
-        for _ in range(steps):
-            optimizer.zero_grad()
-            reports = get_forward_backward_func()(
-                forward_step_func=lambda data, model: step(state, data, model),
-                data_iterator=iterators if virtual else iterators[0],
-                model=chunks if virtual else chunks[0],
-                num_microbatches=len(packs),
-                seq_length=32,
-                micro_batch_size=1,
-                forward_only=False,
-            )
-            optimizer.step()
-            if reports:
-                total, tokens = torch.stack([r["lm loss"] for r in reports]).sum(0)
-                results.append((total / tokens).item())
-        step.close()
-        return results
+    patch_step37(strict=True)
+    packs = make_packs(Path(folder), 4)
+    chunks = []
+    for chunk in range(chunks_per_rank):
+        stage = parallel_state.get_pipeline_model_parallel_rank() + chunk * stages
+        model = build(
+            seed=None,
+            num_layers=4,
+            pre_process=stage == 0,
+            post_process=stage == stages * chunks_per_rank - 1,
+            vp_stage=chunk if virtual else None,
+            pipeline_dtype=torch.float32,
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
+            batch_p2p_comm=False,
+            deallocate_pipeline_outputs=False,
+            **parallel,
+        )
+        fused = isinstance(model.image_insert_embedding, ImageInsertEmbedding)
+        assert fused == (stage == 0)
+        set_weights(model, first_layer=stage * (4 // (stages * chunks_per_rank)))
+        chunks.append(model)
+    optimizer = torch.optim.SGD([p for c in chunks for p in c.parameters()], lr=0.1)
+    step, state = ForwardStep(device="cpu", dtype=torch.float32), State()
+    iterators = [iter(packs * steps) for _ in chunks]
+    results = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=lambda data, model: step(state, data, model),
+            data_iterator=iterators if virtual else iterators[0],
+            model=chunks if virtual else chunks[0],
+            num_microbatches=len(packs),
+            seq_length=32,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        optimizer.step()
+        if reports:
+            total, tokens = torch.stack([r["lm loss"] for r in reports]).sum(0)
+            results.append((total / tokens).item())
+    step.close()
+    return results
 
 
 STEPS = 3

@@ -1,7 +1,12 @@
 """Fused multimodal embedding of Step-3.7-Flash: Triton kernels with a PyTorch reference."""
 
 from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
-from step37_kernels.insert import InsertPlan, plan_insert, project_and_insert
+from step37_kernels.insert import (
+    InsertPlan,
+    plan_insert,
+    plan_placeholders,
+    project_and_insert,
+)
 from step37_kernels.pixels.normalize import (
     Crop,
     RaggedImages,
@@ -18,6 +23,7 @@ __all__ = [
     "RaggedImages",
     "clip_normalize",
     "plan_insert",
+    "plan_placeholders",
     "project_and_insert",
     "resize_clip_normalize",
     "resize_uint8",

@@ -30,8 +30,9 @@ class InsertPlan:
     """A row map: where each feature row goes, and what each position receives.
 
     Feature rows of all groups are numbered 0 … R−1 in the order in which they are written: groups
-    in list order, features in group order, rows from first to last. Positions of the sequence-first
-    output are numbered ``s * B + b``, as ``[S, B, H].view(S * B, H)`` has them.
+    in list order, features in group order, rows from first to last. Positions are numbered as the
+    output lies in memory: ``s * B + b`` of ``[S, B, H]``, and of ``[B, S, H]`` (``batch_first``)
+    ``b * S + s``.
 
     Example, B = 1, S = 8, one group with start token 7 and features of 3, 2 and 4 rows::
 
@@ -51,10 +52,11 @@ class InsertPlan:
     destinations: Tensor
     """``[R]`` int32: position of each feature row, or −1. No position occurs twice."""
     row_at: Tensor
-    """``[S, B]`` int32: the feature row that a position receives, or −1 for a text row."""
+    """``[S, B]`` int32 (``[B, S]`` if ``batch_first``): the feature row that a position receives,
+    or −1 for a text row."""
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
-    for a feature without a start token."""
+    for a feature without a start token. So numbered whatever ``batch_first`` is."""
     found: Tensor
     """``[G]`` int32: start tokens of each group in ``input_ids``."""
     runs: Runs
@@ -65,6 +67,8 @@ class InsertPlan:
     live_rows: Tensor | None = None
     """Of a shard: ``[1]`` int32, how many entries of ``local_rows`` are in use. The kernels stop
     there, so a rank computes its own rows, not M."""
+    batch_first: bool = False
+    """Whether the plan is for ``[B, S, H]``."""
 
     @property
     def num_rows(self) -> int:
@@ -82,12 +86,12 @@ class InsertPlan:
     @property
     def seq_len(self) -> int:
         """S."""
-        return self.row_at.shape[0]
+        return self.row_at.shape[self.batch_first]
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return self.row_at.shape[1]
+        return self.row_at.shape[not self.batch_first]
 
     def count_mismatches(self, found: Sequence[int]) -> list[str]:
         """A sentence for each group whose start tokens and features differ in number.
@@ -123,7 +127,7 @@ class InsertPlan:
             raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
         if self.local_rows is not None:
             raise ValueError("plan: already the plan of a shard")
-        row_at = self.row_at.index_select(0, positions)
+        row_at = self.row_at.index_select(int(self.batch_first), positions)
         capacity = min(self.num_rows, row_at.numel())
         flat = row_at.flatten().long()
         # Rows in order: number those that land here, and let one slot past the end take the rest.
@@ -181,7 +185,11 @@ class InsertPlan:
 
 
 def plan_insert(
-    input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]], *, impl: Impl = "auto"
+    input_ids: Tensor,
+    groups: Sequence[tuple[int, Sequence[int]]],
+    *,
+    batch_first: bool = False,
+    impl: Impl = "auto",
 ) -> InsertPlan:
     """Find where every feature row lands, for all insertion groups at once.
 
@@ -197,6 +205,7 @@ def plan_insert(
         input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
         groups: ``(start_token, row_counts)`` of each insertion group, in insertion order;
             ``row_counts`` holds the number of rows of each of its features.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -215,7 +224,80 @@ def plan_insert(
     smallest = min((rows for _, group in runs for _, rows in group), default=0)
     if smallest < 0:
         raise ValueError(f"groups: row counts must not be negative, got {smallest}")
-    return plan_runs(input_ids, runs, impl=impl)
+    plan = plan_runs(input_ids, runs, impl=impl)
+    return _batch_first(plan) if batch_first else plan
+
+
+def plan_placeholders(
+    input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
+) -> InsertPlan:
+    """Send the k-th feature row to the k-th position that holds ``token``, row-major.
+
+    That is how NeMo Automodel and many models of ``transformers`` merge
+    (``embeddings[input_ids == token] = rows``, ``masked_scatter``): every row has a placeholder of
+    its own. Of too many rows the last are dropped; placeholders without a row keep their word
+    embedding. In the plan every row is a feature, and ``token`` the one group's start token::
+
+        position     0   1   2   3   4   5
+        input_ids    5   9   9   5   9   9      token 9, 3 rows
+        row_at      −1   0   1  −1   2  −1
+        destinations = [1, 2, 4]
+
+    A handful of PyTorch operations on every device; nothing waits for it.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
+        token: the placeholder's id.
+        num_rows: R.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
+
+    Returns:
+        The plan, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: ``input_ids`` is not ``[B, S]``, ``num_rows`` is negative, ``token`` is no value
+            of the ids' dtype, or B·S or R exceeds int32.
+        TypeError: ``input_ids`` is neither int32 nor int64.
+    """
+    if num_rows < 0:
+        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
+    runs: Runs = ((token, ((num_rows, 1),)),)
+    _check_ids(input_ids, runs)
+    batch_size, seq_len = input_ids.shape
+    match = (input_ids == token).flatten()
+    rank = match.cumsum(0) - 1
+    row_at = torch.where(match & (rank < num_rows), rank, -1).to(torch.int32)
+    index = torch.arange(row_at.numel(), dtype=torch.int32, device=row_at.device)
+    # One slot past the end takes the positions that receive no row.
+    slots = torch.where(row_at < 0, num_rows, row_at).long()
+    batch_first_at = index.new_full((num_rows + 1,), -1).scatter(0, slots, index)[:-1]
+    starts = _renumbered(batch_first_at, seq_len, batch_size)
+    row_at = row_at.view(batch_size, seq_len)
+    return InsertPlan(
+        destinations=batch_first_at if batch_first else starts,
+        row_at=row_at if batch_first else row_at.t().contiguous(),
+        starts=starts,
+        found=match.sum(dtype=torch.int32).view(1),
+        runs=runs,
+        batch_first=batch_first,
+    )
+
+
+def _renumbered(positions: Tensor, inner: int, outer: int) -> Tensor:
+    """Positions ``i * inner + j`` as ``j * outer + i``; −1 stays."""
+    inner = max(inner, 1)
+    j, i = positions % inner, positions.div(inner, rounding_mode="floor")
+    return torch.where(positions < 0, positions, j * outer + i)
+
+
+def _batch_first(plan: InsertPlan) -> InsertPlan:
+    """The plan of ``[S, B, H]`` for ``[B, S, H]``."""
+    return dataclasses.replace(
+        plan,
+        destinations=_renumbered(plan.destinations, plan.batch_size, plan.seq_len),
+        row_at=plan.row_at.t().contiguous(),
+        batch_first=True,
+    )
 
 
 def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPlan:
@@ -226,21 +308,8 @@ def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPl
         runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
         impl: as there.
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     triton = use_triton(impl, input_ids.device)
-    limits = torch.iinfo(input_ids.dtype)
-    for token, _ in runs:
-        if not limits.min <= token <= limits.max:
-            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
-    batch_size, seq_len = input_ids.shape
-    if max(num_rows(runs), (seq_len + 1) * batch_size) > _INT32_MAX:
-        raise ValueError(
-            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
-            f"got {tuple(input_ids.shape)} ids and {num_rows(runs)} rows"
-        )
+    _check_ids(input_ids, runs)
     flat = [run for _, group in runs for run in group]
     destinations, row_at, starts, found = library.plan(
         input_ids,
@@ -253,6 +322,23 @@ def plan_runs(input_ids: Tensor, runs: Runs, *, impl: Impl = "auto") -> InsertPl
     return InsertPlan(
         destinations=destinations, row_at=row_at, starts=starts, found=found, runs=runs
     )
+
+
+def _check_ids(input_ids: Tensor, runs: Runs) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
+    limits = torch.iinfo(input_ids.dtype)
+    for token, _ in runs:
+        if not limits.min <= token <= limits.max:
+            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
+    batch_size, seq_len = input_ids.shape
+    if max(num_rows(runs), (seq_len + 1) * batch_size) > _INT32_MAX:
+        raise ValueError(
+            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
+            f"got {tuple(input_ids.shape)} ids and {num_rows(runs)} rows"
+        )
 
 
 def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
@@ -269,12 +355,13 @@ def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
 def check_embeddings(
     embeddings: Tensor, plan: InsertPlan, name: str, hidden: int | None = None
 ) -> None:
-    """Raise ``ValueError`` unless they are ``[S, B, H]`` of the plan, and of this H if given."""
-    shape = tuple(embeddings.shape)
-    fits = len(shape) == 3 and shape[:2] == (plan.seq_len, plan.batch_size)
-    if not fits or hidden not in (None, shape[2]):
+    """Raise ``ValueError`` unless they are ``[S, B, H]`` (``[B, S, H]`` if it is batch-first) of
+    the plan, and of this H if given."""
+    shape, planned = tuple(embeddings.shape), tuple(plan.row_at.shape)
+    if len(shape) != 3 or shape[:2] != planned or hidden not in (None, shape[2]):
+        letters = "B, S" if plan.batch_first else "S, B"
         raise ValueError(
-            f"{name}: expected [S, B, H] = [{plan.seq_len}, {plan.batch_size}, {hidden or 'H'}], "
+            f"{name}: expected [{letters}, H] = [{planned[0]}, {planned[1]}, {hidden or 'H'}], "
             f"got {shape}"
         )
 
@@ -283,20 +370,20 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """Put rows that are already projected at their destinations, by PyTorch operations.
 
     Args:
-        embeddings: ``[S, B, H]``, left as it is.
+        embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; left as it is.
         rows: ``[R, H]`` (of a shard: ``[M, H]``, see :func:`pick_rows`) in the embeddings' dtype.
         plan: from :func:`plan_insert`.
 
     Returns:
-        ``[S, B, H]``; differentiable in both. Never waits for the device.
+        The embeddings' shape; differentiable in both. Never waits for the device.
     """
-    seq_len, batch_size, hidden = embeddings.shape
-    num_positions = seq_len * batch_size
+    hidden = embeddings.shape[2]
+    num_positions = embeddings.shape[:2].numel()
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
     slots = torch.where(plan.destinations < 0, num_positions, plan.destinations).long()
-    return flat.index_copy(0, slots, rows)[:-1].view(seq_len, batch_size, hidden)
+    return flat.index_copy(0, slots, rows)[:-1].view(embeddings.shape)
 
 
 class _ProjectAndInsert(torch.autograd.Function):
@@ -520,14 +607,14 @@ def project_and_insert(
     gradients are not differentiable themselves with ``impl="triton"``.
 
     Args:
-        embeddings: ``[S, B, H]``, any strides.
+        embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; any strides.
         features: rows of all groups in the plan's order, R together: ``[N, L, C]`` or ``[L, C]``,
             or a sequence of such (ragged). One contiguous tensor is read in place. Several, and
             other layouts, such as the channels-first view of a vision tower, are packed first, by
             one pass a tensor. Cast to the weight's dtype.
         weight: ``[H, C]`` projector weight.
         bias: ``[H]``, or None.
-        plan: from :func:`plan_insert`.
+        plan: from :func:`plan_insert` or :func:`plan_placeholders`.
         inplace: write into the memory of ``embeddings``, which must be contiguous; the caller
             vouches that nobody reads that tensor afterwards. Ignored where the PyTorch
             implementation runs.
@@ -537,7 +624,7 @@ def project_and_insert(
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
-        ``[S, B, H]`` in the embeddings' dtype, contiguous; ``embeddings`` themselves where there
+        The embeddings' shape and dtype, contiguous; ``embeddings`` themselves where there
         is no row.
 
     Raises:

@@ -23,7 +23,7 @@ from bench.harness import environment
 from bench.no_gpu import NoDriver
 from step37_kernels import insert, plan_insert
 from step37_kernels import project_and_insert as project
-from step37_kernels.ops import launch, tiles
+from step37_kernels.ops import tiles
 
 HIDDEN, WIDTH, IMAGES, ROWS = 64, 128, 1, 169
 START = 7
@@ -37,9 +37,7 @@ class HostCost:
 
     operation: str
     launches: int
-    cached_us: float
-    uncached_us: float
-    """Where Triton binds the arguments of every launch again."""
+    host_us: float
 
 
 def _operations() -> dict[str, Callable[[], object]]:
@@ -59,10 +57,8 @@ def _operations() -> dict[str, Callable[[], object]]:
 
     return {
         "plan": lambda: plan_insert(input_ids, groups),
-        "project and insert": lambda: project(words, features, weight, None, plan, inplace=True),
-        "project and insert, channels-first": lambda: project(
-            words, view, weight, None, plan, inplace=True
-        ),
+        "project and insert": lambda: project(words, features, weight, None, plan),
+        "project and insert, channels-first": lambda: project(words, view, weight, None, plan),
         "project and insert, and backward to the weight": forward_and_backward,
     }
 
@@ -95,13 +91,8 @@ def measure(rounds: int) -> list[HostCost]:
         launches[0] = 0
         call()
         number = launches[0]
-        cached = _median_us(call, rounds)
-        launch._KNOWN, known = False, launch._KNOWN
-        uncached = _median_us(call, rounds)
-        launch._KNOWN = known
-        costs.append(
-            HostCost(operation=name, launches=number, cached_us=cached, uncached_us=uncached)
-        )
+        host_us = _median_us(call, rounds)
+        costs.append(HostCost(operation=name, launches=number, host_us=host_us))
     return costs
 
 
@@ -114,13 +105,10 @@ def main() -> int:
         return 1
     where = environment(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in where.items() if value))
-    print("\n| operation | launches | µs of the host | where Triton binds each launch anew |")
-    print("|---|---|---|---|")
+    print("\n| operation | launches | µs of the host |")
+    print("|---|---|---|")
     for cost in measure(options.rounds):
-        print(
-            f"| {cost.operation} | {cost.launches} | {cost.cached_us:.0f} "
-            f"| {cost.uncached_us:.0f} |"
-        )
+        print(f"| {cost.operation} | {cost.launches} | {cost.host_us:.0f} |")
     return 0
 
 

@@ -25,17 +25,15 @@ Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
 BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding"
 
 
-def step37(impl: Literal["auto", "triton", "torch"], *, inplace: bool) -> Forward:
-    """Ours: plan, then project and insert. The module works in place wherever it may."""
+def step37(impl: Literal["auto", "triton", "torch"]) -> Forward:
+    """Ours: plan, then project and insert."""
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
         plan = plan_insert(
             input_ids, [(token, [x.shape[1]] * x.shape[0]) for token, x in groups], impl=impl
         )
         features = [x for _, x in groups]
-        return project_and_insert(
-            embeddings, features, weight, None, plan, inplace=inplace, impl=impl
-        )
+        return project_and_insert(embeddings, features, weight, None, plan, impl=impl)
 
     return forward
 
@@ -145,8 +143,7 @@ def peers(
 ) -> list[Peer]:
     """Everything that does the whole insertion, ours first."""
     found = [
-        Peer("step37 in place", "ours", step37(impl, inplace=True), overwrites=True),
-        Peer("step37", "ours", step37(impl, inplace=False)),
+        Peer("step37", "ours", step37(impl)),
         Peer("stock", "stock", stock),
         Peer("masked_scatter", "peer", masked_scatter),
         Peer("index_copy", "peer", index_copy),

@@ -36,13 +36,9 @@ from bench.pixels import photo_paths, stock_decode
 from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_kernels.pixels import reference as reference_pixels
-from step37_kernels.pixels.normalize import (
-    CLIP_MEAN,
-    CLIP_STD,
-    RaggedImages,
-    clip_normalize,
-    resize_clip_normalize,
-)
+from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, clip_normalize
+from step37_kernels.pixels.ragged import RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 SIZE = 728
 BATCHES = (9, 64)

@@ -33,12 +33,11 @@ from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from bench.tune import products
 from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
-from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels import RaggedImages, clip_normalize, dispatch, resize_clip_normalize
+from step37_kernels.ops import gemm, gradient, plan, project, project_backward, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
-from step37_kernels.pixels import normalize as pixels
-from step37_kernels.pixels import resize as picture_resize
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -75,35 +74,42 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Cal
     """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
-            variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
-            variant += ", tables" * (not inline)
-            yield variant, False, functools.partial(_plan, ids, inline, step)
+            for seq_len in (2048, 2 * plan.MAX_POSITIONS):
+                variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
+                variant += ", tables" * (not inline)
+                yield variant, False, functools.partial(_plan, ids, inline, step, seq_len)
     for short in dtypes:
         yield from _copies(DTYPES[short], short)
         yield from _products(CAPABILITY[arch], DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
-def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
+def _plan(dtype: torch.dtype, inline: bool, step: int, seq_len: int) -> None:
     tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
     groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
-    ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
+    ids = torch.empty(1, seq_len * step, dtype=dtype)[:, ::step]
     plan.plan_rows(ids, groups, runs, None if inline else tables)
 
 
 def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
     features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
     view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    gradient = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    gradient_output = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     positions = torch.empty(ROWS, dtype=torch.int32)
     yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
     yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
-    yield short, False, lambda: project_backward.embedding_grad(gradient, positions)
+    yield short, False, lambda: project_backward.embedding_grad(gradient_output, positions)
     for bias in (True, False):
         gather = functools.partial(
-            project_backward.gather_grad, gradient, positions, dtype, bias_sum=bias
+            project_backward.gather_grad, gradient_output, positions, dtype, bias_sum=bias
         )
         yield f"{short}{' bias' * bias}", False, gather
+    for rows, bias in ((True, False), (True, True), (False, True)):
+        launch = functools.partial(
+            gradient.gradient_rows, gradient_output, positions, positions, dtype,
+            embeddings=True, rows=rows, bias=bias,
+        )  # fmt: skip
+        yield f"{short}{' rows' * rows}{' bias' * bias}", False, launch
 
 
 def _products(
@@ -142,20 +148,22 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], obj
         dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
-            normalize = functools.partial(pixels.clip_normalize, square, dtype=dtype)
+            normalize = functools.partial(clip_normalize, square, dtype=dtype)
             yield f"{short} {rows}", False, normalize
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
-                    pixels.resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
+                    resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
                 )
                 yield f"{short} {rows}{order}", False, resize
-    ragged = pixels.RaggedImages.gather(images)
+    ragged = RaggedImages.gather(images)
     yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
 
 
 KERNELS = (
+    plan.plan_kernel,
     plan.locate_kernel,
     plan.assign_kernel,
+    gradient.gradient_rows_kernel,
     project.pack_rows_kernel,
     project.project_scatter_kernel,
     gemm.sum_splits_kernel,
@@ -173,7 +181,7 @@ KERNELS = (
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
     """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
     NoDriver(arch).install()
-    pixels.use_triton = picture_resize.use_triton = lambda *_: True
+    dispatch.kernels_run_on_cpu = lambda: True
     seen: set[int] = set()
     for variant, is_gemm, launch in _launches(arch, dtypes):
         launch()

@@ -22,6 +22,12 @@ _CHOICES = ("auto", "triton", "torch")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def check_impl(impl: Impl) -> None:
+    """Raise ``ValueError`` unless ``impl`` is one of the three."""
+    if impl not in _CHOICES:
+        raise ValueError(f"impl: expected one of {', '.join(_CHOICES)}, got {impl!r}")
+
+
 def use_triton(impl: Impl, device: torch.device) -> bool:
     """Resolve ``impl`` for tensors on ``device``.
 
@@ -37,8 +43,7 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
             Triton cannot run on.
         ImportError: Triton is to run but is not installed.
     """
-    if impl not in _CHOICES:
-        raise ValueError(f"impl: expected one of {', '.join(_CHOICES)}, got {impl!r}")
+    check_impl(impl)
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return False
     if not _TRITON_INSTALLED:

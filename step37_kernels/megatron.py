@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from step37_kernels.dispatch import Impl
+from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
-from step37_kernels.parallel import LayoutRule, SequenceLayout
+from step37_kernels.parallel import Layout, check_layout, sequence_layout
+
+__all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,6 @@ _PACKAGE = "megatron.bridge.models.stepfun.modelling_step37"
 # Step37Model looks the class up in the first, which took it from the second by name.
 _MODULES = (f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding")
 _CLASS = "ImageInsertEmbedding"
-
-
-Layout = SequenceLayout | LayoutRule | Literal["auto"] | None
-"""Which rows a rank holds; ``"auto"`` is :func:`auto_layout`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +47,11 @@ class _Options:
 
     def arguments(self) -> dict[str, Any]:
         """For the constructor and :meth:`ImageInsertEmbedding.configure`."""
-        arguments = {name: getattr(self, name) for name in self.__slots__}
-        if self.layout == "auto":
-            arguments["layout"] = auto_layout
-        return arguments
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def __post_init__(self) -> None:
-        if self.impl not in ("auto", "triton", "torch"):
-            raise ValueError(f"impl: expected one of auto, triton, torch, got {self.impl!r}")
-        known = self.layout is None or isinstance(self.layout, SequenceLayout)
-        if not (known or self.layout == "auto" or callable(self.layout)):
-            raise ValueError(
-                f"layout: expected 'auto', sequence_layout(...) or None, got {self.layout!r}"
-            )
+        check_impl(self.impl)
+        check_layout(self.layout)
 
 
 _options = _Options()
@@ -110,88 +100,11 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
         """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""
         super().configure(**options)
         config = getattr(self._language_embedding, "config", None)
-        if self.layout is auto_layout and getattr(config, "sequence_parallel", False):
+        if self.layout == "auto" and getattr(config, "sequence_parallel", False):
             # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
             # copies their marks before the first forward sets this one.
             for parameter in self.align_projector.parameters():
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
-
-
-def sequence_layout(
-    *, sequence_parallel: bool = False, cu_seqlens: Tensor | None = None
-) -> SequenceLayout | None:
-    """The layout of this rank by Megatron's parallel state.
-
-    Args:
-        sequence_parallel: ``config.sequence_parallel``.
-        cu_seqlens: bounds of packed sequences, which context parallelism cuts one by one.
-
-    Returns:
-        None where every rank holds the whole sequence.
-    """
-    from megatron.core import parallel_state
-
-    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    context_ranks = parallel_state.get_context_parallel_world_size()
-    parted = sequence_parallel and tensor_ranks > 1
-    if not parted and context_ranks == 1:
-        return None
-    return SequenceLayout(
-        sequence_parallel_group=(
-            parallel_state.get_tensor_model_parallel_group() if parted else None
-        ),
-        context_parallel_group=(
-            parallel_state.get_context_parallel_group() if context_ranks > 1 else None
-        ),
-        cu_seqlens=cu_seqlens,
-    )
-
-
-def auto_layout(language_embedding: Any) -> SequenceLayout | None:
-    """The layout of this rank under sequence parallelism, as the language embedding has it.
-
-    For ``ImageInsertEmbedding(..., layout=auto_layout)``, and what ``layout="auto"`` of
-    :func:`patch_step37` and :func:`replace_in` stands for. Asked in every forward, because a model
-    may be built before Megatron's groups are.
-
-    Args:
-        language_embedding: Megatron-Core's ``LanguageModelEmbedding``. Its
-            ``config.sequence_parallel`` decides, its tensor-parallel group (Megatron's default one
-            if it has none) says what this rank's rows are. Whether it scatters its rows itself
-            makes no difference: they are divided once.
-
-    Returns:
-        None without sequence parallelism: every rank holds the whole sequence.
-
-    Raises:
-        ValueError: under context parallelism, where it cannot be known whether ``input_ids`` are
-            whole, nor how packed sequences are cut; or the embedding is not Megatron's.
-    """
-    from megatron.core import parallel_state
-
-    config = getattr(language_embedding, "config", None)
-    if config is None:
-        raise ValueError(
-            "layout: 'auto' reads language_embedding.config, which "
-            f"{type(language_embedding).__name__} has not; pass layout=sequence_layout(...), or "
-            "layout=None where every rank holds the whole sequence"
-        )
-    context_ranks = config.context_parallel_size
-    if parallel_state.model_parallel_is_initialized():
-        context_ranks = max(context_ranks, parallel_state.get_context_parallel_world_size())
-    if context_ranks > 1:
-        raise ValueError(
-            f"layout: 'auto' cannot tell how {context_ranks} context-parallel ranks share the "
-            "sequence; give every rank the whole input_ids and pass "
-            "layout=sequence_layout(sequence_parallel=..., cu_seqlens=...) to have each embed its "
-            "own positions, or layout=None to have each embed all"
-        )
-    if not config.sequence_parallel:
-        return None
-    group = getattr(language_embedding, "tp_group", None)
-    if group is None:
-        group = parallel_state.get_tensor_model_parallel_group()
-    return SequenceLayout(sequence_parallel_group=group) if group.size() > 1 else None
 
 
 def patch_step37(
@@ -218,10 +131,11 @@ def patch_step37(
         impl, strict, text_only_gradient, gradient_accumulation_fusion: see
             :class:`ImageInsertEmbedding`. ``text_only_gradient`` is on here, because Megatron
             reduces gradients while backward runs.
-        layout: ``"auto"`` (see :func:`auto_layout`): under sequence parallelism each rank embeds
-            its own ``[S / TP, B, H]``, without it the whole. Context parallelism is an error in
-            the first forward then: it needs a layout from :func:`sequence_layout`. None: the whole
-            sequence on every rank, as the stock class has it.
+        layout: ``"auto"`` (see :func:`step37_kernels.parallel.auto_layout`): under sequence
+            parallelism each rank embeds its own ``[S / TP, B, H]``, without it the whole. Context
+            parallelism is an error in the first forward then: it needs a layout from
+            :func:`sequence_layout`. None: the whole sequence on every rank, as the stock class has
+            it.
 
     Returns:
         The dotted names that hold our class now.

@@ -1,8 +1,9 @@
-"""The launchers as ``torch.library`` operators, which ``torch.compile`` keeps whole.
+"""What launches kernels, as ``torch.library`` operators, which ``torch.compile`` keeps whole.
 
-Outside a compiled graph the functions here are the launchers themselves; inside one they are
-operators of the namespace ``step37`` with a schema and a fake implementation, so that the graph is
-traced without running a kernel. Row counts are ``SymInt``: a new packed length does not recompile.
+Outside a compiled graph the functions here are themselves; inside one they are operators of the
+namespace ``step37``, with the schema that their annotations say and a fake implementation, so that
+the graph is traced without running a kernel. Integers are symbolic: a new packed length does not
+recompile.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from step37_kernels.plan_tensors import PlanTensors, Runs, make_plan
+from step37_kernels.count_watch import count_watch
+from step37_kernels.plan_tensors import make_plan
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
     """Register a function under its own name; call it directly outside of compiled graphs."""
 
     def register(function: _F) -> _F:
         operator = torch.library.custom_op(
-            f"step37::{function.__name__}", function, mutates_args=mutates, schema=schema
+            f"step37::{function.__name__}", function, mutates_args=mutates
         )
         operator.register_fake(fake)
 
@@ -42,41 +44,41 @@ def _operator(schema: str, fake: Callable[..., Any], mutates: tuple[str, ...] = 
 def _fake_plan(
     input_ids: Tensor,
     tokens: list[int],
-    runs_each: list[int],
+    group_sizes: list[int],
     features: list[int],
     rows: list[int],
-    triton: bool,
-) -> PlanTensors:
-    del runs_each, triton
+    *_: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch_size, seq_len = input_ids.shape
-    total = sum(n * count for n, count in zip(features, rows, strict=True))
+    total = sum(n * each for n, each in zip(features, rows, strict=True))
 
     def empty(*shape: int) -> Tensor:
         return input_ids.new_empty(shape, dtype=torch.int32)
 
-    return empty(total), empty(seq_len, batch_size), empty(sum(features)), empty(len(tokens))
+    return empty(total), empty(seq_len, batch_size), empty(sum(group_sizes)), empty(len(tokens))
 
 
-@_operator(
-    "(Tensor input_ids, int[] tokens, int[] runs_each, SymInt[] features, SymInt[] rows, "
-    "bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_plan,
-)
+@_operator(_fake_plan)
 def plan(
     input_ids: Tensor,
     tokens: list[int],
-    runs_each: list[int],
+    group_sizes: list[int],
     features: list[int],
     rows: list[int],
     triton: bool,
-) -> PlanTensors:
-    """:func:`step37_kernels.plan_tensors.make_plan` with the runs of all groups in flat lists."""
-    pairs = iter(zip(features, rows, strict=True))
-    runs: Runs = tuple(
-        (token, tuple(next(pairs) for _ in range(count)))
-        for token, count in zip(tokens, runs_each, strict=True)
-    )
-    return make_plan(input_ids, runs, triton)
+    watch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`step37_kernels.plan_tensors.make_plan`.
+
+    With ``watch`` differing counts are warned about: in here, because a graph drops an operator
+    whose result nobody needs.
+    """
+    layout = tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows)
+    tensors = make_plan(input_ids, *layout, triton)
+    if watch:
+        count_watch.poll()
+        count_watch.watch(tokens, group_sizes, tensors[3])
+    return tensors
 
 
 def _fake_pack_rows(features: list[Tensor]) -> Tensor:
@@ -84,7 +86,7 @@ def _fake_pack_rows(features: list[Tensor]) -> Tensor:
     return features[0].new_empty(total, features[0].shape[2])
 
 
-@_operator("(Tensor[] features) -> Tensor", _fake_pack_rows)
+@_operator(_fake_pack_rows)
 def pack_rows(features: list[Tensor]) -> Tensor:
     """``[N, L, C]`` tensors of any strides → one contiguous ``[R, C]``."""
     from step37_kernels.ops import project
@@ -93,113 +95,93 @@ def pack_rows(features: list[Tensor]) -> Tensor:
     return project.pack_rows(features, total)
 
 
-def _fake_project_scatter(
-    x: Tensor,
+def _fake_project_insert(embeddings: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+
+
+@_operator(_fake_project_insert)
+def project_insert(
+    embeddings: Tensor,
+    sources: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     destinations: Tensor,
+    row_at: Tensor,
     live_rows: Tensor | None,
-    out: Tensor,
-) -> None:
-    del x, weight, bias, destinations, live_rows, out
-
-
-@_operator(
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor destinations, Tensor? live_rows, "
-    "Tensor(a!) out) -> ()",
-    _fake_project_scatter,
-    mutates=("out",),
-)
-def project_scatter(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    destinations: Tensor,
-    live_rows: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``."""
+    after_plan: bool,
+) -> Tensor:
+    """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, the embeddings elsewhere."""
     from step37_kernels.ops import project
 
-    project.project_scatter(x, weight, bias, destinations, live_rows, out)
+    del row_at, after_plan
+    out = embeddings.clone(memory_format=torch.contiguous_format)
+    project.project_scatter(torch.cat(sources), weight, bias, destinations, live_rows, out)
+    return out
 
 
-def _fake_embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
+def _fake_gradient_rows(
+    grad_output: Tensor,
+    row_at: Tensor,
+    destinations: Tensor,
+    dtype: torch.dtype,
+    embeddings: bool,
+    rows: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     del row_at
-    return torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-
-
-@_operator("(Tensor grad_output, Tensor row_at) -> Tensor", _fake_embedding_grad)
-def embedding_grad(grad_output: Tensor, row_at: Tensor) -> Tensor:
-    """``grad_output`` with the overwritten rows zeroed."""
-    from step37_kernels.ops import project_backward
-
-    return project_backward.embedding_grad(grad_output, row_at)
-
-
-def _fake_gather_grad(
-    grad_output: Tensor, destinations: Tensor, dtype: torch.dtype, bias_sum: bool
-) -> tuple[Tensor, Tensor]:
     hidden = grad_output.shape[2]
-    rows = grad_output.new_empty(destinations.shape[0], hidden, dtype=dtype)
-    return rows, rows.new_empty(hidden if bias_sum else 0)
+    passed = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+    gathered = grad_output.new_empty(destinations.shape[0] if rows else 0, hidden, dtype=dtype)
+    return (
+        passed if embeddings else passed.new_empty(0),
+        gathered,
+        gathered.new_empty(hidden if bias else 0),
+    )
 
 
-@_operator(
-    "(Tensor grad_output, Tensor destinations, ScalarType dtype, bool bias_sum) "
-    "-> (Tensor, Tensor)",
-    _fake_gather_grad,
-)
-def gather_grad(
-    grad_output: Tensor, destinations: Tensor, dtype: torch.dtype, bias_sum: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient rows in ``dtype``, and their sum (empty without ``bias_sum``)."""
-    from step37_kernels.ops import project_backward
+@_operator(_fake_gradient_rows)
+def gradient_rows(
+    grad_output: Tensor,
+    row_at: Tensor,
+    destinations: Tensor,
+    dtype: torch.dtype,
+    embeddings: bool,
+    rows: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings' gradient, the projected rows' in ``dtype``, and the sum of those; each empty
+    where it is not asked for."""
+    from step37_kernels.ops import project_backward as ops
 
-    return project_backward.gather_grad(grad_output, destinations, dtype, bias_sum=bias_sum)
-
-
-def _fake_grad_features(grad_rows: Tensor, weight: Tensor, live_rows: Tensor | None) -> Tensor:
-    del live_rows
-    return grad_rows.new_empty(grad_rows.shape[0], weight.shape[1])
-
-
-@_operator("(Tensor grad_rows, Tensor weight, Tensor? live_rows) -> Tensor", _fake_grad_features)
-def grad_features(grad_rows: Tensor, weight: Tensor, live_rows: Tensor | None) -> Tensor:
-    """``grad_rows [R, H] @ weight [H, C]``."""
-    from step37_kernels.ops import project_backward
-
-    return project_backward.grad_features(grad_rows, weight, live_rows)
+    hidden = grad_output.shape[2]
+    grad = ops.embedding_grad(grad_output, row_at) if embeddings else grad_output.new_empty(0)
+    if rows or bias:
+        gathered, total = ops.gather_grad(grad_output, destinations, dtype, bias_sum=bias)
+    else:
+        gathered = grad_output.new_empty(0, hidden, dtype=dtype)
+        total = gathered.new_empty(0)
+    return grad, gathered, total
 
 
-def _fake_grad_weight(grad_rows: Tensor, x: Tensor, live_rows: Tensor | None) -> Tensor:
-    del live_rows
-    return x.new_empty(grad_rows.shape[1], x.shape[1])
+def _fake_add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -> None:
+    del rows, x, main_grad, add
 
 
-@_operator("(Tensor grad_rows, Tensor x, Tensor? live_rows) -> Tensor", _fake_grad_weight)
-def grad_weight(grad_rows: Tensor, x: Tensor, live_rows: Tensor | None) -> Tensor:
-    """``grad_rowsᵀ [H, R] @ x [R, C]``."""
-    from step37_kernels.ops import project_backward
+@_operator(_fake_add_weight_gradient, mutates=("main_grad",))
+def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -> None:
+    """``main_grad`` (+)= ``rowsᵀ @ x``, accumulated in the wider of the two dtypes.
 
-    return project_backward.grad_weight(grad_rows, x, live_rows)
-
-
-def _fake_grad_weight_into(
-    grad_rows: Tensor, x: Tensor, live_rows: Tensor | None, out: Tensor, accumulate: bool
-) -> None:
-    del grad_rows, x, live_rows, out, accumulate
-
-
-@_operator(
-    "(Tensor grad_rows, Tensor x, Tensor? live_rows, Tensor(a!) out, bool accumulate) -> ()",
-    _fake_grad_weight_into,
-    mutates=("out",),
-)
-def grad_weight_into(
-    grad_rows: Tensor, x: Tensor, live_rows: Tensor | None, out: Tensor, accumulate: bool
-) -> None:
-    """The same into ``out`` of any floating dtype; added in fp32 to what it holds, or written."""
-    from step37_kernels.ops import project_backward
-
-    project_backward.grad_weight_into(grad_rows, x, live_rows, out, accumulate=accumulate)
+    Args:
+        rows: ``[R, H]`` gradient rows.
+        x: ``[R, C]`` feature rows.
+        main_grad: ``[H, C]``.
+        add: to what it holds, instead of in its place.
+    """
+    if main_grad.dtype == x.dtype:
+        torch.addmm(main_grad, rows.T, x, beta=int(add), out=main_grad)
+    elif main_grad.dtype == torch.float32 and main_grad.is_cuda:
+        torch.addmm(main_grad, rows.T, x, torch.float32, beta=int(add), out=main_grad)
+    else:
+        # PyTorch has no product with another result dtype on the CPU.
+        product = rows.T.to(torch.float32) @ x.to(torch.float32)
+        main_grad.copy_(main_grad + product if add else product)

@@ -4,14 +4,15 @@ One mechanism serves both: the positions, in the whole sequence, of the rows tha
 plan is made for the whole sequence, on every rank alike, and :meth:`InsertPlan.shard` keeps what
 lands on the rank, so each projects only rows of its own shard.
 
-Plain ``torch.distributed``; :mod:`step37_kernels.megatron` builds a layout from Megatron's groups.
+Plain ``torch.distributed``; :func:`sequence_layout` and :func:`auto_layout` read Megatron's groups,
+and alone import it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -175,3 +176,90 @@ class SequenceLayout:
 
 LayoutRule = Callable[[Any], SequenceLayout | None]
 """Gives the layout of this rank from the borrowed language embedding, in every forward anew."""
+
+Layout = SequenceLayout | LayoutRule | Literal["auto"] | None
+"""Which rows of the sequence a rank holds: all (None), or what it says; ``"auto"`` is
+:func:`auto_layout`."""
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise ``ValueError`` unless it is a :data:`Layout`."""
+    known = layout is None or layout == "auto" or isinstance(layout, SequenceLayout)
+    if not (known or callable(layout)):
+        raise ValueError(f"layout: expected 'auto', sequence_layout(...) or None, got {layout!r}")
+
+
+def sequence_layout(
+    *, sequence_parallel: bool = False, cu_seqlens: Tensor | None = None
+) -> SequenceLayout | None:
+    """The layout of this rank by Megatron's parallel state.
+
+    Args:
+        sequence_parallel: ``config.sequence_parallel``.
+        cu_seqlens: bounds of packed sequences, which context parallelism cuts one by one.
+
+    Returns:
+        None where every rank holds the whole sequence.
+    """
+    from megatron.core import parallel_state
+
+    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    context_ranks = parallel_state.get_context_parallel_world_size()
+    parted = sequence_parallel and tensor_ranks > 1
+    if not parted and context_ranks == 1:
+        return None
+    return SequenceLayout(
+        sequence_parallel_group=(
+            parallel_state.get_tensor_model_parallel_group() if parted else None
+        ),
+        context_parallel_group=(
+            parallel_state.get_context_parallel_group() if context_ranks > 1 else None
+        ),
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def auto_layout(language_embedding: Any) -> SequenceLayout | None:
+    """The layout of this rank under sequence parallelism, as the language embedding has it.
+
+    What ``layout="auto"`` stands for. Asked in every forward, because a model may be built before
+    Megatron's groups are.
+
+    Args:
+        language_embedding: Megatron-Core's ``LanguageModelEmbedding``. Its
+            ``config.sequence_parallel`` decides, its tensor-parallel group (Megatron's default one
+            if it has none) says what this rank's rows are. Whether it scatters its rows itself
+            makes no difference: they are divided once.
+
+    Returns:
+        None without sequence parallelism: every rank holds the whole sequence.
+
+    Raises:
+        ValueError: under context parallelism, where it cannot be known whether ``input_ids`` are
+            whole, nor how packed sequences are cut; or the embedding is not Megatron's.
+    """
+    from megatron.core import parallel_state
+
+    config = getattr(language_embedding, "config", None)
+    if config is None:
+        raise ValueError(
+            "layout: 'auto' reads language_embedding.config, which "
+            f"{type(language_embedding).__name__} has not; pass layout=sequence_layout(...), or "
+            "layout=None where every rank holds the whole sequence"
+        )
+    context_ranks = config.context_parallel_size
+    if parallel_state.model_parallel_is_initialized():
+        context_ranks = max(context_ranks, parallel_state.get_context_parallel_world_size())
+    if context_ranks > 1:
+        raise ValueError(
+            f"layout: 'auto' cannot tell how {context_ranks} context-parallel ranks share the "
+            "sequence; give every rank the whole input_ids and pass "
+            "layout=sequence_layout(sequence_parallel=..., cu_seqlens=...) to have each embed its "
+            "own positions, or layout=None to have each embed all"
+        )
+    if not config.sequence_parallel:
+        return None
+    group = getattr(language_embedding, "tp_group", None)
+    if group is None:
+        group = parallel_state.get_tensor_model_parallel_group()
+    return SequenceLayout(sequence_parallel_group=group) if group.size() > 1 else None

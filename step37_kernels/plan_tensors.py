@@ -1,61 +1,42 @@
-"""The plan's implementation: layout tables on the device, and the plan by PyTorch operations.
+"""The plan's tensors: by the kernels, or by PyTorch operations; and layout tables on the device.
 
-A *run* is ``(features, rows of each)``, one per feature tensor ``[N, L, C]``. The layout of a batch
-is a handful of runs however many images it holds, so nothing here loops over images.
+From the operator to the kernels' arguments a layout is four tuples: ``tokens [G]`` and
+``group_sizes [G]`` (features) of the groups; ``features`` and ``rows`` (of each feature) of the
+runs of all groups.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-"""``(start_token, ((features, rows), …))`` of each insertion group."""
-
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``found [G]``, all int32."""
+"""``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``start_counts [G]``, all int32."""
 
-
-def num_rows(runs: Runs) -> int:
-    """R, rows of all features of all groups."""
-    return sum(features * rows for _, group in runs for features, rows in group)
-
-
-def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
-    """Join neighbours with equal row counts."""
-    result = []
-    for token, row_counts in groups:
-        group: list[tuple[int, int]] = []
-        for count in map(operator.index, row_counts):
-            if group and group[-1][1] == count:
-                group[-1] = (group[-1][0] + 1, count)
-            else:
-                group.append((1, count))
-        result.append((operator.index(token), tuple(group)))
-    return tuple(result)
+_Numbers = tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _host_tables(runs: Runs) -> tuple[int, ...]:
+def _host_tables(
+    tokens: _Numbers, group_sizes: _Numbers, features: _Numbers, rows: _Numbers
+) -> _Numbers:
     """``[G + 1, 2]`` (start token, first feature), then ``[N + 1]`` first rows, flattened.
 
     Numbers, not a tensor, are what is kept for the layouts seen last. A tensor would belong to
     where it was made: to a stream, on which alone it is known to have arrived; to the pool of a
     CUDA graph, which it must not outlive; to a mode, such as that of fake tensors.
     """
-    table: list[int] = []
-    offsets = [0]
-    for token, group in runs:
-        table += [token, len(offsets) - 1]
-        for features, rows in group:
-            first = offsets[-1]
-            offsets += [first + rows * k for k in range(1, features + 1)]
-    table += [0, len(offsets) - 1]
-    return (*table, *offsets)
+    firsts = (0, *itertools.accumulate(group_sizes))
+    first_rows = [0]
+    for count, each in zip(features, rows, strict=True):
+        first = first_rows[-1]
+        first_rows += [first + each * k for k in range(1, count + 1)]
+    pairs = zip((*tokens, 0), firsts, strict=True)
+    return (*(number for pair in pairs for number in pair), *first_rows)
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
@@ -80,53 +61,69 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
-def _device_tables(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_plan(
+    input_ids: Tensor,
+    tokens: _Numbers,
+    group_sizes: _Numbers,
+    features: _Numbers,
+    rows: _Numbers,
+    triton: bool,
+) -> PlanTensors:
+    """Plan by the kernels or by PyTorch; arguments are valid."""
+    if triton and tokens and input_ids.numel():
+        from step37_kernels.ops import plan as ops
+
+        groups = tuple(zip(tokens, group_sizes, strict=True))
+        runs = tuple(zip(features, rows, strict=True))
+        tables = None
+        if max(len(groups), len(runs)) > ops.MAX_INLINE:
+            tables = _device_tables(tokens, group_sizes, features, rows, input_ids.device)
+        return ops.plan_rows(input_ids, groups, runs, tables)
+    _, first_rows = _device_tables(tokens, group_sizes, features, rows, input_ids.device)
+    total = sum(n * each for n, each in zip(features, rows, strict=True))
+    return _plan_torch(input_ids, tokens, group_sizes, first_rows, total)
+
+
+def _device_tables(
+    tokens: _Numbers,
+    group_sizes: _Numbers,
+    features: _Numbers,
+    rows: _Numbers,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """The layout of the groups on the device: ``[G + 1, 2]`` int64 and ``[N + 1]`` int32."""
-    flat = _upload(_host_tables(runs), device)
-    length = 2 * (len(runs) + 1)
+    flat = _upload(_host_tables(tokens, group_sizes, features, rows), device)
+    length = 2 * (len(tokens) + 1)
     return flat[:length].view(-1, 2), flat[length:].to(torch.int32)
 
 
-def make_plan(input_ids: Tensor, runs: Runs, triton: bool) -> PlanTensors:
-    """Plan by the kernels or by PyTorch; arguments are valid."""
-    if triton and runs and input_ids.numel():
-        from step37_kernels.ops import plan as ops
-
-        groups = [(token, sum(features for features, _ in group)) for token, group in runs]
-        flat = [run for _, group in runs for run in group]
-        small = max(len(groups), len(flat)) <= ops.MAX_INLINE
-        tables = None if small else _device_tables(runs, input_ids.device)
-        return ops.plan_rows(input_ids, groups, flat, tables)
-    return _plan_torch(input_ids, runs, _device_tables(runs, input_ids.device)[1])
-
-
-def _plan_torch(input_ids: Tensor, runs: Runs, offsets: Tensor) -> PlanTensors:
+def _plan_torch(
+    input_ids: Tensor, tokens: _Numbers, group_sizes: _Numbers, first_rows: Tensor, total: int
+) -> PlanTensors:
     """Like the kernels it never waits for the device.
 
     A slot past the end of each result takes what has no place, and is cut off afterwards.
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
-    total = num_rows(runs)
     flat_ids = input_ids.flatten()
     index = torch.arange(num_positions, device=input_ids.device)
     first_position = (index % max(seq_len, 1) + 1) * batch_size + index // max(seq_len, 1)
     starts: list[Tensor] = []
-    found: list[Tensor] = []
-    for token, group in runs:
-        capacity = sum(features for features, _ in group)
+    counts: list[Tensor] = []
+    for token, capacity in zip(tokens, group_sizes, strict=True):
         match = flat_ids == token
         rank = match.cumsum(0) - 1
         slot = torch.where(match, rank, capacity).clamp_max(capacity)
         slots = first_position.new_full((capacity + 1,), -1)
         starts.append(slots.scatter(0, slot, first_position)[:-1])
-        found.append(match.sum())
+        counts.append(match.sum())
     start = torch.cat(starts) if starts else index.new_empty(0)
 
     row = torch.arange(total, device=input_ids.device)
-    counts = offsets.diff().long()
-    start_of_row = start.repeat_interleave(counts, output_size=total)
-    first_of_row = offsets[:-1].long().repeat_interleave(counts, output_size=total)
+    rows_each = first_rows.diff().long()
+    start_of_row = start.repeat_interleave(rows_each, output_size=total)
+    first_of_row = first_rows[:-1].long().repeat_interleave(rows_each, output_size=total)
     position = start_of_row + (row - first_of_row) * batch_size
     lands = (start_of_row >= 0) & (position < num_positions)
     slot = torch.where(lands, position, num_positions)
@@ -136,5 +133,5 @@ def _plan_torch(input_ids: Tensor, runs: Runs, offsets: Tensor) -> PlanTensors:
         torch.where(kept, position, -1).to(torch.int32),
         row_at[:-1].view(seq_len, batch_size).to(torch.int32),
         start.to(torch.int32),
-        torch.stack(found).to(torch.int32) if found else start.to(torch.int32),
+        torch.stack(counts).to(torch.int32) if counts else start.to(torch.int32),
     )

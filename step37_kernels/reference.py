@@ -139,7 +139,7 @@ class Plan(NamedTuple):
     """``[S, B]`` int32: the feature row that a position receives, −1 where the text row stays."""
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row, −1 for one without location."""
-    found: Tensor
+    start_counts: Tensor
     """``[G]`` int32: how many start tokens of each group ``input_ids`` holds."""
 
 
@@ -154,11 +154,11 @@ def plan_insert(input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) 
     batch_size, seq_len = input_ids.shape
     row_at = torch.full((seq_len, batch_size), -1, dtype=torch.int32)
     starts: list[int] = []
-    found: list[int] = []
+    start_counts: list[int] = []
     num_rows = 0
     for start_token, row_counts in groups:
         locations = insert_locations(input_ids, start_token)
-        found.append(len(locations))
+        start_counts.append(len(locations))
         for k, count in enumerate(row_counts):
             if k < len(locations):
                 batch, start = locations[k]
@@ -176,7 +176,7 @@ def plan_insert(input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) 
         destinations,
         row_at,
         torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(found, dtype=torch.int32),
+        torch.tensor(start_counts, dtype=torch.int32),
     )
 
 
@@ -212,7 +212,7 @@ def project_and_insert(
     features: Tensor | Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    destinations: Tensor,
+    plan: Plan,
 ) -> Tensor:
     """Project feature rows and put each at its destination, one row after the other.
 
@@ -221,12 +221,12 @@ def project_and_insert(
         features: the rows of all groups, ``R`` together: a tensor ``[..., C]`` or a sequence.
         weight: ``[H, C]``.
         bias: ``[H]`` or None.
-        destinations: ``[R]`` from :func:`plan_insert` or :func:`plan_placeholders`.
+        plan: from :func:`plan_insert` or :func:`plan_placeholders`.
     """
     tensors = [features] if isinstance(features, Tensor) else list(features)
     rows = [row for tensor in tensors for row in tensor.reshape(-1, tensor.shape[-1])]
     fused = embeddings.clone()
-    for row, destination in zip(rows, destinations.tolist(), strict=True):
+    for row, destination in zip(rows, plan.destinations.tolist(), strict=True):
         if destination >= 0:
             place = divmod(destination, embeddings.shape[1])
             fused[place] = project(row, weight, bias).to(fused)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from step37_data.images.crops import CropPlan, Window
 from step37_kernels.dispatch import Impl
-from step37_kernels.pixels.normalize import Crop, RaggedImages, clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.ragged import Crop, RaggedImages
 from step37_kernels.pixels.resize import resize_uint8
 
 PixelOrder = Literal["pillow", "serving"]
@@ -130,7 +131,7 @@ def prepare_on_device(
         offsets=[full.offsets[i] for i in sources],
         shapes=[full.shapes[i] for i in sources],
     )
-    canvases = resize_uint8(cropped, sizes, room=room, impl=impl)
+    canvases = resize_uint8(cropped, sizes, padded_sizes=room, impl=impl)
     return DevicePictures(full=full, canvases=canvases, canvas_of=canvas_of)
 
 

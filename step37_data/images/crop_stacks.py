@@ -39,12 +39,9 @@ from step37_data.images.decode import (
 )
 from step37_data.images.device import Stack, kernels_match_pillow, to_device, upload
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
-from step37_kernels.pixels.normalize import (
-    Crop,
-    RaggedImages,
-    clip_normalize,
-    resize_clip_normalize,
-)
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.ragged import Crop, RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,9 @@ from step37_data.images.decode import (
     map_threads,
 )
 from step37_kernels.pixels import pillow as resample
-from step37_kernels.pixels.normalize import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.ragged import RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,16 @@ def round_to(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def let_dependants_start(INTERPRET: tl.constexpr):
+    """A kernel launched next with ``launch_pdl=True`` may start, and waits itself for our results.
+
+    Nothing without programmatic dependent launch: before sm_90, on AMD, in the interpreter.
+    """
+    if not INTERPRET and tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 VECTOR = tl.constexpr(8)
 """Elements of a vector that is loaded or stored as one, 16 bytes of the 16-bit types."""
 

@@ -19,8 +19,9 @@ from step37_kernels.ops.common import (
     round_to,
     whole_vectors,
 )
+from step37_kernels.ops.launch import launch
 
-Line = tuple[float, float, float, float, float, float]
+ScaleAndOffset = tuple[float, float, float, float, float, float]
 """Scale and offset of red, green and blue."""
 
 BLOCK_PIXELS = 1024
@@ -144,7 +145,7 @@ def normalize_kernel(
 
 
 def normalize(
-    pixels: torch.Tensor, results: torch.Tensor | Line, dtype: torch.dtype
+    pixels: torch.Tensor, results: torch.Tensor | ScaleAndOffset, dtype: torch.dtype
 ) -> torch.Tensor:
     """Launch :func:`normalize_kernel`.
 
@@ -174,7 +175,9 @@ def normalize(
     )
     grid = (n * rows * ceil_div(columns, BLOCK_PIXELS),)
     with device_of(pixels):
-        normalize_kernel[grid](
+        launch(
+            normalize_kernel,
+            grid,
             pixels,
             results if isinstance(results, torch.Tensor) else out,
             out,
@@ -191,7 +194,7 @@ def normalize(
     return out
 
 
-def line_arguments(results: torch.Tensor | Line) -> dict[str, float | bool]:
+def line_arguments(results: torch.Tensor | ScaleAndOffset) -> dict[str, float | bool]:
     """Scales and offsets as arguments of the kernels; unread zeros where a table serves."""
     line = (0.0,) * 6 if isinstance(results, torch.Tensor) else results
     names = [

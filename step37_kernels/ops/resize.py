@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of, in_vectors, whole_vectors
-from step37_kernels.ops.normalize import Line, line_arguments, normalized
+from step37_kernels.ops.launch import launch
+from step37_kernels.ops.normalize import ScaleAndOffset, line_arguments, normalized
 
 # Rows and columns of a program's tile, and how many rows it works on at a time: the more, the more
 # loads are on the way together. A warp of the second pass stores whole vectors, and its 256 columns
@@ -352,7 +353,7 @@ def resize(
     pixels: torch.Tensor,
     jobs: Sequence[ResizeJob],
     tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
-    results: torch.Tensor | Line,
+    results: torch.Tensor | ScaleAndOffset,
     dtype: torch.dtype,
     size: int,
 ) -> torch.Tensor:
@@ -407,7 +408,9 @@ def resize(
     middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
     out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
     with device_of(pixels):
-        first_pass_kernel[(len(tile_jobs),)](
+        launch(
+            first_pass_kernel,
+            (len(tile_jobs),),
             pixels,
             device_records,
             device_tables,
@@ -423,7 +426,9 @@ def resize(
         for vertical_done, members in enumerate(by_order):
             if not len(members):
                 continue
-            second_pass_kernel[(len(members) * _tiles(size, size, SECOND_PASS_TILE),)](
+            launch(
+                second_pass_kernel,
+                (len(members) * _tiles(size, size, SECOND_PASS_TILE),),
                 middle,
                 device_records,
                 members,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of
+from step37_kernels.ops.launch import launch
 from step37_kernels.ops.resize import filter_pass, join_tables, needs_clamp, upload
 
 # Rows and columns of a program's tile, and rows at a time: as in the first pass of ops.resize.
@@ -169,7 +170,9 @@ def resize(
     clamp = needs_clamp(tables)
     options = {"ROWS": TILE[0], "COLUMNS": TILE[1], "LINES": LINES, "CLAMP": clamp}
     with device_of(pixels):
-        filter_pass_kernel[(len(first_tiles),)](
+        launch(
+            filter_pass_kernel,
+            (len(first_tiles),),
             pixels,
             first,
             device_tables,
@@ -179,7 +182,9 @@ def resize(
             TARGET_STEP=1,
             **options,
         )
-        filter_pass_kernel[(len(second_tiles),)](
+        launch(
+            filter_pass_kernel,
+            (len(second_tiles),),
             planes,
             second,
             device_tables,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from step37_kernels.ops.common import INTERPRETED
+from step37_kernels.ops.common import INTERPRETED, ceil_div
 
 Product = Literal["forward", "grad_features", "grad_weight", "accumulate_weight"]
 """``accumulate_weight`` is grad_weight on top of what ``main_grad`` holds."""
@@ -30,7 +30,9 @@ class Tile:
     """One program's share of an ``[M, N] = [M, K] · [K, N]`` product, and how it is compiled."""
 
     block_m: int
+    """Feature rows; of the insert's tiles also a sum of two powers of two: two products."""
     block_n: int
+    """Columns of H."""
     block_k: int
     group_m: int
     num_warps: int
@@ -43,6 +45,8 @@ class Tile:
     """Programs that share one tile's reduction; a second pass adds their parts in order."""
     subtiles: int = 1
     """2: the epilogue goes through the tile by halves, with fewer registers."""
+    library: bool = False
+    """Not a tile: the library multiplies (cuBLAS, hipBLAS), one more kernel places the rows."""
 
     def __post_init__(self) -> None:
         if self.persistent and self.split_k > 1:
@@ -52,6 +56,8 @@ class Tile:
 
     def __str__(self) -> str:
         """As tables show it: ``128×256×64 TMA persistent halves``."""
+        if self.library:
+            return "library"
         parts = [f"{self.block_m}×{self.block_n}×{self.block_k}"]
         parts += ["TMA"] * self.tma + ["persistent"] * self.persistent
         parts += [f"split {self.split_k}"] * (self.split_k > 1) + ["halves"] * (self.subtiles > 1)
@@ -183,3 +189,103 @@ def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile
             yield product, tile
             if tile.tma:
                 yield product, tile.by_pointers
+
+
+# --- The insert ---------------------------------------------------------------------------------
+
+LIBRARY = Tile(0, 0, 0, 1, 0, 0, library=True)
+MAX_PARTS = 8
+
+# 16-bit operands on Hopper, by the model of ``bench predict`` for 132 multiprocessors: a wave that
+# fits beats a tile that is large. 192 rows are two products, 128 + 64, on one block of the weight.
+_192x256 = Tile(192, 256, 64, 1, 8, 4, tma=True)
+_128x256 = Tile(128, 256, 64, 1, 8, 4, tma=True)
+_192x128 = Tile(192, 128, 64, 1, 8, 5, tma=True)
+_128x128 = Tile(128, 128, 64, 1, 8, 6, tma=True)
+_HOPPER_INSERT: tuple[tuple[int, Tile], ...] = (
+    # rows up to, tile; pictures of 169 rows; tiles of C = 6144, H = 4096 in waves of 132
+    (128, _128x128),  # 32 tiles, K split in 4
+    (192, _192x128),  # 1: 32, split in 4
+    (256, _128x256),
+    (384, _192x256),  # 2: 32, split in 4
+    (512, _128x256),  # 3: 64, split in 2
+    (768, _192x128),  # 4: 128
+    (1280, _128x256),  # 5: 112; 6: 128; 7: a wave, and 28 split in 4
+    (1920, _192x256),  # 8, 9: 128; 10, 11: a wave, and 12 split in 8, 28 in 4
+    (2048, _128x256),  # 12: a wave, and 124
+    (2304, _192x256),  # 13: a wave, and 60 split in 2
+    (2560, _128x256),  # 14, 15: two waves, and 40 split in 3, 56 in 2
+    (3840, _192x256),  # 16: a wave, and 108
+    (4224, _128x256),
+    (5376, _192x256),
+    (5632, _128x256),
+    (7104, _192x256),  # 39: four waves, and 32 split in 4
+    (7296, _128x256),
+    (2**31, _192x256),
+)
+# The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
+_INTERPRETER_INSERT = Tile(48, 32, 32, 1, 4, 2, tma=True)
+
+
+def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
+    """The table's entry for ``rows`` feature rows of ``dtype``; needs no GPU.
+
+    Args:
+        rows: of all sources together.
+        dtype: of features and weight.
+        capability: 90 for Hopper, 0 for Triton's interpreter; of AMD what PyTorch says.
+    """
+    if capability == 0:
+        return _INTERPRETER_INSERT
+    if capability != 90 or dtype.itemsize != 2:
+        return LIBRARY
+    return next(tile for most, tile in _HOPPER_INSERT if rows <= most)
+
+
+def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:
+    """The entry for contiguous sources ``[R_i, C]``; the library's where TMA cannot read them."""
+    capability = 0 if INTERPRETED else _capability(weight.device)
+    tile = entry(sum(map(len, sources)), weight.dtype, capability)
+    return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which programs of a launch have which tile: first one for each of ``whole`` tiles, then
+    ``parts`` for each of ``tail`` more, which share its reduction."""
+
+    whole: int
+    tail: int
+    parts: int
+
+    @property
+    def programs(self) -> int:
+        return self.whole + self.tail * self.parts
+
+    @property
+    def partials(self) -> int:
+        """Programs that leave ``block_m × block_n`` fp32 values to a second launch, which adds
+        the parts of each tile in order."""
+        return self.tail * self.parts
+
+
+def schedule(
+    tile: Tile, row_counts: Sequence[int], hidden: int, width: int, processors: int
+) -> Schedule:
+    """One program to a multiprocessor: full waves of whole tiles; those of the last wave, if they
+    would leave more than half of the multiprocessors idle, in as many parts as these can take.
+
+    Args:
+        tile: not the library's.
+        row_counts: rows of each source; no tile spans two of them.
+        hidden, width: H and C.
+        processors: multiprocessors of the GPU.
+    """
+    rows = sum(ceil_div(count, tile.block_m) for count in row_counts)
+    tiles = rows * ceil_div(hidden, tile.block_n)
+    tail = tiles % processors
+    most = min(MAX_PARTS, ceil_div(width, tile.block_k))
+    parts = min(most, processors // tail) if tail else 1
+    if parts <= 1:
+        return Schedule(whole=tiles, tail=0, parts=1)
+    return Schedule(whole=tiles - tail, tail=tail, parts=parts)

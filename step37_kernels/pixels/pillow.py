@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from step37_kernels.pixels.reference import PRECISION_BITS, vertical_pass_first
-
+PRECISION_BITS = 22
+"""Fractional bits of the coefficients."""
 NEWEST_KNOWN_PILLOW = (13, 0)
 
 
@@ -64,6 +64,22 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     table = np.concatenate([first.astype(np.int32)[None], fixed.T])
     table.setflags(write=False)
     return table
+
+
+def vertical_pass_first(
+    in_height: int, in_width: int, out_height: int, out_width: int, pillow: tuple[int, int]
+) -> bool:
+    """Whether Pillow of version ``pillow`` (major, minor) filters the columns before the rows.
+
+    The picture is rounded to 8 bits between the passes, so the order shows in the result. Pillow
+    12.2 began to turn it round for very tall pictures, and 13.0 wherever that is less work.
+    """
+    if pillow >= (13, 0):
+        fewer_rows = in_height - out_height
+        return fewer_rows > 0 and fewer_rows > 2 * (in_width - out_width)
+    if pillow >= (12, 2):
+        return in_height > 100 * in_width and out_height < in_height
+    return False
 
 
 def resize(image: torch.Tensor, size: int, pillow: tuple[int, int]) -> torch.Tensor:

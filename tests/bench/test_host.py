@@ -10,9 +10,9 @@ def test_launches_are_counted_and_every_operation_has_a_time():
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[4:]]
     assert [(name, int(launches)) for name, launches, *_ in rows] == [
-        ("plan", 2),
+        ("plan", 1),
         ("project and insert", 1),
         ("project and insert, channels-first", 2),
         ("project and insert, and backward to the weight", 3),
     ]
-    assert all(float(cached) > 0 and float(uncached) > 0 for *_, cached, uncached in rows)
+    assert all(float(host_us) > 0 for *_, host_us in rows)

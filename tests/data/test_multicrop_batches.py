@@ -27,7 +27,7 @@ from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
 from step37_kernels import ImageInsertEmbedding, reference
 from step37_kernels.pixels import reference as reference_pixels
-from step37_kernels.pixels.normalize import RaggedImages
+from step37_kernels.pixels.ragged import RaggedImages
 from tests.data.multicrop_oracle import BILINEAR, see
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -446,7 +446,7 @@ def test_a_pack_that_mixes_crops_and_images_is_fused_as_the_reference_does(
         [group.image_features.double().cpu() for group in out["images"]],
         module.align_projector.weight.double().cpu(),
         None,
-        plan.destinations,
+        plan,
     )
     torch.testing.assert_close(fused.double().cpu(), expected, rtol=1e-5, atol=1e-5)
     # Every row is the row of the right window of the right picture.

@@ -22,7 +22,8 @@ from step37_data.images.crop_pixels import (
 from step37_data.images.crops import plan_crops
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import reference as reference_pixels
-from step37_kernels.pixels.normalize import RaggedImages, resize_clip_normalize
+from step37_kernels.pixels.ragged import RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 from tests.data.multicrop_oracle import BILINEAR, Seen, see
 from tests.data.test_multicrop import PHOTOS, sides
 

@@ -20,7 +20,8 @@ from step37_data.preprocess import (
     preprocess_packed_batch,
 )
 from step37_kernels.pixels import pillow as resample
-from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, resize_clip_normalize
+from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IM_START, PATCH_START = 128000, 128003

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from step37_kernels import image_insert_embedding
+from step37_kernels.count_watch import count_watch
 from tests import ptx
 
 if ptx.ARCHITECTURE:  # these run in processes of their own, or launch nothing: as without it
@@ -25,10 +25,9 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def own_count_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_count_watch() -> None:
     """On CUDA a later forward warns about a mismatch: one of the same test, or nobody."""
-    watch = image_insert_embedding._CountWatch()
-    monkeypatch.setattr(image_insert_embedding, "_count_watch", watch)
+    count_watch._pending.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, image_insert_embedding
+from step37_kernels import ImageForInsert, ImageInsertEmbedding
+from step37_kernels.count_watch import count_watch
 from step37_kernels.parallel import SequenceLayout
-from step37_kernels.plan_tensors import to_runs
+from step37_kernels.plan import to_runs
 from step37_kernels.testing import make_insert_case
 from tests.kernels.strategies import FILLER, TOKENS
 
@@ -87,7 +90,7 @@ def test_one_graph_forward_and_backward_for_all_lengths(device, impl):
 
 def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The compiler logs as well."""
-    name = image_insert_embedding.__name__
+    name = "step37_kernels.count_watch"
     return [record.getMessage() for record in caplog.records if record.name == name]
 
 
@@ -95,7 +98,7 @@ def wait_for_counts(device: str) -> None:
     """On CUDA they are read by a later forward, once they have arrived."""
     if device == "cuda":
         torch.cuda.synchronize()
-        image_insert_embedding._count_watch.poll()
+        count_watch.poll()
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -165,28 +168,31 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
         device=device,
     )
     (token, ((features, rows),)) = to_runs(case.plan_groups)[0]
-    arguments = (case.input_ids, [token], [1], [features], [rows], triton)
+    arguments = (case.input_ids, [token], [features], [features], [rows], triton)
     operators = torch.ops.step37
-    torch.library.opcheck(operators.plan.default, arguments)
-    found = operators.plan(*arguments)[3]
-    torch.library.opcheck(operators.watch_counts.default, (found, [token], [features]))
+    for watch in (True, False):
+        torch.library.opcheck(operators.plan.default, (*arguments, watch))
     if not triton:
         return
-    destinations, row_at, _, _ = operators.plan(*arguments)
+    destinations, row_at, _, _ = operators.plan(*arguments, False)
     weight, bias = case.weight.detach(), case.bias.detach()
     pictures = [case.features[0].detach()]
     torch.library.opcheck(operators.pack_rows.default, (pictures,))
     x = operators.pack_rows(pictures)
-    out = case.embeddings.detach().clone()
+    words = case.embeddings.detach()
     torch.library.opcheck(
-        operators.project_scatter.default, (x, weight, bias, destinations, None, out)
+        operators.project_insert.default,
+        (words, [x], weight, bias, destinations, row_at, None, False),
     )
-    torch.library.opcheck(operators.embedding_grad.default, (case.grad_output, row_at))
-    for bias_sum in (True, False):
+    for wanted in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
-            operators.gather_grad.default,
-            (case.grad_output, destinations, torch.float16, bias_sum),
+            operators.gradient_rows.default,
+            (case.grad_output, row_at, destinations, torch.float16, *wanted),
         )
-    grad_rows, _ = operators.gather_grad(case.grad_output, destinations, torch.float32, False)
-    torch.library.opcheck(operators.grad_features.default, (grad_rows, weight, None))
-    torch.library.opcheck(operators.grad_weight.default, (grad_rows, x, None))
+    asked = (case.grad_output, row_at, destinations, torch.float32, False, True, False)
+    _, grad_rows, _ = operators.gradient_rows(*asked)
+    for add in (True, False):
+        torch.library.opcheck(
+            operators.add_weight_gradient.default,
+            (grad_rows, x, torch.ones(HIDDEN, WIDTH, device=device), add),
+        )

@@ -206,7 +206,7 @@ def test_elements_beyond_two_to_the_31_are_addressed_right():
     features = torch.randn(2, 169, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(hidden, 64, device="cuda", dtype=torch.bfloat16)
     plan = plan_insert(ids, [(IM_START, [169, 169])])
-    output = project_and_insert(embeddings, features, weight, None, plan, inplace=True)
+    output = project_and_insert(embeddings, features, weight, None, plan)
     projected = reference.project(features.detach(), weight)
     for k, start in enumerate(starts):
         span = output[start + 1 : start + 170, 0]
@@ -244,6 +244,7 @@ def test_a_new_number_of_rows_compiles_nothing():
     from step37_kernels.ops import project, project_backward
 
     kernels = [
+        plan_ops.plan_kernel,
         plan_ops.locate_kernel,
         plan_ops.assign_kernel,
         project.project_scatter_kernel,

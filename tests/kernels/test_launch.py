@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+import torch
+
 from tests.kernels.checks import run_compiling
 
 SETUP = """
@@ -45,7 +48,7 @@ def run(script: str) -> object:
 def test_a_new_number_of_rows_images_or_tokens_compiles_nothing():
     script = """
 kernels = [
-    plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
+    plan.plan_kernel, plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
     gemm.sum_splits_kernel, project_backward.embedding_grad_kernel,
     project_backward.gather_grad_kernel, project_backward.grad_features_kernel,
     project_backward.grad_weight_kernel,
@@ -53,28 +56,52 @@ kernels = [
 fused = module()
 for rows in (1, 65, 129, 257, 513, 2049):  # each bucket of the tile table
     step(fused, rows, 64).sum().backward()
+step(fused, 81, plan.MAX_POSITIONS + 1)
 before = [len(compiled(kernel)) for kernel in kernels]
-for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80)):
+for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80),
+                              (81, 20000, 2)):
     step(fused, rows, seq_len, images).sum().backward()
 print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
 """
     before, after = run(script)
     assert before == after
-    assert before[:2] == [1, 1]
+    assert before[:3] == [1, 1, 1]
 
 
-def test_a_forward_pass_is_three_launches():
+def test_gradients_of_any_length_and_whatever_is_wanted_share_three_binaries():
+    script = """
+from itertools import product
+from step37_kernels.ops import gradient
+
+for positions, rows in ((1, 1), (16, 3), (169, 2048), (5000, 5001)):
+    grad = torch.zeros(positions, 1, H, dtype=torch.bfloat16)
+    row_at = torch.zeros(positions, dtype=torch.int32)
+    destinations = torch.zeros(rows, dtype=torch.int32)
+    for embeddings, of_rows, bias in product((False, True), repeat=3):
+        gradient.gradient_rows(
+            grad, row_at, destinations, torch.bfloat16,
+            embeddings=embeddings, rows=of_rows, bias=bias,
+        )
+print(json.dumps([len(launched), len(compiled(gradient.gradient_rows_kernel))]))
+"""
+    assert run(script) == [4 * 7, 3]
+
+
+def test_a_forward_pass_is_two_launches_and_three_where_the_sequence_is_long():
     script = """
 fused = module()
-step(fused, 169, 2048)
-launched.clear()
-step(fused, 169, 2048)
-print(len(launched))
+numbers = []
+for seq_len in (2048, plan.MAX_POSITIONS, plan.MAX_POSITIONS + 1):
+    step(fused, 169, seq_len)
+    launched.clear()
+    step(fused, 169, seq_len)
+    numbers.append(len(launched))
+print(json.dumps(numbers))
 """
-    assert run(script) == 3  # locate, assign, project and scatter
+    assert run(script) == [2, 2, 3]  # the plan, or locate and assign; project and scatter
 
 
-def test_the_second_launch_gets_what_triton_gave_the_first():
+def test_launches_of_one_binary_differ_in_what_a_batch_brings():
     script = """
 memory = torch.zeros(40 * C + 1, dtype=torch.bfloat16)
 aligned, shifted = memory[:-1].view(40, C), memory[1:].view(40, C)
@@ -99,25 +126,19 @@ def plain(arguments):
 
 pointers = tiles.Tile(64, 64, 64, 8, 4, 3)
 tiles.pick = lambda *_: pointers
-asked = []
-real_run = type(project.project_scatter_kernel).run
-type(project.project_scatter_kernel).run = lambda *a, **k: asked.append(0) or real_run(*a, **k)
 first, second = plain(launch(aligned, 40)), plain(launch(aligned, 40))
 fewer = plain(launch(aligned, 16))
-times = len(asked)
 other = plain(launch(shifted, 40)), plain(launch(shifted, 40))
-print(json.dumps([first, second, fewer, other, times, len(asked), launch(aligned, 1)[9 + 9]]))
+print(json.dumps([first, second, fewer, other, launch(aligned, 1)[9 + 9]]))
 """
-    first, second, fewer, other, times, asked, one_row = run(script)
+    first, second, fewer, other, one_row = run(script)
     assert first == second
-    assert times == 1  # and not for a new number of rows
     assert [a for a, b in zip(first[0], fewer[0], strict=True) if a != b][-1:] == ["40"]
     function = 4
     assert fewer[0][function] == first[0][function]
     # Memory that is not aligned is another binary.
     assert other[0] == other[1]
     assert other[0][0][function] != first[0][function]
-    assert asked == 2
     assert one_row == 1  # a single row is passed as such
 
 
@@ -153,5 +174,76 @@ for _ in range(2):
         arguments[7](arguments[6])
 print(json.dumps(seen))
 """
-    names = ["locate_kernel", "assign_kernel", "project_scatter_kernel"]
-    assert run(script) == names * 2
+    assert run(script) == ["plan_kernel", "project_scatter_kernel"] * 2
+
+
+CAPTURE = """
+torch.cuda.is_initialized = lambda: True
+capturing = [False]
+torch.cuda.is_current_stream_capturing = lambda: capturing[0]  # no GPU here, so no capture
+
+
+def plan_of(dtype):
+    launched.clear()
+    try:
+        plan.plan_rows(torch.zeros(1, 64, dtype=dtype), [(7, 1)], [(1, 4)], None)
+    except RuntimeError as error:
+        return [str(error), len(launched)]
+    return len(launched)
+"""
+
+
+def test_a_first_launch_inside_a_graph_capture_says_what_to_call_before():
+    script = """
+loaded = []
+NoDriver.utils.load_binary = lambda *_: loaded.append(0) or (0, len(loaded), 0, 0, 1024)
+capturing[0] = True
+refused = plan_of(torch.int64)
+refused.append(len(loaded))
+capturing[0] = False
+outside = plan_of(torch.int64)
+capturing[0] = True
+print(json.dumps([refused, outside, plan_of(torch.int64), plan_of(torch.int32)]))
+"""
+    (message, launches, loads), outside, captured, of_another_type = run(CAPTURE + script)
+    assert message == (
+        "plan_kernel would be launched for the first time inside a CUDA graph capture, where no "
+        "kernel can be loaded; run one forward and backward with the same shapes before the capture"
+    )
+    assert (launches, loads) == (0, 0)
+    assert outside == captured > 0
+    assert of_another_type == [message, 0]  # which is another binary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+def test_a_first_launch_inside_a_real_capture_is_refused_and_a_second_one_is_not():
+    script = """
+import json
+import torch
+from step37_kernels.ops import plan
+
+ids = torch.full((1, 64), 7, device="cuda")
+
+
+def capture():
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        planned = plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+    graph.replay()
+    torch.cuda.synchronize()
+    return planned
+
+
+message = None
+try:
+    capture()
+except RuntimeError as error:
+    message = str(error)
+plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+print(json.dumps([message, capture()[0].tolist()]))
+"""
+    done = run_compiling("-c", script)
+    assert done.returncode == 0, done.stderr
+    message, destinations = json.loads(done.stdout)
+    assert "for the first time inside a CUDA graph capture" in message
+    assert destinations == [1, 2, 3, 4]

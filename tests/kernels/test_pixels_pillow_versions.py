@@ -17,7 +17,7 @@ import numpy as np, PIL, torch
 from PIL import Image
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels import pillow as resample
-from step37_kernels.pixels.normalize import resize_clip_normalize
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 assert PIL.__version__ == sys.argv[1], PIL.__version__
 order = tuple(int(n) for n in PIL.__version__.split(".")[:2])

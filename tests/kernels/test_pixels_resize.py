@@ -17,7 +17,9 @@ from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import pillow as resample
 from step37_kernels.pixels import reference as reference_pixels
-from step37_kernels.pixels.normalize import DTYPES, Crop, RaggedImages, resize_clip_normalize
+from step37_kernels.pixels.normalize import DTYPES
+from step37_kernels.pixels.ragged import Crop, RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PHOTOS = Path(__file__).resolve().parents[2] / "examples" / "flickr8k_mini" / "train"

@@ -42,7 +42,7 @@ def test_a_batch_first_plan_is_the_same_map_otherwise_numbered(ids, groups):
     for ours, theirs in zip(other.destinations.tolist(), plan.destinations.tolist(), strict=True):
         s, b = divmod(theirs, batch_size)
         assert ours == (-1 if theirs < 0 else b * seq_len + s)
-    for name in ("starts", "found"):
+    for name in ("starts", "start_counts"):
         assert torch.equal(getattr(other, name), getattr(plan, name))
 
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step37_kernels import InsertPlan, plan_insert, reference
+from step37_kernels.ops import plan as plan_ops
 from tests.kernels.strategies import plan_groups, token_ids
 
 FIELDS = ("destinations", "row_at", "starts", "found")
 IMPLS = ("triton", "torch")
+LAUNCHES = pytest.mark.parametrize(
+    ("impl", "two_launches"),
+    [("triton", False), ("triton", True), ("torch", False)],
+    ids=["one launch", "two launches", "torch"],
+    indirect=["two_launches"],
+)
+
+
+@pytest.fixture(scope="module")
+def two_launches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As above :data:`plan_ops.MAX_POSITIONS` if asked for, at sizes that take no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(plan_ops, "MAX_POSITIONS", 0)
+        yield
 
 
 def assert_same_plan(plan: InsertPlan, wanted: reference.Plan) -> None:
@@ -21,7 +39,8 @@ def assert_same_plan(plan: InsertPlan, wanted: reference.Plan) -> None:
         assert torch.equal(actual.cpu(), expected), f"{name}: {actual} is not {expected}"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("two_launches")
+@LAUNCHES
 @given(input_ids=token_ids(), groups=plan_groups())
 def test_the_plan_is_the_references_for_any_ids_and_groups(device, impl, input_ids, groups):
     plan = plan_insert(input_ids.to(device), groups, impl=impl)
@@ -39,10 +58,11 @@ def test_the_docstrings_example_is_true(device, impl):
     assert plan.starts.tolist() == [2, 4, 7]
     assert plan.row_at.flatten().tolist() == [-1, -1, 0, 1, 3, 4, -1, 5]
     assert plan.destinations.tolist() == [2, 3, -1, 4, 5, 7, -1, -1, -1]
-    assert plan.found.tolist() == [3]
+    assert plan.start_counts.tolist() == [3]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("two_launches")
+@LAUNCHES
 @settings(max_examples=4)
 @given(
     seed=st.integers(0, 2**31),
@@ -105,7 +125,7 @@ def test_ids_may_have_any_strides(device, impl, view):
 def test_a_batch_without_tokens_has_no_locations(device, impl, shape):
     plan = plan_insert(torch.zeros(shape, dtype=torch.int64, device=device), [(7, [3])], impl=impl)
     assert plan.destinations.tolist() == [-1, -1, -1]
-    assert plan.found.tolist() == [0]
+    assert plan.start_counts.tolist() == [0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -120,14 +120,12 @@ def test_row_by_row_insertion_along_the_plan_is_the_loop_over_features():
     embeddings, weight, bias = double(7, 2, 3, seed=0), double(3, 4, seed=1), double(3, seed=2)
     pictures, crops = double(4, 3, 4, seed=3), double(2, 2, 4, seed=4)
     plan = reference.plan_insert(IDS, [(CROP, [2, 2]), (PIC, [3, 3, 3, 3])])
-    by_plan = reference.project_and_insert(
-        embeddings, [crops, pictures], weight, bias, plan.destinations
-    )
+    by_plan = reference.project_and_insert(embeddings, [crops, pictures], weight, bias, plan)
     by_loop = reference.image_insert_embedding(
         embeddings, IDS, [(CROP, crops), (PIC, pictures)], weight, bias
     )
     torch.testing.assert_close(by_plan, by_loop, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(
-        lambda *a: reference.project_and_insert(a[0], [a[1], a[2]], a[3], a[4], plan.destinations),
+        lambda *a: reference.project_and_insert(a[0], [a[1], a[2]], a[3], a[4], plan),
         (embeddings, crops, pictures, weight, bias),
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import reference as reference_pixels
-from step37_kernels.pixels.normalize import RaggedImages
+from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_uint8
 
 IMPLS = ("triton", "torch")
@@ -64,10 +64,10 @@ SHAPE = st.tuples(st.integers(1, LARGEST), st.integers(1, LARGEST))
 def test_no_value_differs_from_pillow_and_the_room_is_black(impl, shapes, beside, below, seed):
     images = [random_image(*shape, seed + i) for i, (shape, _) in enumerate(shapes)]
     sizes = [size for _, size in shapes]
-    room = [(height + below, width + beside) for height, width in sizes]
+    padded = [(height + below, width + beside) for height, width in sizes]
     with interpreted_tiles():
-        got = resize_uint8(gather(images), sizes, room=room, impl=impl)
-    assert got.shapes == room
+        got = resize_uint8(gather(images), sizes, padded_sizes=padded, impl=impl)
+    assert got.shapes == padded
     for i, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
         picture = got.image(i).cpu()
         assert torch.equal(picture[:height, :width], pillow(image, (height, width)))
@@ -106,9 +106,11 @@ def test_arguments_that_do_not_fit_are_named():
     images = gather([random_image(4, 5)])
     with pytest.raises(ValueError, match="sizes: expected 1, one for each picture, got 2"):
         resize_uint8(images, [(1, 1), (1, 1)])
-    with pytest.raises(ValueError, match="room: expected 1, one for each picture, got 0"):
-        resize_uint8(images, [(1, 1)], room=[])
+    with pytest.raises(ValueError, match="padded_sizes: expected 1, one for each picture, got 0"):
+        resize_uint8(images, [(1, 1)], padded_sizes=[])
     with pytest.raises(ValueError, match=r"sizes\[0\]: expected at least 1×1 pixels, got 0×3"):
         resize_uint8(images, [(0, 3)])
-    with pytest.raises(ValueError, match=r"room\[0\]: expected at least 6×3 pixels, got 6×2"):
-        resize_uint8(images, [(6, 3)], room=[(6, 2)])
+    with pytest.raises(
+        ValueError, match=r"padded_sizes\[0\]: expected at least 6×3 pixels, got 6×2"
+    ):
+        resize_uint8(images, [(6, 3)], padded_sizes=[(6, 2)])

@@ -9,7 +9,9 @@ import pytest
 from bench.resources import KERNELS, SHARED_LIMIT
 from tests.kernels.checks import run_compiling
 
-COPIES = {"pack_rows_kernel", "embedding_grad_kernel", "gather_grad_kernel"}
+COPIES = {
+    *["gradient_rows_kernel", "pack_rows_kernel", "embedding_grad_kernel", "gather_grad_kernel"],
+}
 
 
 def resources(arch: str, dtypes: list[str]) -> list[dict[str, object]]:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from step37_kernels.ops import project, project_backward
-from step37_kernels.pixels.normalize import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.pixels.normalize import clip_normalize
+from step37_kernels.pixels.ragged import RaggedImages
+from step37_kernels.pixels.resize import resize_clip_normalize
 from tests import ptx
 
 if ptx.ARCHITECTURE:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
-from step37_kernels.image_insert_embedding import _warn_unfused
 from step37_kernels.parallel import SequenceLayout
+from step37_kernels.projector import warn_unfused
 
 IDS = torch.tensor([[7, 1, 2, 3, 7, 4, 5]])
 HIDDEN, WIDTH = 4, 6
@@ -163,7 +163,7 @@ def test_a_rank_looks_up_and_inserts_its_own_positions(hooked, impl):
 
 
 def test_it_is_said_once_and_never_of_a_plain_projector(caplog):
-    _warn_unfused.cache_clear()
+    warn_unfused.cache_clear()
     _, plain = make(nn.Linear(WIDTH, HIDDEN))
     _, adapted = make(Adapted())
     with caplog.at_level(logging.WARNING):

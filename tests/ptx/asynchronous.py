@@ -27,6 +27,14 @@ def _fence(_: Program, __: Instruction) -> Run:
     return lambda *_: None
 
 
+@instruction("griddepcontrol")
+def _order_of_launches(_: Program, found: Instruction) -> Run:
+    """Launches run to their end, one after another: nobody starts early, nobody has to wait."""
+    if found.parts[1] not in ("wait", "launch_dependents"):
+        raise unknown(found)
+    return lambda *_: None
+
+
 def _start(early: bool, group: list[Job], job: Job) -> None:
     if early:
         job()

@@ -1,0 +1,85 @@
+"""Warns when start tokens and image features differ in number, without waiting for the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+logger = logging.getLogger(__name__)
+
+
+def count_mismatches(
+    tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Sequence[int]
+) -> list[str]:
+    """A sentence for each group whose start tokens and features differ in number.
+
+    Args:
+        tokens: start token of each group.
+        group_sizes: features of each group.
+        start_counts: start tokens of each group in ``input_ids``, on the host.
+    """
+    return [
+        f"start token {token}: {count} in input_ids, {features} features; "
+        f"inserting {min(count, features)}"
+        for token, features, count in zip(tokens, group_sizes, start_counts, strict=True)
+        if count != features
+    ]
+
+
+class CountWatch:
+    """Compares numbers that are on their way from the device."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[tuple[int, ...], tuple[int, ...], Tensor, torch.cuda.Event]]
+        self._pending = deque()
+        # Between looking at the oldest and taking it, another thread's forward may have taken it.
+        self._polling = threading.Lock()
+
+    def watch(
+        self, tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor
+    ) -> None:
+        """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA).
+
+        Args:
+            tokens, group_sizes: of :func:`count_mismatches`.
+            start_counts: ``[G]`` int32 on the device.
+        """
+        if start_counts.is_meta or isinstance(start_counts, FakeTensor):
+            # Shapes without values: there is nothing to count.
+            return
+        if not start_counts.is_cuda:
+            self._warn(tokens, group_sizes, start_counts)
+        elif not torch.cuda.is_current_stream_capturing():
+            host = torch.empty(start_counts.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+            host.copy_(start_counts, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(start_counts.device))
+            self._pending.append((tuple(tokens), tuple(group_sizes), host, copied))
+
+    def poll(self) -> None:
+        """Warn about the plans whose counts have arrived."""
+        if torch.compiler.is_compiling():
+            return
+        if self._pending and torch.cuda.is_current_stream_capturing():
+            return
+        arrived = []
+        with self._polling:
+            while self._pending and self._pending[0][3].query():
+                arrived.append(self._pending.popleft())
+        for tokens, group_sizes, host, _ in arrived:
+            self._warn(tokens, group_sizes, host)
+
+    @staticmethod
+    def _warn(tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor) -> None:
+        for mismatch in count_mismatches(tokens, group_sizes, start_counts.tolist()):
+            logger.warning("image features and start tokens differ in number: %s", mismatch)
+
+
+count_watch = CountWatch()
+"""Of the process, not of a module: a module with events in it could not be copied or pickled."""

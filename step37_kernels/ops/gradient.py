@@ -1,0 +1,193 @@
+"""Backward before the matrix products: the gradient is read once, and each row goes where it must.
+
+A row of ``grad_output [S, B, H]`` belongs to the embedding that is text there, or to the feature
+row that was written over it. So one grid has two families of programs, and either may be empty:
+
+1. blocks of positions, for the embeddings' gradient: text rows pass, overwritten rows are zero and
+   are not read;
+2. blocks of feature rows, gathered from their destinations for the products of features and
+   weight, and summed for the bias.
+
+Shape letters as in :mod:`step37_kernels.ops.project`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from step37_kernels.ops.common import (
+    INTERPRETED,
+    ceil_div,
+    device_of,
+    in_vectors,
+    round_to,
+    whole_vectors,
+)
+from step37_kernels.ops.launch import launch
+
+# Positions or rows, and columns, of a program: whole vectors for every thread either way.
+POSITION_BLOCK = (8, 512)
+ROW_BLOCK = (32, 128)
+
+
+@triton.jit
+def _gradient_pointers(
+    grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE: tl.constexpr
+):
+    stride_s = in_vectors(stride_s, WHOLE)
+    stride_b = in_vectors(stride_b, WHOLE)
+    s = (positions // batch_size).to(tl.int64)
+    b = (positions % batch_size).to(tl.int64)
+    return grad_ptr + (s * stride_s + b * stride_b)[:, None] + (cols.to(tl.int64) * stride_h)[None]
+
+
+@triton.jit
+def _embedding_gradient(
+    program, grad_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s,
+    stride_b, WHOLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(H, BLOCK_H)
+    positions = (program // across) * BLOCK_P + tl.arange(0, BLOCK_P)
+    cols = (program % across) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = (positions < num_positions)[:, None] & (cols < H)[None, :]
+    row_at = tl.load(row_at_ptr + positions, mask=positions < num_positions, other=0)
+    grad_ptrs = _gradient_pointers(
+        grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
+    )
+    # Overwritten rows are not even read.
+    values = tl.load(grad_ptrs, mask=inside & (row_at < 0)[:, None], other=0.0)
+    out_ptrs = out_ptr + positions.to(tl.int64)[:, None] * H + cols[None, :]
+    tl.store(out_ptrs, values, mask=inside)
+
+
+@triton.jit
+def _gather_rows(
+    program, grad_ptr, destinations_ptr, rows_ptr, partial_ptr, H, stride_h, num_rows, batch_size,
+    stride_s, stride_b, ROWS: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(H, BLOCK_H)
+    block = program // across
+    rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = (program % across) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_width = (cols < H)[None, :]
+    destinations = tl.load(destinations_ptr + rows, mask=rows < num_rows, other=-1)
+    grad_ptrs = _gradient_pointers(
+        grad_ptr, destinations, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
+    )
+    values = tl.load(grad_ptrs, mask=(destinations >= 0)[:, None] & in_width, other=0.0)
+    values = round_to(values.to(tl.float32), rows_ptr.dtype.element_ty, INTERPRET)
+    if ROWS:
+        rows_ptrs = rows_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :]
+        tl.store(rows_ptrs, values, mask=(rows < num_rows)[:, None] & in_width)
+    if BIAS:
+        partial = tl.sum(values.to(tl.float32), axis=0)
+        tl.store(partial_ptr + block.to(tl.int64) * H + cols, partial, mask=cols < H)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *["position_programs", "num_positions", "num_rows", "batch_size", "stride_s", "stride_b"],
+    ]
+)
+def gradient_rows_kernel(
+    grad_ptr,  # [S, B, H] grad_output, any strides
+    row_at_ptr,  # [S * B] int32: ≥ 0 where a feature row overwrote the embedding
+    destinations_ptr,  # [R] int32: position of each row, or −1
+    embeddings_ptr,  # [S * B, H] contiguous, out: by the first position_programs programs
+    rows_ptr,  # [R, H] contiguous, out if ROWS; in any case of the projector's dtype
+    partial_ptr,  # [cdiv(R, BLOCK_R), H] fp32, out if BIAS: sums of a block's rounded rows
+    H,
+    stride_h,
+    position_programs,
+    num_positions,
+    num_rows,
+    batch_size,
+    stride_s,
+    stride_b,
+    ROWS: tl.constexpr,
+    BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,  # stride_s and stride_b are whole vectors
+    INTERPRET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    WIDTH_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDTH_R: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < position_programs:
+        _embedding_gradient(
+            program, grad_ptr, row_at_ptr, embeddings_ptr, H, stride_h, num_positions, batch_size,
+            stride_s, stride_b, WHOLE, BLOCK_P, WIDTH_P,
+        )  # fmt: skip
+    else:
+        _gather_rows(
+            program - position_programs, grad_ptr, destinations_ptr, rows_ptr, partial_ptr, H,
+            stride_h, num_rows, batch_size, stride_s, stride_b, ROWS, BIAS, WHOLE, INTERPRET,
+            BLOCK_R, WIDTH_R,
+        )  # fmt: skip
+
+
+def gradient_rows(
+    grad_output: Tensor,
+    row_at: Tensor,
+    destinations: Tensor,
+    dtype: torch.dtype,
+    *,
+    embeddings: bool,
+    rows: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients that no matrix product is needed for, in one launch.
+
+    Args:
+        grad_output: ``[S, B, H]``, any strides; only read, each element at most once.
+        row_at: ``[S, B]`` int32: the feature row at each position, −1 where the text stayed.
+        destinations: ``[R]`` int32: the position of each feature row, −1 for rows that did not
+            survive and for the unused entries of a shard.
+        dtype: the projector's.
+        embeddings, rows, bias: what is wanted. The rest costs nothing and comes back as ``[0]``.
+
+    Returns:
+        the embeddings' gradient, ``[S, B, H]`` contiguous: ``grad_output`` with the overwritten
+        rows zeroed; the gradient of the projected rows, ``[R, H]`` in ``dtype``, zeros for dropped
+        ones; their sum ``[H]``, taken in fp32 over blocks of rows in a fixed order, in ``dtype``.
+    """
+    seq_len, batch_size, hidden = grad_output.shape
+    num_positions, num_rows = seq_len * batch_size, destinations.shape[0]
+    stride_s, stride_b, stride_h = grad_output.stride()
+    position_programs = row_programs = blocks = 0
+    if embeddings:
+        position_programs = ceil_div(num_positions, POSITION_BLOCK[0])
+        position_programs *= ceil_div(hidden, POSITION_BLOCK[1])
+    if rows or bias:
+        blocks = ceil_div(num_rows, ROW_BLOCK[0])
+        row_programs = blocks * ceil_div(hidden, ROW_BLOCK[1])
+
+    def empty(wanted: bool, shape: tuple[int, ...], of: torch.dtype) -> Tensor:
+        return torch.empty(shape if wanted else 0, dtype=of, device=grad_output.device)
+
+    grad_embeddings = empty(embeddings, (seq_len, batch_size, hidden), grad_output.dtype)
+    grad_rows = empty(rows, (num_rows, hidden), dtype)
+    partial = empty(bias, (blocks, hidden), torch.float32)
+    if position_programs + row_programs:
+        with device_of(grad_output):
+            launch(
+                gradient_rows_kernel,
+                (position_programs + row_programs,),
+                *(grad_output, row_at, destinations, grad_embeddings, grad_rows, partial),
+                *(hidden, stride_h, position_programs, num_positions, num_rows),
+                *(batch_size, stride_s, stride_b),
+                ROWS=rows or not bias,  # without either there are no programs that ask
+                BIAS=bias,
+                WHOLE=whole_vectors(stride_s, stride_b),
+                INTERPRET=INTERPRETED,
+                BLOCK_P=POSITION_BLOCK[0],
+                WIDTH_P=POSITION_BLOCK[1],
+                BLOCK_R=ROW_BLOCK[0],
+                WIDTH_R=ROW_BLOCK[1],
+            )
+    return grad_embeddings, grad_rows, partial.sum(0).to(dtype) if bias else empty(False, (), dtype)

@@ -1,0 +1,369 @@
+"""Where every feature row lands: :func:`plan_insert` and :func:`plan_placeholders` make an
+:class:`InsertPlan`.
+
+Shape letters: ``S`` sequence, ``B`` batch, ``R`` feature rows of all groups together, ``L`` rows of
+one feature, ``G`` groups, ``N`` features.
+
+A *run* is ``(features, rows of each)``, one for each feature tensor ``[N, L, C]``: the layout of a
+batch is a handful of runs however many images it holds, so nothing here loops over images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from step37_kernels import operators
+from step37_kernels.count_watch import count_mismatches
+from step37_kernels.dispatch import Impl, use_triton
+
+_INT32_MAX = 2**31 - 1
+
+Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+"""``(start_token, ((features, rows of each), …))`` of each insertion group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InsertPlan:
+    """A row map: where each feature row goes, and what each position receives.
+
+    Feature rows of all groups are numbered 0 … R−1 in the order in which they are written: groups
+    in list order, features in group order, rows from first to last. Positions are numbered as the
+    output lies in memory: ``s * B + b`` of ``[S, B, H]``, and of ``[B, S, H]`` (``batch_first``)
+    ``b * S + s``.
+
+    Example, B = 1, S = 8, one group with start token 7 and features of 3, 2 and 4 rows::
+
+        position     0   1   2   3   4   5   6   7
+        input_ids    5   7   5   7   5   5   7   5      starts: 2, 4, 7
+        feature 0            0   1   2                  rows 0-2 → positions 2, 3, 4
+        feature 1                    3   4              rows 3-4 → positions 4, 5; row 2 loses 4
+        feature 2                                5      rows 5-8 → position 7; rows 6-8 cut off
+        row_at      −1  −1   0   1   3   4  −1   5
+
+        destinations = [2, 3, −1, 4, 5, 7, −1, −1, −1]
+
+    A row is dropped (−1) where it would lie beyond the end of its sequence, where a later row
+    claims its position, and where its feature has no start token left.
+    """
+
+    destinations: Tensor
+    """``[R]`` int32: position of each feature row, or −1. No position occurs twice."""
+    row_at: Tensor
+    """``[S, B]`` int32 (``[B, S]`` if ``batch_first``): the feature row that a position receives,
+    or −1 for a text row."""
+    starts: Tensor
+    """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
+    for a feature without a start token. So numbered whatever ``batch_first`` is."""
+    start_counts: Tensor
+    """``[G]`` int32: start tokens of each group in ``input_ids``."""
+    runs: Runs
+    """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
+    local_rows: Tensor | None = None
+    """Of a plan cut by :meth:`shard`: ``[M]`` int32, the feature row that each entry of
+    ``destinations`` (then ``[M]``) is about, −1 past the last; None where it is every row."""
+    live_rows: Tensor | None = None
+    """Of a shard: ``[1]`` int32, how many entries of ``local_rows`` are in use. The kernels stop
+    there, so a rank computes its own rows, not M."""
+    batch_first: bool = False
+    """Whether the plan is for ``[B, S, H]``."""
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows of all features of all groups."""
+        return sum(features * rows for _, group in self.runs for features, rows in group)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Start token of each group."""
+        return [token for token, _ in self.runs]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Features of each group."""
+        return [sum(features for features, _ in group) for _, group in self.runs]
+
+    @property
+    def row_counts(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of each feature, by group."""
+        return tuple(
+            tuple(rows for features, rows in group for _ in range(features))
+            for _, group in self.runs
+        )
+
+    @property
+    def seq_len(self) -> int:
+        """S."""
+        return self.row_at.shape[self.batch_first]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.row_at.shape[not self.batch_first]
+
+    def shard(self, positions: Tensor) -> InsertPlan:
+        """The plan of a rank that holds only some rows of the sequence.
+
+        No more rows than positions can land there, so there is room for M = min(R, S_local · B) of
+        them, whatever their number turns out to be: nothing waits for the device.
+
+        Args:
+            positions: ``[S_local]`` integers, the position in the whole sequence of each local row;
+                no position twice.
+
+        Returns:
+            A plan for ``[S_local, B, H]``: ``row_at``, ``destinations`` and ``local_rows`` are this
+            rank's; ``starts`` and ``start_counts``
+            stay those of the whole.
+
+        Raises:
+            ValueError: ``positions`` is not one-dimensional, or this plan is a shard already.
+        """
+        if positions.ndim != 1:
+            raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
+        if self.local_rows is not None:
+            raise ValueError("plan: already the plan of a shard")
+        row_at = self.row_at.index_select(int(self.batch_first), positions)
+        capacity = min(self.num_rows, row_at.numel())
+        flat = row_at.flatten().long()
+        # Rows in order: number those that land here, and let one slot past the end take the rest.
+        lands = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=flat.device)
+        lands = lands.index_fill(0, torch.where(flat < 0, self.num_rows, flat), True)[:-1]
+        slot_of_row = torch.where(lands, lands.cumsum(0) - 1, capacity)
+        everyone = torch.arange(self.num_rows, dtype=torch.int32, device=flat.device)
+        local_rows = everyone.new_full((capacity + 1,), -1).scatter(0, slot_of_row, everyone)[:-1]
+        slot_of_row = torch.cat([slot_of_row, slot_of_row.new_full((1,), capacity)])
+        slots = slot_of_row[flat]
+        here = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
+        destinations = here.new_full((capacity + 1,), -1).scatter(0, slots, here)[:-1]
+        return dataclasses.replace(
+            self,
+            row_at=row_at,
+            destinations=destinations,
+            local_rows=local_rows,
+            live_rows=lands.sum(dtype=torch.int32).view(1),
+        )
+
+    def check(self) -> None:
+        """Raise on what a correct batch never has. Waits for the device.
+
+        Raises:
+            ValueError: start tokens and features differ in number; a span is cut off at the end of
+                its sequence; two spans overlap. The message names group, feature and position.
+        """
+        problems = count_mismatches(self.tokens, self.group_sizes, self.start_counts.tolist())
+        if self.local_rows is not None:
+            raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
+        starts = iter(self.starts.tolist())
+        spans: dict[int, list[tuple[int, int, str]]] = {}
+        for (token, _), rows in zip(self.runs, self.row_counts, strict=True):
+            for k, count in enumerate(rows):
+                position = next(starts)
+                if position < 0:
+                    continue
+                start, batch = divmod(position, self.batch_size)
+                end = start + count
+                where = f"feature {k} of start token {token} (batch row {batch}, "
+                where += f"positions {start} to {end - 1})"
+                if end > self.seq_len:
+                    problems.append(f"{where} is cut off at the sequence length {self.seq_len}")
+                if count:
+                    spans.setdefault(batch, []).append((start, end, where))
+        for column in spans.values():
+            column.sort()
+            furthest = column[0]
+            for span in column[1:]:
+                if span[0] < furthest[1]:
+                    problems.append(f"{span[2]} overlaps {furthest[2]}")
+                furthest = max(furthest, span, key=lambda item: item[1])
+        if problems:
+            raise ValueError("input_ids and image features do not fit: " + "; ".join(problems))
+
+
+def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
+    """Join neighbours with equal row counts.
+
+    Raises:
+        TypeError: a start token or row count is no integer.
+        ValueError: a row count is negative.
+    """
+    result = []
+    for token, row_counts in groups:
+        group: list[tuple[int, int]] = []
+        for count in map(operator.index, row_counts):
+            if count < 0:
+                raise ValueError(f"groups: row counts must not be negative, got {count}")
+            if group and group[-1][1] == count:
+                group[-1] = (group[-1][0] + 1, count)
+            else:
+                group.append((1, count))
+        result.append((operator.index(token), tuple(group)))
+    return tuple(result)
+
+
+def plan_insert(
+    input_ids: Tensor,
+    groups: Sequence[tuple[int, Sequence[int]]],
+    *,
+    batch_first: bool = False,
+    impl: Impl = "auto",
+) -> InsertPlan:
+    """Find where every feature row lands, for all insertion groups at once.
+
+    The locations of a group are the positions right after its start token, in row-major (batch,
+    then sequence) order; the k-th feature goes to the k-th location, up to the smaller of both
+    counts. A span is cut at the end of its sequence, and where spans overlap the later one in
+    (group, feature) order wins, row by row. See :class:`InsertPlan` for a worked example.
+
+    Nothing waits for the device. The row counts are host integers, since tensor shapes are; what
+    depends on the ids stays on the device.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
+        groups: ``(start_token, row_counts)`` of each insertion group, in insertion order;
+            ``row_counts`` holds the number of rows of each of its features.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        The plan, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: ``input_ids`` is not ``[B, S]``, a row count is negative, a start token is no
+            value of the ids' dtype, B·S or R exceeds int32, or ``impl`` cannot run there.
+        TypeError: ``input_ids`` is neither int32 nor int64, or a start token or row count is no
+            integer.
+    """
+    try:
+        runs = to_runs(groups)
+    except TypeError as error:
+        raise TypeError(f"groups: expected (int, sequence of int) of each: {error}") from error
+    plan = plan_runs(input_ids, runs, impl=impl)
+    return _batch_first(plan) if batch_first else plan
+
+
+def plan_placeholders(
+    input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
+) -> InsertPlan:
+    """Send the k-th feature row to the k-th position that holds ``token``, row-major.
+
+    That is how NeMo Automodel and many models of ``transformers`` merge
+    (``embeddings[input_ids == token] = rows``, ``masked_scatter``): every row has a placeholder of
+    its own. Of too many rows the last are dropped; placeholders without a row keep their word
+    embedding. In the plan every row is a feature, and ``token`` the one group's start token::
+
+        position     0   1   2   3   4   5
+        input_ids    5   9   9   5   9   9      token 9, 3 rows
+        row_at      −1   0   1  −1   2  −1
+        destinations = [1, 2, 4]
+
+    A handful of PyTorch operations on every device; nothing waits for it.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
+        token: the placeholder's id.
+        num_rows: R.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
+
+    Returns:
+        The plan, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: ``input_ids`` is not ``[B, S]``, ``num_rows`` is negative, ``token`` is no value
+            of the ids' dtype, or B·S or R exceeds int32.
+        TypeError: ``input_ids`` is neither int32 nor int64.
+    """
+    if num_rows < 0:
+        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
+    runs: Runs = ((token, ((num_rows, 1),)),)
+    _check_ids(input_ids, [token], num_rows)
+    batch_size, seq_len = input_ids.shape
+    match = (input_ids == token).flatten()
+    rank = match.cumsum(0) - 1
+    row_at = torch.where(match & (rank < num_rows), rank, -1).to(torch.int32)
+    index = torch.arange(row_at.numel(), dtype=torch.int32, device=row_at.device)
+    # One slot past the end takes the positions that receive no row.
+    slots = torch.where(row_at < 0, num_rows, row_at).long()
+    batch_first_at = index.new_full((num_rows + 1,), -1).scatter(0, slots, index)[:-1]
+    starts = _renumbered(batch_first_at, seq_len, batch_size)
+    row_at = row_at.view(batch_size, seq_len)
+    return InsertPlan(
+        destinations=batch_first_at if batch_first else starts,
+        row_at=row_at if batch_first else row_at.t().contiguous(),
+        starts=starts,
+        start_counts=match.sum(dtype=torch.int32).view(1),
+        runs=runs,
+        batch_first=batch_first,
+    )
+
+
+def _renumbered(positions: Tensor, inner: int, outer: int) -> Tensor:
+    """Positions ``i * inner + j`` as ``j * outer + i``; −1 stays."""
+    inner = max(inner, 1)
+    j, i = positions % inner, positions.div(inner, rounding_mode="floor")
+    return torch.where(positions < 0, positions, j * outer + i)
+
+
+def _batch_first(plan: InsertPlan) -> InsertPlan:
+    """The plan of ``[S, B, H]`` for ``[B, S, H]``."""
+    return dataclasses.replace(
+        plan,
+        destinations=_renumbered(plan.destinations, plan.batch_size, plan.seq_len),
+        row_at=plan.row_at.t().contiguous(),
+        batch_first=True,
+    )
+
+
+def plan_runs(
+    input_ids: Tensor, runs: Runs, *, impl: Impl = "auto", watch: bool = False
+) -> InsertPlan:
+    """:func:`plan_insert` for features that come as tensors ``[N, L, C]``.
+
+    Args:
+        input_ids: ``[B, S]``.
+        runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
+        impl: as there.
+        watch: see to it that numbers of tokens and features that differ are warned about.
+    """
+    triton = use_triton(impl, input_ids.device)
+    flat = [run for _, group in runs for run in group]
+    num_rows = sum(features * rows for features, rows in flat)
+    _check_ids(input_ids, [token for token, _ in runs], num_rows)
+    destinations, row_at, starts, start_counts = operators.plan(
+        input_ids,
+        [token for token, _ in runs],
+        [sum(features for features, _ in group) for _, group in runs],
+        [features for features, _ in flat],
+        [rows for _, rows in flat],
+        triton,
+        watch,
+    )
+    return InsertPlan(
+        destinations=destinations,
+        row_at=row_at,
+        starts=starts,
+        start_counts=start_counts,
+        runs=runs,
+    )
+
+
+def _check_ids(input_ids: Tensor, tokens: Sequence[int], num_rows: int) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
+    limits = torch.iinfo(input_ids.dtype)
+    for token in tokens:
+        if not limits.min <= token <= limits.max:
+            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
+    batch_size, seq_len = input_ids.shape
+    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+        raise ValueError(
+            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
+            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
+        )

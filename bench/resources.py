@@ -96,8 +96,8 @@ def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callabl
     view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
     gradient_output = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     positions = torch.empty(ROWS, dtype=torch.int32)
-    yield f"{short} contiguous", False, lambda: project.pack_rows([features], ROWS)
-    yield f"{short} channels-first", False, lambda: project.pack_rows([view], ROWS)
+    yield f"{short} contiguous", False, lambda: project.pack_rows([features])
+    yield f"{short} channels-first", False, lambda: project.pack_rows([view])
     yield short, False, lambda: project_backward.embedding_grad(gradient_output, positions)
     for bias in (True, False):
         gather = functools.partial(

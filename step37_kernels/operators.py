@@ -91,8 +91,7 @@ def pack_rows(features: list[Tensor]) -> Tensor:
     """``[N, L, C]`` tensors of any strides → one contiguous ``[R, C]``."""
     from step37_kernels.ops import project
 
-    total = sum(feature.shape[0] * feature.shape[1] for feature in features)
-    return project.pack_rows(features, total)
+    return project.pack_rows(features)
 
 
 def _fake_project_insert(embeddings: Tensor, *_: Any) -> Tensor:
@@ -113,10 +112,9 @@ def project_insert(
     """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, the embeddings elsewhere."""
     from step37_kernels.ops import project
 
-    del row_at, after_plan
-    out = embeddings.clone(memory_format=torch.contiguous_format)
-    project.project_scatter(torch.cat(sources), weight, bias, destinations, live_rows, out)
-    return out
+    return project.project_insert(
+        embeddings, sources, weight, bias, destinations, row_at, live_rows, after_plan=after_plan
+    )
 
 
 def _fake_gradient_rows(
@@ -130,12 +128,11 @@ def _fake_gradient_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     del row_at
     hidden = grad_output.shape[2]
-    passed = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-    gathered = grad_output.new_empty(destinations.shape[0] if rows else 0, hidden, dtype=dtype)
+    nothing = grad_output.new_empty(0, dtype=dtype)
     return (
-        passed if embeddings else passed.new_empty(0),
-        gathered,
-        gathered.new_empty(hidden if bias else 0),
+        grad_output.new_empty(grad_output.shape if embeddings else 0),
+        nothing.new_empty(destinations.shape[0], hidden) if rows else nothing,
+        nothing.new_empty(hidden) if bias else nothing.new_empty(0),
     )
 
 
@@ -151,16 +148,11 @@ def gradient_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The embeddings' gradient, the projected rows' in ``dtype``, and the sum of those; each empty
     where it is not asked for."""
-    from step37_kernels.ops import project_backward as ops
+    from step37_kernels.ops import gradient
 
-    hidden = grad_output.shape[2]
-    grad = ops.embedding_grad(grad_output, row_at) if embeddings else grad_output.new_empty(0)
-    if rows or bias:
-        gathered, total = ops.gather_grad(grad_output, destinations, dtype, bias_sum=bias)
-    else:
-        gathered = grad_output.new_empty(0, hidden, dtype=dtype)
-        total = gathered.new_empty(0)
-    return grad, gathered, total
+    return gradient.gradient_rows(
+        grad_output, row_at, destinations, dtype, embeddings=embeddings, rows=rows, bias=bias
+    )
 
 
 def _fake_add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -> None:

@@ -56,7 +56,7 @@ class InsertPlan:
     """``[R]`` int32: position of each feature row, or −1. No position occurs twice."""
     row_at: Tensor
     """``[S, B]`` int32 (``[B, S]`` if ``batch_first``): the feature row that a position receives,
-    or −1 for a text row."""
+    or −1 for a text row: the entry of ``destinations`` that holds the position."""
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
     for a feature without a start token. So numbered whatever ``batch_first`` is."""
@@ -128,9 +128,9 @@ class InsertPlan:
             raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
         if self.local_rows is not None:
             raise ValueError("plan: already the plan of a shard")
-        row_at = self.row_at.index_select(int(self.batch_first), positions)
-        capacity = min(self.num_rows, row_at.numel())
-        flat = row_at.flatten().long()
+        held = self.row_at.index_select(int(self.batch_first), positions)
+        capacity = min(self.num_rows, held.numel())
+        flat = held.flatten().long()
         # Rows in order: number those that land here, and let one slot past the end take the rest.
         lands = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=flat.device)
         lands = lands.index_fill(0, torch.where(flat < 0, self.num_rows, flat), True)[:-1]
@@ -141,6 +141,7 @@ class InsertPlan:
         slots = slot_of_row[flat]
         here = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
         destinations = here.new_full((capacity + 1,), -1).scatter(0, slots, here)[:-1]
+        row_at = torch.where(slots == capacity, -1, slots).to(torch.int32).view_as(held)
         return dataclasses.replace(
             self,
             row_at=row_at,

@@ -110,11 +110,6 @@ def _constants(tile: Tile, width: int, has_bias: bool, has_live: bool, precision
     )
 
 
-def pack_rows(features: list[Tensor], num_rows: int) -> Tensor:
-    del num_rows
-    return _packed(features)
-
-
 def project_scatter(
     x: Tensor,
     weight: Tensor,
@@ -167,7 +162,7 @@ MAX_SOURCES = 4
 COPY_BLOCK_P = 8
 COPY_BLOCK_H = 2048
 COPY_WARPS = 8
-SUM_ROWS = 4
+SUM_ROWS = 8
 _ROWS = [f"rows_{i}" for i in range(MAX_SOURCES)]
 _TEXT = ["num_positions", "batch_size", "stride_s", "stride_b"]
 
@@ -268,28 +263,11 @@ def pack_rows_kernel(
     tl.store(packed_ptr + target, values, mask=inside)
 
 
-def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
-    """``[N, L, C]`` tensors of any strides → one to :data:`MAX_SOURCES` contiguous ``[R_i, C]``.
-
-    What is contiguous stays where it is. The rest, such as the channels-first view of a vision
-    tower, is packed in one launch. More tensors than that are packed into one, a launch each four.
-    Empty tensors are dropped.
-    """
-    features = [feature for feature in features if feature.shape[:2].numel()]
-    if len(features) > MAX_SOURCES:
-        return [_packed(features)]
-    strided = [feature for feature in features if not feature.is_contiguous()]
-    counts = [feature.shape[:2].numel() for feature in strided]
-    packed = iter(_packed(strided).split(counts) if strided else ())
-    return [
-        feature.flatten(0, 1) if feature.is_contiguous() else next(packed) for feature in features
-    ]
-
-
-def _packed(features: Sequence[Tensor]) -> Tensor:
+def pack_rows(features: Sequence[Tensor]) -> Tensor:
     """Non-empty ``[N, L, C]`` tensors of any strides as one contiguous ``[R, C]``."""
     width = features[0].shape[2]
-    packed = features[0].new_empty(sum(each.shape[:2].numel() for each in features), width)
+    num_rows = sum(each.shape[:2].numel() for each in features)
+    packed = torch.empty(num_rows, width, dtype=features[0].dtype, device=features[0].device)
     row = 0
     for first in range(0, len(features), MAX_SOURCES):
         some = list(features[first : first + MAX_SOURCES])
@@ -490,8 +468,8 @@ def project_insert_kernel(
             if REST:
                 rest = tl.zeros((REST, BLOCK_N), dtype=tl.float32)
             if HAS_BIAS:  # the sum begins with it: no registers are left for it at the end
-                bias = tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-                bias = tl.where(first == 0, bias, 0.0)
+                mask = cols < tl.where(first == 0, H, 0)
+                bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
                 acc += bias[None, :]
                 if REST:
                     rest += bias[None, :]
@@ -655,7 +633,8 @@ def _by_library(
     row_at: Tensor,
     out: Tensor,
 ) -> None:
-    projected = weight.new_empty(sum(map(len, sources)), weight.shape[0])
+    num_rows, hidden = sum(map(len, sources)), weight.shape[0]
+    projected = torch.empty(num_rows, hidden, dtype=weight.dtype, device=weight.device)
     for x, rows in zip(sources, projected.split([len(x) for x in sources]), strict=True):
         if bias is None:
             torch.mm(x, weight.T, out=rows)
@@ -692,7 +671,8 @@ def _by_tiles(
     hidden, width = weight.shape
     counts = [len(x) for x in sources]
     plan = schedule(tile, counts, hidden, width, _processors(weight.device))
-    partial = out.new_empty(plan.partials * tile.block_m * tile.block_n, dtype=torch.float32)
+    size = plan.partials * tile.block_m * tile.block_n
+    partial = torch.empty(size, dtype=torch.float32, device=out.device)
     top = 1 << tile.block_m.bit_length() - 1
     rest = tile.block_m - top
 

@@ -162,7 +162,7 @@ def test_an_embedding_of_another_width_is_refused(device):
     module = ImageInsertEmbedding(WordEmbedding(12), 24, 16).to(device)
     module._language_embedding.to(device)
     ids = torch.tensor([[IM_START, 2, 3]], device=device)
-    with pytest.raises(ValueError, match=r"embeddings: expected \[S, B, H\] = \[3, 1, 16\], got"):
+    with pytest.raises(ValueError, match=r"result: expected \[S, B, H\] = \[3, 1, 16\], got"):
         module(ids, images_of([(IM_START, torch.zeros(1, 2, 24))]))
 
 

@@ -13,7 +13,7 @@ from step37_kernels import InsertPlan, plan_insert, reference
 from step37_kernels.ops import plan as plan_ops
 from tests.kernels.strategies import plan_groups, token_ids
 
-FIELDS = ("destinations", "row_at", "starts", "found")
+FIELDS = ("destinations", "row_at", "starts", "start_counts")
 IMPLS = ("triton", "torch")
 LAUNCHES = pytest.mark.parametrize(
     ("impl", "two_launches"),

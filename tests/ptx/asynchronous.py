@@ -29,8 +29,10 @@ def _fence(_: Program, __: Instruction) -> Run:
 
 @instruction("griddepcontrol")
 def _order_of_launches(_: Program, found: Instruction) -> Run:
-    """Launches run to their end, one after another: nobody starts early, nobody has to wait."""
-    if found.parts[1] not in ("wait", "launch_dependents"):
+    """Launches run to their end, one after another; memory knows who should have waited."""
+    if found.parts[1] == "wait":
+        return lambda blocks, _: setattr(blocks.launch.memory, "early", False)
+    if found.parts[1] != "launch_dependents":
         raise unknown(found)
     return lambda *_: None
 

@@ -197,6 +197,7 @@ class Blocks:
 
     def run(self) -> None:
         """Until every thread has returned: always the threads that are furthest behind."""
+        self.launch.memory.early = self.launch.program.waits
         instructions = self.launch.program.instructions
         end = len(instructions)
         counter = np.zeros(self.lanes, np.int64)

@@ -96,6 +96,8 @@ def _kernel(ptx: str) -> Kernel:
 
 
 _launched: list[Traffic] | None = None
+_fresh: frozenset[int] = frozenset()
+"""Addresses of the tensors that the last launch wrote to."""
 
 
 @contextlib.contextmanager
@@ -123,6 +125,7 @@ class _Launcher:
         self._source, self._metadata = source, metadata
 
     def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
+        global _fresh
         types = list(self._source.signature.values())
         (binary,) = (each for each in compiled(self._source.fn) if each.run is self)
         kernel = _kernel(binary.asm["ptx"])
@@ -146,14 +149,16 @@ class _Launcher:
                 tensors.update([_bytes_behind(argument)])
             else:
                 values.append(_integer(argument, type_name))
+        memory = GlobalMemory({base: data for base, data in tensors.items() if data.nbytes}, _fresh)
         kernel.launch(
             (x, y, z),
             values,
-            GlobalMemory({base: data for base, data in tensors.items() if data.nbytes}),
+            memory,
             descriptors=descriptors,
             shared_bytes=self._metadata.shared,
             traffic=_record(self._source.fn.__name__),
         )
+        _fresh = memory.written
 
 
 def _bytes_behind(tensor: Tensor) -> tuple[int, np.ndarray]:

@@ -27,16 +27,26 @@ class GlobalMemory:
     """The tensors given to one launch, and nothing else.
 
     Any access past them or not aligned to its size is a :class:`PtxError`; so is a byte that one
-    block writes and another touches: blocks of a launch have no order.
+    block writes and another touches: blocks of a launch have no order. Where a block may start
+    before the launch before it has ended (:attr:`early`), it may neither touch what that one wrote
+    nor write anything.
     """
 
-    def __init__(self, tensors: dict[int, np.ndarray]) -> None:
-        """``tensors``: the bytes behind each address."""
+    def __init__(self, tensors: dict[int, np.ndarray], fresh: frozenset[int] = frozenset()) -> None:
+        """``tensors``: the bytes behind each address; ``fresh``: written by the launch before."""
+        self.early = False
+        """Set while a block that waits by ``griddepcontrol`` has not done so."""
+        self._fresh = fresh
         self._segments = [
             _Segment(base, data, *(np.full(data.nbytes, _NOBODY, np.int32) for _ in range(2)))
             for base, data in sorted(tensors.items())
         ]
         self._bases = np.array([segment.base for segment in self._segments], np.int64)
+
+    @property
+    def written(self) -> frozenset[int]:
+        """Addresses of the tensors that the launch wrote to."""
+        return frozenset(each.base for each in self._segments if (each.wrote != _NOBODY).any())
 
     def load(self, addresses: np.ndarray, size: int, blocks: np.ndarray) -> np.ndarray:
         """``size`` bytes at each address, ``[N, size]`` uint8, for block ``blocks[n]``."""
@@ -82,6 +92,8 @@ class GlobalMemory:
             offsets = addresses[where] - segment.base
             if index < 0 or (offsets + size > segment.data.nbytes).any():
                 raise PtxError(f"{what} of {size} bytes outside the tensors of the launch")
+            if self.early and (what == "store" or segment.base in self._fresh):
+                raise PtxError(f"race: {what} before the wait for the launch before")
             yield segment, where, offsets[:, None] + np.arange(size)
 
 

@@ -59,6 +59,8 @@ class Program:
     labels: dict[str, int]
     asynchronous: bool
     """It copies or multiplies asynchronously, so that its blocks have to run one by one."""
+    waits: bool
+    """It may start before the launch before it has ended, and waits for that itself."""
 
     @property
     def parameter_bytes(self) -> int:
@@ -97,6 +99,7 @@ def parse(ptx: str) -> Program:
         instructions=[],
         labels={},
         asynchronous="cp.async" in body or "wgmma" in body,
+        waits="griddepcontrol.wait" in body,
     )
     _Body(program).read(body)
     return program

@@ -25,8 +25,13 @@ THREAD = """
 """%r1: thread, %r2: block, %r3: place in the grid, %rd2: its word of ``out``."""
 
 
-def run(body: str, *, blocks: int = 1, words: int = 64, threads: int = 32) -> np.ndarray:
-    """``out`` after a kernel of this body, int32; one descriptor of 16×64 values at ``matrix``."""
+def run(
+    body: str, *, blocks: int = 1, words: int = 64, threads: int = 32, fresh: bool = False
+) -> np.ndarray:
+    """``out`` after a kernel of this body, int32; one descriptor of 16×64 values at ``matrix``.
+
+    ``fresh``: the launch before wrote ``out``, too.
+    """
     out = np.full(words, -1, np.int32)
     source = np.arange(32 * 64, dtype=np.uint16)
     kernel = Kernel(
@@ -39,7 +44,8 @@ def run(body: str, *, blocks: int = 1, words: int = 64, threads: int = 32) -> np
     ret;
 }}"""
     )
-    memory = GlobalMemory({BASE: out.view(np.uint8), 2 * BASE: source.view(np.uint8)})
+    tensors = {BASE: out.view(np.uint8), 2 * BASE: source.view(np.uint8)}
+    memory = GlobalMemory(tensors, frozenset([BASE] if fresh else []))
     matrix = Descriptor(
         base=2 * BASE, itemsize=2, shape=(32, 64), strides=(64, 1), box=(16, 64), swizzle=3
     )
@@ -124,6 +130,13 @@ def test_what_a_gpu_may_not_do_is_a_fault(text, message):
 def test_blocks_that_depend_on_each_other_are_a_fault(text, message):
     with pytest.raises(PtxError, match=message):
         run(text, blocks=2)
+
+
+@pytest.mark.parametrize("text", ["ld.global.b32 {%r4}, [%rd2];", "st.global.b32 [%rd2], {%r1};"])
+def test_what_the_launch_before_wrote_is_left_alone_until_the_wait(text):
+    with pytest.raises(PtxError, match="before the wait"):
+        run(f"{text} griddepcontrol.wait;", fresh=True)
+    run(f"griddepcontrol.wait; {text}", fresh=True)
 
 
 def test_what_nobody_wrote_is_neither_zero_nor_the_last_value():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from step37_kernels import ImageInsertEmbedding
-from step37_kernels.megatron import auto_layout
+from step37_kernels.parallel import auto_layout
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -33,7 +33,7 @@ class Words(torch.nn.Embedding):
 
 def test_without_sequence_parallelism_it_needs_no_groups_and_changes_nothing():
     words = Words()
-    module = ImageInsertEmbedding(words, 6, 4, layout=auto_layout)
+    module = ImageInsertEmbedding(words, 6, 4, layout="auto")
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(module(tokens), words(tokens, None))
 

@@ -77,8 +77,6 @@ def test_another_word_is_refused_everywhere():
     for how in ("patched", "replaced"):
         with pytest.raises(ValueError, match=re.escape(message)):
             built(how, layout="sequence")
-    with pytest.raises(ValueError, match=r"layout: expected a SequenceLayout.*got 'auto'"):
-        ImageInsertEmbedding(Words(), 6, 4, layout="auto")  # type: ignore[arg-type]
 
 
 def test_it_compiles_to_one_graph():

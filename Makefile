@@ -4,6 +4,10 @@
 # make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's
 #             own classes (Python 3.11 and later)
 # make lint   set up, then ruff, mypy, import-linter
+# make docs   set up, then the site of docs/ into out/site, strict
+# make pictures    set up, then the pictures of docs/ drawn anew
+# make package     set up, then sdist and wheel into dist/, checked
+# make kernel-hub  set up, then the folder that the `kernels` package loads, into out/kernel-hub
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
 # make gpu    everything that wants a GPU: the GPU tests, all tests of the kernels (compiled there),
 #             then the benchmarks
@@ -13,7 +17,7 @@ RUN := .venv/bin/python
 JOBS ?= auto
 ARCH ?= sm_90
 
-.PHONY: demo test ptx real lint bench gpu resources setup clean
+.PHONY: demo test ptx real lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -36,6 +40,21 @@ lint: setup
 	@$(RUN) -m mypy
 	@$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "out/site/index.html"
+
+pictures: setup
+	@$(RUN) -m tools.pictures
+
+package: setup
+	@rm -rf dist
+	@$(RUN) -m build --no-isolation --outdir dist . >/dev/null
+	@$(RUN) -m twine check --strict dist/*
+
+kernel-hub: setup
+	@$(RUN) -m tools.kernel_hub
+
 resources: setup
 	@for arch in sm_80 sm_90 sm_100 gfx942; do $(RUN) -m bench.resources --arch $$arch; done
 
@@ -48,4 +67,4 @@ gpu: setup
 	@$(RUN) -m bench
 
 clean:
-	rm -rf .venv .venv-real build out .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-real build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -29,8 +29,9 @@ from bench.pixels import (
     thread_counts,
 )
 from step37_data.images.crop_pixels import PixelOrder
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, ImageEntry, plan_crops
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, plan_crops
 from step37_data.images.decode import decode, map_threads
+from step37_data.placeholders import Entry
 from step37_data.preprocess import load_images
 
 SIZE = (1920, 1080)
@@ -48,8 +49,8 @@ def make_pictures(folder: Path, count: int) -> list[str]:
     return paths
 
 
-def entries(paths: Sequence[str], plan: CropPlan) -> list[ImageEntry]:
-    result: list[ImageEntry] = []
+def entries(paths: Sequence[str], plan: CropPlan) -> list[Entry]:
+    result: list[Entry] = []
     for path in paths:
         result += [(path, 1, window) for window in plan.windows]
         result.append((path, 0, plan.full_window))
@@ -75,7 +76,7 @@ def stock(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
 
 
 def ours(
-    items: Sequence[ImageEntry],
+    items: Sequence[Entry],
     device: torch.device,
     threads: int,
     pixel_order: PixelOrder = "pillow",

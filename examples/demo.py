@@ -4,10 +4,10 @@ embedding.
     JPEGs + captions → tokenizer → packed batches → decode, resize, CLIP normalise → a small vision
     tower → fused embedding on megatron-core's LanguageModelEmbedding → a small causal head → loss
 
-Run by ``make demo``. With a CUDA device everything runs there in bf16, kernels compiled; without
-one the same kernels run in Triton's interpreter, in fp32, at sizes that it can bear. Afterwards the
-fused path is held against the reference (forward and every gradient), and a picture of a pack is
-written.
+Run by ``make demo``; it prints at most 40 lines and ends with the next command to try. With a CUDA
+device everything runs there in bf16, kernels compiled; without one the same kernels run in Triton's
+interpreter, in fp32, at sizes that it can bear. Afterwards the fused path is held against the
+reference (forward and every gradient), and a picture of a pack is written.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from examples.row_map import draw_row_map
+from step37_data.extras import how_to_get
+from step37_data.inspect import style
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, clip_normalize, plan_insert
@@ -185,7 +187,7 @@ def train(model: Model, batches: list[dict[str, Any]], steps: int) -> list[float
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-        if (step + 1) % len(batches) == 0 or step + 1 == steps:
+        if (step + 1) % (2 * len(batches)) == 0 or step + 1 == steps:
             mean = torch.stack(losses[-len(batches) :]).mean().item()
             bar = "█" * round(24 * (step + 1) / steps)
             seconds = time.perf_counter() - start
@@ -245,7 +247,7 @@ def check_against_reference(model: Model, batch: dict[str, Any]) -> bool:
         worst, share = deviation(actual, value, bound)
         right &= share <= 1
         allowed = "exact" if worst == 0 else f"{share:.1%} of what rounding allows"
-        print(f"  {name:33s} largest deviation {worst:.2e}  ({allowed})")
+        print(f"  {name:33s} largest deviation {worst:.1e}  ({allowed})")
     return right
 
 
@@ -272,43 +274,57 @@ def main() -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
-    where = torch.cuda.get_device_name() if cuda else "CPU, kernels in Triton's interpreter"
-    print(f"torch {torch.__version__}, {where}, {dtype}")
+    where = torch.cuda.get_device_name() if cuda else "the CPU, in Triton's interpreter"
+    print(f"torch {torch.__version__}, kernels on {where}, {dtype}")
 
     start_megatron()
     batches, packs, vocabulary = load_packs(device, dtype)
-    samples = sum(len(pack["cu_seqlens"]) - 1 for pack in batches)
+    photographs = sum(len(group.images) for batch in batches for group in batch["images"])
     print(
-        f"{len(batches)} packs of up to {PACK_LENGTH} tokens, {samples} sub-sequences, "
-        f"{sum(len(g.images) for b in batches for g in b['images'])} photographs"
+        f"{len(packs.datasets[0])} captions and {photographs} photographs in {len(batches)} packs "
+        f"of up to {PACK_LENGTH} tokens"
     )
 
+    print("training a small vision tower, the fused embedding and a head")
     model = Model(vocabulary, arguments.impl).to(device=device, dtype=dtype)
-    print("training")
     losses = train(model, batches, arguments.steps)
     first = sum(losses[: len(batches)]) / len(batches)
     last = sum(losses[-len(batches) :]) / len(batches)
-    print(f"  loss {first:.3f} → {last:.3f} ({last / first:.0%} of the first)")
 
-    print("against the reference in float64")
+    print("the fused path against the reference in float64")
     right = check_against_reference(model, batches[0])
     right &= check_normalize(device, arguments.impl)
-
-    batch = batches[0]
-    plan = plan_insert(
-        batch["input_ids"],
-        [(g.insert_start_token, [IMAGE_ROWS] * len(g.images)) for g in batch["images"]],
-    )
-    picture = arguments.out / "pack.png"
-    draw_row_map(packs[0], plan, packs.datasets[0].template.tokenizer, picture)
-    print(f"picture of a pack: {picture}")
-
     dist.destroy_process_group()
+
+    print("\nShown:")
+    print(f"  the loss fell from {first:.3f} to {last:.3f}, through kernels on {where}")
+    agree = "agree with" if right else "DEVIATE from"
+    print(f"  output, gradients and pixels {agree} the reference")
+    picture = draw(batches[0], packs, arguments.out / "pack.png")
+    print(f"  which feature row went where: {picture}")
+    print("Next: step37-data inspect examples/flickr8k_mini --tokenizer examples/tokenizer \\")
+    print("          --html out/data.html   (in .venv/bin)")
     if not right:
         print("FAILED: the fused path deviates from the reference", file=sys.stderr)
     if last >= first / 2:
         print(f"FAILED: the loss fell only from {first:.3f} to {last:.3f}", file=sys.stderr)
     return 0 if right and last < first / 2 else 1
+
+
+def draw(batch: dict[str, Any], packs: Any, path: Path) -> str:
+    """Draw the first pack's row map; where it is, or what it would need."""
+    plan = plan_insert(
+        batch["input_ids"],
+        [(g.insert_start_token, [IMAGE_ROWS] * len(g.images)) for g in batch["images"]],
+    )
+    try:
+        style.save(draw_row_map(packs[0], plan, packs.datasets[0].template.tokenizer), path)
+    except ModuleNotFoundError as error:
+        needed = how_to_get(error)
+        if needed is None:
+            raise
+        return f"not drawn, {needed}"
+    return str(path)
 
 
 if __name__ == "__main__":

@@ -9,38 +9,25 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULE_OF = {
-    "Flickr8kSample": "flickr8k_loader",
-    "Step37Flickr8kDataset": "flickr8k_loader",
-    "get_flickr8k_dataset_file": "flickr8k_loader",
-    "prepare_flickr8k_samples": "flickr8k_loader",
-    "MultimodalSFTSample": "template",
-    "Step37MultimodalTemplate": "template",
-    "LoopedSequentialSampler": "samplers",
-    "LoopedShuffleSampler": "samplers",
-    "WeightedRandomSampler": "samplers",
-    "PackingResult": "packing",
-    "pack": "packing",
-    "pack_best_fit": "packing",
-    "MixedPackedDataloader": "packed_dataloader",
-    "CropPlan": "images.crops",
-    "plan_crops": "images.crops",
-    "get_position_id_from_cu_seqlens": "pack_transform",
-    "pack_samples": "pack_transform",
-    "IMAGE_ITEM_TYPE": "preprocess",
-    "PATCH_ITEM_TYPE": "preprocess",
-    "build_image_for_insert": "preprocess",
-    "compute_rope_args": "preprocess",
-    "load_images": "preprocess",
-    "preprocess_packed_batch": "preprocess",
-    "Step37Flickr8kSFTDataProvider": "provider",
-    "VLM_PP_MEDIA_KEY": "pp_media",
-    "chunk_step3_media": "pp_media",
-    "chunk_vlm_media": "pp_media",
-    "prepare_vlm_media_for_pp": "pp_media",
-    "stage_vlm_media_for_pp": "pp_media",
-    "wrap_vlm_collate_for_pp": "pp_media",
+_NAMES_OF = {
+    "flickr8k_loader": "Flickr8kSample Step37Flickr8kDataset get_flickr8k_dataset_file "
+    "prepare_flickr8k_samples",
+    "forward_step": "ForwardStep",
+    "images.crops": "CropPlan plan_crops",
+    "images.decode": "BrokenImages",
+    "pack_transform": "get_position_id_from_cu_seqlens pack_samples",
+    "packed_dataloader": "MixedPackedDataloader",
+    "packing": "PackingResult pack pack_best_fit",
+    "pp_media": "VLM_PP_MEDIA_KEY chunk_step3_media chunk_vlm_media prepare_vlm_media_for_pp "
+    "stage_vlm_media_for_pp wrap_vlm_collate_for_pp",
+    "prefetch": "Prefetcher",
+    "preprocess": "IMAGE_ITEM_TYPE PATCH_ITEM_TYPE ImageForInsert build_image_for_insert "
+    "compute_rope_args load_images preprocess_packed_batch",
+    "provider": "Step37Flickr8kSFTDataProvider",
+    "samplers": "LoopedSequentialSampler LoopedShuffleSampler WeightedRandomSampler",
+    "template": "MultimodalSFTSample Step37MultimodalTemplate",
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 
 __all__ = sorted(_MODULE_OF)
 
@@ -49,7 +36,15 @@ def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except ModuleNotFoundError as error:
+        from step37_data.extras import how_to_get
+
+        needed = how_to_get(error)
+        if needed is None:
+            raise
+        raise ModuleNotFoundError(f"{__name__}.{name} {needed}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
 from step37_data.images.crops import plan_file
+from step37_data.images.decode import map_threads
 from step37_data.lengths import write_atomically
 from step37_data.rank_order import fill_cache_once
-from step37_data.template import (
-    IMAGE_PLACEHOLDER,
-    MultimodalSFTSample,
-    Step37MultimodalTemplate,
-)
+from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
+from step37_data.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,7 @@ class Flickr8kSample:
     caption: str
 
 
+@dataclass(eq=False, repr=False)
 class Step37Flickr8kDataset:
     """Image and caption pairs as tokenised conversations: the prompt asks, the caption answers.
 
@@ -55,17 +54,13 @@ class Step37Flickr8kDataset:
         prompt: the user's text, after the image.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Flickr8kSample],
-        template: Step37MultimodalTemplate,
-        prompt: str,
-    ) -> None:
-        if not samples:
+    samples: Sequence[Flickr8kSample]
+    template: Step37MultimodalTemplate
+    prompt: str
+
+    def __post_init__(self) -> None:
+        if not self.samples:
             raise ValueError("samples: expected at least one, got none")
-        self.samples = samples
-        self.template = template
-        self.prompt = prompt
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,12 +106,9 @@ class Step37Flickr8kDataset:
             ) from error
 
     def _picture_sizes(self) -> list[tuple[int, int]]:
-        paths = [str(sample.image_path) for sample in self.samples]
-        rewrite = self.template.path_rewrite_fn
-        if rewrite is not None:
-            paths = [rewrite(path) for path in paths]
-        with ThreadPoolExecutor(_HEADER_READERS) as pool:
-            return [plan.size for plan in pool.map(plan_file, paths)]
+        rewrite = self.template.path_rewrite_fn or str
+        paths = [rewrite(str(sample.image_path)) for sample in self.samples]
+        return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
@@ -130,9 +122,9 @@ class Step37Flickr8kDataset:
 
 
 def get_flickr8k_dataset_file(
+    filename: str,
     *,
     repo_id: str,
-    filename: str,
     cache_dir: str | Path,
     revision: str | None = None,
     endpoint: str | None = None,
@@ -146,8 +138,8 @@ def get_flickr8k_dataset_file(
     :func:`prepare_flickr8k_samples`).
 
     Args:
-        repo_id: data set on the hub, such as ``intro/flickr8k``.
         filename: path inside the data set, with forward slashes.
+        repo_id: data set on the hub, such as ``intro/flickr8k``.
         cache_dir: local folder that mirrors the data set.
         revision: branch, tag or commit; None is the default branch.
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
@@ -161,7 +153,41 @@ def get_flickr8k_dataset_file(
     path = _path_inside(root, filename)
     if _is_present(path):
         return path
-    return _download(repo_id, filename, root, revision, endpoint)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
+    # OSError or children of the base class of HfHubHTTPError.
+    network_errors = (OSError, HfHubHTTPError.__bases__[0])
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            hf_hub_download(
+                repo_id,
+                filename,
+                repo_type="dataset",
+                local_dir=root,
+                revision=revision,
+                endpoint=endpoint,
+            )
+            return path
+        except network_errors as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
+            may_pass = status is None or status in (408, 429) or status >= 500
+            if attempt < _ATTEMPTS and may_pass and not offline:
+                logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
+                time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
+                continue
+            # A built-in error, which every rank can raise. The hub tells nobody of a private repo.
+            missing = isinstance(error, FileNotFoundError) or status in (401, 404)
+            kind = FileNotFoundError if missing else OSError
+            tried = f" after {attempt} attempts" if attempt > 1 else ""
+            raise kind(
+                f"{path} is missing, and {repo_id}/{filename} could not be "
+                f"downloaded{tried}: {error}"
+            ) from error
 
 
 def prepare_flickr8k_samples(
@@ -209,22 +235,26 @@ def prepare_flickr8k_samples(
     root = Path(cache_dir).expanduser()
     metadata = _path_inside(root, f"{split}/metadata.csv")
 
-    def fetch(filename: str) -> Path:
+    def fetch(name: str) -> Path:
         return get_flickr8k_dataset_file(
-            repo_id=repo_id,
-            filename=filename,
-            cache_dir=root,
-            revision=revision,
-            endpoint=endpoint,
+            name, repo_id=repo_id, cache_dir=root, revision=revision, endpoint=endpoint
         )
 
-    def read() -> list[Flickr8kSample]:
-        return _read_metadata(metadata, caption_key, sample_count)[0]
+    # Read once, as soon as it is there.
+    read = functools.cache(
+        functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
+    )
 
     def fill() -> None:
+        from huggingface_hub import utils as hub
+
         root.mkdir(parents=True, exist_ok=True)
         _check_origin(root, repo_id, revision)
-        with _no_bar_per_file():
+        with contextlib.ExitStack() as undo:
+            # huggingface_hub shows a bar for every file; our files together have one.
+            if not hub.are_progress_bars_disabled():
+                hub.disable_progress_bars()
+                undo.callback(hub.enable_progress_bars)
             fetch(f"{split}/metadata.csv")
             missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
             names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
@@ -234,7 +264,7 @@ def prepare_flickr8k_samples(
         return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
-    samples = read_flickr8k_metadata(metadata, caption_key, sample_count)
+    samples = read()
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
@@ -260,23 +290,11 @@ def read_flickr8k_metadata(
     """
     if sample_count is not None:
         checked_int("sample_count", sample_count)
-    samples, skipped = _read_metadata(metadata, caption_key, sample_count)
-    if skipped:
-        logger.warning(
-            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
-        )
-    return samples
-
-
-def _read_metadata(
-    metadata: Path, caption_key: str, sample_count: int | None
-) -> tuple[list[Flickr8kSample], int]:
-    """The samples, and how many rows before the last of them were skipped."""
     samples: list[Flickr8kSample] = []
     skipped = 0
     for line, row in _rows(metadata):
-        caption = (row.get(caption_key) or "").strip()
-        file_name = (row.get("file_name") or "").strip()
+        caption = row.get(caption_key, "").strip()
+        file_name = row.get("file_name", "").strip()
         if not caption or not file_name:
             skipped += 1
             continue
@@ -287,33 +305,34 @@ def _read_metadata(
         samples.append(Flickr8kSample(str(path), caption))
         if len(samples) == sample_count:
             break
-    return samples, skipped
+    if skipped:
+        logger.warning(
+            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
+        )
+    return samples
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Every row of a CSV file, with the number of its last line."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         # Strict: else a quote that is not closed takes in all rows up to the next one.
-        rows = csv.DictReader(file, strict=True)
-        lines = rows.reader  # rows.line_num stays behind on errors and blank lines
+        rows = csv.reader(file, strict=True)
         first = 1
         try:
-            if rows.fieldnames is None:
-                return
-            first = lines.line_num + 1
-            for row in rows:
-                if None in row:
-                    surplus = row.pop(None)
-                    cells = [*row.values(), *surplus]
+            header = next(rows, [])
+            first = rows.line_num + 1
+            for cells in rows:
+                if len(cells) > len(header):
                     raise ValueError(
-                        f"{metadata}, line {lines.line_num}: expected the {len(row)} cells of the "
-                        f"header, got {len(cells)}: {cells}; a text with a comma needs quotes"
+                        f"{metadata}, line {rows.line_num}: expected the {len(header)} cells of "
+                        f"the header, got {len(cells)}: {cells}; a text with a comma needs quotes"
                     )
-                yield lines.line_num, row
-                first = lines.line_num + 1
+                if cells:
+                    yield rows.line_num, dict(zip(header, cells, strict=False))
+                first = rows.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"{metadata}, line {first}: {error}, in a row read up to line {lines.line_num}; "
+                f"{metadata}, line {first}: {error}, in a row read up to line {rows.line_num}; "
                 "is a quote not closed?"
             ) from error
         except UnicodeDecodeError as error:
@@ -330,10 +349,7 @@ def _path_inside(folder: Path, name: str) -> Path:
 
 
 def _is_present(path: str | Path) -> bool:
-    try:
-        return os.stat(path).st_size > 0
-    except FileNotFoundError:
-        return False
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
@@ -362,95 +378,8 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
 def _fetch_all(
     fetch: Callable[[str], Path], names: list[str], max_workers: int, progress: bool, what: str
 ) -> None:
-    if not names:
-        return
-    logger.info("downloading %d files of %s", len(names), what)
-    with ThreadPoolExecutor(max_workers, thread_name_prefix="flickr8k") as pool:
-        futures = {pool.submit(fetch, name): name for name in names}
-        bar = tqdm(total=len(names), desc=f"Downloading {what}", unit="file", disable=not progress)
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        finally:
-            # On success there is nothing left to cancel.
-            pool.shutdown(wait=True, cancel_futures=True)
-            bar.close()
-
-
-def _download(
-    repo_id: str, filename: str, root: Path, revision: str | None, endpoint: str | None
-) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
-    # OSError or children of the base class of HfHubHTTPError.
-    network_errors = (OSError, HfHubHTTPError.__bases__[0])
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return Path(
-                hf_hub_download(
-                    repo_id=repo_id,
-                    repo_type="dataset",
-                    filename=filename,
-                    local_dir=root,
-                    revision=revision,
-                    endpoint=endpoint,
-                )
-            )
-        except network_errors as error:
-            if attempt == _ATTEMPTS or not _may_pass(error):
-                what = f"{root / filename} is missing, and {repo_id}/{filename}"
-                raise _plain_error(error, what, attempt) from error
-            logger.warning(
-                "%s/%s: attempt %d of %d failed (%s)", repo_id, filename, attempt, _ATTEMPTS, error
-            )
-            time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another attempt can help."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, LocalEntryNotFoundError):
-        return not isinstance(error.__cause__, OfflineModeIsEnabled)
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    status = _status(error)
-    return status is None or status in (408, 429) or status >= 500
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
-def _plain_error(error: Exception, what: str, attempts: int) -> OSError:
-    """A built-in error, which every rank can raise and every process can unpickle."""
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-
-    missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-    kind = FileNotFoundError if missing or _status(error) == 404 else OSError
-    tried = f" after {attempts} attempts" if attempts > 1 else ""
-    return kind(f"{what} could not be downloaded{tried}: {error}")
-
-
-@contextlib.contextmanager
-def _no_bar_per_file() -> Iterator[None]:
-    """huggingface_hub shows a bar for every file; our files together have one."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+    if names:
+        logger.info("downloading %d files of %s", len(names), what)
+        bar: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
+        # After a failure it starts no other file.
+        thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)

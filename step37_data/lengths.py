@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from tqdm import tqdm
+
+from step37_data.images.decode import available_cores
+from step37_data.rank_order import fill_cache_once
 
 logger = logging.getLogger(__name__)
 
-_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("length", "<i8")])
+_RECORD = np.dtype([("key", "S16"), ("length", "<i8")])
 _DIGEST_SIZE = 16
-_MERGED = "merged.lengths"
-_SECONDS_BETWEEN_WRITES = 5.0
+_SECONDS_BETWEEN_WRITES = 30.0
 _CHUNK = 256
 # Below this, starting processes costs more than it saves.
 _PARALLEL_FROM = 4096
@@ -37,8 +38,6 @@ class KeyedDataset(Protocol):
     """A map-style data set whose lengths can be cached."""
 
     def __len__(self) -> int: ...
-
-    def __getitem__(self, idx: int) -> Any: ...
 
     def fingerprint(self) -> str:
         """Name of everything that decides lengths besides the samples: tokenizer, template."""
@@ -54,6 +53,8 @@ def probe_lengths(
     workers: int | None = None,
     progress: bool = True,
     description: str = "Probing lengths",
+    together: bool = False,
+    keys: np.ndarray | None = None,
 ) -> np.ndarray:
     """``len(dataset[i])`` for every i.
 
@@ -66,6 +67,9 @@ def probe_lengths(
             pickled where the platform spawns processes.
         progress: show a progress bar while measuring.
         description: name of the work on the bar and in the log.
+        together: every rank of a process group makes this call, with ``cache_dir``; one measures,
+            the others wait and read (see ``fill_cache_once``).
+        keys: ``dataset.sample_keys()``, where they are known already.
 
     Returns:
         int64 ``[N]``.
@@ -78,36 +82,32 @@ def probe_lengths(
     """
     total = len(dataset)
     if cache_dir is None:
-        indices = np.arange(total)
         lengths = np.empty(total, dtype=np.int64)
-        for chunk, values in _measure(dataset, indices, workers, progress, description):
+        for chunk, values in _measure(dataset, np.arange(total), workers, progress, description):
             lengths[chunk] = values
         return lengths
-    cache = LengthCache(cache_dir, dataset)
-    keys = cache.keys
-    lengths = cache.look_up()
-    missing = np.flatnonzero(lengths < 0)
-    if len(missing) == 0:
-        return lengths
-    # Samples with equal keys are measured once.
-    _, firsts = np.unique(keys[missing], axis=0, return_index=True)
-    todo = missing[np.sort(firsts)]
-    logger.info(
-        "%s: %d of %d lengths from %s, measuring %d",
-        description,
-        total - len(missing),
-        total,
-        cache.folder,
-        len(todo),
-    )
-    cache.record(_measure(dataset, todo, workers, progress, description))
+    cache = LengthCache(cache_dir, dataset, keys)
+
+    def fill() -> None:
+        missing = np.flatnonzero(cache.look_up() < 0)
+        # Samples with equal keys are measured once.
+        _, firsts = np.unique(cache.keys[missing], return_index=True)
+        todo = missing[np.sort(firsts)]
+        if len(todo):
+            logger.info("%s: measuring %d of %d lengths", description, len(todo), total)
+            cache.record(_measure(dataset, todo, workers, progress, description))
+
+    if together:
+        fill_cache_once(fill, lambda: bool((cache.look_up() >= 0).all()), what=description)
+    else:
+        fill()
     return cache.look_up()
 
 
 class LengthCache:
-    """Lengths on disk, under ``cache_dir / fingerprint``: one merged file and newer parts.
+    """Lengths on disk, in one file under ``cache_dir / fingerprint``.
 
-    A file is a digest of 16 bytes and sorted records of 24 bytes (key, key, length). A file that
+    It is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
     does not match its digest is reported, ignored and overwritten by the next merge.
 
     Args:
@@ -118,77 +118,56 @@ class LengthCache:
         TypeError: the data set has no ``fingerprint`` and ``sample_keys``.
     """
 
-    def __init__(self, cache_dir: str | Path, dataset: Any) -> None:
+    def __init__(self, cache_dir: str | Path, dataset: Any, keys: np.ndarray | None = None) -> None:
         if not isinstance(dataset, KeyedDataset):
             raise TypeError(
                 f"cache_dir: lengths of {type(dataset).__name__} cannot be cached, it has no "
                 "fingerprint() and sample_keys()"
             )
-        self.folder = Path(cache_dir).expanduser() / dataset.fingerprint()[:32]
-        self.keys = np.ascontiguousarray(dataset.sample_keys(), dtype=np.uint64)
-        if self.keys.shape != (len(dataset), 2):
-            raise ValueError(
-                f"sample_keys: expected shape ({len(dataset)}, 2), got {self.keys.shape}"
-            )
+        folder = Path(cache_dir).expanduser()
+        self._file = folder / dataset.fingerprint()[:32] / "samples.lengths"
+        keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
+        if keys.shape != (len(dataset), 2):
+            raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")
+        # Sixteen bytes in one element: zeros at the end are no part of it, and no loss either.
+        self.keys = keys.view("S16").reshape(-1)
+        self._lengths = np.full(len(keys), -1, dtype=np.int64)
 
     def look_up(self) -> np.ndarray:
         """int64 ``[N]``: the known lengths, −1 for the others."""
-        records = _unique_records([_read(path) for path in self._files()])
-        lengths = np.full(len(self.keys), -1, dtype=np.int64)
-        # Asked for in order, neighbouring keys are found in the cache of the processor.
-        open_ones = np.argsort(self.keys[:, 0])
-        places = np.searchsorted(np.ascontiguousarray(records["high"]), self.keys[open_ones, 0])
-        # One turn, but for samples that share the first half of their key: records are sorted by
-        # both halves, so theirs are neighbours.
-        while len(open_ones):
+        if (missing := np.flatnonzero(self._lengths < 0)).size:
+            # Asked for in order, neighbouring keys are found in the cache of the processor.
+            missing = missing[np.argsort(self.keys[missing])]
+            records = _read(self._file)
+            keys = self.keys[missing]
+            places = np.searchsorted(records["key"], keys)
             inside = places < len(records)
-            open_ones, places = open_ones[inside], places[inside]
-            candidates = records[places]
-            found = (candidates["high"] == self.keys[open_ones, 0]) & (
-                candidates["low"] == self.keys[open_ones, 1]
-            )
-            lengths[open_ones[found]] = candidates["length"][found]
-            next_too = (candidates["high"] == self.keys[open_ones, 0]) & ~found
-            open_ones, places = open_ones[next_too], places[next_too] + 1
-        return lengths
+            missing, keys, found = missing[inside], keys[inside], records[places[inside]]
+            known = found["key"] == keys
+            self._lengths[missing[known]] = found["length"][known]
+        return self._lengths
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write ``(indices, lengths)`` as they come: every few seconds, at the end, on failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write ``(indices, lengths)`` as they come: twice a minute, at the end, on failure."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         pending: list[np.ndarray] = []
         written = time.monotonic()
         try:
             for indices, lengths in measured:
-                pending.append(self._records(indices, lengths))
+                records = np.empty(len(indices), dtype=_RECORD)
+                records["key"], records["length"] = self.keys[indices], lengths
+                pending.append(records)
                 if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                    self._write_part(pending)
+                    self._write(pending)
                     pending, written = [], time.monotonic()
         finally:
-            self._write_part(pending)
-        self._merge()
+            self._write(pending)
 
-    def _records(self, indices: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        records = np.empty(len(indices), dtype=_RECORD)
-        records["high"], records["low"] = self.keys[indices].T
-        records["length"] = lengths
-        return np.sort(records, order=["high", "low"])
-
-    def _write_part(self, parts: list[np.ndarray]) -> None:
-        if parts:
-            handle, name = tempfile.mkstemp(suffix=".part", prefix="", dir=self.folder)
-            os.close(handle)
-            _write(Path(name).with_suffix(".lengths"), _unique_records(parts))
-            os.unlink(name)
-
-    def _merge(self) -> None:
-        files = self._files()
-        _write(self.folder / _MERGED, _unique_records([_read(path) for path in files]))
-        for path in files:
-            if path.name != _MERGED:
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.lengths"))
+    def _write(self, more: list[np.ndarray]) -> None:
+        records = np.concatenate([*more, _read(self._file)])
+        records = records[np.unique(records["key"], return_index=True)[1]]
+        payload = records.tobytes()
+        write_atomically(self._file, _digest(payload) + payload)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -208,54 +187,36 @@ def _measure(
     dataset: Any, indices: np.ndarray, workers: int | None, progress: bool, description: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``(indices, lengths)`` chunk by chunk, in order."""
-    chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
     if workers is None:
-        workers = _available_cores() if len(indices) >= _PARALLEL_FROM else 0
+        workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
+    chunks = _Chunks(dataset, [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)])
+    measured = torch.utils.data.DataLoader(
+        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=as_it_is
+    )
     with tqdm(total=len(indices), desc=description, unit="sample", disable=not progress) as bar:
-        measured = (
-            _measure_in_processes(dataset, chunks, workers)
-            if workers > 1
-            else (_lengths_of(dataset, chunk) for chunk in chunks)
-        )
-        for chunk, lengths in zip(chunks, measured, strict=True):
+        for chunk, lengths in measured:
             yield chunk, lengths
             bar.update(len(chunk))
 
 
-def _measure_in_processes(
-    dataset: Any, chunks: Sequence[np.ndarray], workers: int
-) -> Iterator[np.ndarray]:
-    # The platform's default start method, as torch's DataLoader uses; forked workers inherit the
-    # data set, spawned ones unpickle it once.
-    context = multiprocessing.get_context()
-    with ProcessPoolExecutor(workers, context, _set_worker_dataset, (dataset,)) as pool:
-        # A bounded queue: a hundred million indices are not pickled before the first is measured.
-        queue: list[Future[np.ndarray]] = []
-        try:
-            for chunk in chunks:
-                queue.append(pool.submit(_lengths_in_worker, chunk))
-                if len(queue) >= 4 * workers:
-                    yield queue.pop(0).result()
-            while queue:
-                yield queue.pop(0).result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
+    """Indices of samples and their lengths, many at a time, for a DataLoader."""
+
+    def __init__(self, dataset: Any, chunks: Sequence[np.ndarray]) -> None:
+        self._dataset, self._chunks = dataset, chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        chunk = self._chunks[number]
+        lengths = [_length_of(index, self._dataset[index]) for index in chunk.tolist()]
+        return chunk, np.array(lengths, np.int64)
 
 
-_worker_dataset: Any = None
-
-
-def _set_worker_dataset(dataset: Any) -> None:
-    global _worker_dataset
-    _worker_dataset = dataset
-
-
-def _lengths_in_worker(indices: np.ndarray) -> np.ndarray:
-    return _lengths_of(_worker_dataset, indices)
-
-
-def _lengths_of(dataset: Any, indices: np.ndarray) -> np.ndarray:
-    return np.array([_length_of(index, dataset[index]) for index in indices.tolist()], np.int64)
+def as_it_is(given: Any) -> Any:
+    """What a DataLoader is to make of what a data set gives: nothing else."""
+    return given
 
 
 def _length_of(index: int, sample: Any) -> int:
@@ -270,37 +231,14 @@ def _length_of(index: int, sample: Any) -> int:
     return length
 
 
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _unique_records(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The records of all parts, each sorted, merged: sorted by key, one per key."""
-    if len(parts) == 1:
-        return parts[0]
-    records = np.concatenate(parts) if parts else np.empty(0, dtype=_RECORD)
-    records = records[np.lexsort((records["low"], records["high"]))]
-    again = (records["high"][1:] == records["high"][:-1]) & (
-        records["low"][1:] == records["low"][:-1]
-    )
-    return records[np.concatenate(([True], ~again))] if len(records) else records
-
-
 def _digest(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_DIGEST_SIZE).digest()
-
-
-def _write(path: Path, records: np.ndarray) -> None:
-    payload = records.tobytes()
-    write_atomically(path, _digest(payload) + payload)
 
 
 def _read(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # merged away by another process since the folder was listed
+    except FileNotFoundError:
         return np.empty(0, dtype=_RECORD)
     payload = content[_DIGEST_SIZE:]
     if len(payload) % _RECORD.itemsize or _digest(payload) != content[:_DIGEST_SIZE]:

@@ -55,15 +55,10 @@ def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> An
             parts.append(change(part, spot))
         elif not isinstance(part, Mapping):
             raise ValueError(f"{spot}: expected a string or a mapping, got {part!r}")
-        elif part.get("type") == "text":
-            texts = {
-                key: change(part[key], spot)
-                for key in ("text", "value")
-                if isinstance(part.get(key), str)
-            }
-            parts.append({**part, **texts})
         else:
-            parts.append(part)
+            keys = ("text", "value") if part.get("type") == "text" else ()
+            texts = {key: change(part[key], spot) for key in keys if isinstance(part.get(key), str)}
+            parts.append({**part, **texts})
     return parts
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from step37_data.checks import checked_int
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -81,8 +83,7 @@ def pack_samples(
     """
     if len(pieces) == 0:
         raise ValueError("pieces: expected at least one sample, got none")
-    if seqlen_divisible_by < 1:
-        raise ValueError(f"seqlen_divisible_by: expected at least 1, got {seqlen_divisible_by}")
+    checked_int("seqlen_divisible_by", seqlen_divisible_by)
     # NumPy throughout: torch would start threads for a few thousand elements, in every worker.
     all_tokens = [_tokens(number, piece["tokens"]) for number, piece in enumerate(pieces)]
     all_masks = [_as_numpy(piece["loss_mask"], np.float32) for piece in pieces]

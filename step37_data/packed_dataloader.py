@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,8 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int
-from step37_data.lengths import KeyedDataset, probe_lengths
-from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
+from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
+from step37_data.packing import OversizePolicy, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -31,8 +30,6 @@ Sampling = Literal["sequential", "random"]
 Packing = Literal["next_fit", "best_fit"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
-# Keys of so many samples are hashed within a second.
-_KEYS_UP_TO = 1_000_000
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
@@ -57,8 +54,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ``packing_window`` draws for fuller packs.
         packing_window: samples that ``"best_fit"`` packs together.
         lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
-        probe_workers: processes that measure lengths; see :func:`probe_lengths`.
+        probe_workers, together: how lengths are measured; see :func:`probe_lengths`.
         progress: show a progress bar while measuring.
+        collate_fn: kept for whoever makes a torch ``DataLoader`` of this, as Megatron-Bridge does.
 
     Raises:
         ValueError: no data sets, differing numbers of data sets and epochs or sampling strategies,
@@ -80,6 +78,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         lengths_cache_dir: str | Path | None = None,
         probe_workers: int | None = None,
         progress: bool = True,
+        together: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         if len(datasets) == 0:
             raise ValueError("datasets: expected at least one, got none")
@@ -97,20 +97,26 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
         self.datasets = list(datasets)
         self.transform = transform
+        self.collate_fn = collate_fn
         self.max_length = max_length
         self.position = 0
-        self._fingerprint = ""
         self._warned_about_lengths = False
-        lengths = [
-            probe_lengths(
+        lengths, digest = [], hashlib.blake2b(digest_size=16)
+        for number, dataset in enumerate(datasets):
+            keys = None
+            if isinstance(dataset, KeyedDataset):
+                keys = np.ascontiguousarray(dataset.sample_keys(), dtype="<u8")
+                digest.update(keys.data)
+            measured = probe_lengths(
                 dataset,
                 cache_dir=lengths_cache_dir,
                 workers=probe_workers,
                 progress=progress,
                 description=f"Probing data set {number}",
+                together=together,
+                keys=keys,
             )
-            for number, dataset in enumerate(self.datasets)
-        ]
+            lengths.append(measured)
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
         if packing == "next_fit":
             self.packing_result = pack(sizes, max_length, oversize_policy)
@@ -127,7 +133,29 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
         self._ranges: PackRanges = self.packing_result.packed_sample_ranges
-        _log_fill(packing, self.packing_result, self.pack_sizes(), max_length)
+        for array in (domains, indices, sizes, self._ranges.starts, self._ranges.counts):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+        self._fingerprint = digest.hexdigest()
+        self._log_fill(packing)
+
+    def _log_fill(self, packing: Packing) -> None:
+        sizes, result = self.pack_sizes(), self.packing_result
+        samples = int(result.packed_sample_ranges.counts.sum())
+        logger.info(
+            "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
+            packing,
+            samples,
+            len(self),
+            self.max_length,
+            100.0 * float(sizes.sum() / np.maximum(sizes, self.max_length).sum()),
+        )
+        if result.num_droped:
+            logger.warning(
+                "%d of %d samples were dropped: longer than the %d tokens of a pack",
+                result.num_droped,
+                samples + result.num_droped,
+                self.max_length,
+            )
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -139,32 +167,28 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
     def __getitem__(self, idx: int) -> Any:
         pieces = self.pieces(idx)
         samples = [self.datasets[domain][index] for domain, index in pieces]
-        self._check_lengths(idx, pieces, samples)
-        return self.transform(samples) if self.transform else samples
-
-    def _check_lengths(
-        self, idx: int, pieces: Sequence[tuple[int, int]], samples: Sequence[Any]
-    ) -> None:
-        start, count = self._ranges[idx % len(self._ranges)]
-        planned = self.piece_sizes[start : start + count].tolist()
-        for (domain, index), sample, size in zip(pieces, samples, planned, strict=True):
+        planned = self.piece_sizes[self._rows(idx)].tolist()
+        for piece, sample, size in zip(pieces, samples, planned, strict=True):
             if len(sample) != size and not self._warned_about_lengths:
                 self._warned_about_lengths = True
                 logger.warning(
                     "datasets[%d][%d] has %d tokens now and had %d when the packs were made: the "
                     "data set gives other samples from time to time, and packs can hold more than "
                     "%d tokens (said once)",
-                    domain,
-                    index,
+                    *piece,
                     len(sample),
                     size,
                     self.max_length,
                 )
+        return self.transform(samples) if self.transform else samples
+
+    def _rows(self, idx: int) -> slice:
+        start, count = self._ranges[idx % len(self._ranges)]
+        return slice(start, start + count)
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
         """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
-        start, count = self._ranges[idx % len(self._ranges)]
-        rows = slice(start, start + count)
+        rows = self._rows(idx)
         return list(
             zip(self.piece_domains[rows].tolist(), self.piece_indices[rows].tolist(), strict=True)
         )
@@ -209,7 +233,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -240,25 +264,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
     def schedule_fingerprint(self) -> str:
         """Hex digest of which sample stands where in which pack.
 
-        A sample is known by its place and length, and in a :class:`KeyedDataset` of at most a
-        million samples by its key; of larger ones the keys would take too long. Keys of
-        ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
+        A sample is known by its place and length, and in a :class:`KeyedDataset` by its key. Keys
+        of ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
         """
-        if self._fingerprint:
-            return self._fingerprint
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (
-            self.piece_domains,
-            self.piece_indices,
-            self.piece_sizes,
-            self._ranges.starts,
-            self._ranges.counts,
-        ):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").data)
-        for dataset in self.datasets:
-            if isinstance(dataset, KeyedDataset) and len(dataset) <= _KEYS_UP_TO:
-                digest.update(np.ascontiguousarray(dataset.sample_keys(), dtype="<u8").data)
-        self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
 
@@ -283,27 +291,14 @@ def draw_schedule(
     sizes = np.empty(draws, dtype=np.min_scalar_type(max(int(part.max()) for part in lengths)))
     for number, strategy in enumerate(strategies):
         size = len(lengths[number])
-        sampler = (
-            LoopedShuffleSampler(size, _SEED + number)
-            if strategy == "random"
-            else LoopedSequentialSampler(size)
-        )
+        sampler: Any = LoopedSequentialSampler(size)
+        if strategy == "random":
+            sampler = LoopedShuffleSampler(size, _SEED + number)
         places = np.flatnonzero(domains == number) if len(strategies) > 1 else slice(None)
         drawn = sampler.take(len(places) if isinstance(places, np.ndarray) else draws)
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
-
-
-def _as_it_is(packed: Any) -> Any:
-    return packed
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """In place of a pack: what reading it raised in a worker process."""
-
-    error: ExceptionWrapper
 
 
 class _Guarded(torch.utils.data.Dataset[Any]):
@@ -319,17 +314,8 @@ class _Guarded(torch.utils.data.Dataset[Any]):
             worker = torch.utils.data.get_worker_info()
             if worker is None:
                 raise
-            return _Failed(ExceptionWrapper(where=f"in worker process {worker.id}"))
-
-
-class _Endless(torch.utils.data.Sampler[int]):
-    """``first, first + step, …`` without end."""
-
-    def __init__(self, first: int, step: int) -> None:
-        self._first, self._step = first, step
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._first, self._step)
+            # In place of the pack: to be raised where it is asked for.
+            return ExceptionWrapper(where=f"in worker process {worker.id}")
 
 
 class _Stream(Iterator[Any]):
@@ -348,7 +334,7 @@ class _Stream(Iterator[Any]):
 
     def __next__(self) -> Any:
         if self._loaded is None:
-            self._loaded = iter(self._load(sampler=_Endless(self._next, self._step)))
+            self._loaded = iter(self._load(sampler=itertools.count(self._next, self._step)))
         try:
             packed = next(self._loaded)
         except BaseException as error:
@@ -359,8 +345,8 @@ class _Stream(Iterator[Any]):
                 self._advance()
             raise
         self._advance()
-        if isinstance(packed, _Failed):
-            packed.error.reraise()
+        if isinstance(packed, ExceptionWrapper):
+            packed.reraise()
         return packed
 
     def close(self) -> None:
@@ -391,25 +377,3 @@ def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:
         if not (float(epoch) > 0 and math.isfinite(epoch)):
             raise ValueError(f"epochs[{number}]: expected more than 0 and finite, got {epoch}")
     return [float(epoch) * float(size) for size, epoch in zip(sizes, epochs, strict=True)]
-
-
-def _log_fill(
-    packing: Packing, result: PackingResult, pack_sizes: np.ndarray, max_length: int
-) -> None:
-    samples = int(result.packed_sample_ranges.counts.sum())
-    capacity = np.maximum(pack_sizes, max_length).sum()
-    logger.info(
-        "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
-        packing,
-        samples,
-        result.num_packed_samples,
-        max_length,
-        100.0 * float(pack_sizes.sum()) / float(capacity),
-    )
-    if result.num_droped:
-        logger.warning(
-            "%d of %d samples were dropped: longer than the %d tokens of a pack",
-            result.num_droped,
-            samples + result.num_droped,
-            max_length,
-        )

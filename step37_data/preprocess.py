@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,10 @@ import torch
 
 from step37_data.checks import checked_int
 from step37_data.images.crop_pixels import PixelOrder
-from step37_data.images.crop_stacks import View, find_broken, load_crop_stacks
-from step37_data.images.crops import ImageEntry, Window
 from step37_data.images.decode import BrokenImages, OnBroken
-from step37_data.images.device import (
-    Device,
-    Stack,
-    decode_all,
-    load_stacks,
-    resolve_device,
-    to_device,
-)
+from step37_data.images.device import Device, resolve_device, to_device
+from step37_data.images.stacks import ImageReader
+from step37_data.placeholders import Entry, ImageEntry
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 
@@ -38,7 +30,7 @@ RopeArgs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, int]]
 
 
 def load_images(
-    image_paths: Sequence[ImageEntry],
+    image_paths: Sequence[Entry],
     *,
     image_size: int,
     patch_image_size: int,
@@ -82,69 +74,40 @@ def load_images(
             two.
     """
     sides = _sides(image_size, patch_image_size)
-    views = _views(image_paths, sides)
-    loaded = _load(
-        [([view for view in views if view.kind == kind], side) for kind, side in sides.items()],
-        resolve_device(device),
-        dtype,
-        on_broken,
-        broken,
-        threads,
-        pixel_order,
-    )
-    rows = {kind: iter(stack.images) for kind, stack in zip(sides, loaded, strict=True)}
-    return [(next(rows[view.kind]), view.kind) for view in views]
+    entries = _entries(image_paths)
+    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    stacks, _ = reader.load_stacks(entries, sides)
+    rows = {kind: iter(stack) for kind, stack in stacks.items()}
+    return [(next(rows[entry.kind]), entry.kind) for entry in entries]
 
 
 def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
     return {
-        IMAGE_ITEM_TYPE: checked_int("image_size", image_size),
         PATCH_ITEM_TYPE: checked_int("patch_image_size", patch_image_size),
+        IMAGE_ITEM_TYPE: checked_int("image_size", image_size),
     }
 
 
-def _views(image_paths: Sequence[ImageEntry], sides: Mapping[int, int]) -> list[View]:
+def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
+    form = "(path, type) or (path, type, window)"
     if isinstance(image_paths, str) or not isinstance(image_paths, Sequence):
-        raise ValueError(
-            "image_paths: expected a list of (path, type) or (path, type, window), "
-            f"got {image_paths!r}"
-        )
-    return [_view(entry, sides) for entry in image_paths]
-
-
-def _view(entry: Any, sides: Mapping[int, int]) -> View:
-    is_entry = isinstance(entry, (list, tuple)) and len(entry) in (2, 3)
-    if not is_entry or not isinstance(entry[0], (str, os.PathLike)):
-        raise ValueError(
-            f"image_paths: expected (path, type) or (path, type, window), got {entry!r}"
-        )
-    path, kind, *rest = entry
-    kind = _checked_type(kind)
-    window: Window | None = None
-    if rest and rest[0] is not None:
-        if not isinstance(rest[0], (list, tuple)) or len(rest[0]) != 4:
-            raise ValueError(
-                f"image_paths: expected a window (x, y, width, height), got {rest[0]!r} of {path}"
-            )
-        x, y, width, height = rest[0]
-        window = (int(x), int(y), int(width), int(height))
-    return View(path=os.fspath(path), kind=kind, window=window, side=sides[kind])
-
-
-def _load(
-    stacks: Sequence[tuple[Sequence[View], int]],
-    device: torch.device,
-    dtype: torch.dtype,
-    on_broken: OnBroken,
-    broken: BrokenImages | None,
-    threads: int | None,
-    pixel_order: PixelOrder,
-) -> list[Stack]:
-    in_crops = any(view.window is not None for views, _ in stacks for view in views)
-    if in_crops or pixel_order != "pillow":
-        return load_crop_stacks(stacks, device, dtype, on_broken, broken, threads, pixel_order)
-    files = [([view.path for view in views], side) for views, side in stacks]
-    return load_stacks(files, device, dtype, on_broken, broken, threads)
+        raise ValueError(f"image_paths: expected a list of {form}, got {image_paths!r}")
+    entries = []
+    for given in image_paths:
+        is_entry = isinstance(given, (list, tuple)) and len(given) in (2, 3)
+        if not is_entry or not isinstance(given[0], (str, os.PathLike)):
+            raise ValueError(f"image_paths: expected {form}, got {given!r}")
+        path, kind, window = (*given, None)[:3]
+        if window is not None:
+            if not isinstance(window, (list, tuple)) or len(window) != 4:
+                raise ValueError(
+                    f"image_paths: expected a window (x, y, width, height), got {window!r} of "
+                    f"{path}"
+                )
+            x, y, width, height = map(int, window)
+            window = (x, y, width, height)
+        entries.append(ImageEntry(os.fspath(path), _checked_type(kind), window))
+    return entries
 
 
 def _checked_type(kind: int) -> int:
@@ -184,24 +147,18 @@ def build_image_for_insert(
     by_type: dict[int, list[torch.Tensor]] = {PATCH_ITEM_TYPE: [], IMAGE_ITEM_TYPE: []}
     for image, kind in images_and_types:
         by_type[_checked_type(kind)].append(image)
-    target = resolve_device(device)
     groups = []
-    for kind, start, limit in (
-        (PATCH_ITEM_TYPE, patch_start_id, limit_patches),
-        (IMAGE_ITEM_TYPE, image_start_id, limit_images),
+    for images, start, limit in (
+        (by_type[PATCH_ITEM_TYPE], patch_start_id, limit_patches),
+        (by_type[IMAGE_ITEM_TYPE], image_start_id, limit_images),
     ):
-        kept = by_type[kind][:limit]
-        if not kept:
-            continue
-        stacked = torch.stack(kept)
-        group = ImageForInsert(
-            insert_start_token=start,
-            images=to_device(stacked if dtype is None else stacked.to(dtype), target),
-        )
-        if rope_args_fn is not None:
-            cu_seqlens, longest = rope_args_fn(kept)
-            group.rope_cu_seqlens, group.rope_max_seq_len = cu_seqlens, int(longest)
-        groups.append(group)
+        if kept := images[:limit]:
+            stacked = torch.stack(kept).to(dtype or kept[0].dtype)
+            group = ImageForInsert(start, to_device(stacked, resolve_device(device)))
+            if rope_args_fn is not None:
+                cu_seqlens, longest = rope_args_fn(kept)
+                group.rope_cu_seqlens, group.rope_max_seq_len = cu_seqlens, int(longest)
+            groups.append(group)
     return groups
 
 
@@ -282,9 +239,9 @@ def preprocess_packed_batch(
             resolved), a tensor has another shape (a batch that was not unwrapped), or
             ``image_paths`` are not what ``multicrop`` says.
     """
-    for name, token in (
-        ("img_start_token_id", img_start_token_id),
-        ("patch_start_token_id", patch_start_token_id),
+    starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
+    for name, token in zip(
+        ("patch_start_token_id", "img_start_token_id"), starts.values(), strict=True
     ):
         if token < 0:
             raise ValueError(
@@ -294,7 +251,8 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
-    target = resolve_device(device)
+    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {
         "cu_seqlens": to_device(cu_seqlens, target),
@@ -306,46 +264,29 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    views = _views(batch.get("image_paths", ()), sides)
-    _check_multicrop(views, multicrop)
-    used = [
-        _used_images(views, tokens, kind, start)
-        for kind, start in (
-            (PATCH_ITEM_TYPE, patch_start_token_id),
-            (IMAGE_ITEM_TYPE, img_start_token_id),
-        )
-    ]
-    groups: list[ImageForInsert] = []
-    reasons: list[list[str | None]] = []
+    given = _entries(batch.get("image_paths", ()))
+    _check_multicrop(given, multicrop)
+    entries: list[ImageEntry] = []
+    positions: list[int] = []
+    for kind, start in starts.items():
+        of_kind, places = _used_images(given, tokens, kind, start)
+        entries += of_kind
+        positions += places
+    groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
-        stacks = _load(
-            [(used[0].views, patch_image_size), (used[1].views, image_size)],
-            target,
-            dtype,
-            on_broken,
-            broken,
-            threads,
-            pixel_order,
-        )
-        reasons = [stack.broken for stack in stacks]
-        for images, stack in zip(used, stacks, strict=True):
-            if images.views:
-                rope, longest = compute_rope_args(stack.images, encoder_patch_size, device=target)
-                groups.append(
-                    ImageForInsert(
-                        insert_start_token=images.start_token,
-                        images=stack.images,
-                        rope_cu_seqlens=rope,
-                        rope_max_seq_len=longest,
-                    )
-                )
+        stacks, reasons = reader.load_stacks(entries, sides)
+        for kind, images in stacks.items():
+            if len(images):
+                group = ImageForInsert(starts[kind], images)
+                rope = compute_rope_args(images, encoder_patch_size, device=target)
+                group.rope_cu_seqlens, group.rope_max_seq_len = rope
+                groups.append(group)
     elif on_broken == "skip-loss":
         # The loss is computed on this stage, perhaps: it has to know as much as the first one.
-        both = [*used[0].views, *used[1].views]
-        found = _find_broken(both, on_broken, broken, threads)
-        reasons = [found[: len(used[0].views)], found[len(used[0].views) :]]
+        reasons = reader.find_broken(entries)
     if on_broken == "skip-loss":
-        loss_masks = _without_broken(loss_masks, cu_seqlens.cpu(), used, reasons)
+        spoilt = [place for place, why in zip(positions, reasons, strict=True) if why is not None]
+        loss_masks = _without_samples(loss_masks, cu_seqlens.cpu(), spoilt)
     return {
         "input_ids": to_device(batch["tokens"], target)[None].contiguous(),
         "labels": to_device(batch["labels"], target)[None].contiguous(),
@@ -353,21 +294,6 @@ def preprocess_packed_batch(
         "images": groups,
         **layout,
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _UsedImages:
-    """The images of one type that have a place in the pack.
-
-    Attributes:
-        start_token: of their type.
-        views: one for each place, as far as both go.
-        positions: int64, the start token of each.
-    """
-
-    start_token: int
-    views: list[View]
-    positions: torch.Tensor
 
 
 def _check_shapes(batch: Mapping[str, Any]) -> None:
@@ -380,73 +306,50 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
             )
 
 
-def _check_multicrop(views: Sequence[View], multicrop: bool | None) -> None:
-    if multicrop is None:
-        return
-    for view in views:
-        if (view.window is not None) != multicrop:
-            made = "no window" if multicrop else f"the window {view.window}"
+def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> None:
+    for entry in entries:
+        if multicrop is not None and (entry.window is not None) != multicrop:
+            made = "no window" if multicrop else f"the window {entry.window}"
             raise ValueError(
-                f"multicrop: {multicrop}, but the entry of {view.path} in image_paths carries "
+                f"multicrop: {multicrop}, but the entry of {entry.path} in image_paths carries "
                 f"{made}; give the template the same multicrop"
             )
 
 
-def _find_broken(
-    views: Sequence[View], on_broken: OnBroken, broken: BrokenImages | None, threads: int | None
-) -> list[str | None]:
-    if any(view.window is not None for view in views):
-        return find_broken(views, on_broken, broken, threads)
-    decoded = decode_all([(view.path, None) for view in views], on_broken, broken, threads)
-    return [each.broken for each in decoded]
-
-
 def _used_images(
-    all_views: Sequence[View], tokens: torch.Tensor, kind: int, start_token: int
-) -> _UsedImages:
-    """Pair the images of type ``kind`` with the start tokens, in order, up to the smaller count."""
-    views = [view for view in all_views if view.kind == kind]
-    positions = (tokens == start_token).nonzero().flatten()
-    if len(views) != len(positions):
+    given: Sequence[ImageEntry], tokens: torch.Tensor, kind: int, start_token: int
+) -> tuple[list[ImageEntry], list[int]]:
+    """The images of type ``kind`` and the places of their start tokens, up to the smaller count."""
+    entries = [entry for entry in given if entry.kind == kind]
+    places = (tokens == start_token).nonzero().flatten().tolist()
+    used = min(len(entries), len(places))
+    if len(entries) != len(places):
         logger.warning(
             "the pack holds %d images of type %d and %d start tokens %d for them; the first %d of "
             "each are used",
-            len(views),
+            len(entries),
             kind,
-            len(positions),
+            len(places),
             start_token,
-            min(len(views), len(positions)),
+            used,
         )
-    return _UsedImages(
-        start_token=start_token,
-        views=views[: len(positions)],
-        positions=positions[: len(views)],
-    )
+    return entries[:used], places[:used]
 
 
-def _without_broken(
-    loss_masks: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    used: Sequence[_UsedImages],
-    reasons: Sequence[Sequence[str | None]],
+def _without_samples(
+    loss_masks: torch.Tensor, cu_seqlens: torch.Tensor, positions: Sequence[int]
 ) -> torch.Tensor:
-    """``loss_masks`` with zeros over every sample that holds an unreadable image."""
-    spoilt = sorted(
-        {
-            int(torch.searchsorted(cu_seqlens, position, right=True)) - 1
-            for images, own in zip(used, reasons, strict=True)
-            for position, reason in zip(images.positions.tolist(), own, strict=True)
-            if reason is not None
-        }
-    )
-    if not spoilt:
+    """``loss_masks`` with zeros over every sample that one of the ``positions`` lies in."""
+    if not positions:
         return loss_masks
+    places = torch.tensor(positions, dtype=cu_seqlens.dtype)
+    samples = (torch.searchsorted(cu_seqlens, places, right=True) - 1).unique().tolist()
     loss_masks = loss_masks.clone()
-    for sample in spoilt:
+    for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
     logger.warning(
         "samples %s of a pack of %d take no part in the loss: an image of theirs is unreadable",
-        spoilt,
+        samples,
         len(cu_seqlens) - 1,
     )
     return loss_masks

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_samples
-from step37_data.lengths import LengthCache, probe_lengths
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
-from step37_data.rank_order import fill_cache_once
-from step37_data.template import (
-    IMAGE_END_TOKEN,
-    IMAGE_START_TOKEN,
-    IMAGE_TOKEN,
-    IMAGE_TOKEN_COUNT,
-    PATCH_END_TOKEN,
-    PATCH_START_TOKEN,
-    PATCH_TOKEN_COUNT,
-    Step37MultimodalTemplate,
-)
-
-_UNSET_ID = -1
+from step37_data.template import Step37MultimodalTemplate
+from step37_data.tokens import ImageTokens
 
 
 @dataclass(kw_only=True)
@@ -45,18 +32,15 @@ class _StandaloneProvider:
 def _provider_base() -> Any:
     """``DatasetProvider`` of Megatron-Bridge, newest place first; a stand-in where it is absent."""
     try:
-        from megatron.bridge.data.base import DatasetProvider
-
-        return DatasetProvider
+        try:
+            from megatron.bridge.data.base import DatasetProvider
+        except ModuleNotFoundError as error:
+            _require_megatron_missing(error)
+            from megatron.bridge.training.config import DatasetProvider
     except ModuleNotFoundError as error:
         _require_megatron_missing(error)
-    try:
-        from megatron.bridge.training.config import DatasetProvider
-
-        return DatasetProvider
-    except ModuleNotFoundError as error:
-        _require_megatron_missing(error)
-    return _StandaloneProvider
+        return _StandaloneProvider
+    return DatasetProvider
 
 
 def _require_megatron_missing(error: ModuleNotFoundError) -> None:
@@ -80,21 +64,20 @@ class _FixedPackDataset(torch.utils.data.Dataset[Any]):
     def __init__(self, inner: Any, fixed_idx: int) -> None:
         self._inner = inner
         self._fixed_idx = fixed_idx % len(inner)
-        if hasattr(inner, "collate_fn"):
-            self.collate_fn = inner.collate_fn
+        self.collate_fn = getattr(inner, "collate_fn", None)
 
     def __len__(self) -> int:
         return self._SENTINEL_LEN
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[idx] for idx in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, idx: int) -> Any:
         return self._inner[self._fixed_idx]
 
 
 @dataclass(kw_only=True)
-class Step37Flickr8kSFTDataProvider(_Base):
+class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     """Packed Flickr8k for supervised fine-tuning of Step-3.7.
 
     Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, or call ``build_datasets(None)`` and hand
@@ -113,14 +96,6 @@ class Step37Flickr8kSFTDataProvider(_Base):
     prompt: str = "Describe this image in one sentence."
     revision: str | None = None
     """Branch, tag or commit of the data set; None is the default branch."""
-
-    image_token_count: int = IMAGE_TOKEN_COUNT
-    patch_token_count: int = PATCH_TOKEN_COUNT
-    image_token: str = IMAGE_TOKEN
-    image_start_token: str = IMAGE_START_TOKEN
-    image_end_token: str = IMAGE_END_TOKEN
-    patch_start_token: str = PATCH_START_TOKEN
-    patch_end_token: str = PATCH_END_TOKEN
 
     multicrop: bool = False
     """See pictures as the model was trained to: in crops besides the full image. Samples become
@@ -146,9 +121,9 @@ class Step37Flickr8kSFTDataProvider(_Base):
     probe_workers: int | None = None
     """Processes that measure lengths; None decides by the size of the data set."""
 
-    img_start_token_id: int = _UNSET_ID
+    img_start_token_id: int = -1
     """Id of ``image_start_token``; -1 takes it from the tokenizer when the data set is built."""
-    patch_start_token_id: int = _UNSET_ID
+    patch_start_token_id: int = -1
     """Id of ``patch_start_token``; -1 as above."""
     image_size: int = 728
     patch_image_size: int = 504
@@ -164,7 +139,7 @@ class Step37Flickr8kSFTDataProvider(_Base):
         """Prepare the data and return ``(train, None, None)``: there is no other split.
 
         In a process group every rank calls this; one downloads and measures lengths, the others
-        wait and read (see ``fill_cache_once``).
+        wait and read.
 
         Args:
             context: Megatron-Bridge's build context; nothing in it is needed, None will do.
@@ -173,35 +148,21 @@ class Step37Flickr8kSFTDataProvider(_Base):
             A map-style data set of packed dictionaries with a ``collate_fn``, and two None.
         """
         packs = self._build_train_packed_dataloader()
-        packs.collate_fn = collate_single_pack  # type: ignore[attr-defined]
         if self.fixed_pack_idx is not None:
             return _FixedPackDataset(packs, self.fixed_pack_idx), None, None
         return packs, None, None
 
-    def _make_template(self) -> Step37MultimodalTemplate:
-        return Step37MultimodalTemplate(
-            tokenizer_path=self.tokenizer_path,
-            image_token_count=self.image_token_count,
-            patch_token_count=self.patch_token_count,
-            image_token=self.image_token,
-            image_start_token=self.image_start_token,
-            image_end_token=self.image_end_token,
-            patch_start_token=self.patch_start_token,
-            patch_end_token=self.patch_end_token,
-            max_sequence_length=self.max_packing_seqlen,
-            multicrop=self.multicrop,
-        )
-
-    def _resolve_special_token_ids(self, template: Step37MultimodalTemplate) -> None:
-        if self.img_start_token_id < 0:
-            self.img_start_token_id = template.img_start_token_id
-        if self.patch_start_token_id < 0:
-            self.patch_start_token_id = template.patch_start_token_id
-
     def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
         # First, because it is quick: a wrong tokenizer is reported before an hour of download.
-        template = self._make_template()
-        self._resolve_special_token_ids(template)
+        template = Step37MultimodalTemplate(
+            tokenizer_path=self.tokenizer_path,
+            max_sequence_length=self.max_packing_seqlen,
+            multicrop=self.multicrop,
+            **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
+        )
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(self, name) < 0:
+                setattr(self, name, getattr(template, name))
         samples = prepare_flickr8k_samples(
             repo_id=self.repo_id,
             split=self.split,
@@ -210,16 +171,9 @@ class Step37Flickr8kSFTDataProvider(_Base):
             cache_dir=self.cache_dir,
             revision=self.revision,
         )
-        dataset = Step37Flickr8kDataset(samples, template, self.prompt)
-        lengths_cache = self._lengths_cache()
-        if lengths_cache is not None:
-            fill_cache_once(
-                functools.partial(self._probe, dataset, lengths_cache),
-                lambda: bool((LengthCache(lengths_cache, dataset).look_up() >= 0).all()),
-                what="measuring sample lengths",
-            )
+        lengths_cache_dir = self.lengths_cache_dir or f"{self.cache_dir}/.cache/step37_lengths"
         return MixedPackedDataloader(
-            datasets=[dataset],
+            datasets=[Step37Flickr8kDataset(samples, template, self.prompt)],
             epochs=[1.0],
             max_length=self.max_packing_seqlen,
             oversize_policy=self.oversize_policy,
@@ -234,19 +188,11 @@ class Step37Flickr8kSFTDataProvider(_Base):
             dataset_sampling=self.dataset_sampling,
             packing=self.packing,
             packing_window=self.packing_window,
-            lengths_cache_dir=lengths_cache,
+            lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
             probe_workers=self.probe_workers,
+            together=True,
+            collate_fn=collate_single_pack,
         )
-
-    def _lengths_cache(self) -> Path | None:
-        if not self.cache_lengths:
-            return None
-        if self.lengths_cache_dir is not None:
-            return Path(self.lengths_cache_dir).expanduser()
-        return Path(self.cache_dir).expanduser() / ".cache" / "step37_lengths"
-
-    def _probe(self, dataset: Step37Flickr8kDataset, cache_dir: Path) -> None:
-        probe_lengths(dataset, cache_dir=cache_dir, workers=self.probe_workers)
 
 
 def collate_single_pack(batch: list[dict[str, Any]]) -> dict[str, Any]:

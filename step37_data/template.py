@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from step37_data.checks import checked_int
-from step37_data.images.crops import ImageEntry, SampleImages, token_runs
 from step37_data.messages import check_encodable, checked_role, map_texts, strings
-from step37_data.tokenizer import load_tokenizer
-from step37_data.tokens import (
+from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
     IMAGE_PLACEHOLDER,
@@ -38,13 +39,14 @@ from step37_data.tokens import (
     PATCH_NEWLINE_TOKEN,
     PATCH_START_TOKEN,
     PATCH_TOKEN_COUNT,
+    ImageTokens,
+    load_tokenizer,
 )
 
 logger = logging.getLogger(__name__)
 
 THINK_TOKENS = ("<think>", "</think>")
 
-_PLACEHOLDERS = (IMAGE_PLACEHOLDER, MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
 _IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})
 _MULTICROP_PLACEHOLDERS = re.compile(
     f"{re.escape(MULTICROP_IMAGE_PLACEHOLDER)}|{re.escape(MULTICROP_PATCH_PLACEHOLDER)}"
@@ -71,7 +73,8 @@ class MultimodalSFTSample(dict[str, Any]):
         return type(self)(self)
 
 
-class Step37MultimodalTemplate:
+@dataclass(kw_only=True, eq=False, repr=False)
+class Step37MultimodalTemplate(ImageTokens):
     """Tokenises conversations for supervised fine-tuning of Step-3.7.
 
     In user, system and tool turns ``<image>`` becomes ``<im_start>``, 169 ``<im_patch>`` and
@@ -108,59 +111,29 @@ class Step37MultimodalTemplate:
             is no integer of at least 1.
     """
 
-    image_placeholder = IMAGE_PLACEHOLDER
-    multicrop_image_placeholder = MULTICROP_IMAGE_PLACEHOLDER
-    multicrop_patch_placeholder = MULTICROP_PATCH_PLACEHOLDER
+    tokenizer_path: str
+    max_sequence_length: int = 2048
+    path_rewrite_fn: Callable[[str], str] | None = None
+    multicrop: bool = False
 
-    def __init__(
-        self,
-        *,
-        tokenizer_path: str,
-        image_token_count: int = IMAGE_TOKEN_COUNT,
-        patch_token_count: int = PATCH_TOKEN_COUNT,
-        image_token: str = IMAGE_TOKEN,
-        image_start_token: str = IMAGE_START_TOKEN,
-        image_end_token: str = IMAGE_END_TOKEN,
-        patch_start_token: str = PATCH_START_TOKEN,
-        patch_end_token: str = PATCH_END_TOKEN,
-        max_sequence_length: int = 2048,
-        path_rewrite_fn: Callable[[str], str] | None = None,
-        multicrop: bool = False,
-    ) -> None:
-        if not tokenizer_path:
+    def __post_init__(self) -> None:
+        if not self.tokenizer_path:
             raise ValueError("tokenizer_path: expected the folder of a tokenizer, got none")
-        self.tokenizer_path = str(tokenizer_path)
+        self.tokenizer_path = str(self.tokenizer_path)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
-        self.image_token_count = checked_int("image_token_count", image_token_count)
-        self.patch_token_count = checked_int("patch_token_count", patch_token_count)
-        self.image_token = image_token
-        self.image_start_token = image_start_token
-        self.image_end_token = image_end_token
-        self.patch_start_token = patch_start_token
-        self.patch_end_token = patch_end_token
-        self.max_sequence_length = int(max_sequence_length)
-        self.path_rewrite_fn = path_rewrite_fn
-        self._image_id = self._special_id(image_token)
-        self.img_start_token_id = self._special_id(image_start_token)
-        self._special_id(image_end_token)
-        self.patch_start_token_id = self._special_id(patch_start_token)
-        self._special_id(patch_end_token)
-        self.multicrop = multicrop
-        if multicrop:
-            self._special_id(PATCH_NEWLINE_TOKEN)
-        crop_structure = {
-            image_start_token,
-            image_end_token,
-            patch_start_token,
-            patch_end_token,
-            PATCH_NEWLINE_TOKEN,
-        }
-        self._multicrop_markup = frozenset(
-            {MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER, *crop_structure}
-        )
+        checked_int("image_token_count", self.image_token_count)
+        checked_int("patch_token_count", self.patch_token_count)
+        starts = (self.image_start_token, self.patch_start_token)
+        ends = (self.image_end_token, self.patch_end_token)
+        # The newline has to be a token only where it is used.
+        newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
+        ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
+        self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
+        placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
+        self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
         added = self.tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} - set(THINK_TOKENS)
-        reserved = control | crop_structure | {image_token, *_PLACEHOLDERS}
+        reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}
         self._reserved = re.compile(
             "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
         )
@@ -199,8 +172,14 @@ class Step37MultimodalTemplate:
         for start, end in self._loss_spans(short_ids, messages):
             short_mask[start:end] = 1.0
         ids = np.repeat(np.array(short_ids, dtype=np.int64), repeats)
-        if len(ids) > self.max_sequence_length + 1:
-            self._report_long_sample(len(ids))
+        if len(ids) > self.max_sequence_length + 1 and not self._warned_about_length:
+            self._warned_about_length = True
+            logger.warning(
+                "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
+                "policy of the packing decides about it (said once)",
+                len(ids),
+                self.max_sequence_length + 1,
+            )
         return MultimodalSFTSample(
             tokens=torch.from_numpy(ids),
             loss_mask=torch.from_numpy(np.repeat(short_mask, repeats)),
@@ -218,13 +197,9 @@ class Step37MultimodalTemplate:
             vocabulary,
             self.tokenizer.chat_template,
             self.tokenizer.special_tokens_map,
-            self.image_token_count,
-            self.patch_token_count,
-            [self.image_token, self.image_start_token, self.image_end_token],
-            [self.patch_start_token, self.patch_end_token],
+            [getattr(self, field.name) for field in fields(ImageTokens)],
+            _MULTICROP_VERSION if self.multicrop else None,
         ]
-        if self.multicrop:
-            parts.append(["multicrop", _MULTICROP_VERSION])
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -246,17 +221,15 @@ class Step37MultimodalTemplate:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        kwargs: dict[str, Any] = {}
-        if messages[0].get("tool_schemas"):
-            kwargs["tools"] = messages[0]["tool_schemas"]
-        if messages[0].get("reasoning_effort") is not None:
-            kwargs["reasoning_effort"] = messages[0]["reasoning_effort"]
+        first = messages[0]
+        effort = first.get("reasoning_effort")
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=first.get("tool_schemas") or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **kwargs,
+                **({} if effort is None else {"reasoning_effort": effort}),
             )
         except Exception as error:  # jinja2's own, or what an expression of the template raises
             roles = ", ".join(message["role"] for message in messages)
@@ -273,15 +246,14 @@ class Step37MultimodalTemplate:
             asked = self._render(question, False)
             text = self._render(question, True)[len(asked) :]
             ids = self._encode(text)
-            delimiter = self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else ""
-            added = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
-            if added is None or not text.startswith(delimiter + "assistant"):
+            delimiter = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+            if delimiter is None or not text.startswith(f"{delimiter.content}assistant"):
                 raise ValueError(
                     f"tokenizer_path: the chat template in {self.tokenizer_path!r} is not in the "
                     "Step-3.7 layout: its generation prompt must begin with a special token "
                     f"followed by 'assistant', got {text!r}"
                 )
-            header = self._encode(delimiter + "assistant")
+            header = self._encode(f"{delimiter.content}assistant")
             self._generation_prompts[reasoning_effort] = (ids, header)
         return self._generation_prompts[reasoning_effort]
 
@@ -321,28 +293,12 @@ class Step37MultimodalTemplate:
                 rows.append(self.image_token_count if of_image else self.patch_token_count)
                 images.see_whole(IMAGE_ITEM_TYPE if of_image else PATCH_ITEM_TYPE)
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
-        if self.multicrop:
-            pieces = text.split(IMAGE_PLACEHOLDER)
-            expanded = [self._expand_crops(rows, images) + piece for piece in pieces[1:]]
-            return "".join([pieces[0], *expanded])
-        rows += [self.image_token_count] * text.count(IMAGE_PLACEHOLDER)
-        return text.replace(
-            IMAGE_PLACEHOLDER, f"{self.image_start_token}{self.image_token}{self.image_end_token}"
-        )
-
-    def _expand_crops(self, rows: list[int], images: SampleImages) -> str:
-        runs = token_runs(
-            images.see_in_crops(),
-            image_token=self.image_token,
-            image_start_token=self.image_start_token,
-            image_end_token=self.image_end_token,
-            patch_start_token=self.patch_start_token,
-            patch_end_token=self.patch_end_token,
-            image_token_count=self.image_token_count,
-            patch_token_count=self.patch_token_count,
-        )
-        rows += [count for token, count in runs if token == self.image_token]
-        return "".join(token for token, _ in runs)
+        expanded, *pieces = text.split(IMAGE_PLACEHOLDER)
+        for piece in pieces:
+            runs = token_runs(images.see_in_crops() if self.multicrop else (), self)
+            rows += [count for token, count in runs if token == self.image_token]
+            expanded += "".join(token for token, _ in runs) + piece
+        return expanded
 
     def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
@@ -360,18 +316,18 @@ class Step37MultimodalTemplate:
         if isinstance(images, str):
             raise ValueError(f"images: expected a list of paths, got {images!r}")
         items = []
+        rewrite = self.path_rewrite_fn or str
         for image in images or ():
-            path, *rest = image if isinstance(image, (tuple, list)) and image else (image,)
-            kind = rest[0] if rest else IMAGE_ITEM_TYPE
+            given = image if isinstance(image, (tuple, list)) and image else (image,)
+            path, kind = (*given, IMAGE_ITEM_TYPE)[:2]
             if not isinstance(path, (str, os.PathLike)):
                 raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
             if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
                 raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
-            path = str(path)
-            items.append((self.path_rewrite_fn(path) if self.path_rewrite_fn else path, int(kind)))
+            items.append((rewrite(str(path)), int(kind)))
         return items
 
-    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[ImageEntry]) -> np.ndarray:
+    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
         places = [place for place, token in enumerate(ids) if token == self._image_id]
         if len(places) != len(rows):
@@ -379,38 +335,38 @@ class Step37MultimodalTemplate:
                 f"conversations: the chat template renders {len(places)} of the {len(rows)} image "
                 "and crop placeholders"
             )
-        repeats = np.ones(len(ids), dtype=np.int64)
-        counts = {IMAGE_ITEM_TYPE: 0, PATCH_ITEM_TYPE: 0}
-        for place, row_count in zip(places, rows, strict=True):
-            before = ids[place - 1] if place else -1
-            if (before, row_count) == (self.img_start_token_id, self.image_token_count):
-                counts[IMAGE_ITEM_TYPE] += 1
-            elif (before, row_count) == (self.patch_start_token_id, self.patch_token_count):
-                counts[PATCH_ITEM_TYPE] += 1
-            else:
-                found = self.tokenizer.convert_ids_to_tokens(before) if place else "nothing"
+        rows_after = {
+            self.img_start_token_id: self.image_token_count,
+            self.patch_start_token_id: self.patch_token_count,
+        }
+        before = [ids[place - 1] if place else -1 for place in places]
+        for start, row_count in zip(before, rows, strict=True):
+            if rows_after.get(start) != row_count:
+                found = self.tokenizer.convert_ids_to_tokens(start) if start >= 0 else "nothing"
                 raise ValueError(
                     f"conversations: a placeholder of {row_count} {self.image_token!r} follows "
                     f"{found!r}; an image ({self.image_token_count}) must follow "
                     f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
                     f"{self.patch_start_token!r}"
                 )
-            repeats[place] = row_count
         for kind, name, start_id in (
             (IMAGE_ITEM_TYPE, "image", self.img_start_token_id),
             (PATCH_ITEM_TYPE, "crop", self.patch_start_token_id),
         ):
-            if ids.count(start_id) != counts[kind]:
+            count = before.count(start_id)
+            if ids.count(start_id) != count:
                 raise ValueError(
-                    f"conversations: {ids.count(start_id)} start tokens of type {name} for "
-                    f"{counts[kind]} placeholders"
+                    f"conversations: {ids.count(start_id)} start tokens of type {name} for {count} "
+                    "placeholders"
                 )
             paths = [entry[0] for entry in images if entry[1] == kind]
-            if len(paths) != counts[kind]:
+            if len(paths) != count:
                 raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {counts[kind]} placeholders "
-                    f"in the conversation: {paths}"
+                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
+                    f"conversation: {paths}"
                 )
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[places] = rows
         return repeats
 
     def _loss_spans(
@@ -418,10 +374,9 @@ class Step37MultimodalTemplate:
     ) -> Iterator[tuple[int, int]]:
         prompt, header = self._generation_prompt(messages[0].get("reasoning_effort"))
         turns = [place for place, token in enumerate(ids) if token == prompt[0]]
-        ends = [*turns[1:], len(ids)]
         answers = [
             (start, end)
-            for start, end in zip(turns, ends, strict=True)
+            for start, end in itertools.pairwise([*turns, len(ids)])
             if ids[start : start + len(header)] == header
         ]
         expected = sum(message["role"] == "assistant" for message in messages)
@@ -454,15 +409,4 @@ class Step37MultimodalTemplate:
         raise ValueError(
             f"conversations[{number}] (assistant): the chat template renders the turn as "
             f"{convert(found)}, which does not begin with its generation prompt {convert(prompt)}"
-        )
-
-    def _report_long_sample(self, length: int) -> None:
-        level = logging.DEBUG if self._warned_about_length else logging.WARNING
-        self._warned_about_length = True
-        logger.log(
-            level,
-            "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
-            "policy of the packing decides about it (said once, later ones at DEBUG)",
-            length,
-            self.max_sequence_length + 1,
         )

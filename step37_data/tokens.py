@@ -1,6 +1,10 @@
-"""Names and counts of the tokens that stand for pictures in the text of Step-3.7."""
+"""The tokens that stand for pictures in the text of Step-3.7, and the tokenizer that has them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
 MULTICROP_IMAGE_PLACEHOLDER = "<@image@>"
@@ -17,3 +21,59 @@ PATCH_TOKEN_COUNT = 81
 # The second element of an entry of ``image_paths``.
 IMAGE_ITEM_TYPE = 0
 PATCH_ITEM_TYPE = 1
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(kw_only=True)
+class ImageTokens:
+    """Names and counts of the tokens: ``image_token`` stands for each row of an image."""
+
+    image_token_count: int = IMAGE_TOKEN_COUNT
+    """Rows of a full image."""
+    patch_token_count: int = PATCH_TOKEN_COUNT
+    """Rows of a crop."""
+    image_token: str = IMAGE_TOKEN
+    image_start_token: str = IMAGE_START_TOKEN
+    image_end_token: str = IMAGE_END_TOKEN
+    patch_start_token: str = PATCH_START_TOKEN
+    patch_end_token: str = PATCH_END_TOKEN
+
+
+DEFAULT_TOKENS = ImageTokens()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of ``path``, with a chat template; its remote code is never run.
+
+    Args:
+        path: a folder, or the id of a model on the hub.
+
+    Raises:
+        ValueError: there is no tokenizer, or it has no chat template.
+    """
+    # Imported here: transformers takes seconds, and reading packs needs none of it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, and of tokenizers Exception itself
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer_path: {_what_is_there(path)} ({type(error).__name__}: {reason})"
+        ) from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer_path: the tokenizer in {path!r} has no chat template: expected "
+            "chat_template.jinja, or chat_template in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _what_is_there(path: str) -> str:
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"there is no folder {path!r} here, and no tokenizer could be read from the hub"
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    lacks = f", which lacks {', '.join(missing)}" if missing else ""
+    return f"no tokenizer could be read from {path!r}{lacks}"

@@ -7,6 +7,8 @@ from step37_kernels.pixels.ragged import Crop, RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize, resize_uint8
 from step37_kernels.plan import InsertPlan, plan_insert, plan_placeholders
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Crop",
     "ImageForInsert",

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -28,12 +26,18 @@ PIXEL_ORDERS = get_args(PixelOrder)
 _BILINEAR = Image.Resampling.BILINEAR
 
 
+def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
+    """The picture in the top left corner of a black one of ``plan.padded_size``."""
+    if plan.padded_size == plan.size:
+        return picture
+    square = Image.new("RGB", plan.padded_size)
+    square.paste(picture, (0, 0))
+    return square
+
+
 def full_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
     """The picture padded and capped as ``plan`` says: RGB of ``plan.full_size``."""
-    if plan.padded_size != plan.size:
-        square = Image.new("RGB", plan.padded_size)
-        square.paste(picture, (0, 0))
-        picture = square
+    picture = padded_image(picture, plan)
     # A resize to the size it has copies the picture, which costs a pass over its memory.
     return picture if picture.size == plan.full_size else picture.resize(plan.full_size, _BILINEAR)
 
@@ -48,17 +52,9 @@ def canvas_image(full: Image.Image, plan: CropPlan) -> Image.Image:
 def cut(canvas: Image.Image, window: Window) -> Image.Image:
     """A window of a canvas, black where it reaches beyond."""
     x, y, width, height = window
+    if window == (0, 0, *canvas.size):
+        return canvas
     return canvas.crop((x, y, x + width, y + height))
-
-
-def pad_to_plan(pixels: npt.NDArray[np.uint8], plan: CropPlan) -> npt.NDArray[np.uint8]:
-    """``[h, w, 3]`` in the top left corner of a black picture of ``plan.padded_size``."""
-    if plan.padded_size == plan.size:
-        return pixels
-    width, height = plan.padded_size
-    padded = np.zeros((height, width, 3), dtype=np.uint8)
-    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,78 +76,66 @@ class DevicePictures:
         height, width = self.full.shapes[picture]
         return Crop(image=picture, left=0, top=0, right=width, bottom=height)
 
-    def window_rectangle(self, picture: int, window: Window | None) -> Crop:
-        """A window of a picture, as a rectangle of ``canvases``; for None all of its canvas."""
+    def window_rectangle(self, picture: int, window: Window) -> Crop:
+        """A window of a picture, as a rectangle of ``canvases``."""
         canvas = self.canvas_of[picture]
         if canvas is None:
             raise ValueError(f"picture {picture} has no crops, asked for window {window}")
-        if window is None:
-            height, width = self.canvases.shapes[canvas]
-            window = (0, 0, width, height)
         x, y, width, height = window
         return Crop(image=canvas, left=x, top=y, right=x + width, bottom=y + height)
 
 
 def prepare_on_device(
-    pictures: RaggedImages, plans: Sequence[CropPlan | None], *, impl: Impl = "auto"
+    pictures: RaggedImages, plans: Sequence[CropPlan], *, impl: Impl = "auto"
 ) -> DevicePictures:
-    """Full images and canvases of pictures in one buffer, with two launches, or four.
+    """Full images and canvases of pictures in one buffer, with four launches at most.
 
     Args:
         pictures: each of its plan's ``padded_size``.
-        plans: one for each picture; None takes the picture as it is for both.
+        plans: one for each picture.
         impl: of the resize.
     """
     full = pictures
-    full_shapes = [
-        shape if plan is None else plan.full_size[::-1]
-        for shape, plan in zip(pictures.shapes, plans, strict=True)
-    ]
-    if any(a != b for a, b in zip(full_shapes, pictures.shapes, strict=True)):
+    full_shapes = [plan.full_size[::-1] for plan in plans]
+    if full_shapes != list(pictures.shapes):
         full = resize_uint8(pictures, full_shapes, impl=impl)
     canvas_of: list[int | None] = []
-    sources: list[int] = []
-    sizes, room = [], []
-    for i, plan in enumerate(plans):
-        if plan is not None and plan.canvas_size is None:
+    offsets: list[int] = []
+    shapes, sizes, padded_sizes = [], [], []
+    for offset, shape, plan in zip(full.offsets, full_shapes, plans, strict=True):
+        if plan.canvas_size is None:
             canvas_of.append(None)
             continue
-        canvas_of.append(len(sources))
-        sources.append(i)
-        size = full_shapes[i]
-        enough = size
-        if plan is not None and plan.canvas_size is not None:
-            size = plan.canvas_size[::-1]
-            x, y, width, height = plan.windows[-1]
-            enough = (max(size[0], y + height), max(size[1], x + width))
-        sizes.append(size)
-        room.append(enough)
-    cropped = RaggedImages(
-        data=full.data,
-        offsets=[full.offsets[i] for i in sources],
-        shapes=[full.shapes[i] for i in sources],
-    )
-    canvases = resize_uint8(cropped, sizes, padded_sizes=room, impl=impl)
+        canvas_of.append(len(offsets))
+        offsets.append(offset)
+        shapes.append(shape)
+        sizes.append(plan.canvas_size[::-1])
+        x, y, width, height = plan.windows[-1]
+        padded_sizes.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
+    canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
+    # A file that is taken as it is is a canvas already.
+    if not sizes == padded_sizes == shapes:
+        canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
     return DevicePictures(full=full, canvases=canvases, canvas_of=canvas_of)
 
 
 def normalize_then_resize(
-    pictures: Sequence[torch.Tensor], size: int, *, dtype: torch.dtype
+    pictures: Sequence[torch.Tensor], size: int, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """The last resize as serving does it: normalise in fp32, then resize with antialiasing.
 
     The numbers are those of ``ToTensor``, ``Normalize`` and ``Resize(BILINEAR, antialias=True)`` of
-    torchvision, on the device of the pictures.
+    torchvision, on that device.
 
     Args:
-        pictures: uint8 ``[h_i, w_i, 3]`` each, at least one, on one device.
+        pictures: uint8 ``[h_i, w_i, 3]`` each, on ``device``.
         size: side of the results.
         dtype: the results are rounded to it.
+        device: of the results.
 
     Returns:
         ``[N, 3, size, size]``.
     """
-    device = pictures[0].device
     out = torch.empty((len(pictures), 3, size, size), dtype=dtype, device=device)
     for i, picture in enumerate(pictures):
         normalized = clip_normalize(picture[None], dtype=torch.float32)

@@ -17,21 +17,9 @@ Nothing here looks at pixels; ``step37_data.images.crop_pixels`` does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from step37_data.tokens import (
-    IMAGE_END_TOKEN,
-    IMAGE_ITEM_TYPE,
-    IMAGE_START_TOKEN,
-    IMAGE_TOKEN,
-    IMAGE_TOKEN_COUNT,
-    PATCH_END_TOKEN,
-    PATCH_ITEM_TYPE,
-    PATCH_NEWLINE_TOKEN,
-    PATCH_START_TOKEN,
-    PATCH_TOKEN_COUNT,
-)
+from step37_data.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +38,6 @@ _MAX_SQUARE_SIDE = 16384
 
 Window = tuple[int, int, int, int]
 """A rectangle in pixels: x, y, width, height."""
-
-ImageEntry = tuple[str, int] | tuple[str, int, Window | None]
-"""What ``image_paths`` holds: path, item type and, of a picture seen in crops, the window.
-
-The window of a crop lies on the canvas, that of the full image is ``CropPlan.full_window``. Without
-one, the whole file is meant, as it is.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +60,9 @@ class CropPlan:
     size: tuple[int, int]
     padded_size: tuple[int, int]
     full_size: tuple[int, int]
-    canvas_size: tuple[int, int] | None
-    windows: tuple[Window, ...]
-    newline_mask: tuple[bool, ...]
+    canvas_size: tuple[int, int] | None = None
+    windows: tuple[Window, ...] = ()
+    newline_mask: tuple[bool, ...] = ()
 
     @property
     def full_window(self) -> Window:
@@ -120,23 +101,27 @@ def plan_crops(width: int, height: int) -> CropPlan:
             "side nothing is left of the shorter one"
         )
     window = _window_side(max(full), min(full))
-    canvas: tuple[int, int] | None = None
-    windows: tuple[Window, ...] = ()
-    newline_mask: tuple[bool, ...] = ()
-    if window is not None:
-        canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
-        # A side of the canvas is a multiple of the window, or less than one window.
-        lefts = range(0, canvas[0], window)
-        tops = range(0, canvas[1], window)
-        windows = tuple((x, y, window, window) for y in tops for x in lefts)
-        newline_mask = tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts)
+    if window is None:
+        return CropPlan(size=(width, height), padded_size=padded, full_size=full)
+    canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
+    # A side of the canvas is a multiple of the window, or less than one window.
+    lefts = range(0, canvas[0], window)
+    tops = range(0, canvas[1], window)
     return CropPlan(
         size=(width, height),
         padded_size=padded,
         full_size=full,
         canvas_size=canvas,
-        windows=windows,
-        newline_mask=newline_mask,
+        windows=tuple((x, y, window, window) for y in tops for x in lefts),
+        newline_mask=tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts),
+    )
+
+
+def plan_whole(width: int, height: int) -> CropPlan:
+    """The plan of a file that is taken as it is: a single window, all of it."""
+    size = (width, height)
+    return CropPlan(
+        size=size, padded_size=size, full_size=size, canvas_size=size, windows=((0, 0, *size),)
     )
 
 
@@ -169,41 +154,6 @@ def _canvas_side(side: int, window: int) -> int:
     return window * (whole + 1 if ratio - side // window > _ROUND_UP_ABOVE else whole)
 
 
-def token_runs(
-    newline_mask: Sequence[bool],
-    *,
-    image_token: str = IMAGE_TOKEN,
-    image_start_token: str = IMAGE_START_TOKEN,
-    image_end_token: str = IMAGE_END_TOKEN,
-    patch_start_token: str = PATCH_START_TOKEN,
-    patch_end_token: str = PATCH_END_TOKEN,
-    image_token_count: int = IMAGE_TOKEN_COUNT,
-    patch_token_count: int = PATCH_TOKEN_COUNT,
-) -> list[tuple[str, int]]:
-    """What stands for a picture in the text: its crops row by row, then the full image.
-
-    Args:
-        newline_mask: of the picture's plan.
-        image_token, image_start_token, image_end_token, patch_start_token, patch_end_token: names.
-        image_token_count, patch_token_count: ``image_token`` per full image and per crop.
-
-    Returns:
-        ``(token, how often in a row)``; two crops side by side, without the end, are
-        ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
-    """
-    runs: list[tuple[str, int]] = []
-    for newline in newline_mask:
-        runs += [(patch_start_token, 1), (image_token, patch_token_count), (patch_end_token, 1)]
-        if newline:
-            runs.append((PATCH_NEWLINE_TOKEN, 1))
-    return [*runs, (image_start_token, 1), (image_token, image_token_count), (image_end_token, 1)]
-
-
-def token_layout(plan: CropPlan) -> list[str]:
-    """The names of the ``plan.num_tokens`` tokens that stand for a picture, one after the other."""
-    return [token for token, count in token_runs(plan.newline_mask) for _ in range(count)]
-
-
 def picture_size(path: str) -> tuple[int, int]:
     """(width, height) from the header of an image file; no pixel is decoded.
 
@@ -231,40 +181,3 @@ def plan_file(path: str) -> CropPlan:
     except DECODE_ERRORS as error:
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)
-
-
-class SampleImages:
-    """The images of a sample, dealt out to its placeholders in their order.
-
-    Attributes:
-        given: ``(path, item type)`` of the sample.
-    """
-
-    def __init__(self, given: Sequence[tuple[str, int]]) -> None:
-        self.given: list[ImageEntry] = list(given)
-        self._left = {
-            wanted: [path for path, kind in reversed(given) if kind == wanted]
-            for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
-        }
-        self._dealt: list[ImageEntry] = []
-
-    @property
-    def seen(self) -> list[ImageEntry]:
-        """What the placeholders stand for, and images that no placeholder was left for."""
-        surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
-        return [*self._dealt, *surplus]
-
-    def see_whole(self, kind: int) -> None:
-        """Deal out the next file of ``kind`` as it is; where none is left, none."""
-        if self._left[kind]:
-            self._dealt.append((self._left[kind].pop(), kind))
-
-    def see_in_crops(self) -> tuple[bool, ...]:
-        """Deal out the windows of the next image, where one is left; the mask of its newlines."""
-        if not self._left[IMAGE_ITEM_TYPE]:
-            return ()
-        path = self._left[IMAGE_ITEM_TYPE].pop()
-        plan = plan_file(path)
-        self._dealt += [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
-        self._dealt.append((path, IMAGE_ITEM_TYPE, plan.full_window))
-        return plan.newline_mask

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from step37_data.checks import checked_int
+
 logger = logging.getLogger(__name__)
 
 OnBroken = Literal["zero", "raise", "skip-loss"]
@@ -57,40 +59,40 @@ class Decoded:
     """One picture and, if its file was unreadable, why it is black.
 
     Attributes:
-        pixels: uint8 ``[height, width, 3]``, read-only.
+        image: RGB, of the size of the file.
         broken: None, or what went wrong with the file.
     """
 
-    pixels: npt.NDArray[np.uint8]
+    image: Image.Image
     broken: str | None
+
+    @property
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """uint8 ``[height, width, 3]``, read-only."""
+        return np.asarray(self.image)
 
 
 class BrokenImages:
-    """Counts unreadable image files, for a report at the end of an epoch. Thread-safe."""
+    """Counts unreadable image files, for a report at the end of an epoch. Thread-safe.
+
+    Attributes:
+        seen: images asked for since the last report.
+        occurrences: unreadable ones among them; a file met twice counts twice.
+    """
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
-        self._occurrences = 0
-        self._seen = 0
+        self.seen = 0
+        self.occurrences = 0
         self._lock = threading.Lock()
 
     def record(self, path: str, reason: str | None) -> None:
         """Note that ``path`` was read, or was not for ``reason``."""
         with self._lock:
-            self._seen += 1
+            self.seen += 1
             if reason is not None:
-                self._occurrences += 1
+                self.occurrences += 1
                 self._reasons[path] = reason
-
-    @property
-    def seen(self) -> int:
-        """Images asked for since the last report."""
-        return self._seen
-
-    @property
-    def occurrences(self) -> int:
-        """Unreadable ones among them; a file met twice counts twice."""
-        return self._occurrences
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -105,8 +107,8 @@ class BrokenImages:
             The message logged, or None if every image could be read.
         """
         with self._lock:
-            reasons, occurrences, seen = self._reasons, self._occurrences, self._seen
-            self._reasons, self._occurrences, self._seen = {}, 0, 0
+            reasons, occurrences, seen = self._reasons, self.occurrences, self.seen
+            self._reasons, self.occurrences, self.seen = {}, 0, 0
         if not occurrences:
             return None
         lines = [f"{occurrences} of {seen} images could not be read ({len(reasons)} files)"]
@@ -149,14 +151,13 @@ def read_rgb(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
+def decode(path: str, on_broken: OnBroken) -> Decoded:
     """Read one image file.
 
     Args:
         path: of the file.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
-        side: resize to ``side`` × ``side`` (BILINEAR); None keeps the size of the file.
 
     Raises:
         BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
@@ -170,50 +171,30 @@ def decode(path: str, on_broken: OnBroken, side: int | None = None) -> Decoded:
             raise BrokenImageError(f"image {path} could not be read: {reason}") from error
         logger.warning("image %s could not be read, black is used in its place: %s", path, reason)
         picture = Image.new("RGB", BROKEN_SIZE)
-    if side is not None:
-        picture = picture.resize((side, side), resample=Image.Resampling.BILINEAR)
-    return Decoded(pixels=np.asarray(picture), broken=reason)
+    return Decoded(image=picture, broken=reason)
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-_pools_lock = threading.Lock()
+def available_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_threads() -> int:
     """Decoding threads if nobody says how many: the cores this process may use, at most 8."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    with _pools_lock:
-        if threads not in _pools:
-            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="step37-decode")
-        return _pools[threads]
-
-
-def _forget_pools() -> None:
-    """After a fork the child has the pools but not their threads."""
-    global _pools_lock
-    _pools_lock = threading.Lock()
-    _pools.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pools)
+    return min(8, available_cores())
 
 
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
-) -> Iterator[_Result]:
+) -> list[_Result]:
     """``map(function, items)`` on ``threads`` threads, in order; the first error is raised.
 
     ``threads=1`` runs in the calling thread.
     """
-    count = default_threads() if threads is None else threads
-    if count < 1:
-        raise ValueError(f"threads: expected at least 1, got {count}")
+    count = default_threads() if threads is None else checked_int("threads", threads)
     if count == 1:
-        return map(function, items)
-    return _pool(count).map(function, items)
+        return list(map(function, items))
+    with ThreadPoolExecutor(count, thread_name_prefix="step37-decode") as pool:
+        return list(pool.map(function, items))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from PIL import Image, ImageDraw
+from typing import TYPE_CHECKING
 
 from step37_data.images.crop_pixels import canvas_image, full_image
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops, token_runs
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_data.images.decode import read_rgb
+from step37_data.inspect import style
+from step37_data.placeholders import token_runs
 from step37_data.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
 
-_LINE, _MARGIN, _OUTSIDE = (214, 60, 60), 8, (240, 240, 240)
-_LARGEST_DRAWN = 1600
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# In inches.
+MARGIN, TOP, LONG_SIDE = 0.16, 0.72, 9.6
 
 
 def describe_picture(path: str, size: tuple[int, int]) -> Iterator[str]:
@@ -49,8 +53,8 @@ def describe_picture(path: str, size: tuple[int, int]) -> Iterator[str]:
     yield "          " + " ".join(line)
 
 
-def draw_crops(path: str) -> Image.Image:
-    """The canvas with its windows numbered, or the full image of a picture without crops."""
+def draw_crops(path: str) -> Figure:
+    """The canvas with its crops framed and numbered, or the full image where there are none."""
     picture = read_rgb(path)
     plan = plan_crops(*picture.size)
     shown = full_image(picture, plan)
@@ -58,20 +62,26 @@ def draw_crops(path: str) -> Image.Image:
         shown = canvas_image(shown, plan)
     right = max([shown.width, *(x + width for x, _, width, _ in plan.windows)])
     bottom = max([shown.height, *(y + height for _, y, _, height in plan.windows)])
-    scale = min(1.0, _LARGEST_DRAWN / max(right, bottom))
-
-    def at(x: int, y: int) -> tuple[int, int]:
-        return _MARGIN + round(x * scale), _MARGIN + round(y * scale)
-
-    drawn = Image.new("RGB", tuple(side + _MARGIN for side in at(right, bottom)), _OUTSIDE)
-    width, height = (max(1, round(side * scale)) for side in shown.size)
-    drawn.paste(shown.resize((width, height)), at(0, 0))
-    draw = ImageDraw.Draw(drawn)
+    scale = LONG_SIDE / max(right, bottom)
+    crops = f"{len(plan.windows)} crops and the full image" if plan.windows else "no crops"
+    title = f"{path.replace(chr(92), '/').rpartition('/')[2]}: {_size(plan.size)}, {crops}"
+    width = max(2 * MARGIN + right * scale, 4.0)
+    sheet, axes = style.figure(width, TOP + bottom * scale + MARGIN)
+    title = style.fit(title, width - 2 * MARGIN, 11, "bold")
+    style.label(axes, MARGIN, 0.25, title, 11, weight="bold")
+    tokens = style.fit(f"{plan.num_tokens} tokens", width - 2 * MARGIN, 9)
+    style.label(axes, MARGIN, 0.5, tokens)
+    style.box(axes, MARGIN, TOP, right * scale, bottom * scale, facecolor=style.PADDING)
+    small = shown.resize(tuple(max(1, round(side * scale * style.DPI)) for side in shown.size))
+    style.show(axes, small, MARGIN, TOP, shown.width * scale, shown.height * scale)
     for number, (x, y, window_width, window_height) in enumerate(plan.windows):
-        draw.rectangle((*at(x, y), *at(x + window_width, y + window_height)), None, _LINE, 2)
-        left, top = at(x, y)
-        draw.text((left + 6, top + 4), str(number), _LINE)
-    return drawn
+        left, top = MARGIN + x * scale, TOP + y * scale
+        frame = {"facecolor": "none", "edgecolor": style.BROKEN, "linewidth": 1.5}
+        style.box(axes, left, top, window_width * scale, window_height * scale, **frame)
+        tag = 0.12 + style.width_of(str(number), 10)
+        style.box(axes, left, top, tag, 0.22, facecolor="white", edgecolor=style.BROKEN)
+        style.label(axes, left + 0.06, top + 0.11, str(number), 10)
+    return sheet
 
 
 def _size(size: tuple[int, ...]) -> str:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from step37_data.images.crop_pixels import canvas_image, cut, full_image
 from step37_data.images.crops import Window, plan_crops
 from step37_data.images.decode import DECODE_ERRORS, read_rgb
+from step37_data.inspect import style
 from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
-_BACKGROUND, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (120, 120, 120)
-_TEXT, _LOSS, _IMAGE = (205, 208, 214), (70, 160, 90), (72, 118, 196)
-_CROP, _PADDING, _BROKEN = (150, 96, 186), (240, 240, 240), (214, 60, 60)
-_LEGEND = (
-    ("text", _TEXT), ("trained", _LOSS), ("image", _IMAGE), ("crop", _CROP),
-    ("padding or room", _PADDING), ("unreadable", _BROKEN),
-)  # fmt: skip
-_TOKENS_A_LINE, _TOKEN_WIDTH, _LINE_HEIGHT, _LINE_GAP = 256, 4, 20, 6
-_MARGIN, _HEADER, _THUMBNAIL, _LABEL = 16, 44, 112, 14
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LOOKS: dict[str, dict[str, Any]] = {
+    "text": {"facecolor": style.TEXT},
+    "trained": {"facecolor": style.TRAINED},
+    "image": {"facecolor": style.IMAGE},
+    "crop": {"facecolor": style.CROP},
+    "padding or room": {"facecolor": style.PADDING, "edgecolor": "#c9ccd2", "hatch": "////"},
+    "unreadable": {"facecolor": "white", "edgecolor": style.BROKEN, "hatch": "xxxx"},
+}
+# All in inches. A line is 256 tokens: a caption of twelve is as wide as a finger.
+TOKENS_A_LINE = 256
+LEFT, TOP, LINE, GAP, WIDTH = 0.62, 0.92, 0.28, 0.09, 10.24
+_RIGHT, _THUMBNAIL, _CAPTION, _PIXELS = 0.16, 1.06, 0.22, 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,80 +152,134 @@ def describe_pack(
     )
 
 
-def draw_pack(pack: PackDescription) -> Image.Image:
-    """The pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image."""
+PACK_COLUMNS = ("segment", "sample", "tokens", "trained", "images", "text trained")
+
+
+def pack_rows(pack: PackDescription, trained: Sequence[str]) -> list[tuple[str, ...]]:
+    """A row of :data:`PACK_COLUMNS` for each segment; ``trained`` holds its text."""
+    return [
+        (
+            str(number),
+            "padding" if segment.source is None else str(segment.source[1]),
+            f"{segment.start}–{segment.end}",
+            " ".join(f"{a}–{b}" for a, b in segment.loss),
+            ", ".join(f"{_file_name(image)} {image.start}–{image.end}" for image in segment.images),
+            repr(text)[1:-1],
+        )
+        for number, (segment, text) in enumerate(zip(pack.segments, trained, strict=True))
+    ]
+
+
+def pack_title(pack: PackDescription, packs: int) -> str:
+    loss = sum(segment.loss_tokens for segment in pack.segments)
+    return (
+        f"pack {pack.index} of {packs}: {pack.used} of {pack.capacity} tokens "
+        f"({pack.fill:.1%}), {pack.segments[-1].end} with padding, {loss} trained"
+    )
+
+
+def pack_lines(pack: PackDescription, packs: int, trained: Sequence[str]) -> Iterator[str]:
+    """The pack as a table, line by line."""
+    yield pack_title(pack, packs)
+    rows = [PACK_COLUMNS, *pack_rows(pack, trained)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(PACK_COLUMNS) - 1)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
+        yield "  ".join([*cells, row[-1]]).rstrip()
+
+
+def draw_pack(pack: PackDescription) -> Figure:
+    """The pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
+
+    A black bar begins a sample, with its number; the thumbnails carry the same number.
+    """
     length = max(pack.capacity, pack.segments[-1].end)
-    lines = -(-length // _TOKENS_A_LINE)
-    width = _TOKENS_A_LINE * _TOKEN_WIDTH + 2 * _MARGIN
+    lines = -(-length // TOKENS_A_LINE)
     images = [(n, image) for n, segment in enumerate(pack.segments) for image in segment.images]
-    a_row = (width - 2 * _MARGIN) // (_THUMBNAIL + 8)
-    thumbnail_rows = -(-len(images) // a_row)
-    tokens_height = lines * (_LINE_HEIGHT + _LINE_GAP)
-    height = _HEADER + tokens_height + thumbnail_rows * (_THUMBNAIL + 2 * _LABEL) + 2 * _MARGIN
-    picture = Image.new("RGB", (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default()
+    a_row = int(WIDTH // (_THUMBNAIL + 0.09))
+    cell = _THUMBNAIL + _CAPTION
+    below = TOP + lines * (LINE + GAP) + 0.1
+    sheet, axes = style.figure(
+        LEFT + WIDTH + _RIGHT, below + -(-len(images) // a_row) * (cell + 0.06) + 0.04
+    )
     samples = sum(segment.source is not None for segment in pack.segments)
-    title = f"pack {pack.index}: {samples} samples, {pack.used} of {pack.capacity} tokens"
-    draw.text((_MARGIN, 8), f"{title} ({pack.fill:.1%})", _INK, font)
-    left = _MARGIN
-    for name, colour in _LEGEND:
-        draw.rectangle((left, 27, left + 10, 37), colour, _FRAME)
-        draw.text((left + 15, 26), name, _INK, font)
-        left += 30 + int(draw.textlength(name, font))
+    title = f"Pack {pack.index}: {samples} samples, {pack.used} of {pack.capacity} tokens"
+    style.label(axes, LEFT, 0.24, f"{title} ({pack.fill:.1%})", 12, weight="bold")
+    style.legend(axes, LEFT, 0.56, list(_LOOKS.items()))
 
     thumbnails = [_thumbnail(image) for _, image in images]
     broken = {image.path for (_, image), small in zip(images, thumbnails, strict=True) if not small}
-    colours = _token_colours(pack, lines * _TOKENS_A_LINE, length, broken)
     for line in range(lines):
-        row = colours[line * _TOKENS_A_LINE : (line + 1) * _TOKENS_A_LINE]
-        strip = Image.fromarray(row[None]).resize(
-            (_TOKENS_A_LINE * _TOKEN_WIDTH, _LINE_HEIGHT), Image.Resampling.NEAREST
-        )
-        picture.paste(strip, (_MARGIN, _top(line)))
-    for number, segment in enumerate(pack.segments):
-        x, line = _place(segment.start)
-        draw.line((x, _top(line) - 2, x, _top(line) + _LINE_HEIGHT + 1), _INK, 2)
-        if segment.source is not None:
-            draw.text((x + 4, _top(line) + 3), str(number), _INK, font)
-
-    first = _HEADER + tokens_height + _MARGIN
+        style.label(
+            axes, LEFT - 0.1, cell_at(line * TOKENS_A_LINE)[1] + LINE / 2,
+            str(line * TOKENS_A_LINE), 8, ha="right", color=style.FRAME,
+        )  # fmt: skip
+    for start, end, kind, name in _spans(pack, length, broken):
+        pieces = list(_pieces(start, end))
+        longest = max(pieces, key=lambda piece: piece[2])
+        for x, y, width in pieces:
+            style.box(axes, x, y, width, LINE, **_LOOKS[kind])
+            if name and (x, y, width) == longest:
+                style.label(axes, x + 0.04, y + LINE / 2, style.fit(name, width - 0.08, 8), 8)
+    _number_samples(axes, pack)
     for place, ((number, image), small) in enumerate(zip(images, thumbnails, strict=True)):
-        x = _MARGIN + place % a_row * (_THUMBNAIL + 8)
-        y = first + place // a_row * (_THUMBNAIL + 2 * _LABEL)
+        x = LEFT + place % a_row * (_THUMBNAIL + 0.09)
+        y = below + place // a_row * (cell + 0.06)
         if small is None:
-            draw.rectangle((x, y, x + _THUMBNAIL, y + _THUMBNAIL), None, _BROKEN, 2)
-            draw.text((x + 6, y + 6), "unreadable", _BROKEN, font)
+            style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
         else:
-            picture.paste(small, (x, y))
-        label = f"{number}: {image.path.replace(chr(92), '/').rpartition('/')[2]}"
-        draw.text((x, y + _THUMBNAIL + 1), label[:18], _INK, font)
-    return picture
+            scale = _THUMBNAIL / max(small.size)
+            width, height = small.width * scale, small.height * scale
+            style.show(axes, small, x, y + _THUMBNAIL - height, width, height)
+        name = style.fit(f"{number}: {_file_name(image)}", _THUMBNAIL, 8)
+        style.label(axes, x, y + _THUMBNAIL + 0.11, name, 8)
+    return sheet
 
 
-def _token_colours(pack: PackDescription, count: int, length: int, broken: set[str]) -> np.ndarray:
-    colours = np.full((count, 3), _BACKGROUND, dtype=np.uint8)
-    colours[:length] = _PADDING
-    kinds = {IMAGE_ITEM_TYPE: _IMAGE, PATCH_ITEM_TYPE: _CROP}
+def _spans(
+    pack: PackDescription, length: int, broken: set[str]
+) -> Iterator[tuple[int, int, str, str]]:
+    """``(start, end, look, name)``, later ones over earlier ones."""
+    yield 0, length, "padding or room", ""
+    kinds = {IMAGE_ITEM_TYPE: "image", PATCH_ITEM_TYPE: "crop"}
     for segment in pack.segments:
         if segment.source is not None:
-            colours[segment.start : segment.end] = _TEXT
+            yield segment.start, segment.end, "text", ""
         for start, end in segment.loss:
-            colours[start:end] = _LOSS
+            yield start, end, "trained", ""
         for image in segment.images:
-            colour = _BROKEN if image.path in broken else kinds[image.kind]
-            colours[image.start : image.end] = colour
-    return colours
+            kind = "unreadable" if image.path in broken else kinds[image.kind]
+            yield image.start, image.end, kind, "" if kind == "unreadable" else _file_name(image)
 
 
-def _top(line: int) -> int:
-    return _HEADER + line * (_LINE_HEIGHT + _LINE_GAP)
+def _number_samples(axes: Axes, pack: PackDescription) -> None:
+    for number, segment in enumerate(pack.segments):
+        x, y = cell_at(segment.start)
+        style.box(axes, x - 0.012, y - 0.05, 0.024, LINE + 0.1, facecolor=style.INK)
+        # Between the bar and the first image there is room for a number, if the text is long.
+        first = segment.images[0].start if segment.images else segment.end
+        room = next(_pieces(segment.start, max(first, segment.start + 1)))[2]
+        if segment.source is not None and style.width_of(str(number), 8) < room - 0.06:
+            style.label(axes, x + 0.04, y + LINE / 2, str(number), 8, weight="bold")
 
 
-def _place(token: int) -> tuple[int, int]:
-    """Left edge in pixels, and line, of a token."""
-    line, column = divmod(token, _TOKENS_A_LINE)
-    return _MARGIN + column * _TOKEN_WIDTH, line
+def _pieces(start: int, end: int) -> Iterator[tuple[float, float, float]]:
+    """Left, top and width of a span on each line that it lies on."""
+    while start < end:
+        stop = min(end, (start // TOKENS_A_LINE + 1) * TOKENS_A_LINE)
+        x, y = cell_at(start)
+        yield x, y, (stop - start) * WIDTH / TOKENS_A_LINE
+        start = stop
+
+
+def cell_at(token: int) -> tuple[float, float]:
+    """Left and top of a token, in inches."""
+    line, column = divmod(token, TOKENS_A_LINE)
+    return LEFT + column * WIDTH / TOKENS_A_LINE, TOP + line * (LINE + GAP)
+
+
+def _file_name(image: ImageSpan) -> str:
+    return image.path.replace("\\", "/").rpartition("/")[2]
 
 
 def _thumbnail(image: ImageSpan) -> Image.Image | None:
@@ -228,5 +290,5 @@ def _thumbnail(image: ImageSpan) -> Image.Image | None:
     if image.kind == PATCH_ITEM_TYPE and image.window is not None:
         plan = plan_crops(*picture.size)
         picture = cut(canvas_image(full_image(picture, plan), plan), image.window)
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.thumbnail((_PIXELS, _PIXELS))
     return picture

@@ -11,9 +11,6 @@ the same samples as `input_ids`, and meet the first stage again around the sched
     with stage_vlm_media_for_pp(pp, model_parts, batch):
         pp.info.schedule.step(batch.pop("input_ids"), target=target, losses=losses, **batch)
 
-Packs (`ImageForInsert` lists for Step37Model) take the same way through
-`prepare_packed_images_for_pp`.
-
 Chunks are views of their inputs. Counts and grids are read on the host: where they lie on an
 accelerator that waits for it, so prepare a batch before it is moved there.
 """
@@ -29,24 +26,7 @@ from typing import Any
 
 import torch
 
-from step37_data.pp_media.stage import (
-    VLM_PP_MEDIA_KEY,
-    chunk_packed_images,
-    microbatch_limits,
-    prepare_packed_images_for_pp,
-    stage_vlm_media_for_pp,
-)
-
-__all__ = [
-    "VLM_PP_MEDIA_KEY",
-    "chunk_packed_images",
-    "chunk_step3_media",
-    "chunk_vlm_media",
-    "prepare_packed_images_for_pp",
-    "prepare_vlm_media_for_pp",
-    "stage_vlm_media_for_pp",
-    "wrap_vlm_collate_for_pp",
-]
+from step37_data.pp_media.stage import VLM_PP_MEDIA_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +43,23 @@ _VLM_MEDIA_KEYS = (
     "video_grid_thw",
     "n_videos_per_sample",
 )
+
+
+def microbatch_limits(batch_size: int, n_microbatches: int) -> list[int]:
+    """Return the `n_microbatches + 1` sample limits of the cut that `torch.tensor_split` makes.
+
+    Microbatch k holds samples `limits[k]` to `limits[k + 1]`: the first `batch_size %
+    n_microbatches` hold one more than the others, and none is left out where there are too few.
+
+    >>> microbatch_limits(6, 4)
+    [0, 2, 4, 5, 6]
+    """
+    if n_microbatches < 1:
+        raise ValueError(f"n_microbatches must be at least 1, got {n_microbatches}")
+    if batch_size < 0:
+        raise ValueError(f"batch_size must not be negative, got {batch_size}")
+    quotient, remainder = divmod(batch_size, n_microbatches)
+    return [k * quotient + min(k, remainder) for k in range(n_microbatches + 1)]
 
 
 def chunk_vlm_media(
@@ -100,15 +97,8 @@ def chunk_vlm_media(
     Raises:
         ValueError: the rows, the grid and the counts do not fit together (all are named).
     """
+    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
     limits = microbatch_limits(batch_size, n_microbatches)
-    misaligned = functools.partial(
-        _misaligned,
-        pixel_values=pixel_values,
-        image_grid=image_grid,
-        n_images_per_sample=n_images_per_sample,
-        batch_size=batch_size,
-        n_microbatches=n_microbatches,
-    )
     if not isinstance(pixel_values, list):
         _check_has_rows("pixel_values", pixel_values)
     if image_grid is not None:
@@ -132,7 +122,10 @@ def chunk_vlm_media(
     # Where both hold, every image is one patch and the two cuts are the same.
     if patch_counts is not None and sum(patch_counts) == n_rows:
         pixel_limits = _limits_of(patch_counts, image_limits)
-    elif n_rows == n_images and (image_grid is None or _is_row_an_image(pixel_values)):
+    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    elif n_rows == n_images and (
+        image_grid is None or isinstance(pixel_values, list) or pixel_values.ndim >= 3
+    ):
         pixel_limits = image_limits
     else:
         raise misaligned(f"{n_rows} rows are neither the {n_images} images nor their patches")
@@ -177,17 +170,8 @@ def chunk_step3_media(
     Raises:
         ValueError: rows and counts do not fit together, or fit in two ways (all are named).
     """
+    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
     limits = microbatch_limits(batch_size, n_microbatches)
-    misaligned = functools.partial(
-        _misaligned,
-        pixel_values=pixel_values,
-        num_patches=num_patches,
-        patch_pixel_values=patch_pixel_values,
-        patch_newline_mask=patch_newline_mask,
-        n_images_per_sample=n_images_per_sample,
-        batch_size=batch_size,
-        n_microbatches=n_microbatches,
-    )
     _check_has_rows("pixel_values", pixel_values)
 
     images = [1] * batch_size
@@ -202,10 +186,7 @@ def chunk_step3_media(
         crop_tensor = torch.zeros(len(crops), dtype=torch.long, device=pixel_values.device)
     else:
         crops = _as_counts("num_patches", num_patches)
-        if isinstance(num_patches, torch.Tensor):
-            crop_tensor = num_patches.reshape(-1).long()
-        else:
-            crop_tensor = torch.tensor(crops, dtype=torch.long)
+        crop_tensor = torch.as_tensor(num_patches).reshape(-1).long()
         # An entry may stand for a sample or for an image: the length tells, or both cut alike.
         readings = {
             tuple(cut)
@@ -248,9 +229,7 @@ def chunk_step3_media(
 
 
 def prepare_vlm_media_for_pp(
-    batch: MutableMapping[str, Any],
-    batch_size: int,
-    n_microbatches: int,
+    batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
 ) -> MutableMapping[str, Any]:
     """Take the media out of a batch and put them back, split, under `VLM_PP_MEDIA_KEY`.
 
@@ -290,8 +269,7 @@ def prepare_vlm_media_for_pp(
 
 
 def wrap_vlm_collate_for_pp(
-    collate_fn: Callable[[Any], MutableMapping[str, Any]],
-    n_microbatches: int,
+    collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int
 ) -> Callable[[Any], MutableMapping[str, Any]]:
     """Return `collate_fn` followed by `prepare_vlm_media_for_pp`; picklable if `collate_fn` is.
 
@@ -309,10 +287,11 @@ def _collate_and_prepare(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
 ) -> MutableMapping[str, Any]:
     batch = collate_fn(examples)
-    if not isinstance(batch, MutableMapping) or not any(key in batch for key in _VLM_MEDIA_KEYS):
+    is_batch = isinstance(batch, MutableMapping)
+    found = [key for key in _VLM_MEDIA_KEYS if is_batch and key in batch]
+    if not found:
         return batch
     if batch.get("input_ids") is None:
-        found = [key for key in _VLM_MEDIA_KEYS if key in batch]
         raise ValueError(f"the batch has media ({', '.join(found)}) but no input_ids to count")
     return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
 
@@ -336,11 +315,9 @@ def _image_chunks(
 
     counts = media.get("n_images_per_sample")
     if grids or isinstance(pixel_values, list):
-        grid = _select_image_grid(*(media.get(key) for key in _GRID_KEYS))
-        pixels, grid_chunks = chunk_vlm_media(
-            pixel_values, grid, batch_size, n_microbatches, counts
-        )
-        return _without_none(pixel_values=pixels, image_grid_hws=grid_chunks)
+        grid = media[grids[0]] if grids else None
+        chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+        return _without_none("pixel_values", "image_grid_hws", chunks)
     return chunk_step3_media(
         pixel_values,
         batch_size,
@@ -366,25 +343,14 @@ def _video_chunks(
         raise ValueError(
             f"pixel_values_videos {_described(pixel_values)} come without video_grid_thw"
         )
-    pixels, grid_chunks = chunk_vlm_media(
-        pixel_values, grid, batch_size, n_microbatches, media.get("n_videos_per_sample")
-    )
-    return _without_none(pixel_values_videos=pixels, video_grid_thw=grid_chunks)
+    counts = media.get("n_videos_per_sample")
+    chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+    return _without_none("pixel_values_videos", "video_grid_thw", chunks)
 
 
-def _without_none(**chunks: list[Any] | None) -> dict[str, list[Any]]:
-    return {key: value for key, value in chunks.items() if value is not None}
-
-
-def _select_image_grid(
-    image_grid_hws: torch.Tensor | None,
-    image_grid_thw: torch.Tensor | None,
-    image_sizes: torch.Tensor | None,
-    image_position_ids: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Return the first of the grids that is there."""
-    grids = (image_grid_hws, image_grid_thw, image_sizes, image_position_ids)
-    return next((grid for grid in grids if grid is not None), None)
+def _without_none(pixels: str, grid: str, chunks: Sequence[Any]) -> dict[str, list[Any]]:
+    named = zip((pixels, grid), chunks, strict=True)
+    return {key: value for key, value in named if value is not None}
 
 
 def _check_no_media_without(pixels: str, media: dict[str, Any], keys: Sequence[str]) -> None:
@@ -430,17 +396,12 @@ def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
     return counts if all(count > 0 for count in counts) else None
 
 
-def _is_row_an_image(pixel_values: torch.Tensor | list[torch.Tensor]) -> bool:
-    # A two-dimensional tensor with a grid is a list of patches, never of images.
-    return isinstance(pixel_values, list) or pixel_values.ndim >= 3
-
-
 def _check_has_rows(name: str, rows: Any) -> None:
     if not isinstance(rows, torch.Tensor) or rows.ndim == 0:
         raise TypeError(f"{name} must be a tensor with rows, got {_described(rows)}")
 
 
-def _misaligned(reason: str, **named: Any) -> ValueError:
+def _misaligned(named: dict[str, Any], reason: str) -> ValueError:
     got = ", ".join(f"{name}={_described(value)}" for name, value in named.items())
     return ValueError(f"cannot align the media with the samples: {reason}; got {got}")
 

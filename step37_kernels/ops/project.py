@@ -536,7 +536,8 @@ def sum_parts_kernel(
     acc = tl.load(part_ptrs, mask=mask, other=0.0)
     for part in tl.static_range(1, MOST):  # unrolled: all are on their way at once
         part_ptrs += BLOCK_M * BLOCK_N
-        acc += tl.load(part_ptrs, mask=mask & (part < parts), other=0.0)
+        there = rows < tl.where(part < parts, end, 0)
+        acc += tl.load(part_ptrs, mask=there[:, None], other=0.0)
     cols = col + tl.arange(0, BLOCK_N)
     _store_rows(acc, dtype_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET)
 
@@ -593,7 +594,7 @@ def project_insert(
         live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
             where they may be anywhere.
         after_plan: the last launch on this stream made the plan, and what it wrote may be waited
-            for as late as it is needed. Only for GPUs of capability 90 and later.
+            for as late as it is needed, by GPUs of capability 90 and later.
     """
     out = torch.empty(text.shape, dtype=text.dtype, device=text.device)
     tile = insert_tile(sources, weight)
@@ -603,7 +604,7 @@ def project_insert(
         else:
             _by_tiles(
                 tile, sources, weight, bias, destinations, live_rows, text, row_at, out,
-                pdl=after_plan,
+                pdl=after_plan and not INTERPRETED,
             )  # fmt: skip
     return out
 

@@ -166,7 +166,8 @@ def _capability(device: torch.device) -> int:
 
 def takes_tma(matrix: Tensor) -> bool:
     """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
-    return matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
+    row_bytes = matrix.shape[1] * matrix.itemsize
+    return matrix.data_ptr() % 16 == 0 and row_bytes > 0 and row_bytes % 16 == 0
 
 
 def pick(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Tile:

@@ -26,21 +26,16 @@ from torch.distributed.pipelining import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from step37_data.pp_media.chunks import (
-    prepare_packed_images_for_pp,
-    prepare_vlm_media_for_pp,
-    stage_vlm_media_for_pp,
-)
-from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
+from step37_data.pp_media import prepare_vlm_media_for_pp, stage_vlm_media_for_pp
 
 N_MICROBATCHES = 4
 MICROBATCH_ROWS = 2  # rows of the largest microbatch of 5 to 8 samples
 TOKENS, VOCABULARY, HIDDEN, PATCH = 24, 32, 8, 5
-IMAGE, VIDEO, CROP_START, IMAGE_START, POISON = 1, 2, 3, 4, 5
+IMAGE, VIDEO, POISON = 1, 2, 5
 FIRST_TEXT_TOKEN = 6
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
-LAYOUTS = ("grid", "step3", "packed")
+LAYOUTS = ("grid", "step3")
 CASES = [(schedule, layout) for schedule in SCHEDULES for layout in LAYOUTS]
 # Images a sample. Microbatches of 6 over 4 hold 2, 2, 1, 1 samples: one is text only in each batch,
 # the first one (which the shape probe runs on) in the second.
@@ -57,7 +52,6 @@ class FirstStage(torch.nn.Module):
         super().__init__()
         self.embedding = torch.nn.Embedding(VOCABULARY, HIDDEN)
         self.vision = torch.nn.Linear(PATCH, HIDDEN)
-        self.insert = ImageInsertEmbedding(self.words, HIDDEN, HIDDEN, strict=True)
         self.recompute = recompute
         self.pad_rows_to = 0
 
@@ -72,13 +66,7 @@ class FirstStage(torch.nn.Module):
         has_media = bool(((input_ids == IMAGE) | (input_ids == VIDEO)).any())
         if has_media and getattr(self, "_vlm_chunk_idx", None) is not None:
             media = media | self.own_chunks()
-        groups = media.get("images") or []
-        for group in groups:
-            lengths = group.rope_cu_seqlens.diff().tolist()
-            images = zip(group.images, lengths, strict=True)
-            # Step37Model too fills the features into the groups that it is given.
-            group.image_features = [self.vision(image[:length]) for image, length in images]
-        hidden = self.insert(input_ids, groups, position_ids).transpose(0, 1)
+        hidden = self.embedding(input_ids) + position_ids.unsqueeze(-1)
         for token, features in self.features_of_tokens(media):
             where = input_ids == token
             if int(where.sum()) != len(features):
@@ -121,10 +109,6 @@ class FirstStage(torch.nn.Module):
         crops_of_image = crops.split(media["num_patches"].tolist())
         rows = [torch.cat([c, f.unsqueeze(0)]) for c, f in zip(crops_of_image, full, strict=True)]
         return torch.cat(rows) if rows else full
-
-    def words(self, *, input_ids, position_ids):
-        """Return `[S, B, H]`, as Megatron's embedding does."""
-        return (self.embedding(input_ids) + position_ids.unsqueeze(-1)).transpose(0, 1)
 
 
 class Block(torch.nn.Module):
@@ -187,7 +171,7 @@ def make_batch(layout: str, images_per_sample: list[int], seed: int) -> dict:
             "video_grid_thw": video_grid,
             "n_videos_per_sample": torch.tensor(n_videos),
         }
-    elif layout == "step3":
+    else:
         num_patches = integers(0, 3, n_images)
         for sample, count in enumerate(images_per_sample):
             own = slice(image_of_sample[sample], image_of_sample[sample] + count)
@@ -200,51 +184,17 @@ def make_batch(layout: str, images_per_sample: list[int], seed: int) -> dict:
             "patch_newline_mask": integers(0, 2, n_crops).bool(),
             "n_images_per_sample": counts,
         }
-    else:
-        batch["images"] = []
-        for sample, count in enumerate(images_per_sample):
-            groups = []
-            # Every other pack has crops too; they come first, as the data package builds them.
-            for token, first in ((CROP_START, 1), (IMAGE_START, TOKENS // 2)):
-                if count == 0 or (token == CROP_START and sample % 2):
-                    continue
-                tokens[sample, first : first + 3 * count : 3] = token
-                lengths = integers(1, 3, count)
-                groups.append(
-                    ImageForInsert(
-                        insert_start_token=token,
-                        images=pixels(count, 2),
-                        rope_cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
-                        rope_max_seq_len=int(lengths.max()),
-                    )
-                )
-            batch["images"].append(groups)
     return batch | {"input_ids": tokens, "target": integers(0, VOCABULARY, batch_size, TOKENS)}
 
 
 def run_unsplit(model: list[torch.nn.Module], batch: dict) -> torch.Tensor:
     batch = dict(batch)
     target = batch.pop("target")
-    if "n_images_per_sample" in batch:
-        batch["grid"] = batch.pop("image_grid_hws", None)
-        batch["video_grid"] = batch.pop("video_grid_thw", None)
-        if "num_patches" in batch:
-            batch["num_patches"] = torch.tensor(batch["num_patches"])
-        batch = {key: value for key, value in batch.items() if value is not None}
-    else:
-        # The groups of all packs, one start token after the other.
-        packs = batch.pop("images")
-        batch["images"] = [
-            ImageForInsert(
-                insert_start_token=token,
-                images=torch.cat([g.images for g in groups]),
-                rope_cu_seqlens=torch.cat(
-                    [torch.zeros(1, dtype=torch.int), *(g.rope_cu_seqlens.diff() for g in groups)]
-                ).cumsum(0),
-            )
-            for token in (CROP_START, IMAGE_START)
-            if (groups := [g for pack in packs for g in pack if g.insert_start_token == token])
-        ]
+    batch["grid"] = batch.pop("image_grid_hws", None)
+    batch["video_grid"] = batch.pop("video_grid_thw", None)
+    if "num_patches" in batch:
+        batch["num_patches"] = torch.tensor(batch["num_patches"])
+    batch = {key: value for key, value in batch.items() if value is not None}
     hidden = model[0](**batch)
     for part in model[1:]:
         hidden = part(hidden)
@@ -293,10 +243,7 @@ def build_pipeline(name: str, parts: dict[int, torch.nn.Module], n_stages: int) 
 
 def run_step(pp: SimpleNamespace, parts: dict[int, torch.nn.Module], batch: dict) -> torch.Tensor:
     batch = dict(batch)
-    if "n_images_per_sample" in batch:
-        prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), N_MICROBATCHES)
-    else:
-        prepare_packed_images_for_pp(batch, N_MICROBATCHES)
+    prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), N_MICROBATCHES)
     input_ids, target = batch.pop("input_ids"), batch.pop("target")
     losses: list[torch.Tensor] = []
     with stage_vlm_media_for_pp(pp, list(parts.values()), batch):
@@ -326,8 +273,6 @@ def run_case(schedule: str, layout: str, rank: int, world_size: int) -> dict:
         result["grads"].append(grads_of(parts))
         if rank == 0:
             result["left"] += left_on(model[0], pp.info.stages[0])
-            groups = [group for pack in batch.get("images", []) for group in pack]
-            result["left"] += ["features" for g in groups if g.image_features is not None]
     return result
 
 

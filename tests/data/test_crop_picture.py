@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from step37_data.images.crops import plan_crops
+from step37_data.inspect import style
 from step37_data.inspect.cli import main
-from step37_data.inspect.crop_picture import draw_crops
+from step37_data.inspect.crop_picture import LONG_SIDE, MARGIN, TOP, draw_crops
+from tests.data.test_inspect import check_lettering, drawn, rgb
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOS = EXAMPLES / "flickr8k_mini" / "train"
@@ -48,7 +49,8 @@ def test_a_picture_is_shown_with_canvas_windows_and_token_layout(capsys, tmp_pat
         "          <im_start> 169×<im_patch> <im_end>",
         f"drawing   {out}",
     ]
-    assert Image.open(out).size == (1008 + 16, 1008 + 16)
+    with Image.open(out) as picture:
+        assert min(picture.size) > 900
 
 
 def test_a_picture_without_crops_and_a_padded_one_say_so(capsys, tmp_path):
@@ -62,15 +64,31 @@ def test_a_picture_without_crops_and_a_padded_one_say_so(capsys, tmp_path):
 
 
 def test_windows_are_drawn_where_they_are_and_beyond_the_canvas(tmp_path):
-    drawn = np.asarray(draw_crops(saved(tmp_path, 1000, 300)))
+    sheet = draw_crops(saved(tmp_path, 1000, 300))
+    check_lettering(sheet)
+    pixels = drawn(sheet)
     plan = plan_crops(1000, 300)
     assert plan.canvas_size == (1008, 300)
-    assert drawn.shape[:2] == (504 + 16, 1008 + 16)
+    scale = LONG_SIDE / 1008
+    frame = rgb(style.BROKEN)
+
+    def at(x, y):
+        row, column = (
+            round(style.DPI * (edge + scale * side)) for edge, side in ((TOP, y), (MARGIN, x))
+        )
+        return {tuple(p) for p in pixels[row - 1 : row + 2, column - 1 : column + 2].reshape(-1, 3)}
+
     for x, y, width, height in plan.windows:
-        for corner in ((y, x), (y + height, x + width)):
-            assert tuple(drawn[8 + corner[0], 8 + corner[1]]) == (214, 60, 60)
-    assert tuple(drawn[8 + 400, 8 + 200]) == (240, 240, 240)
-    assert draw_crops(saved(tmp_path, 4000, 3000)).width <= 1600 + 16
+        for corner in ((x + width, y + height), (x + width, y), (x, y + height)):
+            assert frame in at(*corner)
+        assert frame not in at(x + width / 2, y + height / 2)
+    padding = rgb(style.PADDING)
+    assert at(200, 400) == {padding}
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (60, 50), (3000, 90), (90, 3000)])
+def test_pictures_of_any_size_are_drawn_with_legible_labels(tmp_path, size):
+    check_lettering(draw_crops(saved(tmp_path, *size)))
 
 
 def test_what_cannot_be_shown_is_an_error_of_one_line(capsys, tmp_path):

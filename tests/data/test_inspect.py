@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -14,10 +15,26 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.inspect.cli import find_broken_images, main
-from step37_data.inspect.pack_picture import describe_pack, draw_pack
+from step37_data.inspect import style
+from step37_data.inspect.cli import main
+from step37_data.inspect.data_set import (
+    DataSetDescription,
+    describe_fills,
+    draw_data_set,
+    find_broken_images,
+)
+from step37_data.inspect.pack_picture import (
+    LINE,
+    TOKENS_A_LINE,
+    WIDTH,
+    cell_at,
+    describe_pack,
+    draw_pack,
+)
 from step37_data.pack_transform import pack_samples
 from step37_data.template import Step37MultimodalTemplate
+
+pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
@@ -28,6 +45,48 @@ CROPS = "<im_start><@image@><im_end><patch_start><#image#><patch_end>"
 def folder(tmp_path: Path) -> Path:
     shutil.copytree(EXAMPLES / "flickr8k_mini" / "train", tmp_path / "data" / "train")
     return tmp_path / "data"
+
+
+def rgb(name: str) -> tuple[int, ...]:
+    red, green, blue = (int(name[at : at + 2], 16) for at in (1, 3, 5))
+    return red, green, blue
+
+
+def drawn(sheet: Any) -> np.ndarray:
+    """Pixels ``[h, w, 3]`` of a sheet, at 100 an inch."""
+    with Image.open(io.BytesIO(style.png_of(sheet))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def check_lettering(sheet: Any) -> None:
+    """No label is cut by the edge, none lies on another."""
+    from matplotlib.text import Text
+
+    drawn(sheet)
+    # Matplotlib keeps labels of ticks beyond the ends of an axis, and does not draw them.
+    beyond = set()
+    for axes in sheet.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            shown = set(axis._update_ticks()) if axes.axison else set()
+            for tick in set(axis.get_major_ticks()) - shown:
+                beyond |= {tick.label1, tick.label2}
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in sheet.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and text not in beyond
+    ]
+    assert boxes
+    for number, (name, box) in enumerate(boxes):
+        assert box.x0 >= 0, name
+        assert box.y0 >= 0, name
+        assert box.x1 <= sheet.bbox.width + 0.5, name
+        assert box.y1 <= sheet.bbox.height + 0.5, name
+        for other, behind in boxes[number + 1 :]:
+            apart = (
+                min(box.x1, behind.x1) - max(box.x0, behind.x0) < 1
+                or min(box.y1, behind.y1) - max(box.y0, behind.y0) < 1
+            )
+            assert apart, (name, other)
 
 
 def inspect(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> list[str]:
@@ -129,7 +188,8 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     for count in ("0", "-3"):
         message = f"sample_count: expected at least 1, got {count}"
         assert message in error_of(*good, "--sample-count", count)
-    assert "--out: expected --pack or --picture" in error_of(*good, "--out", "p.png")
+    both = (*good, "--html", "p.html", "--pack", "0")
+    assert "--html: a page shows a whole data set" in error_of(*both)
     metadata = folder / "train" / "metadata.csv"
     metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
     assert f"{metadata}: expected text in UTF-8" in error_of(*good)
@@ -217,22 +277,29 @@ def test_a_description_needs_as_many_images_as_start_tokens(
 def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate) -> None:
     good = str(EXAMPLES / "flickr8k_mini/train/coffee.jpg")
     _, pack = pack_of(template, [good, "missing.jpg"])
-    pixels = np.asarray(draw_pack(pack))
+    sheet = draw_pack(pack)
+    check_lettering(sheet)
+    pixels = drawn(sheet)
 
     def colour(token: int) -> tuple[int, ...]:
-        line, column = divmod(token, 256)
-        # The last pixel row of a line: no label is written there.
-        return tuple(pixels[44 + line * 26 + 19, 16 + column * 4 + 2].tolist())
+        x, y = cell_at(token)
+        # Low in the line: no label is written there.
+        column = round(style.DPI * (x + WIDTH / TOKENS_A_LINE / 2))
+        return tuple(pixels[round(style.DPI * (y + LINE)) - 3, column].tolist())
 
     first, second, padding = pack.segments
     image, crop = first.images
-    assert colour(image.start) == colour(image.end - 1) == (72, 118, 196)
-    assert colour(crop.start) == colour(crop.end - 1) == (150, 96, 186)
-    assert colour(image.end) == colour(first.start + 1) == (205, 208, 214)
+    assert colour(image.start) == colour(image.end - 1) == rgb(style.IMAGE)
+    assert colour(crop.start) == colour(crop.end - 1) == rgb(style.CROP)
+    assert colour(image.end) == colour(first.start + 1) == rgb(style.TEXT)
     for start, end in first.loss:
-        assert colour(start) == colour(end - 2) == (70, 160, 90)
-    assert colour(second.images[0].start) == (214, 60, 60)
-    assert colour(padding.start + 1) == colour(1023) == (240, 240, 240)
+        assert colour(start) == colour(end - 2) == rgb(style.TRAINED)
+    broken = [colour(t) for t in range(second.images[0].start, second.images[0].end)]
+    assert {rgb(style.BROKEN)} < set(broken)
+    assert not {rgb(style.IMAGE), rgb(style.TEXT)} & set(broken)
+    room = [colour(token) for token in (padding.start + 1, *range(padding.end, 1024))]
+    assert rgb(style.PADDING) in room
+    assert rgb(style.TEXT) not in room
 
 
 def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
@@ -242,7 +309,48 @@ def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
     starts = {0: (template.img_start_token_id, 169)}
     oversize = describe_pack(packed, [(0, 0), (0, 1)], index=0, capacity=100, start_tokens=starts)
     assert oversize.fill > 1
-    assert draw_pack(oversize).size[1] > 4 * 26
+    last = oversize.segments[-1].end - 1
+    assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg"], ["long_" * 20 + ".jpg", "猫$x_1$.jpg"], ["i.jpg"] * 9]
+)
+def test_labels_of_packs_neither_overlap_nor_are_cut(
+    template: Step37MultimodalTemplate, names: list[str]
+) -> None:
+    packed, _ = pack_of(template, names)
+    pieces = [(0, number) for number in range(len(names))]
+    starts = {0: (template.img_start_token_id, 169), 1: (template.patch_start_token_id, 81)}
+    for capacity in (256, 2048, 8192):
+        pack = describe_pack(packed, pieces, index=0, capacity=capacity, start_tokens=starts)
+        check_lettering(draw_pack(pack))
+
+
+@pytest.mark.parametrize("longest", [220, 100_000])
+@pytest.mark.parametrize("broken", [None, {}, {"a.jpg": "OSError: cut"}])
+def test_a_data_set_is_drawn_with_legible_labels(
+    longest: int, broken: dict[str, str] | None
+) -> None:
+    sizes = np.random.default_rng(0).integers(200, longest, 5000)
+    data = DataSetDescription(
+        name="a/very/long/folder/" * 10, sizes=sizes, images=5000, capacity=2048, oversize="drop",
+        fills=describe_fills(sizes, 2048, "drop"), broken=broken,
+    )  # fmt: skip
+    sheet = draw_data_set(data)
+    check_lettering(sheet)
+    lengths, filled = sheet.axes
+    assert sum(bar.get_height() for bar in lengths.patches) == 5000
+    packs = sum(len(fill.tokens) for fill in data.fills.values())
+    assert sum(bar.get_height() for bar in filled.patches) == packs
+
+
+def test_fills_hold_the_tokens_of_every_pack() -> None:
+    fills = describe_fills(np.array([4, 3, 9, 2, 6]), 8, "drop")
+    assert fills["next_fit"].tokens.tolist() == [7, 8]
+    assert sorted(fills["best_fit"].tokens.tolist()) == [7, 8]
+    assert [fill.dropped for fill in fills.values()] == [1, 1]
+    assert fills["next_fit"].share == 15 / 16
 
 
 def test_broken_images_are_found_in_order(folder: Path) -> None:

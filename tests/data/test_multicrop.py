@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data.images.crops import CropPlan, picture_size, plan_crops, token_layout
+from step37_data.images.crops import CropPlan, picture_size, plan_crops
+from step37_data.placeholders import token_layout
 from tests.data.multicrop_oracle import see, starts
 
 PHOTOS = sorted((Path(__file__).parents[2] / "examples/flickr8k_mini/train").glob("*.jpg"))

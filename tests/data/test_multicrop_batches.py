@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data.images import crop_stacks
+from step37_data.images import stacks
 from step37_data.images.crop_pixels import normalize_then_resize
-from step37_data.images.crop_stacks import View, load_crop_stacks
-from step37_data.images.crops import plan_crops, token_layout
+from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, BrokenImages
+from step37_data.images.stacks import ImageReader
 from step37_data.lengths import LengthCache, probe_lengths
 from step37_data.pack_transform import pack_samples
+from step37_data.placeholders import ImageEntry, token_layout
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
@@ -235,7 +236,7 @@ def test_in_the_order_of_serving_the_last_resize_is_made_in_floating_point(pictu
     loaded = load(entries_of(path), pixel_order="serving")
     for (got, _), image, side in zip(loaded, [*seen.crops, seen.full], sides, strict=True):
         pixels = torch.from_numpy(np.array(image)).to(DEVICE)
-        expected = normalize_then_resize([pixels], side, dtype=torch.float32)[0]
+        expected = normalize_then_resize([pixels], side, dtype=torch.float32, device=DEVICE)[0]
         assert torch.equal(got, expected)
     assert not torch.equal(loaded[-1][0], load(entries_of(path))[-1][0])
     whole = load([(path, 0)], pixel_order="serving")[0][0]
@@ -289,7 +290,7 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
 ):
     # The copy to a CUDA device is all that cannot run without one.
     monkeypatch.setattr(
-        crop_stacks,
+        stacks,
         "upload",
         lambda pictures, device: RaggedImages.gather(
             [torch.tensor(each).to(device) for each in pictures]
@@ -302,20 +303,22 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
     whole = picture(500, 333)
     entries += [(whole, 0), (whole, 1)]
     sides = {0: IMAGE_SIDE, 1: CROP_SIDE}
-    views = [
-        View(path=path, kind=kind, window=rest[0] if rest else None, side=sides[kind])
-        for path, kind, *rest in entries
-    ]
-    stacks = [([view for view in views if view.kind == kind], sides[kind]) for kind in (1, 0)]
-    host = load_crop_stacks(stacks, torch.device("cpu"), torch.bfloat16, "zero", None, None, order)
-    pictures = crop_stacks._read_all(views, crop_stacks._padded, "zero", None, None)
-    device = crop_stacks._stack_on_device(pictures, stacks, DEVICE, torch.bfloat16, order)
-    for stack, images in zip(host, device, strict=True):
+    wanted = [ImageEntry(*entry) for entry in entries]
+    host, device = (
+        ImageReader(device=of_reader, dtype=torch.bfloat16, pixel_order=order)
+        for of_reader in (torch.device("cpu"), DEVICE)
+    )
+    by_host, broken = host.load_stacks(wanted, sides)
+    _, by_device = device._on_device(wanted, sides)
+    for kind in sides:
         if order == "pillow" or DEVICE.type == "cpu":
-            assert torch.equal(images.cpu(), stack.images)
+            assert torch.equal(by_device[kind].cpu(), by_host[kind])
         else:
-            torch.testing.assert_close(images.cpu(), stack.images, rtol=2**-7, atol=2**-16)
-    assert [reason is None for reason in host[1].broken] == [False, False] + [True] * 10
+            torch.testing.assert_close(
+                by_device[kind].cpu(), by_host[kind], rtol=2**-7, atol=2**-16
+            )
+    whole = [why is None for why, entry in zip(broken, wanted, strict=True) if entry.kind == 0]
+    assert whole == [False, False] + [True] * 10
 
 
 def run(template: Any, packed: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -558,14 +561,17 @@ def test_the_host_never_waits_for_the_device(template, picture, order):
 def test_where_pillow_has_to_resize_the_crops_are_the_same(picture, monkeypatch):
     entries = [*entries_of(picture(1920, 1080)), *entries_of(picture(3100, 1500))]
     wanted = load(entries)
-    monkeypatch.setattr(crop_stacks, "kernels_match_pillow", lambda: False)
+    monkeypatch.setattr(stacks, "kernels_match_pillow", lambda: False)
     for (got, _), (expected, _) in zip(load(entries), wanted, strict=True):
         assert torch.equal(got, expected)
 
 
 def test_stacks_of_nothing_are_empty():
-    stacks: list[tuple[list[View], int]] = [([], 8), ([], 4)]
     for order in ("pillow", "serving"):
-        images, crops = load_crop_stacks(stacks, DEVICE, torch.float32, "zero", None, None, order)
-        assert images.images.shape == (0, 3, 8, 8)
-        assert crops.images.shape == (0, 3, 4, 4)
+        reader = ImageReader(device=DEVICE, dtype=torch.float32, pixel_order=order)
+        images, broken = reader.load_stacks([], {0: 8, 1: 4})
+        assert {kind: stack.shape for kind, stack in images.items()} == {
+            0: (0, 3, 8, 8),
+            1: (0, 3, 4, 4),
+        }
+        assert broken == []

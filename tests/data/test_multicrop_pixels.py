@@ -16,7 +16,7 @@ from step37_data.images.crop_pixels import (
     cut,
     full_image,
     normalize_then_resize,
-    pad_to_plan,
+    padded_image,
     prepare_on_device,
 )
 from step37_data.images.crops import plan_crops
@@ -85,7 +85,7 @@ def assert_device_chain(pictures: list[Image.Image], impl: str, sides_: tuple[in
     image_side, crop_side = sides_
     plans = [plan_crops(*picture.size) for picture in pictures]
     padded = [
-        torch.from_numpy(np.array(pad_to_plan(np.asarray(picture), plan))).to(DEVICE)
+        pixels(padded_image(picture, plan)).to(DEVICE)
         for picture, plan in zip(pictures, plans, strict=True)
     ]
     ready = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)
@@ -169,7 +169,7 @@ def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(60, 41), (20, 90), (32, 32), (300, 20)])
 def test_the_order_of_serving_normalises_and_then_resizes(size):
     picture = pixels(noise(*size))
-    got = normalize_then_resize([picture.to(DEVICE)], 32, dtype=torch.float32)
+    got = normalize_then_resize([picture.to(DEVICE)], 32, dtype=torch.float32, device=DEVICE)
     exact = reference_pixels.clip_normalize(picture[None], dtype=torch.float32)[0].double().numpy()
     exact = antialiased(antialiased(exact, 32, 1), 32, 2)
     # Two fp32 sums of at most 22 terms of magnitude 2.7, whose weights carry rounding of their own.
@@ -181,7 +181,7 @@ def test_the_two_orders_differ_by_the_roundings_to_8_bits():
     """Pillow rounds to 8 bits after each pass, serving never: at most 1 of 255 apart."""
     photos = [pixels(photograph(path)) for path in PHOTOS[:4]]
     pillow = resize_clip_normalize(photos, 504, dtype=torch.float32)
-    serving = normalize_then_resize(photos, 504, dtype=torch.float32)
+    serving = normalize_then_resize(photos, 504, dtype=torch.float32, device=torch.device("cpu"))
     std = torch.tensor(reference_pixels.CLIP_STD).view(3, 1, 1)
     levels = (pillow - serving).abs() * std * 255
     assert 0.3 < levels.max() <= 1.01

@@ -12,16 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
 
-from step37_data.pp_media.chunks import (
+from step37_data.pp_media import (
     VLM_PP_MEDIA_KEY,
-    chunk_packed_images,
     chunk_step3_media,
     chunk_vlm_media,
-    prepare_packed_images_for_pp,
     prepare_vlm_media_for_pp,
     wrap_vlm_collate_for_pp,
 )
-from step37_kernels.image_insert_embedding import ImageForInsert
 
 counts_per_sample = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
@@ -373,141 +370,3 @@ def test_a_wrapped_collate_counts_samples_by_their_tokens_and_pickles() -> None:
     assert wrapped([{"input_ids": torch.zeros(7)}]).keys() == {"input_ids"}
     with pytest.raises(ValueError, match=r"media \(pixel_values\) but no input_ids"):
         wrapped([{"pixel_values": torch.zeros(3, 4, 4)}])
-
-
-CROP, IMAGE = 8, 9
-
-
-@given(
-    packs=st.lists(
-        st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), min_size=1, max_size=8
-    ),
-    n_microbatches=st.integers(1, 9),
-)
-def test_packed_images_land_at_the_start_tokens_of_their_own_pack(
-    packs: list[tuple[int, int, bool]], n_microbatches: int
-) -> None:
-    input_ids = torch.zeros(len(packs), 6, dtype=torch.long)
-    groups_of_packs: list[list[ImageForInsert] | None] = []
-    for number, (n_crops, n_images, has_empty_groups) in enumerate(packs):
-        groups = []
-        for token, count, column in ((CROP, n_crops, 0), (IMAGE, n_images, 3)):
-            input_ids[number, column : column + count] = token
-            if count or has_empty_groups:
-                groups.append(packed_group(token, number, count))
-        groups_of_packs.append(groups or None)
-
-    chunks = chunk_packed_images(groups_of_packs, n_microbatches, input_ids)
-
-    all_samples = samples_of_microbatches(len(packs), n_microbatches)
-    assert len(chunks) == n_microbatches
-    for groups, samples in zip(chunks, all_samples, strict=True):
-        tokens = [group.insert_start_token for group in groups]
-        assert len(set(tokens)) == len(tokens)
-        for sample in samples:
-            own = [group.insert_start_token for group in groups_of_packs[sample] or []]
-            assert [token for token in tokens if token in own] == own
-        rows = input_ids[samples]
-        for token in (CROP, IMAGE):
-            pack_of_start = [samples[row] for row, _ in (rows == token).nonzero().tolist()]
-            of_token = [group for group in groups if group.insert_start_token == token]
-            if not of_token:
-                assert pack_of_start == []
-                continue
-            (group,) = of_token
-            assert group.images is not None
-            assert group.rope_cu_seqlens is not None
-            assert group.images[:, 0, 0, 0].tolist() == pack_of_start
-            assert group.rope_cu_seqlens.dtype == torch.int32
-            assert group.rope_cu_seqlens.tolist() == [
-                sum(p + 1 for p in pack_of_start[:n]) for n in range(len(pack_of_start) + 1)
-            ]
-            assert group.rope_max_seq_len == max(
-                (samples_max(groups_of_packs[s], token) for s in samples), default=0
-            )
-
-
-def samples_max(groups: list[ImageForInsert] | None, token: int) -> int:
-    return max(
-        (g.rope_max_seq_len or 0 for g in groups or [] if g.insert_start_token == token), default=0
-    )
-
-
-def packed_group(token: int, number: int, count: int) -> ImageForInsert:
-    """Images filled with their pack's number, each of number + 1 patches."""
-    return ImageForInsert(
-        insert_start_token=token,
-        images=torch.full((count, 3, 2, 2), float(number)),
-        rope_cu_seqlens=torch.arange(count + 1, dtype=torch.int32) * (number + 1),
-        rope_max_seq_len=number + 1,
-    )
-
-
-def test_a_microbatch_of_one_pack_gets_its_groups_as_they_are() -> None:
-    groups = [packed_group(CROP, 0, 2), packed_group(IMAGE, 0, 1)]
-    (chunk, empty) = chunk_packed_images([groups, None], 2, torch.zeros(2, 4))
-    assert [id(group) for group in chunk] == [id(group) for group in groups]
-    assert empty == []
-
-
-def test_features_of_several_packs_are_joined_or_listed() -> None:
-    ids = torch.tensor([[IMAGE, 0], [IMAGE, IMAGE]])
-
-    def joined(first: object, second: object) -> object:
-        packs = [[ImageForInsert(IMAGE, image_features=f)] for f in (first, second)]
-        ((group,),) = chunk_packed_images(packs, 1, ids)
-        return group.image_features
-
-    alike = joined(torch.zeros(1, 4, 5), torch.ones(2, 4, 5))
-    assert isinstance(alike, torch.Tensor)
-    assert alike.shape == (3, 4, 5)
-    ragged = joined(torch.zeros(1, 4, 5), [torch.ones(3, 5), torch.ones(1, 2, 5)])
-    assert isinstance(ragged, list)
-    assert [tuple(f.shape) for f in ragged] == [(1, 4, 5), (3, 5), (1, 2, 5)]
-
-
-@pytest.mark.parametrize(
-    ("packs", "match"),
-    [
-        ([[packed_group(IMAGE, 0, 1)], []], "pack 1 has 0 images for 1 start tokens 9"),
-        (
-            [[packed_group(IMAGE, 0, 2)], [packed_group(IMAGE, 1, 1)]],
-            "pack 0 has 2 images for 1 start tokens 9",
-        ),
-        (
-            [
-                [packed_group(IMAGE, 0, 1), packed_group(CROP, 0, 0)],
-                [packed_group(CROP, 1, 0), packed_group(IMAGE, 1, 1)],
-            ],
-            "packs 0 to 1 share a microbatch, but apply their groups in different orders",
-        ),
-        ([[packed_group(IMAGE, 0, 1)] * 2, []], "pack 0 has two groups with one start token"),
-        (
-            [
-                [packed_group(IMAGE, 0, 1)],
-                [ImageForInsert(IMAGE, image_features=torch.zeros(1, 4, 5))],
-            ],
-            "1 of 2 have images: all or none must",
-        ),
-        (
-            [
-                [packed_group(IMAGE, 0, 1)],
-                [ImageForInsert(IMAGE, images=torch.zeros(1, 3, 4, 4))],
-            ],
-            "must have one size",
-        ),
-        ([[packed_group(IMAGE, 0, 1)]], re.escape("must be [packs, T] with the 1 packs")),
-    ],
-)
-def test_packs_that_cannot_share_a_microbatch_are_refused(packs: list, match: str) -> None:
-    batch = {"input_ids": torch.tensor([[IMAGE, 0], [0, IMAGE]]), "images": packs}
-    with pytest.raises(ValueError, match=match):
-        prepare_packed_images_for_pp(batch, 1)
-    assert batch["images"] is packs
-
-
-def test_a_group_without_images_or_features_counts_as_none() -> None:
-    groups = [[ImageForInsert(insert_start_token=7)], None]
-    assert len(chunk_packed_images(groups, 1, torch.tensor([[5, 5], [5, 5]]))) == 1
-    with pytest.raises(ValueError, match="pack 0 has 0 images for 1 start tokens"):
-        chunk_packed_images(groups, 1, torch.tensor([[7, 5], [5, 5]]))

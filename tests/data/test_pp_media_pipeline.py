@@ -13,7 +13,7 @@ import torch
 SCRIPT = Path(__file__).with_name("pp_media_pipeline.py")
 REPOSITORY = SCRIPT.parents[2]
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-LAYOUTS = ("grid", "step3", "packed")
+LAYOUTS = ("grid", "step3")
 WORLD_SIZE = 2
 TIME_LIMIT_S = 150
 

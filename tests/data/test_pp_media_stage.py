@@ -13,14 +13,11 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.utils.checkpoint import checkpoint
 
-from step37_data.pp_media.chunks import (
+from step37_data.pp_media import (
     VLM_PP_MEDIA_KEY,
-    prepare_packed_images_for_pp,
     prepare_vlm_media_for_pp,
     stage_vlm_media_for_pp,
 )
-from step37_data.pp_media.stage import _Cursor
-from step37_kernels.image_insert_embedding import ImageForInsert
 
 N_MICROBATCHES = 4
 MICROBATCH_ROWS = 2  # rows of the largest microbatch of 5 to 8 samples
@@ -54,17 +51,14 @@ class FirstStage(torch.nn.Module):
         self.seen: list[tuple[list[float], list[float]]] = []
         self.before_reading = lambda _rows: None
 
-    def forward(self, rows: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, **_kwargs: object) -> torch.Tensor:
         if self.recompute:
-            return checkpoint(self.run, rows, kwargs, use_reentrant=False)
-        return self.run(rows, kwargs)
+            return checkpoint(self.run, rows, use_reentrant=False)
+        return self.run(rows)
 
-    def run(self, rows: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    def run(self, rows: torch.Tensor) -> torch.Tensor:
         self.before_reading(rows)
-        if self.takes == "images":
-            groups = kwargs.get("images")
-            pixels = torch.cat([rows.new_zeros(0), *(g.images for g in groups or [])])
-        elif self.takes == "always" or bool((rows >= 0).any()):
+        if self.takes == "always" or bool((rows >= 0).any()):
             # As the stock models do it: only a microbatch with media moves the cursor.
             pixels = self._vlm_pixel_values_chunks[self._vlm_chunk_idx]
             self._vlm_chunk_idx += 1
@@ -295,42 +289,6 @@ def test_without_stages_each_forward_is_the_next_microbatch() -> None:
     assert not model._forward_pre_hooks
 
 
-def make_packs(rows: list[float]) -> dict:
-    """A pack that is not negative has one image, filled with its value, and one start token."""
-    start = 99
-    groups = [
-        [ImageForInsert(start, images=torch.tensor([row], dtype=torch.float64))] * (row >= 0)
-        for row in rows
-    ]
-    tokens = torch.tensor([[start if row >= 0 else 0] for row in rows])
-    batch = prepare_packed_images_for_pp({"input_ids": tokens, "images": groups}, N_MICROBATCHES)
-    return {**batch, "input_ids": torch.tensor(rows, dtype=torch.float64).reshape(-1, 1)}
-
-
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved"])
-def test_packed_images_reach_the_forwards_of_their_microbatch_and_not_the_probe(
-    schedule: str,
-) -> None:
-    pp, parts = build(FirstStage("images"), schedule)
-    model = parts[0]
-    step(pp, parts, make_packs(UNEVEN))
-    assert len(model.seen) == 1 + N_MICROBATCHES
-    assert model.seen[0][1] == []
-    for seen, pixels in model.seen[1:]:
-        assert pixels == own_pixels(seen)
-    assert traces(pp, model) == []
-
-
-def test_packed_images_beside_images_in_the_call_are_refused() -> None:
-    pp, parts = build(FirstStage("images"))
-    batch = {**make_packs(UNEVEN), "images": []}
-    with pytest.raises(RuntimeError) as caught:
-        step(pp, parts, batch)
-    assert isinstance(caught.value.__cause__, ValueError)
-    assert "images are staged for it" in str(caught.value.__cause__)
-    assert traces(pp, parts[0]) == []
-
-
 def test_media_that_no_stage_takes_are_refused() -> None:
     pp, parts = build(FirstStage())
     staging = stage_vlm_media_for_pp(pp, parts, {VLM_PP_MEDIA_KEY: {"sound": []}})
@@ -344,9 +302,32 @@ def test_media_that_no_stage_takes_are_refused() -> None:
 
 
 def test_a_backward_pass_that_ends_within_a_forward_leaves_its_microbatch() -> None:
-    cursor = _Cursor(torch.nn.Linear(1, 1))
-    backward, forward = cursor.backward_of(0), cursor.forward_of(1)
-    backward.__enter__()
-    with forward:
-        backward.__exit__(None, None, None)
-        assert cursor.microbatch == 1
+    backward_runs, forward_runs, backward_is_over = (threading.Event() for _ in range(3))
+    model = torch.nn.Linear(1, 1)
+    seen = []
+
+    class Stage:
+        is_first = True
+
+        def forward_one_chunk(self, _index: int) -> None:
+            forward_runs.set()
+            assert backward_is_over.wait(10)
+            seen.append(model._vlm_chunk_idx)
+
+        def backward_one_chunk(self, _index: int) -> None:
+            seen.append(model._vlm_chunk_idx)
+            backward_runs.set()
+            assert forward_runs.wait(10)
+
+    stage = Stage()
+    pp = SimpleNamespace(info=SimpleNamespace(has_first_stage=True, stages=[stage]))
+    with stage_vlm_media_for_pp(pp, [model], make_batch(UNEVEN)):
+        backward = threading.Thread(target=stage.backward_one_chunk, args=(0,))
+        backward.start()
+        assert backward_runs.wait(10)
+        forward = threading.Thread(target=stage.forward_one_chunk, args=(1,))
+        forward.start()
+        backward.join(10)
+        backward_is_over.set()
+        forward.join(10)
+    assert seen == [0, 1]

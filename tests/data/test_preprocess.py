@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from step37_data.images.decode import BrokenImageError, BrokenImages, decode
-from step37_data.images.device import kernels_match_pillow
+from step37_data.images.stacks import kernels_match_pillow
 from step37_data.preprocess import (
     IMAGE_ITEM_TYPE,
     PATCH_ITEM_TYPE,
@@ -372,7 +372,7 @@ def test_a_pillow_of_another_order_is_noticed(monkeypatch, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: on the CPU it is the rule")
 def test_where_pillow_has_to_resize_the_values_are_the_same(photos, monkeypatch):
-    monkeypatch.setattr("step37_data.images.device.kernels_match_pillow", lambda: False)
+    monkeypatch.setattr("step37_data.images.stacks.kernels_match_pillow", lambda: False)
     loaded = load_images([(p, 0) for p in photos], image_size=56, patch_image_size=1, device=DEVICE)
     for path, (got, _) in zip(photos, loaded, strict=True):
         assert torch.equal(got.cpu(), stock(path, 56))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import step37_data.provider
+from step37_data import flickr8k_loader
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_samples
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
@@ -336,6 +337,23 @@ def test_every_field_reaches_the_part_it_is_for(
     provider_of(folder, **fields).build_datasets(None)
     fields["max_sequence_length"] = fields["max_length"] = fields.pop("max_packing_seqlen")
     assert {name: given[name] for name in fields} == fields
+
+
+def test_a_start_reads_the_metadata_once_and_hashes_every_caption_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner, name in ((flickr8k_loader, "_rows"), (Step37Flickr8kDataset, "sample_keys")):
+        real = getattr(owner, name)
+
+        def counted(*arguments: Any, real: Any = real, name: str = name) -> Any:
+            calls.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+    packs, _, _ = provider_of(folder).build_datasets(None)
+    packs.load_state_dict(packs.state_dict())
+    assert sorted(calls) == ["_rows", "sample_keys"]
 
 
 def test_a_fixed_pack_counts_modulo_the_number_of_packs() -> None:

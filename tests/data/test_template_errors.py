@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from step37_data.template import Step37MultimodalTemplate
-from step37_data.tokenizer import load_tokenizer
+from step37_data.tokens import load_tokenizer
 from tests.data.test_template import TOKENIZER, edited_tokenizer, flickr
 
 

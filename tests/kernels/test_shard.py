@@ -131,13 +131,13 @@ def test_a_rank_projects_no_more_rows_than_it_has_positions(device, monkeypatch)
     from step37_kernels.ops import project
 
     launched: list[int] = []
-    real = project.project_scatter
+    real = project.project_insert
 
-    def spy(x: torch.Tensor, *rest: object) -> None:
-        launched.append(x.shape[0])
-        real(x, *rest)
+    def spy(text, sources, *rest, **options):
+        launched.append(sum(map(len, sources)))
+        return real(text, sources, *rest, **options)
 
-    monkeypatch.setattr(project, "project_scatter", spy)
+    monkeypatch.setattr(project, "project_insert", spy)
     ids = torch.full((1, 64), FILLER)
     ids[0, 1] = TOKENS[0]
     case = make_insert_case(

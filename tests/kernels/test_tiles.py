@@ -1,58 +1,65 @@
-"""Whatever the tile table says, the products are right: every kind of tile on the reference."""
+"""Whatever the tile table says, the insert is right: every kind of tile on the reference."""
 
 from __future__ import annotations
 
-import dataclasses
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bench.tune.products import Operands, launch, only
-from step37_kernels import plan_insert, project_and_insert
-from step37_kernels.ops import gemm, project, project_backward, tiles
+from step37_kernels import plan_insert, reference
+from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
-from step37_kernels.testing import make_insert_case
-from tests.kernels.checks import assert_gradients, assert_output
+from step37_kernels.ops.tiles import Tile
+from step37_kernels.testing import deviation, expected, make_insert_case
+from tests import ptx
 from tests.kernels.strategies import feature_groups, token_ids
 
+H100 = 132
+"""Multiprocessors."""
+# Two products and one; a GPU so small that tiles come in waves, and one so large that it splits K.
+SIZES = ((48, 32, 32), (16, 32, 32)) if INTERPRETED else ((192, 64, 32), (64, 128, 32))
 KINDS = {
-    "pointers by halves": {"subtiles": 2},
-    "pointers with split K": {"split_k": 2},
-    "copy engine": {"tma": True},
-    "copy engine by halves": {"tma": True, "subtiles": 2},
-    "copy engine with split K": {"tma": True, "split_k": 3},
-    "persistent": {"tma": True, "persistent": True},
-    "persistent by halves": {"tma": True, "persistent": True, "subtiles": 2},
+    "two products in waves": (Tile(*SIZES[0], 1, 4, 2, tma=True), 3),
+    "two products split": (Tile(*SIZES[0], 1, 4, 2, tma=True), H100),
+    "one product in waves": (Tile(*SIZES[1], 1, 4, 2, tma=True), 4),
+    "one product split": (Tile(*SIZES[1], 1, 4, 2, tma=True), H100),
+    "library": (tiles.LIBRARY, H100),
 }
-BASE = tiles.Tile(16, 32, 32, 2, 4, 2) if INTERPRETED else tiles.Tile(64, 64, 32, 2, 4, 3)
-
-
-real_num_programs = gemm.num_programs
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+compiled = pytest.mark.skipif(INTERPRETED, reason="tiles of this size are for compiled kernels")
 
 
-TABLE = [
-    pytest.param(capability, product, tile, dtype, id=f"{capability} {product} {tile}")
-    for capability, dtype in [(90, torch.bfloat16), (80, torch.float16), (0, torch.float32)]
-    for product, tile in tiles.entries(capability, dtype)
-]
-"""All that may be launched: on Hopper, on other devices, and (0) on any."""
+@contextlib.contextmanager
+def only(tile: Tile, processors: int) -> Iterator[None]:
+    """The only entry of the table, and a GPU of so many multiprocessors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "entry", lambda *_: tile)
+        patch.setattr(project, "_processors", lambda _: processors)
+        yield
 
 
-def only_tile(kind: dict[str, object]) -> AbstractContextManager[None]:
-    """The only tile there is, for all products."""
-    return only(dataclasses.replace(BASE, **kind))
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def main_grad_of(weight: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(-1, 1, weight.numel(), device=weight.device).view(weight.shape)
+def in_memory_order(text: Tensor, order: str) -> Tensor:
+    """``[S, B, H]`` with the same values, laid out as embeddings may come."""
+    if order == "batch first":
+        return text.transpose(0, 1).contiguous().transpose(0, 1)
+    if order == "sliced":
+        return torch.cat([text, text], dim=2)[..., : text.shape[2]]
+    if order == "hidden first":
+        return text.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return text
 
 
 @every_kind
-@settings(max_examples=max(6, settings.default.max_examples // 4))
+@settings(max_examples=max(12, settings.default.max_examples // 2))
 @given(
     arguments=st.fixed_dictionaries(
         {
@@ -64,175 +71,309 @@ def main_grad_of(weight: torch.Tensor) -> torch.Tensor:
             "width": st.sampled_from([36, 96, 136]),
             "seed": st.integers(0, 2**31),
             "bias": st.booleans(),
+            "layout": st.sampled_from(["contiguous", "channels-first"]),
+            "dtype": st.sampled_from([torch.bfloat16, torch.float16]),
+            "embedding_dtype": st.sampled_from([None, torch.float32, torch.bfloat16]),
         }
-    )
+    ),
+    order=st.sampled_from(["contiguous", "batch first", "sliced", "hidden first"]),
+    part=st.sampled_from([None, 0, 1]),
 )
-def test_every_kind_of_tile_gives_the_references_output_and_gradients(device, kind, arguments):
-    case = make_insert_case(**arguments, dtype=torch.bfloat16, device=device)
-    plan = plan_insert(case.input_ids, case.plan_groups, impl="triton")
-    with only_tile(kind):
-        output = project_and_insert(
-            case.embeddings, case.features, case.weight, case.bias, plan, impl="triton"
-        )
-        assert_output(case, output)
-        assert_gradients(case, output, case.grad_output)
+def test_every_kind_of_tile_writes_each_row_of_the_reference_once(
+    device, kind, arguments, order, part
+):
+    case = make_insert_case(**arguments, device=device)
+    sources = project.contiguous_rows([each.detach() for each in case.features])
+    if not sources:
+        return
+    plan = plan_insert(case.input_ids, case.plan_groups, impl="torch")
+    positions = torch.arange(case.embeddings.shape[0], device=device)
+    if part is not None:  # a rank that holds every other row of the sequence
+        positions = positions[part::2]
+        plan = plan.shard(positions)
+        sources = [torch.cat(sources)[plan.local_rows.clamp_min(0)]]
+    text = in_memory_order(case.embeddings.detach()[positions], order)
+    inputs = [text, *sources, plan.destinations, plan.row_at]
+    if not (text.numel() and len(plan.destinations)):
+        return
+    before = [each.clone() for each in inputs]
+
+    def insert() -> Tensor:
+        with only(*kind):
+            return project.project_insert(
+                text,
+                sources,
+                case.weight.detach(),
+                None if case.bias is None else case.bias.detach(),
+                plan.destinations,
+                plan.row_at,
+                plan.live_rows,
+            )
+
+    output = insert()
+    assert output.is_contiguous()
+    assert output.dtype == case.embeddings.dtype
+    # New memory is poisoned with NaN here: a row that nobody wrote is infinitely far off.
+    wanted, where = expected(case), positions.cpu()
+    _, share = deviation(output, wanted.output[where], wanted.output_bound[where])
+    assert share <= 1
+    assert torch.equal(output[plan.row_at < 0], text[plan.row_at < 0])
+    assert all(map(same_bits, inputs, before))
+    assert same_bits(insert(), output)
 
 
-@every_kind
-def test_a_sum_on_top_of_main_grad_is_the_same_with_every_kind_of_tile(device, kind):
-    case = make_insert_case(
-        input_ids=torch.tensor([[7, 0, 0, 0, 7, 0, 0]]),
-        groups=[(7, [(1, 3), (1, 2)])],
-        seed=0,
-        hidden=72,
-        width=104,
-        dtype=torch.bfloat16,
-        device=device,
+def whole_numbers(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """So small that every sum is exact, in whatever order it is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
+
+
+def exact_insert(
+    device: str,
+    counts: list[int],
+    *,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+    shard: bool = False,
+    after_plan: bool = False,
+) -> None:
+    """Insert sources of so many rows, as the pictures of a packed sequence would be: one after
+    another, some cut off by the next one. Every number is as exact arithmetic gives it."""
+    token, seq_len = 7, sum(counts) + len(counts) + 9
+    ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    position = 3
+    for count in counts:
+        ids[0, position] = token
+        position += max(2, count - 5)  # the next one begins before this one has ended
+    ids = ids.to(device)
+    plan = plan_insert(ids, [(token, counts)], impl="triton" if after_plan else "torch")
+    sources = [
+        whole_numbers(count, width, dtype=dtype, device=device, seed=i)
+        for i, count in enumerate(counts)
+    ]
+    positions = torch.arange(seq_len, device=device)
+    if shard:
+        positions = positions[: seq_len // 2]
+        plan = plan.shard(positions)
+        sources = [torch.cat(sources)[plan.local_rows.clamp_min(0)]]
+    weight = whole_numbers(hidden, width, dtype=dtype, device=device, seed=100)
+    offset = whole_numbers(hidden, dtype=dtype, device=device, seed=101) if bias else None
+    text = whole_numbers(len(positions), 1, hidden, dtype=torch.float32, device=device)
+    output = project.project_insert(
+        text, sources, weight, offset, plan.destinations, plan.row_at, plan.live_rows,
+        after_plan=after_plan,
+    )  # fmt: skip
+    exact = reference.project_and_insert(
+        text.double(),
+        torch.cat(sources).double(),
+        weight.double(),
+        None if offset is None else offset.double(),
+        plan.destinations,
     )
-    plan = plan_insert(case.input_ids, case.plan_groups, impl="triton")
-
-    def weight_gradient(fusion: bool) -> torch.Tensor:
-        case.weight.grad = None
-        case.weight.main_grad = main_grad_of(case.weight)
-        output = project_and_insert(
-            case.embeddings,
-            case.features,
-            case.weight,
-            case.bias,
-            plan,
-            impl="triton",
-            gradient_accumulation_fusion=fusion,
-        )
-        with only_tile(kind):
-            output.backward(case.grad_output)
-        return case.weight.main_grad if fusion else case.weight.grad
-
-    exact = weight_gradient(False).float()
-    fused = weight_gradient(True) - main_grad_of(case.weight)
-    # One rounding to bf16 apart, and the fp32 sum with numbers below 1.
-    bound = exact.abs() * torch.finfo(torch.bfloat16).eps + 4 * torch.finfo(torch.float32).eps
-    assert (fused - exact).abs().le(bound).all()
+    assert (plan.destinations < 0).any()
+    assert torch.equal(output, exact.to(dtype).where((plan.row_at >= 0)[..., None], exact).float())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="tiles of this size are for compiled kernels")
-@pytest.mark.parametrize(("capability", "product", "tile", "dtype"), TABLE)
-def test_every_entry_of_the_table_multiplies_exactly(device, capability, product, tile, dtype):
-    here = tiles._capability(torch.device(device))
-    if capability and (capability == 90) != (here == 90):
-        pytest.skip(f"not a tile of sm_{here}")
-    # Two blocks each way, the second one incomplete, and K long enough to use each stage twice.
-    m, n = tile.block_m + 24, tile.block_n + 40
-    k = tile.split_k * tile.block_k * (2 * tile.num_stages + 1) + 8
-    rows, hidden, width = {"forward": (m, n, k), "grad_features": (m, k, n)}.get(product, (k, m, n))
-    live = rows - 3
+@compiled
+@pytest.mark.parametrize("pictures", range(1, 17))
+def test_every_entry_of_the_table_multiplies_exactly(device, pictures, monkeypatch):
+    """In the waves that it has on an H100 at H = 4096, with one column of tiles instead of all."""
+    rows = 169 * pictures
+    tile = tiles.entry(rows, torch.bfloat16, tiles._capability(torch.device(device)))
+    hidden = tile.block_n - 24
+    monkeypatch.setattr(project, "_processors", lambda _: H100 * tile.block_n // 4096)
+    exact_insert(device, [rows], hidden=hidden, width=200, bias=pictures % 2 == 0)
 
-    def whole_numbers(*shape: int) -> torch.Tensor:
-        """So small that every sum is exact, in whatever order it is taken."""
-        return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
 
-    generator = torch.Generator().manual_seed(0)
-    x, grad = whole_numbers(rows, width), whole_numbers(rows, hidden)
-    weight, bias = whole_numbers(hidden, width), whole_numbers(hidden)
-    x[live:] = 0  # as the plan packs them: rows past the live ones count for nothing
-    grad[live:] = 0
-    exact_x, exact_grad, exact_weight = x.double(), grad.double(), weight.double()
-    expected = {
-        "forward": lambda: (exact_x @ exact_weight.T + bias.double())[:live],
-        "grad_features": lambda: (exact_grad @ exact_weight)[:live],
-        "grad_weight": lambda: exact_grad.T @ exact_x,
-        "accumulate_weight": lambda: exact_grad.T @ exact_x + 1,
-    }[product]()
-    outs = {
-        "forward": torch.zeros(rows, 1, hidden, dtype=dtype, device=device),
-        "grad_weight": torch.empty_like(weight),
-        "accumulate_weight": torch.ones(hidden, width, device=device),
-    }
-    result = launch(
-        product,
-        tile,
-        Operands(x=x, grad=grad, weight=weight, out=outs.get(product, x)),
-        torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=device),
-        bias=bias,
-        live_rows=torch.tensor([live], dtype=torch.int32, device=device),
-    )
-    if product == "forward":
-        result = result.squeeze(1).flip(0)
-    if product in ("forward", "grad_features"):
-        result = result[:live]
-    assert result.equal(expected.to(result.dtype))
+@compiled
+@pytest.mark.parametrize("tile", dict.fromkeys(t for _, t in tiles._HOPPER_INSERT), ids=str)
+@pytest.mark.parametrize(
+    ("counts", "shard", "after_plan"),
+    [
+        ([81, 5, 169, 30], False, True),
+        ([200, 3, 40], True, True),
+        ([169, 81], False, False),
+        ([100], False, True),
+    ],
+    ids=["four sources behind the plan", "a shard behind the plan", "two sources", "one"],
+)
+def test_every_tile_takes_several_sources_shards_and_a_plan_in_the_making(
+    device, tile, counts, shard, after_plan, monkeypatch
+):
+    if tiles._capability(torch.device(device)) < 90:
+        pytest.skip("tiles of Hopper")
+    monkeypatch.setattr(tiles, "entry", lambda *_: tile)
+    for processors, bias in ((2, False), (H100, True)):
+        monkeypatch.setattr(project, "_processors", lambda _, found=processors: found)
+        exact_insert(
+            device, counts, hidden=tile.block_n + 40, width=136, dtype=torch.float16, bias=bias,
+            shard=shard, after_plan=after_plan,
+        )  # fmt: skip
 
 
 def test_the_copy_engine_is_asked_only_for_what_it_can_read(device):
-    tile = dataclasses.replace(BASE, tma=True, persistent=True)
     memory = torch.zeros(4 * 64 + 1, dtype=torch.bfloat16, device=device)
-    assert tiles.takes_tma(memory[:256].view(4, 64))
-    assert not tiles.takes_tma(memory[1:257].view(4, 64))
-    assert not tiles.takes_tma(memory[:144].view(4, 36))
-    assert tile.by_pointers.tma is tile.by_pointers.persistent is False
-    assert tile.by_pointers is tile.by_pointers
+    aligned, shifted = memory[:256].view(4, 64), memory[1:257].view(4, 64)
+    narrow = memory[:144].view(4, 36)
+    with only(*KINDS["one product split"]):
+        assert not tiles.insert_tile([aligned, aligned], aligned).library
+        for odd in (shifted, narrow):
+            assert tiles.insert_tile([aligned, odd], aligned).library
+            assert tiles.insert_tile([aligned], odd).library
 
 
 def test_the_only_row_of_a_wider_matrix_is_a_matrix_of_its_own(device):
-    row = torch.zeros(2, 100, dtype=torch.bfloat16, device=device)[:1, :96]
+    row = torch.ones(2, 100, dtype=torch.bfloat16, device=device)[:1, :96]
     assert row.is_contiguous()  # whatever its stride, which is no multiple of 16 bytes
-    tile = dataclasses.replace(BASE, tma=True)
-    assert tiles.takes_tma(row)
-    assert list(gemm.operand(row, 16, 32, tile).strides) == [96, 1]
-
-
-def test_a_tiles_kind_reaches_the_launch(device, monkeypatch):
-    used = []
-    monkeypatch.setattr(
-        gemm, "num_programs", lambda tile, *_: used.append(tile) or real_num_programs(tile, *_)
-    )
-    for module in (project, project_backward):
-        monkeypatch.setattr(module, "num_programs", gemm.num_programs)
-    case = make_insert_case(
-        torch.tensor([[7, 0, 0, 0]]),
-        [(7, [(1, 3)])],
-        hidden=64,
-        width=64,
-        seed=0,
-        dtype=torch.float16,
-        device=device,
-    )
-    plan = plan_insert(case.input_ids, case.plan_groups, impl="triton")
-    with only_tile({"tma": True, "persistent": True}):
-        output = project_and_insert(
-            case.embeddings, case.features, case.weight, None, plan, impl="triton"
-        )
-        output.backward(case.grad_output)
-    assert [(tile.tma, tile.persistent) for tile in used] == [(True, True)] * 3
+    places = torch.tensor([1], dtype=torch.int32, device=device)
+    row_at = torch.tensor([[-1], [0]], dtype=torch.int32, device=device)
+    text, weight = row.new_zeros(2, 1, 64), row.new_ones(64, 96)
+    with only(*KINDS["one product split"]):
+        output = project.project_insert(text, [row], weight, None, places, row_at)
+    assert output.flatten(1).eq(torch.tensor([[0.0], [96.0]], device=device)).all()
 
 
 def test_tiles_past_the_live_rows_are_not_computed(device):
-    rows, live, block = 5 * BASE.block_m, BASE.block_m + 1, BASE.block_m
-    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
-    x = torch.ones(rows, 64, dtype=torch.bfloat16, device=device)
-    weight = torch.eye(64, dtype=torch.bfloat16, device=device)
-    everywhere = torch.arange(rows, dtype=torch.int32, device=device)
-    kinds = [{}, {"tma": True, "persistent": True}]
-    for kind in kinds:
-        with only_tile(kind):
-            out = torch.zeros(rows, 1, 64, dtype=torch.bfloat16, device=device)
-            project.project_scatter(x, weight, None, everywhere, live_rows, out)
-            grads = project_backward.grad_features(x, weight, live_rows)
+    for tile, processors in KINDS.values():
+        if tile.library:
+            continue
+        rows, live = 5 * tile.block_m, tile.block_m + 1
+        x = torch.ones(rows, 64, dtype=torch.bfloat16, device=device)
+        everywhere = torch.arange(rows, dtype=torch.int32, device=device)
+        live_rows = torch.tensor([live], dtype=torch.int32, device=device)
+        text = x.new_zeros(rows, 1, 64)
+        with only(tile, processors):
+            out = project.project_insert(
+                text, [x], torch.eye(64, out=x.new_empty(64, 64)), None,
+                everywhere, everywhere.view(rows, 1), live_rows,
+            )  # fmt: skip
         assert out[:live].eq(1).all()
-        assert out[2 * block :].eq(0).all()
-        assert grads[:live].eq(1).all()
-        # New memory is poisoned with NaN here: nobody wrote those.
-        assert grads[2 * block :].isnan().all()
+        if processors < H100:
+            # New memory is poisoned with NaN here: nobody wrote those.
+            assert out[2 * tile.block_m :].isnan().all()
 
 
-def test_the_weights_gradient_passes_over_the_rows_past_the_live_ones(device):
-    rows, live = 3 * BASE.block_k, BASE.block_k
-    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
-    x = torch.ones(rows, 64, dtype=torch.bfloat16, device=device)
-    for kind in [{}, {"tma": True, "persistent": True}]:
-        with only_tile(kind):
-            assert project_backward.grad_weight(x, x, live_rows).eq(live).all()
+def features(kind: str, n: int, rows: int, width: int) -> Tensor:
+    """``[N, L, C]`` of different numbers."""
+    shape = {
+        "contiguous": (n, rows, width),
+        "channels-first": (n, width, rows),
+        "sliced": (n, rows, 2 * width),
+        "rows first": (rows, n, width),
+        "backwards": (width, rows, n),
+    }[kind]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(n * rows)).bfloat16()
+    if kind == "channels-first":
+        return values.transpose(1, 2)
+    if kind == "sliced":
+        return values[..., :width]
+    return {"rows first": values.transpose(0, 1), "backwards": values.permute(2, 1, 0)}.get(
+        kind, values
+    )
 
 
-def test_persistent_programs_do_not_split_k():
-    with pytest.raises(ValueError, match="split"):
-        dataclasses.replace(BASE, persistent=True, split_k=2)
+@given(
+    kinds=st.lists(
+        st.tuples(
+            st.sampled_from(["contiguous", "channels-first", "sliced", "rows first", "backwards"]),
+            st.integers(0, 3),
+            st.sampled_from([0, 1, 5, 70]),
+        ),
+        max_size=9,
+    ),
+    width=st.sampled_from([8, 36, 72]),
+)
+def test_rows_are_made_contiguous_in_few_launches_and_only_where_they_are_not(device, kinds, width):
+    tensors = [features(*kind, width).to(device) for kind in kinds]
+    launched = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = project.launch
+        patch.setattr(project, "launch", lambda *a, **k: launched.append(a[0]) or real(*a, **k))
+        sources = project.contiguous_rows(tensors)
+    some = [each for each in tensors if each.shape[:2].numel()]
+    assert len(sources) <= project.MAX_SOURCES
+    assert all(each.is_contiguous() and len(each) for each in sources)
+    assert (
+        torch.equal(
+            torch.cat(
+                [*sources, torch.empty(0, width).to(tensors[0]) if tensors else torch.empty(0)]
+            ),
+            torch.cat(
+                [
+                    *[each.flatten(0, 1) for each in some],
+                    torch.empty(0, width).bfloat16().to(device),
+                ]
+            ),
+        )
+        if some
+        else not sources
+    )
+    if len(some) <= project.MAX_SOURCES:
+        assert len(launched) == any(not each.is_contiguous() for each in some)
+        for each, source in zip(some, sources, strict=True):
+            if each.is_contiguous():
+                assert source.data_ptr() == each.data_ptr()
+    else:
+        assert len(launched) == -(-len(some) // project.MAX_SOURCES)
+
+
+@given(
+    tile=st.sampled_from([tile for _, tile in tiles._HOPPER_INSERT]),
+    counts=st.lists(st.integers(1, 9000), min_size=1, max_size=4),
+    hidden=st.integers(1, 9000),
+    width=st.integers(1, 9000),
+    processors=st.integers(1, 200),
+)
+def test_a_wave_is_split_as_far_as_it_fits(tile, counts, hidden, width, processors):
+    plan = tiles.schedule(tile, counts, hidden, width, processors)
+    columns = -(-hidden // tile.block_n)
+    assert plan.whole + plan.tail == sum(-(-n // tile.block_m) for n in counts) * columns
+    assert 1 <= plan.parts <= min(tiles.MAX_PARTS, -(-width // tile.block_k))
+    assert plan.tail * plan.parts <= processors
+    assert (plan.tail == 0) == (plan.parts == 1)
+    if plan.parts > 1:
+        assert plan.whole % processors == 0
+
+
+def test_the_table_has_the_waves_that_its_comments_say():
+    def waves(pictures: int) -> tuple[int, int, int]:
+        tile = tiles.entry(169 * pictures, torch.bfloat16, 90)
+        plan = tiles.schedule(tile, [169 * pictures], 4096, 6144, H100)
+        return plan.whole, plan.tail, plan.parts
+
+    assert [waves(pictures) for pictures in (*range(1, 17), 39)] == [
+        *[(0, 32, 4), (0, 32, 4), (0, 64, 2), (128, 0, 1), (112, 0, 1), (128, 0, 1)],
+        *[(132, 28, 4), (128, 0, 1), (128, 0, 1), (132, 12, 8), (132, 28, 4), (256, 0, 1)],
+        *[(132, 60, 2), (264, 40, 3), (264, 56, 2), (240, 0, 1), (528, 32, 4)],
+    ]
+
+
+def test_nobody_tuned_tiles_for_other_chips_and_fp32():
+    for rows in (1, 169, 10**6):
+        assert not tiles.entry(rows, torch.float16, 90).library
+        assert tiles.entry(rows, torch.float32, 90).library
+        for capability in (80, 89, 94, 100, 120):
+            assert tiles.entry(rows, torch.bfloat16, capability).library
+    assert str(tiles.LIBRARY) == "library"
+
+
+if ptx.ARCHITECTURE:
+    from tests.ptx.driver import recorded
+
+    @pytest.mark.parametrize("order", ["contiguous", "batch first", "sliced"])
+    def test_text_rows_are_copied_in_whole_vectors_and_no_others_are_read(order):
+        text = in_memory_order(torch.zeros(40, 6, 4096, dtype=torch.bfloat16), order)
+        row_at = torch.full((40, 6), -1, dtype=torch.int32)
+        row_at[5:30, 2] = torch.arange(25, dtype=torch.int32)
+        x, weight = torch.zeros(25, 64).bfloat16(), torch.zeros(4096, 64).bfloat16()
+        nowhere = torch.full((25,), -1, dtype=torch.int32)
+        with only(*KINDS["library"]), recorded() as launches:
+            project.project_insert(text, [x], weight, None, nowhere, row_at)
+        (launch,) = launches
+        assert launch.loads.keys() == {4, 16}  # places, values
+        vectors = 240 * 4096 * 2 // (32 * 16)
+        assert launch.loads[16].requests == vectors
+        assert launch.stores.keys() == {16}
+        assert launch.stores[16].requests == vectors

@@ -1,0 +1,20 @@
+"""Which extra of this package brings a module that is not there."""
+
+from __future__ import annotations
+
+EXTRA_OF = {
+    "huggingface_hub": "data",
+    "jinja2": "data",
+    "tqdm": "data",
+    "transformers": "data",
+    "matplotlib": "plots",
+    "megfile": "s3",
+    "megatron": "megatron",
+}
+
+
+def how_to_get(error: ModuleNotFoundError) -> str | None:
+    """What to install, or None if the module belongs to no extra."""
+    module = (error.name or "").partition(".")[0]
+    extra = EXTRA_OF.get(module)
+    return extra and f"needs {module}: pip install 'step37[{extra}]'"

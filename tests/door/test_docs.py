@@ -1,0 +1,147 @@
+"""The documentation: it builds, its links lead somewhere, it quotes what the code says."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import html
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.docs_api import public_names
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("step37_kernels", "step37_data")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
+
+
+def text_of(node: ast.expr) -> str | None:
+    """A string of the source, with … for what it fills in."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[srd]", "…", node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+        )
+    return None
+
+
+@functools.cache
+def strings() -> tuple[frozenset[str], frozenset[str]]:
+    """All strings of both packages, and those that are logged as warnings."""
+    all_of_them, warnings = set(), set()
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.expr) and (text := text_of(node)):
+                    all_of_them.add(text)
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in ("warning", "warn")
+                    and node.args
+                    and (text := text_of(node.args[0])) not in (None, "…")
+                ):
+                    warnings.add(text)
+    return frozenset(all_of_them), frozenset(warnings)
+
+
+def quoted() -> list[str]:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^### `(.*)`$", text, re.MULTILINE)
+
+
+def says(heading: str, message: str) -> bool:
+    """Whether a message holds the heading's fragments in order."""
+    pattern = ".*".join(re.escape(part) for part in re.split("…+", heading))
+    return re.search(pattern, message, re.DOTALL) is not None
+
+
+def test_every_message_that_troubleshooting_quotes_is_one_of_the_code() -> None:
+    assert len(quoted()) > 40
+    known = strings()[0]
+    assert [q for q in quoted() if not any(says(q, message) for message in known)] == []
+
+
+def test_every_warning_that_a_user_can_meet_has_a_section_in_troubleshooting() -> None:
+    warnings = strings()[1]
+    assert len(warnings) > 10
+    assert [w for w in warnings if not any(says(q, w) for q in quoted())] == []
+
+
+def test_local_links_of_what_is_read_on_the_repositorys_page_lead_somewhere() -> None:
+    missing = []
+    for page in READ:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            file = page.parent / path if path else page
+            if not file.exists():
+                missing.append(f"{page.name}: {target}")
+            elif anchor and file.suffix == ".md":
+                titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = [
+                    re.sub(r"[^\w\s-]", "", t.lower()).strip().replace(" ", "-") for t in titles
+                ]
+                if anchor not in slugs:
+                    missing.append(f"{page.name}: {target}")
+    assert missing == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed (extra docs)")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_site_builds_strictly_with_every_page(site: Path) -> None:
+    for page in PAGES:
+        assert (site / f"{page.stem}.html").exists(), f"{page.name} is not in mkdocs.yml"
+    for picture in (ROOT / "docs").glob("*.png"):
+        assert (site / picture.name).exists()
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    pages = {
+        "step37_kernels": "api-kernels",
+        "step37_kernels.megatron": "api-kernels",
+        "step37_kernels.reference": "api-kernels",
+        "step37_data": "api-data",
+    }
+    for module, page in pages.items():
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        anchors = set(re.findall(r'id="([\w.]+)"', text))
+        missing = set(public_names(module).values()) - anchors
+        assert missing == set()
+        assert ":func:" not in text
+        assert "<!-- api" not in text
+
+
+def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text)
+        fetched += re.findall(r'<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*href="([^"]+)"', text)
+        assert [f for f in map(html.unescape, fetched) if re.match(r"(https?:)?//", f)] == [], page

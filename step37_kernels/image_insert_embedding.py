@@ -20,6 +20,7 @@ from step37_kernels.insert import (
     check_embeddings,
     insert_projected,
     insert_rows,
+    join_rows,
     pick_rows,
 )
 from step37_kernels.parallel import Layout, SequenceLayout, auto_layout, check_layout
@@ -202,6 +203,15 @@ class ImageInsertEmbedding(nn.Module):
         return ", ".join(parts)
 
     @staticmethod
+    def _normalize_feature_list(
+        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """One ``[L, C]`` a feature. The replaced class, in models built before it was, looks this
+        up by the class's name, and finds it here."""
+        tensors = _feature_tensors(image_features, "image_features")
+        return [f.to(device=device, dtype=dtype) for tensor in tensors for f in tensor.unbind(0)]
+
+    @staticmethod
     def insert_features(
         input_embeddings: Tensor,
         image_features: Tensor | list[Tensor],
@@ -231,10 +241,8 @@ class ImageInsertEmbedding(nn.Module):
         check_embeddings(input_embeddings, plan, "input_embeddings")
         hidden = input_embeddings.shape[-1]
         _check_widths(tensors, hidden, "image_features", "the embeddings'")
-        rows = [t.to(input_embeddings).flatten(0, 1) for t in tensors if _has_rows(t)]
-        if not rows:
-            return input_embeddings
-        return insert_rows(input_embeddings, torch.cat(rows), plan)
+        rows = [t.to(input_embeddings) for t in tensors if _has_rows(t)]
+        return insert_rows(input_embeddings, join_rows(rows), plan) if rows else input_embeddings
 
     def forward(
         self,
@@ -361,8 +369,7 @@ class ImageInsertEmbedding(nn.Module):
             )
         else:
             check_embeddings(embeddings, plan, "language_embedding's result")
-            flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
-            projected = projector(pick_rows(flat, plan.local_rows))
+            projected = projector(pick_rows(join_rows(features), plan.local_rows))
             result = insert_rows(embeddings, projected.to(embeddings.dtype), plan)
         if not (self.strict or compiling):
             count_watch.watch(whole.tokens, whole.group_sizes, whole.start_counts)

@@ -64,11 +64,24 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     hidden = embeddings.shape[2]
     num_positions = embeddings.shape[:2].numel()
+    if type(plan.destinations) is Tensor and plan.destinations.is_cpu:
+        # Values are at hand, and what has no destination can be left out.
+        flat, slots = embeddings.reshape(num_positions, hidden), plan.destinations
+        kept = slots >= 0
+        if not kept.all():
+            slots, rows = slots[kept], rows[kept]
+        return flat.index_copy(0, slots.long(), rows).view(embeddings.shape)
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
     slots = torch.where(plan.destinations < 0, num_positions, plan.destinations).long()
     return flat.index_copy(0, slots, rows)[:-1].view(embeddings.shape)
+
+
+def join_rows(features: Sequence[Tensor]) -> Tensor:
+    """``[N, L, C]`` tensors, at least one, as ``[R, C]``."""
+    parts = [feature.flatten(0, 1) for feature in features]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
@@ -335,7 +348,7 @@ def insert_projected(
     if not rows.tensors or embeddings.numel() == 0:
         return embeddings
     if rows.sources is None:
-        flat = torch.cat([tensor.flatten(0, 1) for tensor in rows.tensors])
+        flat = join_rows(rows.tensors)
         if fused_into is not None:
             weight = MainGrad.apply(weight, fused_into)
         projected = F.linear(pick_rows(flat, plan.local_rows), weight, bias)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
@@ -77,22 +76,6 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             projector_bias,
             **_options.arguments(),
         )
-
-    @staticmethod
-    def _normalize_feature_list(
-        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """One tensor ``[L, C]`` a feature. Models built before the patch keep the stock class,
-        whose code looks this up by the class's name: here, now."""
-        tensors = [image_features] if isinstance(image_features, Tensor) else image_features
-        ranks = {t.ndim for t in tensors}
-        if ranks - ({3} if isinstance(image_features, Tensor) else {2, 3}):
-            raise ValueError(
-                "image_features: expected [N, L, C], or a list of [L, C] and [N, L, C], got "
-                f"{[tuple(t.shape) for t in tensors]}"
-            )
-        features = (f for t in tensors for f in (t if t.ndim == 3 else [t]))
-        return [feature.to(device=device, dtype=dtype) for feature in features]
 
     def configure(self, **options: Any) -> None:
         """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""

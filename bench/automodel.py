@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step37_kernels import project_and_insert
+from step37_kernels import plan_placeholders, project_and_insert
 from step37_kernels.automodel import places_of_rows, with_rows_moved
-from step37_kernels.plan import plan_placeholders
 
 IMAGE, IMAGE_ROWS, CROP_ROWS = 128001, 169, 81
 CROPS = (6, 4, 9, 6)  # of each image: 2,701 rows in 4,096 tokens
@@ -58,9 +57,8 @@ def median_us(work: Callable[[], object], device: torch.device) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=6144)
+    for name, default in (("--device", "cuda"), ("--hidden", 4096), ("--width", 6144)):
+        parser.add_argument(name, type=type(default), default=default)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), torch.bfloat16
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,11 +174,13 @@ class Prefetcher(Iterator[_Input]):
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
         return {"next_pack": self._next_pack}
 
-    def close(self) -> None:
-        """End the thread: wait for the pack in the making, drop what is ready. Idempotent."""
+    def close(self) -> list[_Input]:
+        """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
         self._closed = True
         self._thread.shutdown(wait=True, cancel_futures=True)
+        done = [f.result() for f in self._pending if not (f.cancelled() or f.exception())]
         self._pending.clear()
+        return [made.value for made in done if isinstance(made, _Prepared)]
 
     def __enter__(self) -> Prefetcher[_Input]:
         return self
@@ -189,6 +192,94 @@ class Prefetcher(Iterator[_Input]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ReadAhead(Iterator[Any]):
+    """An iterator of packs in another's place: the same packs in the same order for whoever asks,
+    with the preparation of the next ``depth`` under way.
+
+    :meth:`prepared` then has the model input of the pack that was given last. A pack that nobody
+    prepares (a step that is skipped) is no loss but its work. After :meth:`close` it goes on with
+    what is left, unprepared: no pack is lost, none comes twice.
+
+    Args:
+        packs: the iterator that is replaced; nobody may go on reading it.
+        prepare: turns a pack into the model's input.
+        depth, device: see :class:`Prefetcher`.
+    """
+
+    def __init__(
+        self, packs: Iterator[Any], prepare: Callable[[Any], Any], *, depth: int, device: Device
+    ) -> None:
+        self._packs, self._prepare = packs, prepare
+        self._given: _Attempt | None = None
+        self._left: deque[Any] = deque()
+        self._index = -1
+        self._turn = threading.Lock()
+        self._ahead: Prefetcher[_Attempt] | None = Prefetcher(
+            _Rest(packs), self._attempt, depth=depth, device=device
+        )
+
+    def __next__(self) -> Any:
+        with self._turn:
+            self._given = None
+            if self._ahead is None:
+                pack = self._left.popleft() if self._left else next(self._packs)
+            else:
+                try:
+                    self._given = next(self._ahead)
+                except PackError as error:
+                    # Of the replaced iterator itself, which would have raised it bare.
+                    raise (error.__cause__ or error) from None
+                pack = self._given.pack
+            self._index += 1
+            return pack
+
+    def prepared(self, pack: Any) -> Any:
+        """The model input of a pack; made now, if it is another than the one given last.
+
+        Raises:
+            PackError: it could not be prepared ahead of its use. Made now, what ``prepare`` raises.
+        """
+        with self._turn:
+            given, index = self._given, self._index
+        if given is None or given.pack is not pack:
+            return self._prepare(pack)
+        if given.error is not None:
+            raise PackError(index, given.error)
+        return given.value
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        with self._turn:
+            if self._ahead is not None:
+                self._left.extend(attempt.pack for attempt in self._ahead.close())
+                self._ahead = None
+
+    def _attempt(self, pack: Any) -> _Attempt:
+        try:
+            return _Attempt(pack=pack, value=self._prepare(pack), error=None)
+        except Exception as error:
+            return _Attempt(pack=pack, value=None, error=error)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """A pack, and its model input or why there is none."""
+
+    pack: Any
+    value: Any
+    error: Exception | None
+
+
+class _Rest(Iterator[Any]):
+    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
 
 
 class _Indexed(Iterator[Any]):

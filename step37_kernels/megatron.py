@@ -5,36 +5,34 @@ Megatron is imported inside the functions that need it, so that importing this m
 
 from __future__ import annotations
 
-import gc
-import importlib
-import importlib.metadata
 import logging
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.parallel import Layout, check_layout, sequence_layout
+from step37_kernels.patching import ClassPatch, chunks_of
 
 __all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
 logger = logging.getLogger(__name__)
 
-KNOWN_BRIDGE_VERSIONS = (
-    "Megatron-Bridge newer than 0.4.0, that is its main branch since it has "
-    "models/stepfun/modelling_step37"
-)
-"""Releases in which the replaced class was found where this module looks for it."""
-
 _PACKAGE = "megatron.bridge.models.stepfun.modelling_step37"
-# Step37Model looks the class up in the first, which took it from the second by name.
-_MODULES = (f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding")
 _CLASS = "ImageInsertEmbedding"
+_PATCH = ClassPatch(
+    caller="patch_step37",
+    remedy="step37_kernels.megatron.replace_in(model)",
+    # Step37Model looks the class up in the first, which took it from the second by name.
+    modules=(f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding"),
+    name=_CLASS,
+    distribution="megatron-bridge",
+    known="Megatron-Bridge 0.6.2",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +55,6 @@ class _Options:
 
 
 _options = _Options()
-_stock: dict[str, type[nn.Module]] = {}
-# The replaced class by module name; empty while nothing is patched.
 
 
 class Step37ImageInsertEmbedding(ImageInsertEmbedding):
@@ -81,6 +77,22 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             projector_bias,
             **_options.arguments(),
         )
+
+    @staticmethod
+    def _normalize_feature_list(
+        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """One tensor ``[L, C]`` a feature. Models built before the patch keep the stock class,
+        whose code looks this up by the class's name: here, now."""
+        tensors = [image_features] if isinstance(image_features, Tensor) else image_features
+        ranks = {t.ndim for t in tensors}
+        if ranks - ({3} if isinstance(image_features, Tensor) else {2, 3}):
+            raise ValueError(
+                "image_features: expected [N, L, C], or a list of [L, C] and [N, L, C], got "
+                f"{[tuple(t.shape) for t in tensors]}"
+            )
+        features = (f for t in tensors for f in (t if t.ndim == 3 else [t]))
+        return [feature.to(device=device, dtype=dtype) for feature in features]
 
     def configure(self, **options: Any) -> None:
         """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""
@@ -138,23 +150,12 @@ def patch_step37(
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         layout=layout,
     )
-    modules = {name: _import(name) for name in _MODULES}
-    found = {name: _look_up(module) for name, module in modules.items()}
+    names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
     _options = options
-    replaced = {
-        name: cls for name, cls in found.items() if not issubclass(cls, ImageInsertEmbedding)
-    }
-    if replaced:
-        _warn_of_what_stays(set(replaced.values()))
-    for name, cls in replaced.items():
-        _stock[name] = cls
-        setattr(modules[name], _CLASS, Step37ImageInsertEmbedding)
-    names = tuple(f"{name}.{_CLASS}" for name in _MODULES)
     logger.info(
-        "%s: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
+        "patched: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
         "(step37_data.provider and step37_data.forward_step replace them), ImageForInsert "
         "(interchangeable with step37_kernels.ImageForInsert), the vision tower",
-        "patched" if replaced else "already patched",
         ", ".join(names),
         options,
     )
@@ -168,22 +169,8 @@ def unpatch_step37() -> tuple[str, ...]:
         The dotted names that hold the stock class again; empty if nothing was patched.
     """
     global _options
-    restored = []
-    for name, cls in _stock.items():
-        module = sys.modules.get(name)
-        current = getattr(module, _CLASS, None)
-        if current is Step37ImageInsertEmbedding:
-            setattr(module, _CLASS, cls)
-            restored.append(f"{name}.{_CLASS}")
-        else:
-            logger.warning(
-                "%s.%s is %r, not what patch_step37 put there: left alone", name, _CLASS, current
-            )
-    _stock.clear()
     _options = _Options()
-    if restored:
-        logger.info("unpatched: %s", ", ".join(restored))
-    return tuple(restored)
+    return _PATCH.undo()
 
 
 def replace_in(
@@ -223,7 +210,7 @@ def replace_in(
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         layout=layout,
     )
-    chunks = [("", model)] if isinstance(model, nn.Module) else _numbered(model)
+    chunks = chunks_of(model)
     ours: dict[str, nn.Module] = {}
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
@@ -251,71 +238,8 @@ def replace_in(
     return tuple(ours)
 
 
-def _numbered(chunks: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(f"{i}.", chunk) for i, chunk in enumerate(chunks)]
-
-
 def _is_stock(module: nn.Module) -> bool:
     """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it."""
     named_so = any(cls.__name__ == _CLASS for cls in type(module).__mro__)
     projector = module._modules.get("align_projector")
     return named_so and isinstance(projector, nn.Linear) and "_language_embedding" in vars(module)
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        if not f"{name}.".startswith(f"{missing}."):
-            # Bridge is there, and lacks something itself: that is the better message.
-            raise
-        raise ImportError(_missing(f"module {name}", f"no module {missing}"), name=name) from error
-
-
-def _look_up(module: ModuleType) -> type[nn.Module]:
-    cls = getattr(module, _CLASS, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        found = "no such name" if cls is None else f"found {cls!r}"
-        raise ImportError(_missing(f"{module.__name__}.{_CLASS}", found), name=module.__name__)
-    return cls
-
-
-def _missing(what: str, found: str) -> str:
-    try:
-        installed = f"megatron-bridge {importlib.metadata.version('megatron-bridge')}"
-    except importlib.metadata.PackageNotFoundError:
-        installed = "no megatron-bridge distribution"
-    return (
-        f"patch_step37: cannot replace {what}: {found}. "
-        f"Known to work: {KNOWN_BRIDGE_VERSIONS}; installed: {installed}"
-    )
-
-
-def _warn_of_what_stays(stock: set[type[nn.Module]]) -> None:
-    built = sum(1 for _ in _instances(stock))
-    if built:
-        logger.warning(
-            "patch_step37 after %d stock ImageInsertEmbedding had been built: existing models keep "
-            "it; call step37_kernels.megatron.replace_in(model) on them",
-            built,
-        )
-    bound = sorted(
-        name
-        for name, module in tuple(sys.modules.items())
-        if name not in _MODULES
-        and any(getattr(module, "__dict__", {}).get(_CLASS) is cls for cls in stock)
-    )
-    if bound:
-        logger.warning(
-            "patch_step37 leaves the stock class in modules that imported it by name before: %s",
-            ", ".join(bound),
-        )
-
-
-def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:
-    bases = tuple(classes)
-    for candidate in gc.get_objects():
-        # type(), not isinstance: that asks proxies for their __class__, which may run anything.
-        if issubclass(type(candidate), bases):
-            yield candidate

@@ -9,11 +9,13 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from step37_data.images.decode import BrokenImages
-from step37_data.prefetch import PackError, Prefetcher
+from step37_data.prefetch import PackError, Prefetcher, ReadAhead
 from step37_data.preprocess import preprocess_packed_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -281,3 +283,47 @@ def test_closing_prepares_nothing_that_had_not_begun():
     assert made == [0]
     with pytest.raises(StopIteration):
         next(prefetcher)
+
+
+# ---- in the place of an iterator
+
+
+@given(
+    actions=st.lists(st.sampled_from(["use", "skip", "use twice", "close"]), max_size=12),
+    depth=st.integers(1, 4),
+    broken=st.sets(st.integers(0, 15)),
+)
+def test_whoever_takes_packs_gets_them_in_order_whatever_is_read_ahead(actions, depth, broken):
+    def prepare(pack: int) -> int:
+        if pack in broken:
+            raise ValueError(f"broken {pack}")
+        return 10 * pack
+
+    ahead = ReadAhead(iter(range(16)), prepare, depth=depth, device="cpu")
+    expected = iter(range(16))
+    for action in actions:
+        if action == "close":
+            ahead.close()
+            continue
+        pack = next(ahead)
+        assert pack == next(expected)
+        for _ in range({"use": 1, "use twice": 2, "skip": 0}[action]):
+            if pack in broken:
+                with pytest.raises((PackError, ValueError), match=f"broken {pack}"):
+                    ahead.prepared(pack)
+            else:
+                assert ahead.prepared(pack) == 10 * pack
+    ahead.close()
+    assert list(ahead) == list(expected)
+
+
+def test_what_the_replaced_iterator_raises_is_raised_as_it_is():
+    def packs():
+        yield 1
+        raise OSError("disk")
+
+    ahead = ReadAhead(packs(), str, depth=2, device="cpu")
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="disk"):
+        next(ahead)
+    ahead.close()

@@ -19,3 +19,16 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
+
+
+def item_at(dataset: Any, index: int, name: str = "pack") -> Any:
+    """``dataset[index]``.
+
+    Raises:
+        RuntimeError: in place of a ``StopIteration``, by which an iterator around this would end
+            without a word.
+    """
+    try:
+        return dataset[index]
+    except StopIteration as error:
+        raise RuntimeError(f"{name} {index}: the data set raised StopIteration") from error

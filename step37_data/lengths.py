@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from step37_data.images.decode import available_cores
+from step37_data.checks import item_at
 from step37_data.rank_order import fill_cache_once
+from step37_data.threads import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,9 @@ class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         chunk = self._chunks[number]
-        lengths = [_length_of(index, self._dataset[index]) for index in chunk.tolist()]
+        lengths = [
+            _length_of(index, item_at(self._dataset, index, "sample")) for index in chunk.tolist()
+        ]
         return chunk, np.array(lengths, np.int64)
 
 

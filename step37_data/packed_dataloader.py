@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch._utils import ExceptionWrapper
 
-from step37_data.checks import checked_int, item_at
+from step37_data.checks import checked_int, checked_state, item_at
 from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
 from step37_data.packing import OversizePolicy, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
@@ -252,10 +252,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
                 lengths or packing), where the position would mean other packs; or it is no state.
         """
-        if not {"position", "schedule"} <= state_dict.keys():
-            raise ValueError(
-                f"state_dict: expected position and schedule, got {sorted(state_dict)}"
-            )
+        checked_state(state_dict, "position", "schedule")
         if state_dict["schedule"] != self.schedule_fingerprint():
             raise ValueError(
                 "state_dict: it was saved with another schedule of packs; the samples, their "

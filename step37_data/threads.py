@@ -8,14 +8,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from step37_data.checks import checked_int
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-Work = queue.SimpleQueue["tuple[Future[Any], Callable[[], Any]] | None"]
+Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 """What a thread is to do, one after the other, and where the results go; None ends it."""
 
 

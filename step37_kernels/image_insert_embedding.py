@@ -20,6 +20,7 @@ from step37_kernels.insert import (
     check_embeddings,
     insert_projected,
     insert_rows,
+    join_rows,
     pick_rows,
 )
 from step37_kernels.parallel import Layout, SequenceLayout, auto_layout, check_layout
@@ -231,10 +232,8 @@ class ImageInsertEmbedding(nn.Module):
         check_embeddings(input_embeddings, plan, "input_embeddings")
         hidden = input_embeddings.shape[-1]
         _check_widths(tensors, hidden, "image_features", "the embeddings'")
-        rows = [t.to(input_embeddings).flatten(0, 1) for t in tensors if _has_rows(t)]
-        if not rows:
-            return input_embeddings
-        return insert_rows(input_embeddings, torch.cat(rows), plan)
+        rows = [t.to(input_embeddings) for t in tensors if _has_rows(t)]
+        return insert_rows(input_embeddings, join_rows(rows), plan) if rows else input_embeddings
 
     def forward(
         self,
@@ -357,12 +356,11 @@ class ImageInsertEmbedding(nn.Module):
                 projector.bias,
                 plan,
                 gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-                after_plan=plan is whole and not self.strict,
+                after_plan=plan is whole and not (self.strict or compiling),
             )
         else:
             check_embeddings(embeddings, plan, "language_embedding's result")
-            flat = torch.cat([tensor.flatten(0, 1) for tensor in features])
-            projected = projector(pick_rows(flat, plan.local_rows))
+            projected = projector(pick_rows(join_rows(features), plan.local_rows))
             result = insert_rows(embeddings, projected.to(embeddings.dtype), plan)
         if not (self.strict or compiling):
             count_watch.watch(whole.tokens, whole.group_sizes, whole.start_counts)

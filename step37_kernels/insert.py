@@ -64,11 +64,25 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     hidden = embeddings.shape[2]
     num_positions = embeddings.shape[:2].numel()
+    slots = plan.destinations
+    if slots.is_cpu and type(slots) is Tensor and not torch.compiler.is_compiling():
+        # Values are at hand, and what has no destination can be left out.
+        flat = embeddings.reshape(num_positions, hidden)
+        kept = slots >= 0
+        if not kept.all():
+            slots, rows = slots[kept], rows[kept]
+        return flat.index_copy(0, slots.long(), rows).view(embeddings.shape)
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
-    slots = torch.where(plan.destinations < 0, num_positions, plan.destinations).long()
+    slots = torch.where(slots < 0, num_positions, slots).long()
     return flat.index_copy(0, slots, rows)[:-1].view(embeddings.shape)
+
+
+def join_rows(features: Sequence[Tensor]) -> Tensor:
+    """``[N, L, C]`` tensors, at least one, as ``[R, C]``."""
+    parts = [feature.flatten(0, 1) for feature in features]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
@@ -335,7 +349,7 @@ def insert_projected(
     if not rows.tensors or embeddings.numel() == 0:
         return embeddings
     if rows.sources is None:
-        flat = torch.cat([tensor.flatten(0, 1) for tensor in rows.tensors])
+        flat = join_rows(rows.tensors)
         if fused_into is not None:
             weight = MainGrad.apply(weight, fused_into)
         projected = F.linear(pick_rows(flat, plan.local_rows), weight, bias)
@@ -346,6 +360,8 @@ def insert_projected(
                 f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
                 f"{tensor.dtype}; pass impl='torch'"
             )
+    if not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
+        after_plan = False  # a copy is launched in between
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

@@ -46,8 +46,12 @@ def test_a_state_of_other_lengths_is_refused_where_they_make_the_same_packs() ->
 
 def test_a_state_without_its_keys_or_with_a_negative_position_is_refused() -> None:
     loader = loader_of(LENGTHS)
-    with pytest.raises(ValueError, match=r"state_dict: expected position and schedule, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"state_dict: expected position and schedule, got only \[\]"
+    ):
         loader.load_state_dict({})
+    with pytest.raises(ValueError, match="expected position and schedule, got None"):
+        loader.load_state_dict(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="position: expected at least 0, got -5"):
         loader.load_state_dict({**loader.state_dict(), "position": -5})
 

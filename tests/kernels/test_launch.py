@@ -17,18 +17,23 @@ from bench.no_gpu import NoDriver, compiled
 launched = []
 NoDriver("sm_90", lambda *arguments: launched.append(arguments)).install()
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, insert
-from step37_kernels.ops import gemm, plan, project, project_backward, tiles
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, dispatch, plan_insert
+from step37_kernels.ops import gradient, plan, project, tiles
 
-insert.use_triton = lambda *_: True
+dispatch.kernels_run_on_cpu = lambda: True
 tiles._capability = lambda _: 90
 H, C = 128, 256
+
+
+def many_groups(number, seq_len):
+    ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    plan_insert(ids, [(token, [1]) for token in range(number)], impl="triton")
 
 
 def module():
     words = torch.nn.Embedding(16, H, dtype=torch.bfloat16)
     lookup = lambda input_ids, position_ids: words(input_ids).transpose(0, 1)
-    return ImageInsertEmbedding(lookup, C, H, projector_bias=True).bfloat16()
+    return ImageInsertEmbedding(lookup, C, H, projector_bias=True, impl="triton").bfloat16()
 
 
 def step(fused, rows, seq_len, images=1):
@@ -48,30 +53,29 @@ def run(script: str) -> object:
 def test_a_new_number_of_rows_images_or_tokens_compiles_nothing():
     script = """
 kernels = [
-    plan.plan_kernel, plan.locate_kernel, plan.assign_kernel, project.project_scatter_kernel,
-    gemm.sum_splits_kernel, project_backward.embedding_grad_kernel,
-    project_backward.gather_grad_kernel, project_backward.grad_features_kernel,
-    project_backward.grad_weight_kernel,
+    plan.plan_kernel, project.project_insert_kernel,
+    project.sum_parts_kernel, gradient.gradient_rows_kernel,
 ]
 fused = module()
-for rows in (1, 65, 129, 257, 513, 2049):  # each bucket of the tile table
+for rows, _ in tiles._HOPPER[:-1]:
     step(fused, rows, 64).sum().backward()
-step(fused, 81, plan.MAX_POSITIONS + 1)
+many_groups(5, 8)
 before = [len(compiled(kernel)) for kernel in kernels]
 for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100, 9), (32, 16, 80),
                               (81, 20000, 2)):
     step(fused, rows, seq_len, images).sum().backward()
+many_groups(7, 5000)
 print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
 """
     before, after = run(script)
     assert before == after
-    assert before[:3] == [1, 1, 1]
+    assert before[0] == 2  # without a table, and with one of up to eight groups
+    assert all(before)
 
 
 def test_gradients_of_any_length_and_whatever_is_wanted_share_three_binaries():
     script = """
 from itertools import product
-from step37_kernels.ops import gradient
 
 for positions, rows in ((1, 1), (16, 3), (169, 2048), (5000, 5001)):
     grad = torch.zeros(positions, 1, H, dtype=torch.bfloat16)
@@ -87,59 +91,58 @@ print(json.dumps([len(launched), len(compiled(gradient.gradient_rows_kernel))]))
     assert run(script) == [4 * 7, 3]
 
 
-def test_a_forward_pass_is_two_launches_and_three_where_the_sequence_is_long():
+def test_forward_and_backward_are_three_launches_of_ours_and_more_where_work_is_split():
     script = """
+H, C = 4096, 6144
+project.processors = lambda _: 132
 fused = module()
-numbers = []
-for seq_len in (2048, plan.MAX_POSITIONS, plan.MAX_POSITIONS + 1):
-    step(fused, 169, seq_len)
+step(fused, 169, 64)
+names = []
+for images, seq_len in ((9, 2048), (9, 40000), (1, 2048)):
+    out = step(fused, 169, seq_len, images)
     launched.clear()
-    step(fused, 169, seq_len)
-    numbers.append(len(launched))
-print(json.dumps(numbers))
+    step(fused, 169, seq_len, images)
+    forward = len(launched)
+    out.backward(torch.zeros_like(out))
+    names.append([forward, len(launched) - forward])
+print(json.dumps(names))
 """
-    assert run(script) == [2, 2, 3]  # the plan, or locate and assign; project and scatter
+    split_product = 1
+    assert run(script) == [[2, 1], [2, 1], [2 + split_product, 1]]
 
 
 def test_launches_of_one_binary_differ_in_what_a_batch_brings():
     script = """
-memory = torch.zeros(40 * C + 1, dtype=torch.bfloat16)
-aligned, shifted = memory[:-1].view(40, C), memory[1:].view(40, C)
-weight = torch.zeros(H, C, dtype=torch.bfloat16)
-out = torch.zeros(40, 1, H, dtype=torch.bfloat16)
-destinations = torch.zeros(40, dtype=torch.int32)
+memory = torch.zeros(40 * H + 1, dtype=torch.bfloat16)
+aligned, shifted = memory[:-1].view(40, 1, H), memory[1:].view(40, 1, H)
+places = torch.zeros(40, dtype=torch.int32)
 
 
-def launch(x, rows):
+def launch(grad, rows):
     launched.clear()
-    project.project_scatter(x[:rows], weight, None, destinations[:rows], None, out)
+    gradient.gradient_rows(
+        grad, places, places[:rows], torch.bfloat16, embeddings=False, rows=True, bias=False
+    )
     (arguments,) = launched
-    return arguments
+    # grid, stream, function; metadata and the hooks; then the kernel's arguments
+    numbers = [value for value in arguments[9:] if isinstance(value, int)]
+    return [arguments[:3], arguments[4], numbers]
 
 
-def plain(arguments):
-    # grid, stream, function, metadata; the hooks; then the kernel's arguments
-    first, hooks, rest = arguments[:6], arguments[6:9], arguments[9:]
-    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in rest]
-    return [*map(str, first), *map(repr, values)], [hook is not None for hook in hooks]
-
-
-pointers = tiles.Tile(64, 64, 64, 8, 4, 3)
-tiles.pick = lambda *_: pointers
-first, second = plain(launch(aligned, 40)), plain(launch(aligned, 40))
-fewer = plain(launch(aligned, 16))
-other = plain(launch(shifted, 40)), plain(launch(shifted, 40))
-print(json.dumps([first, second, fewer, other, launch(aligned, 1)[9 + 9]]))
+print(json.dumps([
+    launch(aligned, 40), launch(aligned, 40), launch(aligned, 16), launch(aligned, 1),
+    launch(shifted, 40), launch(shifted, 40),
+]))
 """
-    first, second, fewer, other, one_row = run(script)
+    first, second, fewer, one_row, shifted, shifted_again = run(script)
     assert first == second
-    assert [a for a, b in zip(first[0], fewer[0], strict=True) if a != b][-1:] == ["40"]
-    function = 4
-    assert fewer[0][function] == first[0][function]
+    (grid, function, numbers), other = first, one_row[2]
+    assert (grid, fewer[0], one_row[0]) == ([2, 1, 1], [1, 1, 1], [1, 1, 1])
+    assert fewer[1] == one_row[1] == function
+    assert [pair for pair in zip(numbers, other, strict=True) if len({*pair}) > 1] == [(40, 1)]
     # Memory that is not aligned is another binary.
-    assert other[0] == other[1]
-    assert other[0][0][function] != first[0][function]
-    assert one_row == 1  # a single row is passed as such
+    assert shifted == shifted_again
+    assert shifted[1] != function
 
 
 def test_numbers_beyond_32_bits_on_either_side_are_not_cut_off():
@@ -174,7 +177,7 @@ for _ in range(2):
         arguments[7](arguments[6])
 print(json.dumps(seen))
 """
-    assert run(script) == ["plan_kernel", "project_scatter_kernel"] * 2
+    assert run(script) == ["plan_kernel", "project_insert_kernel", "sum_parts_kernel"] * 2
 
 
 CAPTURE = """

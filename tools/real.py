@@ -82,6 +82,7 @@ def main() -> int:
     began = time.perf_counter()
     jobs = os.environ.get("JOBS", "auto")
     command = [str(PYTHON), "-m", "pytest", "-n", jobs, "-m", "not slow and not gpu"]
+    command += ["--dist", "loadscope"]  # the ranks of a file start once
     arguments = sys.argv[1:] or ["tests/real"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, check=False)
     say(f"{time.perf_counter() - began:.0f} s of tests")

@@ -132,7 +132,7 @@ class ForwardStep:
             asked for.
         device: where the model is; None is the CUDA device, or the CPU where there is none.
         dtype: of the images.
-        on_broken, threads: see ``preprocess_packed_batch``.
+        on_broken, threads, max_pixels: see ``preprocess_packed_batch``.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative.
@@ -146,6 +146,7 @@ class ForwardStep:
         dtype: torch.dtype = torch.bfloat16,
         on_broken: OnBroken = "zero",
         threads: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if prefetch_depth < 0:
             raise ValueError(f"prefetch_depth: expected at least 0, got {prefetch_depth}")
@@ -154,6 +155,7 @@ class ForwardStep:
         self._dtype = dtype
         self._on_broken: OnBroken = on_broken
         self._threads = threads
+        self._max_pixels = max_pixels
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -231,6 +233,7 @@ class ForwardStep:
             dtype=self._dtype,
             on_broken=self._on_broken,
             threads=self._threads,
+            max_pixels=self._max_pixels,
         )
 
 

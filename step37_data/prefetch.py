@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from step37_data.checks import item_at
 from step37_data.images.decode import BrokenImages
 from step37_data.images.device import Device, resolve_device
+from step37_data.threads import Work, start_thread
 
 _Input = TypeVar("_Input")
+
+# A pack that is in the making at the end of the interpreter may take that long.
+_LAST_WAIT_S = 1.0
 
 
 class PackError(RuntimeError):
@@ -66,6 +75,9 @@ class Prefetcher(Iterator[_Input]):
     A pack that fails raises :class:`PackError`; the next call goes on with the pack after it. So
     does an iterable's pack before ``start`` that fails when it is read; it moves no state on.
 
+    Threads may take turns: each pack goes to one of them. A process that is forked off needs its
+    own prefetcher. The end of the interpreter waits a second at most for the pack in the making.
+
     Packs are read ahead of their use. To resume, save :meth:`state_dict` of the prefetcher: a state
     of ``packs`` itself is ``depth`` packs further.
 
@@ -110,15 +122,32 @@ class Prefetcher(Iterator[_Input]):
         self._device = resolve_device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._packs = _from(packs, start)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step37-prefetch")
-        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque(
-            self._thread.submit(self._make) for _ in range(depth)
-        )
+        self._turn = threading.Lock()
+        self._process = os.getpid()
+        self._work: Work = queue.SimpleQueue()
+        self._thread = start_thread(self._work, "step37-prefetch")
+        weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
+        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque()
+        for _ in range(depth):
+            self._begin()
 
     def __iter__(self) -> Prefetcher[_Input]:
         return self
 
     def __next__(self) -> _Input:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"Prefetcher: its thread runs in process {self._process}, not in {os.getpid()}, "
+                "which was forked from it; make a Prefetcher there"
+            )
+        with self._turn:
+            return self._next()
+
+    def _begin(self) -> None:
+        self._pending.append(Future())
+        self._work.put((self._pending[-1], self._make))
+
+    def _next(self) -> _Input:
         if self._closed:
             raise StopIteration
         began = time.perf_counter()
@@ -128,7 +157,7 @@ class Prefetcher(Iterator[_Input]):
         # Only now: an interrupt while waiting must not lose the pack.
         self._pending.popleft()
         if error is not None:
-            self._pending.append(self._thread.submit(self._make))
+            self._begin()
             if isinstance(error, _SkippedPackError):
                 raise error
             self._next_pack += 1
@@ -139,7 +168,7 @@ class Prefetcher(Iterator[_Input]):
             if self._broken is not None:
                 self._broken.report()
             raise StopIteration
-        self._pending.append(self._thread.submit(self._make))
+        self._begin()
         self._next_pack += 1
         if prepared.ready is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -177,7 +206,9 @@ class Prefetcher(Iterator[_Input]):
     def close(self) -> list[_Input]:
         """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
         self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for future in tuple(self._pending):
+            future.cancel()
+        _end(self._work, self._thread)
         done = [f.result() for f in self._pending if not (f.cancelled() or f.exception())]
         self._pending.clear()
         return [made.value for made in done if isinstance(made, _Prepared)]
@@ -192,6 +223,16 @@ class Prefetcher(Iterator[_Input]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _end(work: Work, thread: threading.Thread, wait_s: float | None = None) -> None:
+    """Drop what has not begun, and wait for what has."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            work.get_nowait()
+    work.put(None)
+    if thread is not threading.current_thread():
+        thread.join(wait_s)
 
 
 class ReadAhead(Iterator[Any]):
@@ -294,7 +335,7 @@ class _Indexed(Iterator[Any]):
         if self._index >= self._count:
             raise StopIteration
         self._index += 1
-        return self._packs[self._index - 1]
+        return item_at(self._packs, self._index - 1)
 
 
 class _Skipping(Iterator[Any]):

@@ -44,6 +44,7 @@ def load_images(
     broken: BrokenImages | None = None,
     threads: int | None = None,
     pixel_order: PixelOrder = "pillow",
+    max_pixels: int | None = None,
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
@@ -68,6 +69,9 @@ def load_images(
             its two passes, serving never: on photographs resized to 728 the two were at most 1.01
             of 255 levels apart in fp32, 0.23 on average, and 55 % of the bf16 values differed. A
             window that has 504 pixels already is the same in both.
+        max_pixels: a picture of more counts as unreadable, before it is decoded: that takes seven
+            bytes a pixel and thread. None is Pillow's own limit, twice ``Image.MAX_IMAGE_PIXELS``:
+            179 million, 1.3 GB.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
@@ -79,7 +83,9 @@ def load_images(
     """
     sides = _sides(image_size, patch_image_size)
     entries = _entries(image_paths)
-    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    reader = ImageReader(
+        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
+    )
     stacks, _ = reader.load_stacks(entries, sides)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
@@ -229,6 +235,7 @@ def preprocess_packed_batch(
     threads: int | None = None,
     multicrop: bool | None = None,
     pixel_order: PixelOrder = "pillow",
+    max_pixels: int | None = None,
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
 
@@ -253,7 +260,7 @@ def preprocess_packed_batch(
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True and False refuse a pack that was made
             otherwise.
-        pixel_order: see :func:`load_images`.
+        pixel_order, max_pixels: see :func:`load_images`.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -278,7 +285,9 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
-    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    reader = ImageReader(
+        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
+    )
     target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {

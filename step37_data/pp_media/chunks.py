@@ -222,7 +222,7 @@ def chunk_step3_media(
     )
     if has_full_images:
         chunks["pixel_values"] = _cut(pixel_values, image_limits)
-    elif len(pixel_values) == n_crops:
+    elif len(pixel_values) == n_crops and (patch_pixel_values is None or n_crops == 0):
         chunks["pixel_values"] = _cut(pixel_values, crop_limits)
     else:
         raise misaligned(

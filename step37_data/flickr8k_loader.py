@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
@@ -373,7 +374,8 @@ def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, 
             header = next(rows, [])
             first = rows.line_num + 1
             for cells in rows:
-                if len(cells) > len(header):
+                # A comma at the end of a row makes an empty cell, which holds no text to lose.
+                if any(cell.strip() for cell in cells[len(header) :]):
                     problems.append(
                         f"line {rows.line_num}: expected the {len(header)} cells of the header, "
                         f"got {len(cells)}: {cells}; a text with a comma needs quotes"
@@ -388,6 +390,18 @@ def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, 
             ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
+
+
+def _is_global_rank_0() -> bool:
+    """Whether this process is global rank 0, or the only one."""
+    grouped = dist.is_available() and dist.is_initialized()
+    return not grouped or dist.get_rank() == 0
+
+
+def _maybe_barrier() -> None:
+    """Wait for all ranks, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def _path_inside(folder: Path, name: str) -> Path:

@@ -96,6 +96,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 "draw no sample"
             )
         self.datasets = list(datasets)
+        self.ds_epochs, self.dataset_sampling = list(epochs), list(strategies)
         self.transform = transform
         self.collate_fn = collate_fn
         self.max_length = max_length
@@ -156,6 +157,11 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 samples + result.num_droped,
                 self.max_length,
             )
+
+    @property
+    def piece_order(self) -> list[tuple[int, int]]:
+        """``(data set, sample)`` of every draw, as the replaced class has it: made anew."""
+        return list(zip(self.piece_domains.tolist(), self.piece_indices.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self._ranges)

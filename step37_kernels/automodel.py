@@ -119,7 +119,7 @@ class FusedMerge:
                 )
             return _Features(tensors=[images], place=None)
         counts = counts.to(images.device, torch.int64, non_blocking=True)
-        return _Features(tensors=[crops, images], place=_places(counts, crops, images))
+        return _Features(tensors=[crops, images], place=places_of_rows(counts, crops, images))
 
     def prepare_inputs_embeds(self, input_ids: Tensor, multimodal_embeddings: Any = None) -> Tensor:
         """``[B, S, H]`` word embeddings with the image rows in the places of ``image_token_id``.
@@ -140,7 +140,7 @@ class FusedMerge:
         plan = plan_placeholders(input_ids, self.config.image_token_id, num_rows, batch_first=True)
         self._look_at_counts(plan)
         if place is not None:
-            plan = _with_rows_moved(plan, place)
+            plan = with_rows_moved(plan, place)
         if isinstance(multimodal_embeddings, _Features):
             return self._project_and_insert(embeddings, tensors, plan)
         rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
@@ -204,7 +204,7 @@ class FusedMerge:
         return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
 
 
-def _places(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
+def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
     """Where each row stands when every image's crops come before it: ``[R]`` int64.
 
     Crops that no image has come last, behind all images.
@@ -231,7 +231,7 @@ def _places(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
     )
 
 
-def _with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
+def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
     """The plan of rows that come in another order: row r is the plan's row ``place[r]``."""
     row_of = torch.empty_like(place).scatter_(
         0, place, torch.arange(len(place), device=place.device)

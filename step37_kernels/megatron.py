@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,11 @@ _PATCH = ClassPatch(
     distribution="megatron-bridge",
     known="Megatron-Bridge 0.6.2",
 )
+
+
+_TOWER = "Step37VisionModel"
+_TOWER_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name=_TOWER, _stock={}, _put={})
+_LAST_CONVOLUTION = "vit_downsampler2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +83,6 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             **_options.arguments(),
         )
 
-    @staticmethod
-    def _normalize_feature_list(
-        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """One tensor ``[L, C]`` a feature. Models built before the patch keep the stock class,
-        whose code looks this up by the class's name: here, now."""
-        tensors = [image_features] if isinstance(image_features, Tensor) else image_features
-        ranks = {t.ndim for t in tensors}
-        if ranks - ({3} if isinstance(image_features, Tensor) else {2, 3}):
-            raise ValueError(
-                "image_features: expected [N, L, C], or a list of [L, C] and [N, L, C], got "
-                f"{[tuple(t.shape) for t in tensors]}"
-            )
-        features = (f for t in tensors for f in (t if t.ndim == 3 else [t]))
-        return [feature.to(device=device, dtype=dtype) for feature in features]
-
     def configure(self, **options: Any) -> None:
         """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""
         super().configure(**options)
@@ -105,6 +94,32 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
+class _ContiguousTower:
+    """What goes before ``Step37VisionModel`` among a class's bases."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _keep_channels_last(cast(nn.Module, self))
+
+
+def _keep_channels_last(tower: nn.Module) -> None:
+    """Let the last convolution see its input channels-last; so then is what it gives, and the rows
+    that the tower makes of that by a view are contiguous."""
+    convolution = tower.get_submodule(_LAST_CONVOLUTION)
+    if _to_channels_last not in convolution._forward_pre_hooks.values():
+        convolution.register_forward_pre_hook(_to_channels_last)
+
+
+def _to_channels_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *rest = arguments
+    return (image.contiguous(memory_format=torch.channels_last), *rest)
+
+
+def _contiguous(stock: type[nn.Module]) -> type[nn.Module]:
+    body = {"__module__": stock.__module__}
+    return type(stock.__name__, (_ContiguousTower, stock), body)
+
+
 def patch_step37(
     *,
     impl: Impl = "auto",
@@ -112,6 +127,7 @@ def patch_step37(
     text_only_gradient: bool = True,
     gradient_accumulation_fusion: bool = False,
     layout: Layout = "auto",
+    channels_last: bool = False,
 ) -> tuple[str, ...]:
     """Let every ``Step37Model`` built from now on use the fused embedding.
 
@@ -134,6 +150,10 @@ def patch_step37(
             parallelism is an error in the first forward then: it needs a layout from
             :func:`sequence_layout`. None: the whole sequence on every rank, as the stock class has
             it.
+        channels_last: have the vision tower hand over contiguous rows whatever the number of
+            pictures, by giving its last convolution a channels-last input; the rows need no
+            packing then. ``Step37VisionModel`` is replaced in ``…modelling_step37.model`` for it.
+            Off, because cuDNN may choose another algorithm, which sums, and so rounds, otherwise.
 
     Returns:
         The dotted names that hold our class now.
@@ -151,6 +171,10 @@ def patch_step37(
         layout=layout,
     )
     names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
+    if channels_last:
+        names += _TOWER_PATCH.apply(_contiguous, _ContiguousTower)
+    else:
+        _TOWER_PATCH.undo()
     _options = options
     logger.info(
         "patched: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
@@ -170,7 +194,7 @@ def unpatch_step37() -> tuple[str, ...]:
     """
     global _options
     _options = _Options()
-    return _PATCH.undo()
+    return _PATCH.undo() + _TOWER_PATCH.undo()
 
 
 def replace_in(
@@ -181,6 +205,7 @@ def replace_in(
     text_only_gradient: bool = True,
     gradient_accumulation_fusion: bool = False,
     layout: Layout = "auto",
+    channels_last: bool = False,
 ) -> tuple[str, ...]:
     """Let a built model use the fused embedding, whatever wraps it (DDP, FSDP, Float16Module).
 
@@ -190,7 +215,7 @@ def replace_in(
 
     Args:
         model: the model, or Megatron's list of model chunks.
-        impl, strict, text_only_gradient, gradient_accumulation_fusion, layout: see
+        impl, strict, text_only_gradient, gradient_accumulation_fusion, layout, channels_last: see
             :func:`patch_step37`.
 
     Returns:
@@ -226,6 +251,11 @@ def replace_in(
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
         cast(ImageInsertEmbedding, module).configure(**options.arguments())
+    if channels_last:
+        for _, chunk in chunks:
+            for module in chunk.modules():
+                if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
+                    _keep_channels_last(module)
     if ours:
         logger.info("fused embedding in %s (%s)", ", ".join(ours), options)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):

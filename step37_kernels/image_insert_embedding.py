@@ -150,6 +150,8 @@ class ImageInsertEmbedding(nn.Module):
     the log once.
     """
 
+    _width = 0
+
     def __init__(
         self,
         language_embedding: Callable[..., Tensor],
@@ -197,8 +199,8 @@ class ImageInsertEmbedding(nn.Module):
         self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.text_only_gradient = text_only_gradient
-        # That of the projector as built: what takes its place may not tell its own.
-        self._width: int = input_width(self.align_projector) or getattr(self, "_width", 0)
+        # What takes the place of this projector may not tell its own.
+        self._width = input_width(self.align_projector) or self._width
         self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:

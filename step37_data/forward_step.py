@@ -139,7 +139,7 @@ class ForwardStep:
         prefetch_depth: int = 2,
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
-        on_broken: OnBroken = "zero",
+        on_broken: OnBroken | None = None,
         threads: int | None = None,
     ) -> None:
         if prefetch_depth < 0:
@@ -147,7 +147,7 @@ class ForwardStep:
         self._depth = prefetch_depth
         self._device = device
         self._dtype = dtype
-        self._on_broken: OnBroken = on_broken
+        self._on_broken: OnBroken | None = on_broken
         self._threads = threads
         self._prefetchers: dict[int, tuple[Any, Prefetcher[dict[str, Any]]]] = {}
         # By id of the data iterator, which is kept, so that the id stays its own.

@@ -203,7 +203,7 @@ def collate_single_pack(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(batch) != 1:
         raise ValueError(
-            f"Step37Flickr8kSFTDataProvider needs micro_batch_size=1, got {len(batch)}: a pack "
+            f"needs micro_batch_size=1, got {len(batch)}: a pack "
             "already holds many samples; raise max_packing_seqlen for larger batches"
         )
     return batch[0]

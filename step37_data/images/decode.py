@@ -6,6 +6,7 @@ Pillow releases the GIL while it decodes and resizes, so threads are enough.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import struct
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from step37_data.checks import checked_int
+from step37_data.images.encoded import EncodedImage, ImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class BrokenImages:
 
 
 @contextlib.contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
+def open_image(path: ImageFile) -> Iterator[Image.Image]:
     """``Image.open(path)``, closed again; ``s3://`` through megfile, as the stock loader has it.
 
     Raises:
@@ -129,8 +131,9 @@ def open_image(path: str) -> Iterator[Image.Image]:
             fault then, so that is never taken for a broken one; nor is what megfile raises for a
             store that cannot be reached.
     """
-    if not path.startswith("s3://"):
-        with Image.open(path) as image:
+    if isinstance(path, EncodedImage) or not path.startswith("s3://"):
+        file = io.BytesIO(path.data) if isinstance(path, EncodedImage) else path
+        with Image.open(file) as image:
             yield image
         return
     try:
@@ -145,17 +148,17 @@ def open_image(path: str) -> Iterator[Image.Image]:
         yield image
 
 
-def read_rgb(path: str) -> Image.Image:
+def read_rgb(path: ImageFile) -> Image.Image:
     """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
     with open_image(path) as image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken) -> Decoded:
+def decode(path: ImageFile, on_broken: OnBroken) -> Decoded:
     """Read one image file.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
 

@@ -39,6 +39,7 @@ from step37_data.images.decode import (
     map_threads,
 )
 from step37_data.images.device import to_device, upload
+from step37_data.images.encoded import ImageFile
 from step37_data.placeholders import ImageEntry
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
@@ -93,7 +94,7 @@ class _Picture:
 
 _Pixels = list[npt.NDArray[np.uint8]]
 # Of every picture: uint8 [h, w, 3] of each of its windows, or of itself alone.
-_Pictures = dict[tuple[str, bool], tuple[_Picture, _Pixels]]
+_Pictures = dict[tuple[ImageFile, bool], tuple[_Picture, _Pixels]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class ImageReader:
         entries: Sequence[ImageEntry],
         finish: Callable[[_Picture, Sequence[ImageEntry]], _Pixels],
     ) -> _Pictures:
-        entries_of: dict[tuple[str, bool], list[ImageEntry]] = {}
+        entries_of: dict[tuple[ImageFile, bool], list[ImageEntry]] = {}
         for entry in entries:
             entries_of.setdefault(entry.file, []).append(entry)
 
@@ -164,7 +165,7 @@ class ImageReader:
             for (path, in_crops), of_picture in entries_of.items():
                 # A picture seen in crops counts once, a file as it is whenever it is met.
                 for _ in of_picture[:1] if in_crops else of_picture:
-                    self.broken.record(path, pictures[path, in_crops][0].broken)
+                    self.broken.record(str(path), pictures[path, in_crops][0].broken)
         return pictures
 
     def _on_host(

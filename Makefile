@@ -7,8 +7,9 @@
 # make package     set up, then sdist and wheel into dist/, checked
 # make kernel-hub  set up, then the folder that the `kernels` package loads, into out/kernel-hub
 # make bench  set up, then the benchmarks         (GPU subjects need a CUDA device)
-# make gpu    everything that wants a GPU: the GPU tests, all tests of the kernels (compiled there),
-#             then the benchmarks
+# make gpu    all that wants a GPU, in one call of ten minutes at most: smoke, tests, benchmarks, tiles
+#             (no set-up: any Python with torch and Triton)
+# make resources  set up, then what the compiled kernels need, by architecture
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -56,10 +57,8 @@ resources: setup
 bench: setup
 	@$(RUN) -m bench
 
-gpu: setup
-	@$(RUN) -m pytest -m gpu
-	@$(RUN) -m pytest -m "not slow and not gpu" tests/kernels
-	@$(RUN) -m bench
+gpu:
+	@PYTHONPATH=. $(PYTHON) tools/gpu.py
 
 clean:
 	rm -rf .venv build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

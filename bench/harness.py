@@ -13,19 +13,16 @@ process. :func:`measure` takes a group through four steps:
 What a sample on CUDA is: events before and after the call, behind a backlog of device work that is
 longer than the host needs to issue the call. That is how a training step meets an operation: the
 host runs ahead, so launches are free until somebody waits for the device, and waiting costs what it
-costs. (Host time is a column of its own, for those who are bound by it. It is taken apart, on an
-idle device: behind the backlog, whoever waits for the device would wait for that, too.) The backlog
-reads a buffer larger than L2, and inputs rotate among several random sets, so nothing is found in
-cache; it reads because dirty lines would be written back at the expense of what is timed.
+costs. (Host time is a column of its own, taken apart on an idle device.) The backlog reads a buffer
+larger than L2, and inputs rotate among several random sets, so nothing is found in cache; it reads
+because dirty lines would be written back at the expense of what is timed.
 
-On a CPU the same code runs with a host clock and without backlog; that path exists for the data
-subjects and for this suite's own tests.
+On a CPU the same code runs with a host clock and without backlog, for this suite's own tests.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
 import platform
 import statistics
@@ -38,7 +35,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import triton
 
 Kind = Literal["ours", "stock", "peer", "floor"]
 """``stock`` is what is replaced; a ``peer`` does the same by other means; a ``floor`` does only a
@@ -47,6 +46,7 @@ part of the work (the bare matrix product), so it is no competitor."""
 LATE = "not run: time budget used up"
 """The problem of rows whose turn did not come before the deadline."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FOLDER = Path(__file__).parent
 WARM_UP_ROUNDS = 5
 MAX_SAMPLES = 200
 MIN_SAMPLES = 5
@@ -59,16 +59,11 @@ class Settings:
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    impl: Literal["auto", "triton", "torch"] = "auto"
-    """Implementation of the kernels under test."""
-    shapes: tuple[str, ...] = ()
-    """Names; empty for the subject's own choice."""
-    row_seconds: float = 0.25
-    """Timing budget of one row."""
-    deadline: float = math.inf
-    """``time.perf_counter()`` after which groups are reported as not run."""
-    compile_backend: str | None = "inductor"
-    """Of ``torch.compile`` peers; None leaves them out."""
+    impl: Literal["auto", "triton", "torch"] = "auto"  # implementation of the kernels under test
+    shapes: tuple[str, ...] = ()  # names; empty for the subject's own choice
+    row_seconds: float = 0.25  # timing budget of one row
+    deadline: float = math.inf  # ``time.perf_counter()`` after which groups are reported as not run
+    compile_backend: str | None = "inductor"  # of ``torch.compile`` peers; None leaves them out
 
     @property
     def out_of_time(self) -> bool:
@@ -83,8 +78,7 @@ class Implementation:
     kind: Kind
     prepare: Callable[[int], Any]
     """Untimed: the arguments of :attr:`run` on input set ``i``, for any i ≥ 0."""
-    run: Callable[[Any], Any]
-    """Timed."""
+    run: Callable[[Any], Any]  # timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,22 +88,17 @@ class Key:
     subject: str
     operation: str
     shape: str
-    variant: str
-    """Layout of the inputs, or whatever else a subject varies; may be empty."""
+    variant: str = ""  # layout of the inputs, or whatever else a subject varies
     dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The least that a group's operation must do: what × limit and the rates are computed from.
-
-    Each input that is needed is read once, each output is written once.
-    """
+    """The least that a group's operation must do: what × limit and the rates are computed from."""
 
     flops: int
-    bytes: int
-    rows: int
-    """Feature rows, images or samples: the abscissa of the plot of time."""
+    bytes: int  # each input that is needed is read once, each output is written once
+    rows: int  # feature rows, images or samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,21 +109,18 @@ class Row:
     work: Work
     implementation: str
     kind: Kind
-    problem: str | None = None
-    """Why there are no figures: failed gate, error, out of time."""
+    problem: str | None = None  # why there are no figures: failed gate, error, out of time
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
-    host_us: float | None = None
-    """Median host time of the call on an idle device, until it returns."""
+    host_us: float | None = None  # median host time of the call on an idle device, until it returns
     samples: int = 0
     host_syncs: int | None = None
     launches: int | None = None
     peak_bytes: int | None = None
     """Most memory allocated during the call above what was allocated before it."""
     kept_bytes: int | None = None
-    """Of that, what is still allocated when the call has returned: results, and what backward
-    needs. The rest was temporary."""
+    """Of that, what is still allocated afterwards: results, and what backward needs."""
 
 
 Check = Callable[[Implementation, Any], str | None]
@@ -298,16 +284,14 @@ def measure(
     An error of a competitor (out of memory, a compiler that gives up) becomes its row's problem;
     one of ours is raised.
     """
+    row = functools.partial(Row, key=key, work=work)
     if settings.out_of_time:
-        return [
-            Row(key=key, work=work, implementation=i.name, kind=i.kind, problem=LATE)
-            for i in implementations
-        ]
+        return [row(implementation=i.name, kind=i.kind, problem=LATE) for i in implementations]
     clock = clock_for(settings.device)
     rows: dict[str, Row] = {}
     timed: list[Implementation] = []
     for implementation in implementations:
-        row = Row(key=key, work=work, implementation=implementation.name, kind=implementation.kind)
+        made = row(implementation=implementation.name, kind=implementation.kind)
         try:
             problem = gate(implementation, check, clock, work.bytes)
             counts = {} if problem else clock.count(implementation)
@@ -316,7 +300,7 @@ def measure(
                 raise
             first_line = (str(error).splitlines() or [""])[0]
             problem, counts = f"{type(error).__name__}: {first_line}", {}
-        rows[implementation.name] = replace(row, problem=problem, **counts)  # type: ignore[arg-type]
+        rows[implementation.name] = replace(made, problem=problem, **counts)  # type: ignore[arg-type]
         if problem is None:
             timed.append(implementation)
     for name, figures in sample_rounds(timed, clock, settings.row_seconds * len(timed)).items():
@@ -355,9 +339,7 @@ def sample_rounds(
             break
     return {
         name: {
-            "median_us": statistics.median(times),
-            "p20_us": percentile(times, 20),
-            "p80_us": percentile(times, 80),
+            **dict(zip(("p20_us", "median_us", "p80_us"), spread(times), strict=True)),
             "host_us": clock.host_us.get(name),
             "samples": len(times),
         }
@@ -365,13 +347,10 @@ def sample_rounds(
     }
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of the values lie, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def spread(times: Sequence[float]) -> list[float]:
+    """20th percentile, median and 80th percentile."""
+    found: list[float] = np.percentile(times, (20, 50, 80)).tolist()
+    return found
 
 
 def rotation(device: torch.device, set_bytes: int) -> int:
@@ -386,8 +365,7 @@ def rotation(device: torch.device, set_bytes: int) -> int:
 class Ceilings:
     """What the device reaches in this run, on random data: the limits that rows are held to."""
 
-    copy_bytes_per_s: float
-    """Of one large device-to-device copy, bytes read plus bytes written."""
+    copy_bytes_per_s: float  # of one large device-to-device copy, bytes read plus bytes written
     flops_per_s: dict[str, float] = field(default_factory=dict)
     """Of one large square matrix product, by dtype."""
 
@@ -398,10 +376,9 @@ def measure_ceilings(settings: Settings) -> Ceilings:
     cuda = device.type == "cuda"
     clock = clock_for(device)
 
-    def best_us(name: str, run: Callable[[Any], Any]) -> float:
-        one = Implementation(name=name, kind="floor", prepare=lambda _: None, run=run)
-        figures = sample_rounds([one], clock, settings.row_seconds)[name]
-        return float(figures["median_us"])
+    def best_us(name: str, run: Callable[[Any], Any], state: object = None) -> float:
+        one = Implementation(name=name, kind="floor", prepare=lambda _: state, run=run)
+        return float(sample_rounds([one], clock, settings.row_seconds)[name]["median_us"])
 
     source = torch.rand((2**30 if cuda else 2**22) // 4, device=device)
     target = torch.empty_like(source)
@@ -409,19 +386,11 @@ def measure_ceilings(settings: Settings) -> Ceilings:
     rates: dict[str, float] = {}
     size = 8192 if cuda else 128
     for dtype in settings.dtypes:
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        product_us = best_us("product", functools.partial(_product, a, b, out))
-        rates[dtype_name(dtype)] = 2 * size**3 / product_us * 1e6
-    return Ceilings(
-        copy_bytes_per_s=2 * source.nbytes / copy_us * 1e6,
-        flops_per_s=rates,
-    )
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, _: object) -> torch.Tensor:
-    return torch.mm(a, b, out=out)
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        state = (a, b, torch.empty_like(a))
+        us = best_us("product", lambda given: torch.mm(*given[:2], out=given[2]), state)
+        rates[dtype_name(dtype)] = 2 * size**3 / us * 1e6
+    return Ceilings(copy_bytes_per_s=2 * source.nbytes / copy_us * 1e6, flops_per_s=rates)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -436,26 +405,38 @@ def environment(device: torch.device) -> dict[str, str]:
         "driver": "",
         "cuda": torch.version.cuda or "",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _command(
-            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
-        ),
+        "commit": _command("git", "-C", str(FOLDER), "describe", "--always", "--dirty"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-        found["driver"] = _command(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-        )
+        found["driver"] = _nvidia_smi(device, "driver_version")
     return found
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+STATE = "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"
+
+
+def device_state(device: torch.device) -> dict[str, str]:
+    """Clocks, power and temperature while it multiplies, as nvidia-smi gives them."""
+    found = dict.fromkeys(STATE, "not reported")
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        out = torch.empty_like(a)
+        for _ in range(500):  # some 0.7 s, within which nvidia-smi answers
+            torch.mm(a, a, out=out)
+        line = _nvidia_smi(device, *STATE)
+        torch.cuda.synchronize(device)
+        found |= zip(STATE, filter(None, map(str.strip, line.split(","))), strict=False)
+    return found
+
+
+def _nvidia_smi(device: torch.device, *fields: str) -> str:
+    identity = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = f"--query-gpu={','.join(fields)}"
+    return _command("nvidia-smi", query, "--format=csv,noheader", identity)
 
 
 def _command(*command: str) -> str:

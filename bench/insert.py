@@ -1,62 +1,48 @@
 """Subject ``insert``: projecting feature rows and putting them in place, forward and backward.
 
 Operations: ``forward`` (with everything recorded that backward needs), ``backward`` (of
-embeddings, features and weight), ``forward+backward``; ``dX`` and ``dW``, the backward pass of
-features and of the weight alone. Only floors see packed operands; ours and the peers start from
-what a training step has.
+embeddings, features and weight), ``forward+backward``. Floors do a part of the work: on packed
+operands, or with the plan made before; ours and the peers start from what a training step has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers
-from bench.harness import (
-    Implementation,
-    Key,
-    Row,
-    Settings,
-    Work,
-    dtype_name,
-    measure,
-    rotation,
-)
+from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.oracle import Oracle
 from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels.dispatch import use_triton
+from step37_kernels import plan_insert, project_and_insert
+from step37_kernels.dispatch import Impl
 from step37_kernels.testing import InsertCase, Layout
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")
-OPERATIONS = ("forward", "backward", "forward+backward", "dX", "dW")
+OPERATIONS = ("forward", "backward", "forward+backward")
+GRAPHS = 2  # input sets of a graph replay: each graph keeps memory of its own
 Results = dict[str, Any]
 
 
 def work_of(operation: str, shape: Shape, itemsize: int) -> Work:
-    """The least work of an operation.
-
-    Forward may be done in place: text rows need not move. Backward writes a new gradient of the
-    embeddings, text rows included, since ``grad_output`` is not ours to change.
-    """
+    """The least work of an operation: each tensor that is needed is read once, each result written
+    once. Forward copies text rows to its output, backward those of ``grad_output``."""
     R, S, H, C = shape.num_rows, shape.seq_len, shape.hidden, shape.width
-    x, weight, rows = R * C, H * C, R * H
-    product = 2 * R * H * C
-    forward, dx, dw = (product, x + weight + rows), rows + weight + x, rows + x + weight
-    backward = (2 * product, 2 * S * H + 2 * x + 2 * weight)
-    flops, elements = {
-        "forward": forward,
-        "backward": backward,
-        "forward+backward": (forward[0] + backward[0], forward[1] + backward[1]),
-        "dX": (product, dx),
-        "dW": (product, dw),
+    forward = R * C + H * C + (2 * S - R) * H
+    backward = 2 * (S * H + R * C + H * C)
+    products, elements = {
+        "forward": (1, forward),
+        "backward": (2, backward),
+        "forward+backward": (3, forward + backward),
     }[operation]
-    return Work(flops=flops, bytes=elements * itemsize, rows=R)
+    return Work(flops=products * 2 * R * H * C, bytes=elements * itemsize, rows=R)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +56,7 @@ class Inputs:
         return self.cases[i % len(self.cases)]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaves:
-    """A case with fresh leaves, which require a gradient where the operation asks for it."""
-
-    case: InsertCase
-    embeddings: Tensor
-    features: list[Tensor]
-    weight: Tensor
-
-    @classmethod
-    def of(cls, case: InsertCase, operation: str, copy: bool) -> Leaves:
-        """``copy``: of the embeddings, for one who overwrites them. The others must not find its
-        results in place of theirs."""
-        all_needed = operation not in ("dX", "dW")
-        embeddings = case.embeddings.clone() if copy else case.embeddings.detach()
-        return cls(
-            case,
-            embeddings.requires_grad_(all_needed),
-            [x.detach().requires_grad_(all_needed or operation == "dX") for x in case.features],
-            case.weight.detach().requires_grad_(all_needed or operation == "dW"),
-        )
-
-    def forward(self, function: peers.Forward) -> Graph:
-        groups = [(token, x) for (token, _), x in zip(self.case.groups, self.features, strict=True)]
-        output = function(self.embeddings, self.case.input_ids, groups, self.weight)
-        leaves = {
-            "grad_embeddings": [self.embeddings],
-            "grad_features": self.features,
-            "grad_weight": [self.weight],
-        }
-        needed = {name: tensors for name, tensors in leaves.items() if tensors[0].requires_grad}
-        return Graph(output, needed, self.case.grad_output)
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
+class Graph(NamedTuple):
     """A forward pass that has run."""
 
     output: Tensor
@@ -118,31 +69,44 @@ class Graph:
         return {name: [next(grads) for _ in tensors] for name, tensors in self.wanted.items()}
 
 
+def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
+    """A forward pass on fresh leaves, all of which require a gradient."""
+    tensors = (case.embeddings, case.weight, *case.features)
+    embeddings, weight, *features = (tensor.detach().requires_grad_() for tensor in tensors)
+    groups = [(token, x) for (token, _), x in zip(case.groups, features, strict=True)]
+    wanted = {
+        "grad_embeddings": [embeddings], "grad_features": features, "grad_weight": [weight],
+    }  # fmt: skip
+
+    def run() -> Graph:
+        output = function(embeddings, case.input_ids, groups, weight)
+        return Graph(output, wanted, case.grad_output)
+
+    return run
+
+
 def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementation:
     """An implementation of any operation from a function that inserts."""
 
-    def leaves(i: int) -> Leaves:
-        return Leaves.of(inputs.case(i), operation, copy=peer.overwrites)
+    def ready(i: int) -> Callable[[], Graph]:
+        return pass_of(peer.function, inputs.case(i))
 
-    def forward(leaves: Leaves) -> Results:
-        return {"output": leaves.forward(peer.function).output}
-
-    def both(leaves: Leaves) -> Results:
-        graph = leaves.forward(peer.function)
+    def both(forward: Callable[[], Graph]) -> Results:
+        graph = forward()
         return {"output": graph.output, **graph.gradients()}
 
-    def graph(i: int) -> Graph:
-        return leaves(i).forward(peer.function)
-
-    if operation == "forward":
-        return Implementation(name=peer.name, kind=peer.kind, prepare=leaves, run=forward)
-    if operation == "forward+backward":
-        return Implementation(name=peer.name, kind=peer.kind, prepare=leaves, run=both)
-    return Implementation(name=peer.name, kind=peer.kind, prepare=graph, run=Graph.gradients)
+    ways: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {
+        "forward": (ready, lambda forward: {"output": forward().output}),
+        "backward": (lambda i: ready(i)(), Graph.gradients),
+        "forward+backward": (ready, both),
+    }
+    prepare, run = ways[operation]
+    return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
 
 
 def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implementation]:
-    """The bare matrix products of an operation on operands that are already packed."""
+    """The bare matrix products of an operation on packed operands; of forward, also one product
+    and the scatter of its rows to places that are known."""
     destinations = inputs.batch.destinations
 
     def packed(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,20 +121,29 @@ def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implement
         "grad_features": lambda _, g, weight: g @ weight,
         "grad_weight": lambda x, g, _: g.T @ x,
     }
-    needed = {
-        "forward": ("projected",),
-        "backward": ("grad_features", "grad_weight"),
-        "forward+backward": tuple(products),
-        "dX": ("grad_features",),
-        "dW": ("grad_weight",),
-    }[operation]
+    needed = {"forward": ["projected"], "backward": ["grad_features", "grad_weight"]}
+    chosen = needed.get(operation, [*products])
     yield Implementation(
         name="GEMM alone",
         kind="floor",
         prepare=packed,
-        run=lambda operands: {name: products[name](*operands) for name in needed},
+        run=lambda operands: {name: products[name](*operands) for name in chosen},
     )
-    if operation == "forward" and layout == "channels-first":
+    if operation != "forward":
+        return
+
+    def and_scatter(given: tuple[Tensor, InsertCase]) -> Results:
+        x, case = given
+        flat = case.embeddings.flatten(0, 1)
+        return {"output": flat.index_copy(0, destinations, F.linear(x, case.weight))}
+
+    yield Implementation(
+        name="cuBLAS + scatter",
+        kind="floor",
+        prepare=lambda i: (packed(i)[0], inputs.case(i)),
+        run=and_scatter,
+    )
+    if layout == "channels-first":
         yield Implementation(
             name="nn.Linear alone, on the view",
             kind="floor",
@@ -179,19 +152,38 @@ def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implement
         )
 
 
-def kernel_alone(operation: str, inputs: Inputs) -> Iterator[Implementation]:
-    """Our dX and dW kernels on packed operands, as the floor beside them has."""
-    from step37_kernels.ops import project_backward as ops
+def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
+    """Our product with the plan made before, nothing recorded for backward."""
+    batch = inputs.batch
+    plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
-    floor = next(floors(operation, inputs, "contiguous"))
-    runs: dict[str, Callable[[Any], Results]] = {
-        "dX": lambda operands: {"grad_features": ops.grad_features(operands[1], operands[2], None)},
-        "dW": lambda operands: {"grad_weight": ops.grad_weight(operands[1], operands[0], None)},
-    }
-    if operation in runs:
-        yield Implementation(
-            name="step37 kernel alone", kind="ours", prepare=floor.prepare, run=runs[operation]
-        )
+    def run(case: InsertCase) -> Results:
+        given = (case.embeddings, case.features, case.weight, None, plan)
+        return {"output": project_and_insert(*given, impl=impl)}
+
+    return Implementation(name="step37 kernel alone", kind="ours", prepare=inputs.case, run=run)
+
+
+def replay(one: Implementation) -> Implementation:
+    """An implementation as a CUDA graph, one for each input set."""
+    made: dict[int, tuple[torch.cuda.CUDAGraph, Results]] = {}
+
+    def prepare(i: int) -> tuple[torch.cuda.CUDAGraph, Results]:
+        i %= GRAPHS
+        if i not in made:
+            one.run(one.prepare(i))  # compiles, and loads what it compiled
+            state = one.prepare(i)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = one.run(state)
+            made[i] = graph, results
+        return made[i]
+
+    def run(state: tuple[torch.cuda.CUDAGraph, Results]) -> Results:
+        state[0].replay()
+        return state[1]
+
+    return dataclasses.replace(one, name=f"{one.name}, graph replay", prepare=prepare, run=run)
 
 
 def implementations(
@@ -202,15 +194,11 @@ def implementations(
     settings: Settings,
 ) -> list[Implementation]:
     """Everything that one group of rows compares."""
-    if operation in ("dX", "dW"):
-        # The pass of one gradient shows nothing of competitors that backward does not show.
-        insertions = [peer for peer in insertions if peer.name == "step37"]
-    elif operation == "backward":
-        # Nor does it make a difference to it whether forward worked in place.
-        insertions = [peer for peer in insertions if not peer.overwrites]
     found = [insertion(peer, operation, inputs) for peer in insertions]
-    if use_triton(settings.impl, settings.device):
-        found += kernel_alone(operation, inputs)
+    if settings.device.type == "cuda" and operation != "backward":
+        found.insert(1, replay(found[0]))
+    if operation == "forward":
+        found.insert(1, kernel_alone(inputs, settings.impl))
     return [*found, *floors(operation, inputs, layout)]
 
 
@@ -227,9 +215,8 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
         for layout in LAYOUTS:
             # Compiled peers are compiled for this batch alone, which is their best case.
             torch.compiler.reset()
-            insertions = peers.peers(
-                shape.hidden, shape.width, settings.impl, settings.compile_backend
-            )
+            options = (settings.impl, settings.compile_backend)
+            insertions = peers.peers(shape.hidden, shape.width, *options)
             elements = shape.num_rows * shape.width + shape.hidden * shape.width
             elements += 2 * shape.seq_len * shape.hidden
             sets = rotation(settings.device, elements * dtype.itemsize)
@@ -238,12 +225,9 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
             check = functools.partial(check_results, Oracle(cases[0], batch))
             for operation in OPERATIONS:
                 key = Key(
-                    subject="insert",
-                    operation=operation,
-                    shape=shape.name,
-                    variant=layout,
+                    subject="insert", operation=operation, shape=shape.name, variant=layout,
                     dtype=dtype_name(dtype),
-                )
+                )  # fmt: skip
                 work = work_of(operation, shape, dtype.itemsize)
                 compared = implementations(operation, inputs, layout, insertions, settings)
                 yield measure(key, work, compared, check, settings)

@@ -11,6 +11,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from step37_kernels import dispatch
+
 
 class _Utils:
     def __init__(self) -> None:
@@ -29,22 +31,19 @@ class _Utils:
 
 @dataclasses.dataclass
 class NoDriver:
-    """Stands where Triton's driver would.
+    """Stands where Triton's driver would."""
 
-    Args:
-        architecture: ``sm_90`` and the like, or AMD's ``gfx942``.
-        on_launch: called with the arguments of each launch that would have happened.
-    """
-
-    architecture: str
-    on_launch: Callable[..., None] = lambda *_: None
+    architecture: str  # ``sm_90`` and the like, or AMD's ``gfx942``
+    on_launch: Callable[..., None] = lambda *_: None  # called instead of each launch
     utils = _Utils()
 
     def install(self) -> None:
-        """Become this process's driver; before the first launch, and without TRITON_INTERPRET."""
+        """Become this process's driver, with ``impl="triton"`` for tensors on the CPU; before the
+        first launch, and without TRITON_INTERPRET."""
         if triton.knobs.runtime.interpret:
             raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
         triton.runtime.driver.set_active(self)
+        dispatch.kernels_run_on_cpu = lambda: True
 
     def get_current_target(self) -> GPUTarget:
         if self.architecture.startswith("gfx"):

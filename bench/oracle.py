@@ -1,18 +1,17 @@
 """The gate of the insertion rows: right values in float64, and how far rounding may be from them.
 
-The bounds are those of the tests (:func:`step37_kernels.testing.product_bound`). The reference
-itself is a float64 loop on the CPU: minutes at the sizes of this suite. So the same quantities are
-computed here on the device, and of large products only some rows: one in every 64, so that no tile
-of any kernel goes unseen, and the first and last row of every feature, where a wrong map would
-show. All columns of these rows are compared. Two things are compared in full, and exactly: text
-rows of the output, and the gradient of the embeddings. Every result is searched in full for NaN,
-with which the memory was filled before. ``tests/bench`` holds this oracle against the reference.
+The bounds are the tests' (:func:`step37_kernels.testing.product_bound`). The reference would take
+minutes at this suite's sizes. So the same is computed here on the device, and of large products
+some rows: one in every 64, so that no tile goes unseen, and each feature's first and last row,
+where a wrong map would show. Text rows and the gradient of the embeddings are compared in full, and
+exactly; NaN, with which memory was filled before, is looked for everywhere. ``tests/bench`` holds
+this oracle against the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +20,16 @@ from bench.shapes import Batch
 from step37_kernels.testing import InsertCase, deviation, product_bound, rounding_unit
 
 SAMPLE_EVERY = 64
-EXACT_BELOW = 2**30
-"""Products of fewer multiplications than this are compared whole."""
+EXACT_BELOW = 2**30  # products of fewer multiplications than this are compared whole
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """Some rows of a product."""
+class Sampled(NamedTuple):
+    """Some rows of a product; how far fp32 sums may be off, and sums of rounded partial sums."""
 
     rows: Tensor
     exact: Tensor
     bound: Tensor
-    """Of fp32 accumulation, rounded once."""
     loose_bound: Tensor
-    """Of partial sums that are rounded to the narrow type too."""
 
 
 class Oracle:
@@ -45,16 +40,11 @@ class Oracle:
     """
 
     def __init__(self, case: InsertCase, batch: Batch) -> None:
-        width = case.weight.shape[1]
-        self._hidden = case.weight.shape[0]
+        self._hidden, width = case.weight.shape
         self._destinations = batch.destinations
-        self._is_text = torch.ones(
-            case.embeddings.shape[0] * case.embeddings.shape[1],
-            dtype=torch.bool,
-            device=batch.destinations.device,
-        )
+        positions = case.embeddings.shape[:2].numel()
+        self._is_text = torch.ones(positions, dtype=torch.bool, device=batch.destinations.device)
         self._is_text[batch.destinations] = False
-        # A copy: an implementation that works in place has the original in its hands.
         self._text = case.embeddings.reshape(-1, self._hidden)[self._is_text]
         grad = case.grad_output.reshape(-1, self._hidden)
         self._grad_embeddings = grad * self._is_text.unsqueeze(-1)
@@ -89,14 +79,11 @@ class Oracle:
     def check(
         self, results: Mapping[str, Tensor | list[Tensor]], *, narrow_partial_sums: bool
     ) -> str | None:
-        """What is wrong with the results of one implementation, or None.
+        """What is wrong with the results of one implementation, by name, or None.
 
-        Args:
-            results: by name.
-            narrow_partial_sums: allow sums of parts that were rounded to the narrow type: what
-                PyTorch lets cuBLAS do by default (``allow_bf16_reduced_precision_reduction``), and
-                what adding up one weight gradient a group comes to. Our kernels are held to fp32
-                accumulation.
+        ``narrow_partial_sums``: allow sums of parts that were rounded to the narrow type, as
+        PyTorch lets cuBLAS do (``allow_bf16_reduced_precision_reduction``), and as one weight
+        gradient a group adds up to. Our kernels are held to fp32 accumulation.
         """
         for name, result in results.items():
             tensors = [result] if isinstance(result, Tensor) else result
@@ -127,9 +114,6 @@ class Oracle:
 
 def _sampled(rows: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Sampled:
     a, b = a.detach().double(), b.detach().double()
-    return Sampled(
-        rows=rows,
-        exact=(a @ b).cpu(),
-        bound=product_bound(a, b, [dtype]).cpu(),
-        loose_bound=product_bound(a, b, [dtype], input_error=rounding_unit(dtype)).cpu(),
-    )
+    bound = product_bound(a, b, [dtype])
+    loose_bound = product_bound(a, b, [dtype], input_error=rounding_unit(dtype))
+    return Sampled(rows, (a @ b).cpu(), bound.cpu(), loose_bound.cpu())

@@ -7,10 +7,11 @@ every batch of the suite has: as many start tokens as features, whole spans, no 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bench.harness import Kind
 from step37_kernels import plan_insert, project_and_insert
+from step37_kernels.dispatch import Impl
 
 Groups = Sequence[tuple[int, Tensor]]
 Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
@@ -25,13 +27,12 @@ Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
 BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding"
 
 
-def step37(impl: Literal["auto", "triton", "torch"]) -> Forward:
+def step37(impl: Impl) -> Forward:
     """Ours: plan, then project and insert."""
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-        plan = plan_insert(
-            input_ids, [(token, [x.shape[1]] * x.shape[0]) for token, x in groups], impl=impl
-        )
+        counts = [(token, [x.shape[1]] * x.shape[0]) for token, x in groups]
+        plan = plan_insert(input_ids, counts, impl=impl)
         features = [x for _, x in groups]
         return project_and_insert(embeddings, features, weight, None, plan, impl=impl)
 
@@ -39,12 +40,8 @@ def step37(impl: Literal["auto", "triton", "torch"]) -> Forward:
 
 
 def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """The algorithm that is replaced, operation for operation.
-
-    :mod:`step37_kernels.reference` gives the same values but projects picture by picture and reads
-    all locations at once; here it is one product a group and two ``.item()`` a picture, as
-    Megatron-Bridge has it.
-    """
+    """The algorithm that is replaced, operation for operation: one product and one clone a group,
+    two ``.item()`` a picture."""
     for token, features in groups:
         projected = F.linear(features, weight)
         locations = (input_ids == token).nonzero()
@@ -93,10 +90,8 @@ def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Te
 
 
 def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
-    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors.
-
-    The word embedding that it borrows hands out the embeddings of the case.
-    """
+    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors:
+    the word embedding that it borrows hands out the embeddings of the case."""
     given: list[Tensor] = []
     # On the meta device: each call puts the weight of the case in its place.
     with torch.device("meta"):
@@ -104,25 +99,22 @@ def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
         given.append(embeddings)
-        images = [
-            SimpleNamespace(insert_start_token=token, image_features=features)
-            for token, features in groups
-        ]
-        out: Tensor = torch.func.functional_call(
-            module, {"align_projector.weight": weight}, (input_ids, images)
-        )
+        images = [SimpleNamespace(insert_start_token=t, image_features=x) for t, x in groups]
+        weights = {"align_projector.weight": weight}
+        out: Tensor = torch.func.functional_call(module, weights, (input_ids, images))
         return out
 
     return forward
 
 
-def bridge(hidden: int, width: int) -> Forward | None:
-    """Megatron-Bridge's own class, or None where it is not installed."""
+def bridge(hidden: int, width: int) -> list[Peer]:
+    """Megatron-Bridge's own class, where it is installed."""
     try:
         module = importlib.import_module(BRIDGE)
     except ModuleNotFoundError:
-        return None
-    return module_peer(module.ImageInsertEmbedding, hidden, width)
+        return []
+    peer = module_peer(module.ImageInsertEmbedding, hidden, width)
+    return [Peer("Megatron-Bridge", "peer", peer)]
 
 
 class Peer(NamedTuple):
@@ -131,16 +123,9 @@ class Peer(NamedTuple):
     name: str
     kind: Kind
     function: Forward
-    overwrites: bool = False
-    """Whether it writes into the embeddings that it is given."""
 
 
-def peers(
-    hidden: int,
-    width: int,
-    impl: Literal["auto", "triton", "torch"],
-    compile_backend: str | None,
-) -> list[Peer]:
+def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> list[Peer]:
     """Everything that does the whole insertion, ours first."""
     found = [
         Peer("step37", "ours", step37(impl)),
@@ -148,11 +133,7 @@ def peers(
         Peer("masked_scatter", "peer", masked_scatter),
         Peer("index_copy", "peer", index_copy),
     ]
-    theirs = bridge(hidden, width)
-    if theirs is not None:
-        found.append(Peer("Megatron-Bridge", "peer", theirs))
-    if compile_backend is not None:
-        for name, function in (("masked_scatter", masked_scatter), ("index_copy", index_copy)):
-            compiled = torch.compile(function, dynamic=False, backend=compile_backend)
-            found.append(Peer(f"torch.compile {name}", "peer", compiled))
-    return found
+    functions = (masked_scatter, index_copy) if compile_backend else ()
+    compiled = functools.partial(torch.compile, dynamic=False, backend=compile_backend)
+    found += [Peer(f"torch.compile {f.__name__}", "peer", compiled(f)) for f in functions]
+    return [*found, *bridge(hidden, width)]

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,37 +24,26 @@ from bench.harness import environment
 from step37_data.images.decode import decode, default_threads, map_threads
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
-from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, clip_normalize
-from step37_kernels.pixels.resize import resize_clip_normalize
+from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
 SIZE = 728
+BILINEAR = Image.Resampling.BILINEAR
 IMAGES_A_PACK = 9
 STEP_S = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of a table.
-
-    Attributes:
-        name: what was timed.
-        seconds: median of one call.
-        images: that one call works on.
-        note: how it differs.
-    """
+class Row(NamedTuple):
+    """One line of a table: the median of one call, which works on so many images."""
 
     name: str
     seconds: float
     images: int
-    note: str = ""
 
     def line(self, baseline: float) -> str:
         each = self.seconds / self.images
-        speed = f"{baseline / each:.2f}×"
-        cells = [self.name, f"{each * 1e6:.0f}", f"{1 / each:.0f}", speed, self.note]
-        return "| " + " | ".join(cells) + " |"
+        return f"| {self.name} | {each * 1e6:.0f} | {1 / each:.0f} | {baseline / each:.2f}× |"
 
 
 def median_seconds(call: Callable[[], object], budget_s: float) -> float:
@@ -85,30 +72,21 @@ def stock_normalize(image: Image.Image) -> torch.Tensor:
     """NumPy and PyTorch, three passes over fp32."""
     array = np.asarray(image, dtype=np.float32) / 255.0
     tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous()
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (tensor - mean) / std
-
-
-def stock_resize(image: Image.Image) -> Image.Image:
-    return image.resize((SIZE, SIZE), resample=Image.Resampling.BILINEAR)
 
 
 def stock(paths: Sequence[str], device: torch.device) -> torch.Tensor:
     """One thread, one image after the other: ``[N, 3, SIZE, SIZE]`` bf16 on ``device``."""
-    images = [stock_normalize(stock_resize(stock_decode(path))) for path in paths]
-    return torch.stack(images).to(torch.bfloat16).to(device)
+    resized = [stock_decode(path).resize((SIZE, SIZE), BILINEAR) for path in paths]
+    return torch.stack(list(map(stock_normalize, resized))).to(torch.bfloat16).to(device)
 
 
 def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch.Tensor]:
     loaded = load_images(
-        [(path, 0) for path in paths],
-        image_size=SIZE,
-        patch_image_size=SIZE,
-        device=device,
-        dtype=torch.bfloat16,
-        threads=threads,
-    )
+        [(path, 0) for path in paths], image_size=SIZE, patch_image_size=SIZE, device=device,
+        dtype=torch.bfloat16, threads=threads,
+    )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
     return [image for image, _ in loaded]
@@ -119,120 +97,43 @@ def check(paths: Sequence[str], device: torch.device) -> None:
     expected = stock(paths, torch.device("cpu"))
     for threads in (1, 2):
         got = torch.stack(ours(paths, device, threads)).cpu()
-        different = int((got != expected).sum())
-        if different:
+        if different := int((got != expected).sum()):
             raise AssertionError(f"{different} values differ from stock with {threads} threads")
-    if device.type == "cuda":
-        photos = [torch.from_numpy(decode(path, "raise").pixels.copy()) for path in paths]
-        for impl in ("triton", "torch"):
-            got = resize_clip_normalize([p.to(device) for p in photos], SIZE, impl=impl).cpu()
-            different = int((got != expected).sum())
-            if different:
-                raise AssertionError(f"{different} values differ from stock with impl={impl}")
 
 
 def thread_counts() -> list[int]:
-    counts, count = [], 1
-    while count < default_threads():
-        counts.append(count)
-        count *= 2
-    return [*counts, default_threads()]
+    most = default_threads()
+    return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
 
 def host_rows(device: torch.device, budget_s: float) -> Iterator[Row]:
-    """A pack of images from files to bf16 on the device, and its parts on the host."""
+    """A pack of images from files to bf16 on the device; what decoding takes of that."""
     paths = photo_paths(IMAGES_A_PACK)
-    n = len(paths)
-    seconds = functools.partial(median_seconds, budget_s=budget_s)
-    yield Row(name="stock, 1 thread: all", seconds=seconds(lambda: stock(paths, device)), images=n)
+
+    def decode_all(threads: int) -> object:
+        return list(map_threads(lambda path: decode(path, "raise"), paths, threads))
+
+    calls: dict[str, Callable[[], object]] = {"stock, 1 thread": lambda: stock(paths, device)}
     for threads in thread_counts():
-        yield Row(
-            name=f"ours, {threads} thread{'s' if threads > 1 else ''}: all",
-            seconds=seconds(lambda threads=threads: ours(paths, device, threads)),  # type: ignore[misc]
-            images=n,
-        )
-    pictures = [stock_decode(path) for path in paths]
-    resized = [stock_resize(picture) for picture in pictures]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in resized]))
-    yield Row(
-        name="stock: decode", seconds=seconds(lambda: [stock_decode(p) for p in paths]), images=n
-    )
-    for threads in thread_counts():
-        yield Row(
-            name=f"ours, {threads} thread{'s' if threads > 1 else ''}: decode",
-            seconds=seconds(
-                lambda threads=threads: list(  # type: ignore[misc]
-                    map_threads(lambda path: decode(path, "raise"), paths, threads)
-                )
-            ),
-            images=n,
-        )
-    yield Row(
-        name="stock: resize", seconds=seconds(lambda: [stock_resize(p) for p in pictures]), images=n
-    )
-    flat = [torch.from_numpy(np.array(picture)) for picture in pictures]
-    yield Row(
-        name="ours, PyTorch on the host: resize and normalise",
-        seconds=seconds(lambda: resize_clip_normalize(flat, SIZE, impl="torch")),
-        images=n,
-        note="for tensors that are on the host; files take Pillow's resize there",
-    )
-    yield Row(
-        name="stock: normalise and bf16",
-        seconds=seconds(
-            lambda: torch.stack([stock_normalize(p) for p in resized]).to(torch.bfloat16)
-        ),
-        images=n,
-    )
-    yield Row(
-        name="ours, PyTorch on the host: normalise",
-        seconds=seconds(lambda: clip_normalize(pixels, impl="torch")),
-        images=n,
-    )
-    if importlib.util.find_spec("torchvision") is not None:
-        yield from torchvision_rows(paths, seconds)
-
-
-def torchvision_rows(paths: Sequence[str], seconds: Callable[..., float]) -> Iterator[Row]:
-    io = importlib.import_module("torchvision.io")
-    tv = importlib.import_module("torchvision.transforms.v2.functional")
-
-    def run() -> torch.Tensor:
-        images = [io.decode_jpeg(io.read_file(path), mode=io.ImageReadMode.RGB) for path in paths]
-        resized = torch.stack([tv.resize(image, [SIZE, SIZE], antialias=True) for image in images])
-        scaled = tv.to_dtype(resized, torch.float32, scale=True)
-        normalized: torch.Tensor = tv.normalize(scaled, list(CLIP_MEAN), list(CLIP_STD))
-        return normalized.to(torch.bfloat16)
-
-    different = float((run() != stock(paths, torch.device("cpu"))).float().mean())
-    yield Row(
-        name="torchvision on the host: all",
-        seconds=seconds(run),
-        images=len(paths),
-        note=f"{different:.1%} of the values differ",
-    )
+        calls[f"ours, threads {threads}"] = functools.partial(ours, paths, device, threads)
+        calls[f"of which decoding, threads {threads}"] = functools.partial(decode_all, threads)
+    for name, call in calls.items():
+        yield Row(name=name, seconds=median_seconds(call, budget_s), images=len(paths))
 
 
 def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
     """Seconds a step waits for its input while steps of 50 ms run."""
     tokens = torch.tensor([7, 1] * IMAGES_A_PACK)
     pack = {
-        "tokens": tokens,
-        "labels": tokens,
-        "loss_masks": torch.ones(len(tokens)),
+        "tokens": tokens, "labels": tokens, "loss_masks": torch.ones(len(tokens)),
         "cu_seqlens": torch.tensor([0, len(tokens)], dtype=torch.int32),
         "position_id": torch.arange(len(tokens)),
         "image_paths": [(path, 0) for path in photo_paths(IMAGES_A_PACK)],
-    }
+    }  # fmt: skip
     prepare = functools.partial(
-        preprocess_packed_batch,
-        img_start_token_id=7,
-        patch_start_token_id=8,
-        image_size=SIZE,
-        patch_image_size=504,
-        encoder_patch_size=14,
-        device=device,
-    )
+        preprocess_packed_batch, img_start_token_id=7, patch_start_token_id=8, image_size=SIZE,
+        patch_image_size=504, encoder_patch_size=14, device=device,
+    )  # fmt: skip
     packs = [pack] * steps
 
     def waited(inputs: Iterator[object]) -> float:
@@ -252,8 +153,7 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
 
 
 def print_rows(rows: Iterator[Row]) -> None:
-    print("| | µs an image | images/s | speed | remarks |")
-    print("|---|---|---|---|---|")
+    print("| | µs an image | images/s | speed |\n|---|---|---|---|")
     baseline = None
     for row in rows:
         baseline = baseline or row.seconds / row.images

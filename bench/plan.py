@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.harness import Implementation, Key, Row, Settings, Work, measure
+from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
 from bench.shapes import SHAPES, Batch, Shape, make_batch, shapes_named
 from step37_kernels import plan_insert
+from step37_kernels.dispatch import Impl
 
 
 def locations(batch: Batch) -> Tensor:
@@ -41,28 +42,16 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
         same = torch.equal(result.to(wanted), wanted)
         return None if same else "rows do not land where the batch was laid out"
 
-    def ours(_: object) -> Tensor:
-        return plan_insert(batch.input_ids, groups, impl=settings.impl).destinations
+    def destinations(impl: Impl) -> Tensor:
+        return plan_insert(batch.input_ids, groups, impl=impl).destinations
 
-    def vectorised(_: object) -> Tensor:
-        return plan_insert(batch.input_ids, groups, impl="torch").destinations
-
-    key = Key(subject="plan", operation="plan", shape=shape.name, variant="", dtype="int64")
+    ways: list[tuple[str, Kind, Callable[[object], Tensor]]] = [
+        ("step37", "ours", lambda _: destinations(settings.impl)),
+        ("stock (starts only)", "stock", lambda _: locations(batch)),
+        ("PyTorch operations", "peer", lambda _: destinations("torch")),
+    ]
+    compared = [Implementation(name=n, kind=k, prepare=int, run=run) for n, k, run in ways]
+    key = Key(subject="plan", operation="plan", shape=shape.name, dtype="int64")
     # Ids are read; destinations and what each position receives are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
-    return measure(
-        key,
-        Work(flops=0, bytes=moved, rows=shape.num_rows),
-        [
-            Implementation(name="step37", kind="ours", prepare=int, run=ours),
-            Implementation(
-                name="stock (starts only)",
-                kind="stock",
-                prepare=int,
-                run=lambda _: locations(batch),
-            ),
-            Implementation(name="PyTorch operations", kind="peer", prepare=int, run=vectorised),
-        ],
-        check,
-        settings,
-    )
+    return measure(key, Work(flops=0, bytes=moved, rows=shape.num_rows), compared, check, settings)

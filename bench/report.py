@@ -1,6 +1,6 @@
-"""From measured rows to JSON, and from JSON to a table, plots and a comparison of two runs.
+"""From measured rows to JSON, and from JSON to tables and a comparison of two runs.
 
-``python -m bench.report RESULTS.json`` writes the table and the plots again.
+``python -m bench.report RESULTS.json`` prints the tables again.
 
 Ratios are computed here, from medians of one run, so that they cannot disagree with them:
 
@@ -13,44 +13,32 @@ Ratios are computed here, from medians of one run, so that they cannot disagree 
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import importlib.util
 import json
-import logging
 import math
 import re
+import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.harness import Ceilings, Row
 from bench.targets import judge
 
-logger = logging.getLogger(__name__)
-
 NOTABLE_CHANGE = 0.03
 COLUMNS = (
-    ("shape", "l"),
-    ("layout", "l"),
-    ("dtype", "l"),
-    ("implementation", "l"),
-    ("µs (p20–p80)", "r"),
-    ("TFLOP/s", "r"),
-    ("GB/s", "r"),
-    ("× stock", "r"),
-    ("× best peer", "r"),
-    ("× GEMM", "r"),
-    ("× limit", "r"),
-    ("host µs", "r"),
-    ("syncs", "r"),
-    ("launches", "r"),
-    ("peak MiB", "r"),
-    ("temporary MiB", "r"),
-)
-
+    "shape", "layout", "dtype", "implementation", "µs (p20–p80)", "TFLOP/s", "GB/s", "× stock",
+    "× best peer", "× GEMM", "× limit", "host µs", "syncs", "launches", "peak MiB", "temporary MiB",
+)  # fmt: skip
+NAMES = 4  # columns that name a row; they are aligned to the left
+LEGEND = """\
+× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over that of the
+bare product, and over what the copy and product rates above allow (at best 1). Rates are those of
+the least work. Peak: allocated above the inputs; temporary: what of it is free again when the call
+returns. An empty cell was not measured."""
+GROUP = ("subject", "operation", "shape", "variant", "dtype")
 Record = dict[str, Any]
 """A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
 
@@ -66,12 +54,10 @@ def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]
 
 def group_of(record: Record) -> tuple[str, ...]:
     """What the rows of one group share."""
-    names = ("subject", "operation", "shape", "variant", "dtype")
-    return tuple(record[name] for name in names)
+    return tuple(record[name] for name in GROUP)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratios:
+class Ratios(NamedTuple):
     """What one row is compared with; None where there is nothing to compare."""
 
     stock: float | None
@@ -94,12 +80,8 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
     own = record["median_us"]
 
     def best(*kinds: str) -> float | None:
-        times = [
-            other["median_us"]
-            for other in group
-            if other is not record and other["kind"] in kinds and other["median_us"]
-        ]
-        return min(times, default=None)
+        others = [each for each in group if each is not record and each["kind"] in kinds]
+        return min((each["median_us"] for each in others if each["median_us"]), default=None)
 
     def over(a: float | None, b: float | None) -> float | None:
         return a / b if a and b else None
@@ -108,10 +90,10 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
     # A floor does less than the others: how much faster it is says nothing.
     whole = None if record["kind"] == "floor" else own
     return Ratios(
-        stock=over(best("stock"), whole),
-        best_peer=over(best("stock", "peer"), whole),
-        gemm=over(own, gemm[0]) if gemm else None,
-        limit=over(own, limit_us(record, ceilings)),
+        over(best("stock"), whole),
+        over(best("stock", "peer"), whole),
+        over(own, gemm[0]) if gemm else None,
+        over(own, limit_us(record, ceilings)),
     )
 
 
@@ -131,9 +113,8 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
     """The cells of one row, as :data:`COLUMNS` names them."""
     name = [record["shape"], record["variant"], record["dtype"], record["implementation"]]
     if record["problem"]:
-        return [*name, record["problem"], *[""] * (len(COLUMNS) - len(name) - 1)]
+        return [*name, record["problem"], *[""] * (len(COLUMNS) - NAMES - 1)]
     own = record["median_us"]
-    ratio = ratios(record, group, ceilings)
     spread = f"{own:.1f} ({record['p20_us']:.1f}–{record['p80_us']:.1f})"
     flops, peak, kept = record["flops"], record["peak_bytes"], record["kept_bytes"]
     temporary = None if peak is None or kept is None else peak - kept
@@ -142,7 +123,7 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
         spread,
         _figure(flops / own / 1e6 if flops else None, ".1f"),
         _figure(record["bytes"] / own / 1e3, ".0f"),
-        *map(_figure, (ratio.stock, ratio.best_peer, ratio.gemm, ratio.limit)),
+        *map(_figure, ratios(record, group, ceilings)),
         _figure(record["host_us"], ".0f"),
         _figure(record["host_syncs"], "d"),
         _figure(record["launches"], "d"),
@@ -158,25 +139,20 @@ def markdown(results: Record) -> str:
     lines.append(f"- copy: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read plus written")
     for dtype, rate in ceilings["flops_per_s"].items():
         lines.append(f"- matrix product, {dtype}: {rate / 1e12:.1f} TFLOP/s")
-    lines += [
-        "",
-        "× stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over "
-        "that of the bare product, and over what the copy and product rates above allow (at best "
-        "1). Rates are those of the least work. Peak: allocated above the inputs; "
-        "temporary: what of it is free again when the call returns. An empty cell was not "
-        "measured.",
-    ]
+    for shape, state in results.get("state", {}).items():
+        figures = ", ".join(f"{name} {figure}" for name, figure in state.items())
+        lines.append(f"- while multiplying, before {shape}: {figures}")
+    lines += ["", LEGEND]
     operation = None
     for group in grouped(results["rows"]):
         title = f"{group[0]['subject']}: {group[0]['operation']}"
         if title != operation:
             operation = title
-            lines += ["", f"## {title}", "", _line(name for name, _ in COLUMNS)]
-            lines.append(_line("---" if side == "l" else "---:" for _, side in COLUMNS))
+            lines += ["", f"## {title}", "", _line(COLUMNS)]
+            lines.append(_line(["---"] * NAMES + ["---:"] * (len(COLUMNS) - NAMES)))
         lines += [_line(table_row(record, group, ceilings)) for record in group]
-    met = targets(results)
-    if met:
-        lines += ["", "## Targets", "", "The worst group of each.", "", *met]
+    for title, table in (("Means", means(results)), ("Targets: worst groups", targets(results))):
+        lines += ["", f"## {title}", "", *table] if table else []
     return "\n".join([*lines, ""])
 
 
@@ -185,10 +161,27 @@ def targets(results: Record) -> list[str]:
     lines = [
         _line((target.text, f"≤ {target.limit:.3g}", f"{worst:.3g}", where, verdict))
         for target, worst, where in judge(list(grouped(results["rows"])))
-        for verdict in ["met" if worst <= target.limit else "missed"]
+        for verdict in [target.verdict(worst)]
     ]
     header = [_line(("target", "limit", "measured", "where", "")), _line(["---"] * 5)]
     return header + lines if lines else []
+
+
+def means(results: Record) -> list[str]:
+    """Geometric means of our ratios over the shapes of a run, an operation and layout a line."""
+    found: dict[str, list[Ratios]] = {}
+    for group in grouped(results["rows"]):
+        for record in group:
+            if record["implementation"] == "step37" and record["median_us"]:
+                key = " ".join(record[name] for name in GROUP if record[name] and name != "shape")
+                found.setdefault(key, []).append(ratios(record, group, results["ceilings"]))
+    lines = []
+    for key, several in found.items():
+        columns = [[value for value in column if value] for column in zip(*several, strict=True)]
+        cells = (_figure(statistics.geometric_mean(each)) if each else "" for each in columns)
+        lines.append(_line((key, str(len(several)), *cells)))
+    header = ("geometric mean", "shapes", "× stock", "× best peer", "× GEMM", "× limit")
+    return [_line(header), _line(["---"] * 6), *lines] if lines else []
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -196,22 +189,13 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def console(group: Sequence[Row], ceilings: Ceilings) -> str:
-    """The rows of one group as aligned text."""
+    """The rows of one group as a table."""
     results = to_json(group, ceilings, {})
     records = results["rows"]
-    columns = COLUMNS[3:]
-    cells = [[name for name, _ in columns]]
-    cells += [table_row(record, records, results["ceilings"])[3:] for record in records]
-    # The reason of a row without figures stands where the figures would, however long.
-    figures = [line for line in cells if line[2] or line[3]]
-    widths = [max(len(line[i]) for line in figures) for i in range(len(columns))]
-    widths[0] = max(len(line[0]) for line in cells)
-    lines = ["", " · ".join(filter(None, group_of(records[0])))]
-    for line in cells:
-        padded = [f"{line[0]:<{widths[0]}}"]
-        padded += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    cells = [table_row(record, records, results["ceilings"]) for record in records]
+    title = " · ".join(filter(None, group_of(records[0])))
+    lines = [_line(line[NAMES - 1 :]) for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
+    return "\n".join(["", title, "", *lines])
 
 
 def compare(old: Record, new: Record) -> str:
@@ -240,68 +224,6 @@ def compare(old: Record, new: Record) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Record, stem: Path) -> list[Path]:
-    """Draw the roofline and time against rows as SVG, if Matplotlib is there.
-
-    Of matrix products only, and not of the hundreds of tiles that ``tune`` has tried.
-
-    Returns:
-        The files written: ``<stem>-roofline.svg`` and ``<stem>-rows.svg``.
-    """
-    timed = [r for r in results["rows"] if r["median_us"] and r["flops"] and r["subject"] != "tune"]
-    if not timed:
-        return []
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no plots: they need Matplotlib (pip install matplotlib)")
-        return []
-    new_figure = importlib.import_module("matplotlib.figure").Figure
-    environment = results["environment"]
-    written = []
-    for name, draw in (("roofline", _draw_roofline), ("rows", _draw_rows)):
-        figure = new_figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, timed, results["ceilings"])
-        axes.set_title(f"{environment['device']}, {environment['date']}", fontsize=9)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-        written.append(stem.with_name(f"{stem.name}-{name}.svg"))
-        figure.savefig(written[-1])
-    return written
-
-
-def _draw_roofline(axes: Any, records: Sequence[Record], ceilings: Record) -> None:
-    intensity = [record["flops"] / record["bytes"] for record in records]
-    low, high = min(intensity) / 2, max(intensity) * 2
-    for dtype, rate in ceilings["flops_per_s"].items():
-        corner = rate / ceilings["copy_bytes_per_s"]
-        xs = sorted({low, min(max(corner, low), high), high})
-        ys = [min(rate, x * ceilings["copy_bytes_per_s"]) / 1e12 for x in xs]
-        axes.plot(xs, ys, color="black", linewidth=1, label=f"measured limit, {dtype}")
-    for name in dict.fromkeys(record["implementation"] for record in records):
-        own = [record for record in records if record["implementation"] == name]
-        axes.scatter(
-            [record["flops"] / record["bytes"] for record in own],
-            [record["flops"] / record["median_us"] / 1e6 for record in own],
-            s=14,
-            label=name,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
-
-
-def _draw_rows(axes: Any, records: Sequence[Record], _: Record) -> None:
-    first = records[0]
-    like = (first["subject"], first["operation"], first["variant"], first["dtype"])
-    same = [r for r in records if (r["subject"], r["operation"], r["variant"], r["dtype"]) == like]
-    for name in dict.fromkeys(record["implementation"] for record in same):
-        points = sorted(
-            (record["rows"], record["median_us"])
-            for record in same
-            if record["implementation"] == name
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="rows", ylabel=f"µs: {', '.join(like)}")
-
-
 def file_name(device: str) -> str:
     """A name for the results of a run on this device that ends now, without extension."""
     date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -309,20 +231,16 @@ def file_name(device: str) -> str:
 
 
 def write(results: Record, stem: Path) -> list[Path]:
-    """Write ``<stem>.json``, ``<stem>.md`` and the plots; returns what was written."""
+    """Write ``<stem>.json`` and ``<stem>.md``; returns what was written."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     data, table = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".md")
     data.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table.write_text(markdown(results), encoding="utf-8")
-    return [data, table, *plot(results, stem)]
+    return [data, table]
 
 
 def read(path: Path) -> Record:
-    """Results that :func:`write` wrote.
-
-    Raises:
-        ValueError: the file is something else.
-    """
+    """Results that :func:`write` wrote; ``ValueError`` where the file is something else."""
     try:
         results: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -332,14 +250,5 @@ def read(path: Path) -> Record:
     return results
 
 
-def main() -> None:
-    """Write table and plots of stored results again."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("results", type=Path, help="JSON of an earlier run")
-    path = parser.parse_args().results
-    for written in write(read(path), path.with_suffix("")):
-        print(written)
-
-
 if __name__ == "__main__":
-    main()
+    print(markdown(read(Path(sys.argv[1]))))

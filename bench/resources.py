@@ -4,14 +4,13 @@
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
 
 The launchers themselves are called, on a driver that launches nothing: what is compiled is what a
-GPU of that architecture would get, for each entry of the tile table and each dtype. Reported are
-registers a thread, bytes of stack (spills), shared memory, whether the matrix unit's instruction
-is there, whether the copy engine (TMA) is used, and how wide the widest global access is.
+GPU of that architecture would get, for each entry of the tile table and each dtype.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -31,115 +30,121 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
-from bench.tune import products
-from bench.tune.products import HIDDEN, ROWS, WIDTH, Operands
-from step37_kernels import RaggedImages, clip_normalize, dispatch, resize_clip_normalize
-from step37_kernels.ops import gemm, gradient, plan, project, project_backward, tiles
+from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.ops import gradient, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops import resize_uint8 as resize_uint8_ops
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-MATRIX_UNIT = {
-    "sm_80": "mma.sync",
-    "sm_90": "wgmma.mma_async",
-    "sm_100": "tcgen05.mma",
-    "gfx942": "v_mfma_",
-}
+HIDDEN, WIDTH, ROWS = 512, 1024, 169
+"""Of the tensors to compile for; none of them is a constant of the kernels."""
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
+    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block; bytes
+    of the widest global load or asynchronous copy of a thread, and of its widest store (0 on AMD).
+    """
+
     kernel: str
     variant: str
     arch: str
-    gemm: bool
-    """A matrix product of 16-bit numbers: it has to use the matrix unit."""
+    gemm: bool  # a matrix product: it has to use the matrix unit
     registers: int
     stack: int
     shared: int
     matrix_unit: bool
     copy_engine: bool
-    serialized: bool
-    """On sm_90: the assembler found that it has to wait for each ``wgmma`` before the next."""
+    serialized: bool  # the assembler found that it has to wait for each ``wgmma`` before the next
     load_bytes: int
-    """Bytes of the widest global load or asynchronous copy of one thread; 0: none, or on AMD."""
     store_bytes: int
-    """Bytes of the widest global store; 0 on AMD."""
 
 
-def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    """``(variant, is a 16-bit product, launch)`` of everything that can be launched."""
+Launch = tuple[str, Callable[[], object]]
+
+
+def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
+    """``(variant, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
-            for seq_len in (2048, 2 * plan.MAX_POSITIONS):
-                variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
-                variant += ", tables" * (not inline)
-                yield variant, False, functools.partial(_plan, ids, inline, step, seq_len)
+            variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
+            variant += ", table" * (not inline)
+            yield variant, functools.partial(_plan, ids, inline, step)
     for short in dtypes:
-        yield from _copies(DTYPES[short], short)
-        yield from _products(CAPABILITY[arch], DTYPES[short], short)
+        yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
+        yield from _gradients(DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
-def _plan(dtype: torch.dtype, inline: bool, step: int, seq_len: int) -> None:
-    tables = (torch.empty(3, 2, dtype=torch.int64), torch.empty(4, dtype=torch.int32))
+def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
+    table = torch.empty(12, dtype=torch.int64)
     groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
-    ids = torch.empty(1, seq_len * step, dtype=dtype)[:, ::step]
-    plan.plan_rows(ids, groups, runs, None if inline else tables)
+    ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
+    plan.plan_rows(ids, groups, runs, None if inline else table)
 
 
-def _copies(dtype: torch.dtype, short: str) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    features = torch.empty(1, ROWS, WIDTH, dtype=dtype)
-    view = torch.empty(1, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
-    gradient_output = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
-    positions = torch.empty(ROWS, dtype=torch.int32)
-    yield f"{short} contiguous", False, lambda: project.pack_rows([features])
-    yield f"{short} channels-first", False, lambda: project.pack_rows([view])
-    yield short, False, lambda: project_backward.embedding_grad(gradient_output, positions)
-    for bias in (True, False):
-        gather = functools.partial(
-            project_backward.gather_grad, gradient_output, positions, dtype, bias_sum=bias
+@contextlib.contextmanager
+def only(tile: tiles.Tile) -> Iterator[None]:
+    """Whatever the table says, inserts in here take this tile."""
+    table = project.insert_tile
+    project.insert_tile = lambda *_: tile
+    try:
+        yield
+    finally:
+        project.insert_tile = table
+
+
+def insert_blank(
+    tile: tiles.Tile, dtype: torch.dtype, *, bias: bool = False, shard: bool = False,
+    sources: int = 1, after_plan: bool = False,
+) -> None:  # fmt: skip
+    """An insert of tensors with nothing in them: to compile for."""
+    weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
+    numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
+    with only(tile):
+        project.project_insert(
+            torch.empty(sources * ROWS, 1, HIDDEN, dtype=dtype),
+            [torch.empty(ROWS, WIDTH, dtype=dtype)] * sources,
+            weight,
+            weight[:, 0].contiguous() if bias else None,
+            numbers.flatten(),
+            numbers,
+            torch.empty(1, dtype=torch.int32) if shard else None,
+            after_plan=after_plan,
         )
-        yield f"{short}{' bias' * bias}", False, gather
+
+
+def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
+    apart = view.contiguous()[:, ::2]
+    yield f"{short} channels-first", functools.partial(project.pack_rows, [view])
+    yield f"{short} rows apart", functools.partial(project.pack_rows, [apart])
+    entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
+    variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
+    for tile in entries:
+        for options in [{}] if tile.library else variants:
+            for after_plan in [False] if tile.library else [False, True]:
+                variant = f"{short} {tile}" + "".join(f" {name}" for name in options)
+                launch = functools.partial(insert_blank, tile, dtype, after_plan=after_plan)
+                variant += " behind the plan" * after_plan
+                yield variant, functools.partial(launch, **options)
+
+
+def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    numbers = torch.empty(ROWS, dtype=torch.int32)
     for rows, bias in ((True, False), (True, True), (False, True)):
         launch = functools.partial(
-            gradient.gradient_rows, gradient_output, positions, positions, dtype,
+            gradient.gradient_rows, grad, numbers, numbers, dtype,
             embeddings=True, rows=rows, bias=bias,
         )  # fmt: skip
-        yield f"{short}{' rows' * rows}{' bias' * bias}", False, launch
+        yield f"{short}{' rows' * rows}{' bias' * bias}", launch
 
 
-def _products(
-    capability: int, dtype: torch.dtype, short: str
-) -> Iterator[tuple[str, bool, Callable[[], object]]]:
-    destinations = torch.empty(ROWS, dtype=torch.int32)
-    bias = torch.empty(HIDDEN, dtype=dtype)
-    live_rows = torch.empty(1, dtype=torch.int32)
-    for product, tile in tiles.entries(capability, dtype):
-        options: list[tuple[bool, Tensor | None]] = [(False, None)]
-        if dtype == torch.bfloat16:
-            biases = (False, True) if product == "forward" else (False,)
-            options = [(with_bias, live) for with_bias in biases for live in (None, live_rows)]
-        operands = Operands.blank(product, dtype)
-        for with_bias, live in options:
-            launch = functools.partial(
-                products.launch,
-                product,
-                tile,
-                operands,
-                destinations,
-                bias=bias if with_bias else None,
-                live_rows=live,
-            )
-            variant = f"{short} {tile}{' bias' * with_bias}{' shard' * (live is not None)}"
-            variant += " onto fp32" * (product == "accumulate_weight")
-            yield variant, dtype != torch.float32, launch
-
-
-def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], object]]]:
+def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
     def picture(*shape: int) -> Tensor:
         return torch.empty(*shape, 3, dtype=torch.uint8)
 
@@ -148,79 +153,57 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[tuple[str, bool, Callable[[], obj
         dtype = DTYPES[short]
         for size, rows in ((31, "odd rows"), (32, "aligned rows")):
             square = picture(1, size, size)
-            normalize = functools.partial(clip_normalize, square, dtype=dtype)
-            yield f"{short} {rows}", False, normalize
+            ours: dict[str, Any] = {"dtype": dtype, "impl": "triton"}
+            yield f"{short} {rows}", functools.partial(clip_normalize, square, **ours)
             for image, order in zip(images, ("", ", vertical first"), strict=True):
                 resize = functools.partial(
-                    resize_clip_normalize, [image], size, dtype=dtype, pillow=(13, 0)
+                    resize_clip_normalize, [image], size, pillow=(13, 0), **ours
                 )
-                yield f"{short} {rows}{order}", False, resize
+                yield f"{short} {rows}{order}", resize
     ragged = RaggedImages.gather(images)
-    yield "uint8", False, lambda: resize_uint8(ragged, [(20, 30), (30, 20)])
+    yield "uint8", lambda: resize_uint8(ragged, [(20, 30), (30, 20)], impl="triton")
 
 
 KERNELS = (
-    plan.plan_kernel,
-    plan.locate_kernel,
-    plan.assign_kernel,
-    gradient.gradient_rows_kernel,
-    project.pack_rows_kernel,
-    project.project_scatter_kernel,
-    gemm.sum_splits_kernel,
-    project_backward.embedding_grad_kernel,
-    project_backward.gather_grad_kernel,
-    project_backward.grad_features_kernel,
-    project_backward.grad_weight_kernel,
-    pixel_ops.normalize_kernel,
-    resize_ops.first_pass_kernel,
-    resize_ops.second_pass_kernel,
-    resize_uint8_ops.filter_pass_kernel,
-)
+    plan.plan_kernel, gradient.gradient_rows_kernel,
+    project.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
+    project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.first_pass_kernel,
+    resize_ops.second_pass_kernel, resize_uint8_ops.filter_pass_kernel,
+)  # fmt: skip
 
 
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
     """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
     NoDriver(arch).install()
-    dispatch.kernels_run_on_cpu = lambda: True
     seen: set[int] = set()
-    for variant, is_gemm, launch in _launches(arch, dtypes):
+    for variant, launch in _launches(arch, dtypes):
         launch()
         for kernel in KERNELS:
             for binary in compiled(kernel):
                 if id(binary) not in seen:
                     seen.add(id(binary))
-                    product = is_gemm and kernel is not gemm.sum_splits_kernel
+                    product = kernel is project.project_insert_kernel
                     yield _read(kernel.__name__, variant, arch, product, binary)
 
 
 def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Resources:
-    serialized = False
+    load_bytes = store_bytes = 0
     if arch.startswith("gfx"):
         assembly = binary.asm["amdgcn"]
-        registers, stack = (
-            _number(r"\.vgpr_count:\s+", assembly),
-            _number("ScratchSize: ", assembly),
-        )
-        load_bytes = store_bytes = 0
+        registers = _number(r"\.vgpr_count:\s+", assembly)
+        stack = _number("ScratchSize: ", assembly)
     else:
         assembly = binary.asm["ptx"]
         registers, stack = usage(binary.asm["cubin"])
         load_bytes, store_bytes = _widest(assembly, "ld"), _widest(assembly, "st")
-        serialized = is_gemm and arch == "sm_90" and _serialized(assembly)
     return Resources(
-        kernel=name,
-        variant=variant,
-        arch=arch,
-        gemm=is_gemm,
-        registers=registers,
-        stack=stack,
-        shared=binary.metadata.shared,
-        matrix_unit=MATRIX_UNIT[arch] in assembly,
+        kernel=name, variant=variant, arch=arch, gemm=is_gemm,
+        registers=registers, stack=stack, shared=binary.metadata.shared,
+        matrix_unit="wgmma.mma_async" in assembly,
         copy_engine="cp.async.bulk.tensor" in assembly,
-        serialized=serialized,
-        load_bytes=load_bytes,
-        store_bytes=store_bytes,
-    )
+        serialized=is_gemm and _serialized(assembly),
+        load_bytes=load_bytes, store_bytes=store_bytes,
+    )  # fmt: skip
 
 
 def _number(label: str, text: str) -> int:
@@ -230,33 +213,28 @@ def _number(label: str, text: str) -> int:
     return int(found[1])
 
 
+def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
+    """What a tool says of a file with these bytes."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(binary)
+        file.flush()
+        command = [tool, file.name, *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
 def _serialized(ptx: str) -> bool:
     """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(ptx.encode())
-        file.flush()
-        report = subprocess.run(
-            [get_ptxas(90).path, "--verbose", "-arch=sm_90a", file.name, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return "wgmma.mma_async instructions are serialized" in report.stdout + report.stderr
+    options = ("--verbose", "-arch=sm_90a", "-o", os.devnull)
+    told = _told_of(ptx.encode(), ".ptx", get_ptxas(90).path, *options)
+    return "wgmma.mma_async instructions are serialized" in told
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack of a kernel for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return _number("REG:", report), _number("STACK:", report)
+    told = _told_of(cubin, ".cubin", str(tool), "--dump-resource-usage")
+    return _number("REG:", told), _number("STACK:", told)
 
 
 def _widest(ptx: str, access: str) -> int:
@@ -279,25 +257,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.resources: unset TRITON_INTERPRET; interpreted kernels do not compile")
-    show = functools.partial(print, flush=True)
+    titles = "kernel|variant|registers|stack|shared|matrix unit|TMA|widest load|widest store"
     if not arguments.json:
-        show(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
-        show(
-            "| kernel | variant | registers | stack | shared | matrix unit | TMA "
-            "| widest load | widest store |"
-        )
-        show("|---|---|---|---|---|---|---|---|---|")
+        print(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
+        print(f"| {titles.replace('|', ' | ')} |\n{'|---' * 9}|")
     for row in resources(arguments.arch, arguments.dtypes):
-        if arguments.json:
-            show(json.dumps(asdict(row)))
-        else:
-            unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
-            unit += " (serialized)" * row.serialized
-            show(
-                f"| {row.kernel} | {row.variant} | {row.registers} | {row.stack} "
-                f"| {row.shared} | {unit} | {'yes' * row.copy_engine} "
-                f"| {row.load_bytes or ''} | {row.store_bytes or ''} |"
-            )
+        unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
+        unit += " (serialized)" * row.serialized
+        cells = [row.kernel, row.variant, row.registers, row.stack, row.shared, unit]
+        cells += ["yes" * row.copy_engine, row.load_bytes or "", row.store_bytes or ""]
+        line = json.dumps(asdict(row)) if arguments.json else f"| {' | '.join(map(str, cells))} |"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

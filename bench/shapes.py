@@ -48,29 +48,19 @@ SHAPES = {
         Shape(name="multicrop", seq_len=8192, images=11, crops=66),
     )
 }
-SWEEP = tuple(_images(count) for count in (1, 2, 4, 8, 16, 32, 64, 128, 200))
-"""What ``--shapes sweep`` stands for: time against rows."""
 
 
 def shapes_named(names: Sequence[str]) -> list[Shape]:
-    """Look shapes up: those of :data:`SHAPES`, ``images-N``, and ``sweep``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
+    """Look shapes up: those of :data:`SHAPES`, and ``images-N``; else ``ValueError``."""
     found: list[Shape] = []
     for name in names:
         prefix, _, count = name.partition("-")
         if name in SHAPES:
             found.append(SHAPES[name])
-        elif name == "sweep":
-            found += SWEEP
         elif prefix == "images" and count.isdecimal() and int(count) > 0:
             found.append(_images(int(count)))
         else:
-            raise ValueError(
-                f"shape {name!r}: expected one of {', '.join(SHAPES)}, sweep, or images-N"
-            )
+            raise ValueError(f"shape {name!r}: expected one of {', '.join(SHAPES)}, or images-N")
     return found
 
 
@@ -79,8 +69,7 @@ class Batch:
     """Token ids of a shape, and where its feature rows belong by construction."""
 
     shape: Shape
-    input_ids: Tensor
-    """``[1, S]`` int64"""
+    input_ids: Tensor  # ``[1, S]`` int64
     groups: tuple[tuple[int, int, int], ...]
     """``(start_token, N, L)`` in insertion order: crops first, as the data pipeline has them."""
     destinations: Tensor
@@ -88,11 +77,7 @@ class Batch:
 
 
 def make_batch(shape: Shape, device: torch.device) -> Batch:
-    """Lay a shape out.
-
-    Raises:
-        ValueError: the pictures do not fit into the sequence.
-    """
+    """Lay a shape out; ``ValueError`` where the pictures do not fit into the sequence."""
     spans: list[tuple[int, int, int]] = []  # start token, end token, rows
     for i in range(max(shape.images, 1)):
         share = shape.crops * (i + 1) // max(shape.images, 1)

@@ -1,16 +1,16 @@
 """Subject ``step``: the front end of a training step, from decoded pictures to fused embedding.
 
-Decoded uint8 pictures in host memory → upload → resize, CLIP normalise → (the vision tower, which
-is the user's: its features are given, as the channels-first view that it returns) → word embedding
-→ plan, project, insert. Stock does the pixels with Pillow and NumPy on the host, within the step.
+Decoded uint8 pictures in host memory → upload → resize, CLIP normalise → (the vision tower: its
+features are given, as the channels-first view that it returns) → word embedding → plan, project,
+insert. Stock does the pixels with Pillow and NumPy on the host, within the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,55 +23,32 @@ from bench import peers
 from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.insert import work_of
 from bench.oracle import Oracle
+from bench.pixel_kernels import BILINEAR
+from bench.pixels import stock_normalize
 from bench.shapes import PATCH_END, Batch, Shape, make_batch, make_case, shapes_named
-from step37_kernels import (
-    ImageForInsert,
-    ImageInsertEmbedding,
-    RaggedImages,
-    resize_clip_normalize,
-)
-from step37_kernels.pixels.reference import CLIP_MEAN, CLIP_STD
+from step37_data.images.device import upload
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, resize_clip_normalize
 from step37_kernels.testing import InsertCase
 
 SHAPES = ("flickr8k", "long", "multicrop")
-PIXELS_PER_ROW_SIDE = 56
-"""13 rows a side of a 728-pixel image, 9 of a 504-pixel crop."""
-PICTURE = (333, 500)
-"""Height and width of a decoded picture: what Flickr8k has most."""
+PIXELS_PER_ROW_SIDE = 56  # 13 rows a side of a 728-pixel image, 9 of a 504-pixel crop
+PICTURE = (333, 500)  # height and width of a decoded picture: what Flickr8k has most
 
 Pictures = Sequence[npt.NDArray[np.uint8]]
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Pictures by group, with the side that they are resized to; the tower's features beside."""
 
     pictures: Sequence[tuple[Pictures, int]]
     case: InsertCase
 
 
-def upload(pictures: Pictures, device: torch.device) -> RaggedImages:
-    """Pictures of any sizes in one buffer on the device, without waiting for the copy."""
-    sizes = [picture.size for picture in pictures]
-    staging = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([picture.reshape(-1) for picture in pictures], out=staging.numpy())
-    return RaggedImages(
-        data=staging.to(device, non_blocking=True),
-        offsets=np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist(),
-        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
-    )
-
-
 def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
     """What stock's data code does, picture after picture: ``[N, 3, side, side]``."""
-    mean = np.array(CLIP_MEAN, dtype=np.float32)
-    std = np.array(CLIP_STD, dtype=np.float32)
-    done = []
-    for picture in pictures:
-        resized = Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR)
-        normalized = (np.asarray(resized, dtype=np.float32) / 255 - mean) / std
-        done.append(torch.from_numpy(normalized).permute(2, 0, 1))
-    return torch.stack(done).to(device=like.device, dtype=like.dtype)
+    resized = [Image.fromarray(picture).resize((side, side), BILINEAR) for picture in pictures]
+    normalized = torch.stack([stock_normalize(picture) for picture in resized])
+    return normalized.to(device=like.device, dtype=like.dtype)
 
 
 def implementations(
@@ -79,25 +56,25 @@ def implementations(
 ) -> list[Implementation]:
     """Ours through the module that users have, and stock."""
     weight = sets[0].case.weight
-    hidden, width = weight.shape
 
     def lookup(input_ids: Tensor, **_: object) -> Tensor:
         return F.embedding(input_ids, words).transpose(0, 1)
 
     with torch.device("meta"):
-        module = ImageInsertEmbedding(lookup, width, hidden, impl=settings.impl)
+        module = ImageInsertEmbedding(lookup, *weight.shape[::-1], impl=settings.impl)
     module.align_projector.weight = nn.Parameter(weight)
 
     def prepare(i: int) -> Inputs:
         return sets[i % len(sets)]
 
+    def on_device(pictures: Pictures) -> RaggedImages:
+        if settings.device.type == "cuda":
+            return upload(pictures, settings.device)
+        return RaggedImages.gather([torch.from_numpy(picture) for picture in pictures])
+
     def ours(inputs: Inputs) -> dict[str, Any]:
-        pixels = [
-            resize_clip_normalize(
-                upload(pictures, settings.device), side, dtype=weight.dtype, impl=settings.impl
-            )
-            for pictures, side in inputs.pictures
-        ]
+        resize = functools.partial(resize_clip_normalize, dtype=weight.dtype, impl=settings.impl)
+        pixels = [resize(on_device(pictures), side) for pictures, side in inputs.pictures]
         images = [
             ImageForInsert(token, images=one, image_features=features[0])
             for (token, features), one in zip(inputs.case.groups, pixels, strict=True)
@@ -137,9 +114,8 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
             ([generator.integers(0, 256, (*PICTURE, 3), dtype=np.uint8) for _ in range(n)], side)
             for (_, n, _), side in zip(batch.groups, sides, strict=True)
         ]
-        sets.append(
-            Inputs(pictures, make_case(batch, dtype=dtype, layout="channels-first", seed=i))
-        )
+        case = make_case(batch, dtype=dtype, layout="channels-first", seed=i)
+        sets.append(Inputs(pictures, case))
     words = torch.randn(PATCH_END + 1, shape.hidden, device=device, dtype=dtype)
     compared = implementations(sets, words, batch, settings)
 
@@ -152,22 +128,17 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
         for actual, exact in zip(results["pixels"], wanted, strict=True):
             if not torch.equal(actual, exact):
                 return "pixels differ from Pillow's"
-        return oracle.check(
-            {"output": results["output"]}, narrow_partial_sums=implementation.kind != "ours"
-        )
+        ours = implementation.kind == "ours"
+        return oracle.check({"output": results["output"]}, narrow_partial_sums=not ours)
 
     insert = work_of("forward", shape, dtype.itemsize)
     pixels = sum(
         n * (PICTURE[0] * PICTURE[1] * 3 + 3 * side * side * dtype.itemsize)
         for (_, n, _), side in zip(batch.groups, sides, strict=True)
     )
-    text = 2 * (shape.seq_len - shape.num_rows) * shape.hidden * dtype.itemsize
     key = Key(
-        subject="step",
-        operation="pixels to fused embedding",
-        shape=shape.name,
-        variant="channels-first",
-        dtype=dtype_name(dtype),
-    )
-    work = Work(flops=insert.flops, bytes=insert.bytes + pixels + text, rows=shape.num_rows)
+        subject="step", operation="pixels to fused embedding", shape=shape.name,
+        variant="channels-first", dtype=dtype_name(dtype),
+    )  # fmt: skip
+    work = Work(flops=insert.flops, bytes=insert.bytes + pixels, rows=shape.num_rows)
     return measure(key, work, compared, check, settings)

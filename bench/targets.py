@@ -23,11 +23,8 @@ def time_over(ours: str, *theirs: str) -> Figure:
     """Our time over the least of theirs, each given by how its name begins."""
 
     def figure(group: dict[str, Record]) -> float | None:
-        times = [
-            row["median_us"]
-            for name, row in group.items()
-            if name.startswith(theirs) and row["median_us"]
-        ]
+        others = [row["median_us"] for name, row in group.items() if name.startswith(theirs)]
+        times = [us for us in others if us]
         own = group.get(ours, {}).get("median_us")
         return own / min(times) if own and times else None
 
@@ -40,14 +37,13 @@ def syncs(group: dict[str, Record]) -> float | None:
     return max((count for count in counts if count is not None), default=None)
 
 
-def memory_over_stock(group: dict[str, Record]) -> float | None:
-    """Our peak above the output over stock's; in place, nothing is allocated for the output."""
-    ours, stock = (group.get(name, {}).get("peak_bytes") for name in ("step37 in place", "stock"))
-    if ours is None or stock is None:
+def memory_over_output(group: dict[str, Record]) -> float | None:
+    """Our peak over the output, which is new memory."""
+    ours = group.get("step37", {})
+    if ours.get("peak_bytes") is None:
         return None
-    (shape,) = shapes_named([group["stock"]["shape"]])
-    above = stock - shape.seq_len * shape.hidden * ITEM_BYTES[group["stock"]["dtype"]]
-    return float(ours / above) if above > 0 else None
+    (shape,) = shapes_named([ours["shape"]])
+    return float(ours["peak_bytes"] / (shape.seq_len * shape.hidden * ITEM_BYTES[ours["dtype"]]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,104 +53,79 @@ class Target:
     text: str
     subject: str = "insert"
     operations: tuple[str, ...]
-    layouts: tuple[str, ...] = ("contiguous", "channels-first")
-    """Values of the group's ``variant``."""
-    shapes: tuple[str, ...] = ()
-    """All if empty."""
+    layouts: tuple[str, ...] = ("contiguous", "channels-first")  # values of the group's ``variant``
+    shapes: tuple[str, ...] = ()  # all if empty
     figure: Figure
     limit: float
+    accepted: float | None = None
+    """Counts as met too, while rates that the target rests on are not measured."""
+
+    def verdict(self, worst: float) -> str:
+        if worst <= self.limit:
+            return "met"
+        return "accepted" if self.accepted and worst <= self.accepted else "missed"
 
 
-IN_PLACE = "step37 in place"
 PEERS = ("stock", "masked_scatter", "index_copy", "Megatron-Bridge", "torch.compile")
+FORWARD, BOTH = ("forward",), ("forward+backward",)
+EVERY = ("forward", "backward", "forward+backward")
+CONTIGUOUS = ("contiguous",)
+GEMM, COPY = "GEMM alone", "copy of as many bytes"
+LARGE = ("flickr8k", "long", "huge", "multicrop")
+
+
+def forward_over(text: str, *theirs: str, **more: Any) -> Target:
+    """Our forward over the fastest of theirs."""
+    return Target(text=text, operations=FORWARD, figure=time_over("step37", *theirs), **more)
+
+
+def times_stock(shape: str, times: float) -> Target:
+    """Forward and backward so many times faster than stock."""
+    text, stock = f"forward + backward / stock, {shape}", time_over("step37", "stock")
+    return Target(text=text, operations=BOTH, shapes=(shape,), figure=stock, limit=1 / times)
+
+
+def pixels(subject: str, operation: str, shape: str, limit: float) -> Target:
+    """A pixel kernel over a copy that moves as many bytes."""
+    return Target(
+        text=f"{operation} / {COPY}", subject=subject, operations=(operation,), layouts=("",),
+        shapes=(shape,), figure=time_over("step37", COPY), limit=limit,
+    )  # fmt: skip
+
+
 TARGETS = (
-    Target(
-        text="forward / GEMM alone",
-        operations=("forward",),
-        layouts=("contiguous",),
-        shapes=("flickr8k", "long", "huge"),
-        figure=time_over(IN_PLACE, "GEMM alone"),
-        limit=1.05,
+    forward_over(
+        "forward / GEMM alone, R ≥ 1521 (≤ 1.05 accepted)", GEMM,
+        layouts=CONTIGUOUS, shapes=LARGE, limit=1.0, accepted=1.05,
+    ),
+    forward_over(
+        "forward / GEMM alone, one image", GEMM,
+        layouts=CONTIGUOUS, shapes=("one-image",), limit=1.15,
+    ),
+    forward_over(
+        "forward on the channels-first view / nn.Linear on that view", "nn.Linear alone",
+        layouts=("channels-first",), limit=1.05,
     ),
     Target(
-        text="forward / GEMM alone, one image",
-        operations=("forward",),
-        layouts=("contiguous",),
-        shapes=("one-image",),
-        figure=time_over(IN_PLACE, "GEMM alone"),
-        limit=1.3,
+        text="forward + backward / three GEMMs alone", operations=BOTH, layouts=CONTIGUOUS,
+        shapes=LARGE, figure=time_over("step37", GEMM), limit=1.1,
     ),
     Target(
-        text="forward on the channels-first view / nn.Linear on that view",
-        operations=("forward",),
-        layouts=("channels-first",),
-        figure=time_over(IN_PLACE, "nn.Linear alone"),
-        limit=1.05,
+        text="fastest peer, torch.compile included", operations=FORWARD + BOTH,
+        figure=time_over("step37", *PEERS), limit=1.0,
     ),
+    times_stock("flickr8k", 3),
+    times_stock("long", 3.5),
+    times_stock("huge", 7),
+    times_stock("multicrop", 5),
+    Target(text="host synchronisations", operations=EVERY, figure=syncs, limit=0),
     Target(
-        text="forward / fastest peer",
-        operations=("forward",),
-        figure=time_over(IN_PLACE, *PEERS),
-        limit=1.0,
+        text="peak memory of forward / its output", operations=FORWARD, layouts=CONTIGUOUS,
+        shapes=LARGE, figure=memory_over_output, limit=1.05,
     ),
-    Target(
-        text="forward + backward / stock, flickr8k",
-        operations=("forward+backward",),
-        shapes=("flickr8k",),
-        figure=time_over(IN_PLACE, "stock"),
-        limit=1 / 3,
-    ),
-    Target(
-        text="forward + backward / stock, long",
-        operations=("forward+backward",),
-        shapes=("long",),
-        figure=time_over(IN_PLACE, "stock"),
-        limit=1 / 5,
-    ),
-    Target(
-        text="forward + backward / best torch.compile",
-        operations=("forward+backward",),
-        figure=time_over(IN_PLACE, "torch.compile"),
-        limit=1 / 1.15,
-    ),
-    Target(
-        text="dX and dW kernels / GEMM alone",
-        operations=("dX", "dW"),
-        figure=time_over("step37 kernel alone", "GEMM alone"),
-        limit=1.1,
-    ),
-    Target(
-        text="host synchronisations",
-        operations=("forward", "backward", "forward+backward"),
-        figure=syncs,
-        limit=0,
-    ),
-    Target(
-        text="memory above the output / stock's",
-        operations=("forward",),
-        layouts=("contiguous",),
-        figure=memory_over_stock,
-        limit=0.05,
-    ),
-    Target(
-        text="normalise / copy of as many bytes",
-        subject="normalize",
-        operations=("normalize",),
-        layouts=("",),
-        shapes=("64 × 728×728",),
-        figure=time_over("step37", "copy of as many bytes"),
-        limit=1 / 0.7,
-    ),
-    Target(
-        text="resize + normalise / copy of as many bytes",
-        subject="resize",
-        operations=("resize+normalize",),
-        layouts=("",),
-        shapes=("64 × 500×375 → 728",),
-        figure=time_over("step37", "copy of as many bytes"),
-        limit=2.0,
-    ),
-)
+    pixels("normalize", "normalize", "64 × 728×728", 1 / 0.7),
+    pixels("resize", "resize+normalize", "64 × 500×375 → 728", 2.0),
+)  # fmt: skip
 
 
 def judge(groups: Sequence[Sequence[Record]]) -> Iterator[tuple[Target, float, str]]:

@@ -1,23 +1,50 @@
-"""Fused multimodal embedding of Step-3.7-Flash: Triton kernels with a PyTorch reference."""
+"""Fused multimodal embedding of Step-3.7-Flash: Triton kernels with a PyTorch reference.
 
-from step37_kernels.image_insert_embedding import ImageForInsert, ImageInsertEmbedding
-from step37_kernels.insert import project_and_insert
-from step37_kernels.pixels.normalize import clip_normalize
-from step37_kernels.pixels.ragged import Crop, RaggedImages
-from step37_kernels.pixels.resize import resize_clip_normalize, resize_uint8
-from step37_kernels.plan import InsertPlan, plan_insert
+The names below load their module on first use, so that ``import step37_kernels`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from step37_kernels.image_insert_embedding import ImageForInsert as ImageForInsert
+    from step37_kernels.image_insert_embedding import ImageInsertEmbedding as ImageInsertEmbedding
+    from step37_kernels.insert import project_and_insert as project_and_insert
+    from step37_kernels.pixels.normalize import clip_normalize as clip_normalize
+    from step37_kernels.pixels.ragged import Crop as Crop
+    from step37_kernels.pixels.ragged import RaggedImages as RaggedImages
+    from step37_kernels.pixels.resize import resize_clip_normalize as resize_clip_normalize
+    from step37_kernels.pixels.resize import resize_uint8 as resize_uint8
+    from step37_kernels.plan import InsertPlan as InsertPlan
+    from step37_kernels.plan import plan_insert as plan_insert
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Crop",
-    "ImageForInsert",
-    "ImageInsertEmbedding",
-    "InsertPlan",
-    "RaggedImages",
-    "clip_normalize",
-    "plan_insert",
-    "project_and_insert",
-    "resize_clip_normalize",
-    "resize_uint8",
-]
+_MODULE_OF = {
+    "Crop": "pixels.ragged",
+    "ImageForInsert": "image_insert_embedding",
+    "ImageInsertEmbedding": "image_insert_embedding",
+    "InsertPlan": "plan",
+    "RaggedImages": "pixels.ragged",
+    "clip_normalize": "pixels.normalize",
+    "plan_insert": "plan",
+    "project_and_insert": "insert",
+    "resize_clip_normalize": "pixels.resize",
+    "resize_uint8": "pixels.resize",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -356,7 +356,7 @@ class ImageInsertEmbedding(nn.Module):
                 projector.bias,
                 plan,
                 gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-                after_plan=plan is whole and not self.strict,
+                after_plan=plan is whole and not (self.strict or compiling),
             )
         else:
             check_embeddings(embeddings, plan, "language_embedding's result")

@@ -63,9 +63,10 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """
     seq_len, batch_size, hidden = embeddings.shape
     num_positions = seq_len * batch_size
-    if type(plan.destinations) is Tensor and plan.destinations.is_cpu:
+    slots = plan.destinations
+    if slots.is_cpu and type(slots) is Tensor and not torch.compiler.is_compiling():
         # Values are at hand, and what has no destination can be left out.
-        flat, slots = embeddings.reshape(num_positions, hidden), plan.destinations
+        flat = embeddings.reshape(num_positions, hidden)
         kept = slots >= 0
         if not kept.all():
             slots, rows = slots[kept], rows[kept]
@@ -73,7 +74,7 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
-    slots = torch.where(plan.destinations < 0, num_positions, plan.destinations).long()
+    slots = torch.where(slots < 0, num_positions, slots).long()
     return flat.index_copy(0, slots, rows)[:-1].view(seq_len, batch_size, hidden)
 
 
@@ -358,6 +359,8 @@ def insert_projected(
                 f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
                 f"{tensor.dtype}; pass impl='torch'"
             )
+    if not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
+        after_plan = False  # a copy is launched in between
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

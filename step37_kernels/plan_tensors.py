@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -20,23 +21,31 @@ PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 _Numbers = tuple[int, ...]
 
 
+# Numbers, not tensors, are what is kept for the layouts seen last. A tensor would belong to where
+# it was made: to a stream, on which alone it is known to have arrived; to the pool of a CUDA graph,
+# which it must not outlive; to a mode, such as that of fake tensors.
+
+
 @functools.lru_cache(maxsize=64)
-def _host_tables(
+def _layout_table(
     tokens: _Numbers, group_sizes: _Numbers, features: _Numbers, rows: _Numbers
 ) -> _Numbers:
-    """``[G + 1, 2]`` (start token, first feature), then ``[N + 1]`` first rows, flattened.
+    """What :func:`step37_kernels.ops.plan.plan_rows` reads where the layout is large."""
+    first_rows = itertools.accumulate(map(operator.mul, features, rows), initial=0)
+    return (
+        *tokens,
+        *itertools.accumulate(group_sizes, initial=0),
+        *rows,
+        *itertools.accumulate(features, initial=0),
+        *list(first_rows)[:-1],
+    )
 
-    Numbers, not a tensor, are what is kept for the layouts seen last. A tensor would belong to
-    where it was made: to a stream, on which alone it is known to have arrived; to the pool of a
-    CUDA graph, which it must not outlive; to a mode, such as that of fake tensors.
-    """
-    firsts = (0, *itertools.accumulate(group_sizes))
-    first_rows = [0]
-    for count, each in zip(features, rows, strict=True):
-        first = first_rows[-1]
-        first_rows += [first + each * k for k in range(1, count + 1)]
-    pairs = zip((*tokens, 0), firsts, strict=True)
-    return (*(number for pair in pairs for number in pair), *first_rows)
+
+@functools.lru_cache(maxsize=64)
+def _first_rows(features: _Numbers, rows: _Numbers) -> _Numbers:
+    """``[N + 1]``: first row of each feature, then R."""
+    each = (count for n, count in zip(features, rows, strict=True) for _ in range(n))
+    return tuple(itertools.accumulate(each, initial=0))
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
@@ -75,26 +84,13 @@ def make_plan(
 
         groups = tuple(zip(tokens, group_sizes, strict=True))
         runs = tuple(zip(features, rows, strict=True))
-        tables = None
-        if max(len(groups), len(runs)) > ops.MAX_INLINE:
-            tables = _device_tables(tokens, group_sizes, features, rows, input_ids.device)
-        return ops.plan_rows(input_ids, groups, runs, tables)
-    _, first_rows = _device_tables(tokens, group_sizes, features, rows, input_ids.device)
-    total = sum(n * each for n, each in zip(features, rows, strict=True))
-    return _plan_torch(input_ids, tokens, group_sizes, first_rows, total)
-
-
-def _device_tables(
-    tokens: _Numbers,
-    group_sizes: _Numbers,
-    features: _Numbers,
-    rows: _Numbers,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """The layout of the groups on the device: ``[G + 1, 2]`` int64 and ``[N + 1]`` int32."""
-    flat = _upload(_host_tables(tokens, group_sizes, features, rows), device)
-    length = 2 * (len(tokens) + 1)
-    return flat[:length].view(-1, 2), flat[length:].to(torch.int32)
+        table = None
+        if not ops.fits_into_a_launch(groups, runs):
+            table = _upload(_layout_table(tokens, group_sizes, features, rows), input_ids.device)
+        return ops.plan_rows(input_ids, groups, runs, table)
+    offsets = _first_rows(features, rows)
+    first_rows = _upload(offsets, input_ids.device)
+    return _plan_torch(input_ids, tokens, group_sizes, first_rows, offsets[-1])
 
 
 def _plan_torch(
@@ -121,9 +117,9 @@ def _plan_torch(
     start = torch.cat(starts) if starts else index.new_empty(0)
 
     row = torch.arange(total, device=input_ids.device)
-    rows_each = first_rows.diff().long()
+    rows_each = first_rows.diff()
     start_of_row = start.repeat_interleave(rows_each, output_size=total)
-    first_of_row = first_rows[:-1].long().repeat_interleave(rows_each, output_size=total)
+    first_of_row = first_rows[:-1].repeat_interleave(rows_each, output_size=total)
     position = start_of_row + (row - first_of_row) * batch_size
     lands = (start_of_row >= 0) & (position < num_positions)
     slot = torch.where(lands, position, num_positions)

@@ -31,14 +31,21 @@ def _defined_at(module: ModuleType, name: str) -> str:
     return f"{home}.{name}"
 
 
+def reference(module: str) -> str:
+    """Markdown for the public names of a module; one that is from elsewhere is a link."""
+    parts = []
+    for name, path in public_names(module).items():
+        if path.partition(".")[0] == module.partition(".")[0]:
+            parts.append(f"::: {path}")
+        else:
+            parts.append(f"### {name}\n\nThe same as [`{path}`][{path}].")
+    return "\n\n".join(parts)
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    return re.sub(
-        r"^<!-- api: ([\w.]+) -->$",
-        lambda match: "\n\n".join(f"::: {path}" for path in public_names(match[1]).values()),
-        markdown,
-        flags=re.MULTILINE,
-    )
+    marker = re.compile(r"^<!-- api: ([\w.]+) -->$", re.MULTILINE)
+    return marker.sub(lambda match: reference(match[1]), markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -38,22 +38,24 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "device copies [S, B, H]": {"facecolor": "#f2cf8d", "edgecolor": "#8a6a1f"},
 }
 # (lane, start, width, look, text); not to scale.
+_WAIT = "host waits for the device"
 _STOCK = (
     ("host", 0.0, 1.7, "host works", "resize, normalise"),
-    ("host", 1.7, 0.6, "host works", "launch"),
+    ("host", 1.7, 0.8, "host works", "launch"),
     ("device", 2.2, 0.7, "device", "look up"),
-    ("device", 2.9, 0.8, "device", "project"),
-    ("device", 3.7, 0.7, "device copies [S, B, H]", "clone"),
-    ("host", 2.3, 0.3, "host works", ""),
+    ("device", 2.9, 0.9, "device", "project"),
+    ("host", 2.5, 1.4, _WAIT, ""),  # for the places of the start tokens
+    ("host", 3.9, 0.25, "host works", ""),
+    ("device", 4.05, 0.75, "device copies [S, B, H]", "clone"),
     *(
         piece
-        for k, at in enumerate((2.6, 5.6, 7.6))
+        for k in range(3)
         for piece in (
-            ("host", at, 1.75 if k == 0 else 0.75, "host waits for the device", ""),
-            ("host", at + (1.75 if k == 0 else 0.75), 0.2, "host works", ""),
-            ("host", at + (1.95 if k == 0 else 0.95), 0.75, "host waits for the device", ""),
-            ("host", at + (2.7 if k == 0 else 1.7), 0.3, "host works", ""),
-            ("device", at + (2.9 if k == 0 else 1.9), 0.5, "device", str(k)),
+            ("host", 4.15 + 1.7 * k, 0.7, _WAIT, ""),
+            ("host", 4.85 + 1.7 * k, 0.15, "host works", ""),
+            ("host", 5.0 + 1.7 * k, 0.6, _WAIT, ""),
+            ("host", 5.6 + 1.7 * k, 0.25, "host works", ""),
+            ("device", 5.75 + 1.7 * k, 0.5, "device", str(k)),
         )
     ),
 )

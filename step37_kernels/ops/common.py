@@ -65,17 +65,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` multiplies: fp32 follows ``torch.backends.cuda.matmul.fp32_precision``.
-
-    ``torch.set_float32_matmul_precision`` and ``allow_tf32`` show there too, whereas their own
-    getters raise once the newer setting has been used.
-    """
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one for a launch; Triton launches on the current GPU."""
     if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:

@@ -34,24 +34,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-class Constants(dict[str, Any]):
-    """Constexpr arguments and compile options of a kernel."""
-
-
-class Launcher:
-    """:func:`launch` of one kernel, its arguments in groups."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __call__(
-        self,
-        grid: tuple[int, ...],
-        tensors: tuple[Any, ...],
-        fixed: tuple[int, ...],
-        varying: tuple[int, ...],
-        constants: Constants,
-    ) -> None:
-        launch(self.kernel, grid, *tensors, *fixed, *varying, **constants)

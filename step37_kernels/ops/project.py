@@ -11,7 +11,6 @@ Shape letters: ``R`` feature rows of all sources, ``C`` encoder output width, ``
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -26,136 +25,16 @@ from step37_kernels.ops.common import (
     INTERPRETED,
     ceil_div,
     device_of,
-    dot_precision,
     in_vectors,
     round_to,
     whole_vectors,
 )
-from step37_kernels.ops.gemm import (
-    _processors,
-    mma,
-    num_programs,
-    operand,
-    partial_sums,
-    rows_times_weight,
-    sum_splits,
-)
-from step37_kernels.ops.launch import Constants, Launcher, launch
-from step37_kernels.ops.tiles import MAX_PARTS, Tile, insert_tile, schedule, tile_for
+from step37_kernels.ops.launch import launch
+from step37_kernels.ops.tiles import MAX_PARTS, Tile, insert_tile, processors, schedule
 
 PACK_BLOCK_L = 64
 PACK_BLOCK_C = 64
 
-
-@triton.jit(do_not_specialize=["num_rows"])
-def project_scatter_kernel(
-    x,  # [R, C] contiguous; descriptor of [BLOCK_M, BLOCK_K] blocks, or pointer
-    weight,  # [H, C] contiguous; descriptor of [BLOCK_N, BLOCK_K] blocks, or pointer
-    bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
-    destinations_ptr,  # [R] int32: position s * B + b, or −1
-    live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are dropped, and not computed
-    out_ptr,  # [P, H] contiguous: only the rows of destinations are written
-    partial_ptr,  # [SPLIT_K, R, H] fp32, out if SPLIT_K > 1; then out is left to the second pass
-    H,
-    C,
-    num_rows,
-    HAS_BIAS: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SUBTILES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    live_rows = num_rows
-    if HAS_LIVE:
-        live_rows = tl.load(live_ptr)
-    num_m = tl.cdiv(live_rows, BLOCK_M)
-    num_tiles = num_m * tl.cdiv(H, BLOCK_N)
-    first = tl.program_id(0)
-    split = tl.program_id(1)
-    if PERSISTENT:
-        for tile in tl.range(first, num_tiles, tl.num_programs(0), flatten=True):
-            rows_times_weight(
-                tile, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-                num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
-                SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            )  # fmt: skip
-    elif first < num_tiles:
-        rows_times_weight(
-            first, num_m, split, x, weight, bias_ptr, destinations_ptr, out_ptr, partial_ptr,
-            num_rows, H, C, True, HAS_BIAS, True, EVEN_K, False, PRECISION, INTERPRET, TMA,
-            SPLIT_K, SUBTILES, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-        )  # fmt: skip
-
-
-_project_scatter = Launcher(project_scatter_kernel)
-
-
-@functools.lru_cache
-def _constants(tile: Tile, width: int, has_bias: bool, has_live: bool, precision: str) -> Constants:
-    return Constants(
-        HAS_BIAS=has_bias,
-        HAS_LIVE=has_live,
-        EVEN_K=width % tile.block_k == 0,
-        PRECISION=precision,
-        INTERPRET=INTERPRETED,
-        **tile.options(),
-    )
-
-
-def project_scatter(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    destinations: Tensor,
-    live_rows: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write ``x @ weightᵀ + bias`` to the rows ``destinations`` of ``out``; one launch, or two
-    where the tile table splits the reduction of a few rows.
-
-    Args:
-        x: ``[R, C]`` contiguous, R > 0, in the weight's dtype.
-        weight: ``[H, C]`` contiguous.
-        bias: ``[H]`` contiguous or None.
-        destinations: ``[R]`` int32, unique where ≥ 0.
-        live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
-            where they may be anywhere.
-        out: ``[S, B, H]`` contiguous.
-    """
-    num_rows, width = x.shape
-    hidden = weight.shape[0]
-    tile = tile_for("forward", num_rows, x, weight)
-    partial = partial_sums(tile, num_rows, hidden, out)
-    with device_of(x):
-        _project_scatter(
-            (num_programs(tile, num_rows, hidden, x.device), tile.split_k),
-            (
-                operand(x, tile.block_m, tile.block_k, tile),
-                operand(weight, tile.block_n, tile.block_k, tile),
-                weight if bias is None else bias,
-                destinations,
-                destinations if live_rows is None else live_rows,
-                out,
-                partial,
-            ),
-            (hidden, width),
-            (num_rows,),
-            _constants(
-                tile, width, bias is not None, live_rows is not None, dot_precision(x.dtype)
-            ),
-        )
-        sum_splits(tile, partial, weight, bias, destinations, out)
-
-
-# --- The insert ---------------------------------------------------------------------------------
 
 MAX_SOURCES = 4
 """Contiguous tensors of feature rows that one launch reads where they are."""
@@ -200,42 +79,21 @@ def _numbered(*names: str) -> list[str]:
     do_not_specialize=_numbered("rows_each", "stride_n", "stride_l", "stride_c", "row", "program")
 )
 def pack_rows_kernel(
-    source_0,  # [N, L, C], any strides
-    source_1,
-    source_2,
-    source_3,
+    source_0, source_1, source_2, source_3,  # [N, L, C], any strides
     packed_ptr,  # [R, C] contiguous, out
     C,
-    rows_each_0,  # L
-    rows_each_1,
-    rows_each_2,
-    rows_each_3,
-    stride_n_0,
-    stride_n_1,
-    stride_n_2,
-    stride_n_3,
-    stride_l_0,
-    stride_l_1,
-    stride_l_2,
-    stride_l_3,
-    stride_c_0,
-    stride_c_1,
-    stride_c_2,
-    stride_c_3,
-    row_0,  # the first packed row of each source
-    row_1,
-    row_2,
-    row_3,
-    program_0,  # its first program along the first axis
-    program_1,
-    program_2,
-    program_3,
+    rows_each_0, rows_each_1, rows_each_2, rows_each_3,  # L
+    stride_n_0, stride_n_1, stride_n_2, stride_n_3,
+    stride_l_0, stride_l_1, stride_l_2, stride_l_3,
+    stride_c_0, stride_c_1, stride_c_2, stride_c_3,
+    row_0, row_1, row_2, row_3,  # the first packed row of each source
+    program_0, program_1, program_2, program_3,  # its first program along the first axis
     SOURCES: tl.constexpr,
     FASTEST: tl.constexpr,  # the axis whose stride is 1 in all sources: "L", "C", or ""
-    WHOLE: tl.constexpr,  # the other strides are whole vectors
+    WHOLE: tl.constexpr,  # stride_n and stride_l are whole vectors
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     # Along L where the views are channels-first (stride_l = 1) loads are coalesced, along C stores:
     # the compiler exchanges the tile through shared memory between the two.
     program = tl.program_id(0)
@@ -321,16 +179,17 @@ def _tile_place(
 
 
 @triton.jit
+def _mma(a, b, acc, INTERPRET: tl.constexpr):
+    """``acc + a @ b`` with fp32 accumulation."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")  # fp32: in the interpreter alone
+
+
+@triton.jit
 def _store_rows(
-    acc,  # [ROWS, COLS] fp32
-    dtype_ptr,  # any pointer of the weight's dtype
-    destinations_ptr,
-    out_ptr,
-    rows,
-    end,
-    cols,
-    H,
-    INTERPRET: tl.constexpr,
+    acc, dtype_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET: tl.constexpr
 ):
     """Round, and write each row before ``end`` to its destination, if it has one."""
     # To the weight's dtype first, as a projector on its own would, then to the output's.
@@ -350,24 +209,11 @@ def _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, WHOLE: tl.co
 
 @triton.jit
 def _place_rows(
-    block,
-    rows_ptr,  # [R, H] contiguous, read if PROJECTED: they are placed, too; else any pointer
-    text_ptr,  # [S, B, H], any strides: read only for text rows
-    row_at_ptr,  # [P] int32: the feature row of a position, or −1
-    out_ptr,  # [P, H] contiguous
-    H,
-    stride_h,
-    num_positions,
-    batch_size,
-    stride_s,
-    stride_b,
-    WHOLE: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Write the rows of a block of positions that hold text, or all."""
+    block, rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size,
+    stride_s, stride_b, WHOLE: tl.constexpr, PROJECTED: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Write the rows of a block of positions: text, and if PROJECTED those of ``rows_ptr``."""
     positions = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = positions < num_positions
     row_at = tl.load(row_at_ptr + positions, mask=inside, other=0)
@@ -391,36 +237,24 @@ def _place_rows(
 
 @triton.jit(do_not_specialize=[*_ROWS, "whole", "tail", "parts", *_TEXT])
 def project_insert_kernel(
-    x_0,  # [rows_0, C]: descriptors of [TOP, BLOCK_K] blocks of the sources
-    x_1,
-    x_2,
-    x_3,
-    y_0,  # the same in [REST, BLOCK_K] blocks; not read if REST is 0
-    y_1,
-    y_2,
-    y_3,
+    x_0, x_1, x_2, x_3,  # [rows_i, C]: descriptors of [TOP, BLOCK_K] blocks of the sources
+    y_0, y_1, y_2, y_3,  # the same in [REST, BLOCK_K] blocks; not read if REST is 0
     weight,  # [H, C]: descriptor of [BLOCK_N, BLOCK_K] blocks
     bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
     destinations_ptr,  # [R] int32: position s * B + b, or −1
     live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are not computed
-    text_ptr,  # [S, B, H], any strides
+    text_ptr,  # [S, B, H], any strides: read only for text rows
     row_at_ptr,  # [P] int32: the feature row of a position, or −1
     out_ptr,  # [P, H] contiguous, out
-    partial_ptr,  # [tail · parts, BLOCK_M, BLOCK_N] fp32, out: parts of the tail's tiles
+    partial_ptr,  # [tail · parts, TOP + REST, BLOCK_N] fp32, out: parts of the tail's tiles
     H,
     C,
     stride_h,
-    rows_0,
-    rows_1,
-    rows_2,
-    rows_3,
+    rows_0, rows_1, rows_2, rows_3,
     whole,  # tiles with a program each: the first programs
     tail,  # tiles with ``parts`` programs each: the next ones; then text rows are copied
     parts,
-    num_positions,
-    batch_size,
-    stride_s,
-    stride_b,
+    num_positions, batch_size, stride_s, stride_b,
     SOURCES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LIVE: tl.constexpr,
@@ -431,9 +265,9 @@ def project_insert_kernel(
     REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    COPY_P: tl.constexpr,
-    COPY_H: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     part = program - whole
     if part >= tail * parts:
@@ -441,7 +275,8 @@ def project_insert_kernel(
             tl.extra.cuda.gdc_wait()
         _place_rows(
             part - tail * parts, out_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h,
-            num_positions, batch_size, stride_s, stride_b, WHOLE, False, INTERPRET, COPY_P, COPY_H,
+            num_positions, batch_size, stride_s, stride_b, WHOLE, False, INTERPRET,
+            BLOCK_P, BLOCK_H,
         )  # fmt: skip
     else:
         tile = program
@@ -476,9 +311,9 @@ def project_insert_kernel(
             # Rows and columns past the end, which the copy engine fills with zeros, are not stored.
             for k in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
                 w = weight.load([col, k]).T
-                acc = mma(x.load([row, k]), w, acc, "ieee", INTERPRET)
+                acc = _mma(x.load([row, k]), w, acc, INTERPRET)
                 if REST:
-                    rest = mma(y.load([row + TOP, k]), w, rest, "ieee", INTERPRET)
+                    rest = _mma(y.load([row + TOP, k]), w, rest, INTERPRET)
             if PDL and not HAS_LIVE:
                 # Not before: nothing above is the plan's. Not later: nothing is written earlier.
                 tl.extra.cuda.gdc_wait()
@@ -502,14 +337,11 @@ def project_insert_kernel(
 @triton.jit(do_not_specialize=[*_ROWS, "whole", "parts"])
 def sum_parts_kernel(
     partial_ptr,  # [tail · parts, BLOCK_M, BLOCK_N] fp32
-    dtype_ptr,  # any pointer of the weight's dtype; not read
+    bias_ptr,  # any pointer of the weight's dtype; not read
     destinations_ptr,
     out_ptr,
     H,
-    rows_0,
-    rows_1,
-    rows_2,
-    rows_3,
+    rows_0, rows_1, rows_2, rows_3,
     whole,
     parts,
     SOURCES: tl.constexpr,
@@ -519,7 +351,7 @@ def sum_parts_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     MOST: tl.constexpr,
-):
+):  # fmt: skip
     """The parts of the tail's tiles are added in order, so two runs agree."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -532,33 +364,24 @@ def sum_parts_kernel(
     rows = base + row + inner
     part_ptrs = partial_ptr + (number * parts).to(tl.int64) * (BLOCK_M * BLOCK_N)
     part_ptrs += inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (rows < end)[:, None]
-    acc = tl.load(part_ptrs, mask=mask, other=0.0)
+    acc = tl.load(part_ptrs, mask=(rows < end)[:, None], other=0.0)
     for part in tl.static_range(1, MOST):  # unrolled: all are on their way at once
         part_ptrs += BLOCK_M * BLOCK_N
-        there = rows < tl.where(part < parts, end, 0)
-        acc += tl.load(part_ptrs, mask=there[:, None], other=0.0)
+        here = rows < tl.where(part < parts, end, 0)
+        acc += tl.load(part_ptrs, mask=here[:, None], other=0.0)
     cols = col + tl.arange(0, BLOCK_N)
-    _store_rows(acc, dtype_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET)
+    _store_rows(acc, bias_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET)
 
 
 @triton.jit(do_not_specialize=_TEXT)
 def place_rows_kernel(
     rows_ptr,  # [R, H] contiguous, in the weight's dtype
-    text_ptr,
-    row_at_ptr,
-    out_ptr,
-    H,
-    stride_h,
-    num_positions,
-    batch_size,
-    stride_s,
-    stride_b,
+    text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s, stride_b,
     WHOLE: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):
+):  # fmt: skip
     """Feature rows that the library projected, and text rows, each to its position."""
     _place_rows(
         tl.program_id(0), rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions,
@@ -597,63 +420,47 @@ def project_insert(
             for as late as it is needed, by GPUs of capability 90 and later.
     """
     out = torch.empty(text.shape, dtype=text.dtype, device=text.device)
-    tile = insert_tile(sources, weight)
-    with device_of(text):
-        if tile.library:
-            _by_library(sources, weight, bias, text, row_at, out)
-        else:
-            _by_tiles(
-                tile, sources, weight, bias, destinations, live_rows, text, row_at, out,
-                pdl=after_plan and not INTERPRETED,
-            )  # fmt: skip
-    return out
-
-
-def _text_arguments(text: Tensor) -> tuple[dict[str, Any], int]:
-    """The arguments that say where text rows are, and the programs that copy them."""
     seq_len, batch_size, _ = text.shape
     stride_s, stride_b, stride_h = text.stride()
-    arguments = {
+    num_positions = seq_len * batch_size
+    # What both ways have in common, and the programs that place or copy rows.
+    rows: dict[str, Any] = {
         "text_ptr": text,
+        "row_at_ptr": row_at,
+        "out_ptr": out,
+        "H": weight.shape[0],
         "stride_h": stride_h,
-        "num_positions": seq_len * batch_size,
+        "num_positions": num_positions,
         "batch_size": batch_size,
         "stride_s": stride_s,
         "stride_b": stride_b,
         "WHOLE": whole_vectors(stride_s, stride_b),
         "INTERPRET": INTERPRETED,
+        "BLOCK_P": COPY_BLOCK_P,
+        "BLOCK_H": COPY_BLOCK_H,
     }
-    return arguments, ceil_div(seq_len * batch_size, COPY_BLOCK_P)
+    copies = ceil_div(num_positions, COPY_BLOCK_P)
+    tile = insert_tile(sources, weight)
+    with device_of(text):
+        if tile.library:
+            projected = _by_library(sources, weight, bias)
+            launch(place_rows_kernel, (copies,), projected, num_warps=COPY_WARPS, **rows)
+        else:
+            pdl = after_plan and not INTERPRETED
+            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, rows, pdl)
+    return out
 
 
-def _by_library(
-    sources: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    text: Tensor,
-    row_at: Tensor,
-    out: Tensor,
-) -> None:
-    num_rows, hidden = sum(map(len, sources)), weight.shape[0]
-    projected = torch.empty(num_rows, hidden, dtype=weight.dtype, device=weight.device)
-    for x, rows in zip(sources, projected.split([len(x) for x in sources]), strict=True):
+def _by_library(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The projected rows of all sources, ``[R, H]``."""
+    counts = [len(x) for x in sources]
+    projected = torch.empty(sum(counts), weight.shape[0], dtype=weight.dtype, device=weight.device)
+    for x, rows in zip(sources, projected.split(counts), strict=True):
         if bias is None:
             torch.mm(x, weight.T, out=rows)
         else:
             torch.addmm(bias, x, weight.T, out=rows)
-    arguments, programs = _text_arguments(text)
-    launch(
-        place_rows_kernel,
-        (programs,),
-        rows_ptr=projected,
-        row_at_ptr=row_at,
-        out_ptr=out,
-        H=out.shape[2],
-        BLOCK_P=COPY_BLOCK_P,
-        BLOCK_H=COPY_BLOCK_H,
-        num_warps=COPY_WARPS,
-        **arguments,
-    )
+    return projected
 
 
 def _by_tiles(
@@ -663,32 +470,30 @@ def _by_tiles(
     bias: Tensor | None,
     destinations: Tensor,
     live_rows: Tensor | None,
-    text: Tensor,
-    row_at: Tensor,
-    out: Tensor,
-    *,
+    copies: int,
+    rows: dict[str, Any],
     pdl: bool,
 ) -> None:
     hidden, width = weight.shape
     counts = [len(x) for x in sources]
-    plan = schedule(tile, counts, hidden, width, _processors(weight.device))
+    plan = schedule(tile, counts, hidden, width, processors(weight.device))
     size = plan.partials * tile.block_m * tile.block_n
-    partial = torch.empty(size, dtype=torch.float32, device=out.device)
     top = 1 << tile.block_m.bit_length() - 1
     rest = tile.block_m - top
-
-    def blocks(matrix: Tensor, rows: int) -> TensorDescriptor:
-        # Not the tensor's own strides: that of an only row may be anything, and is never used.
-        return TensorDescriptor(matrix, matrix.shape, (width, 1), [rows, tile.block_k])
-
     absent = MAX_SOURCES - len(sources)
-    tops = [blocks(x, top) for x in sources]
-    rests = [blocks(x, rest) for x in sources] if rest else tops
-    shared = {
+
+    def blocks(matrix: Tensor, height: int) -> TensorDescriptor:
+        # Not the tensor's own strides: that of an only row may be anything, and is never used.
+        return TensorDescriptor(matrix, matrix.shape, (width, 1), [height, tile.block_k])
+
+    def of_sources(height: int) -> list[TensorDescriptor]:
+        found = [blocks(x, height) for x in sources]
+        return found + found[:1] * absent
+
+    shared: dict[str, Any] = {
+        "partial_ptr": torch.empty(size, dtype=torch.float32, device=weight.device),
+        "bias_ptr": weight if bias is None else bias,
         "destinations_ptr": destinations,
-        "out_ptr": out,
-        "H": hidden,
-        "partial_ptr": partial,
         "whole": plan.whole,
         "parts": plan.parts,
         "SOURCES": len(sources),
@@ -696,18 +501,13 @@ def _by_tiles(
         **dict(zip(_ROWS, [*counts, *[0] * absent], strict=True)),
         **({"launch_pdl": True} if pdl else {}),
     }
-    arguments, copies = _text_arguments(text)
     launch(
         project_insert_kernel,
         (plan.programs + copies,),
-        *tops,
-        *tops[:1] * absent,
-        *rests,
-        *rests[:1] * absent,
+        *of_sources(top),
+        *of_sources(rest or top),
         weight=blocks(weight, tile.block_n),
-        bias_ptr=weight if bias is None else bias,
         live_ptr=destinations if live_rows is None else live_rows,
-        row_at_ptr=row_at,
         C=width,
         tail=plan.tail,
         HAS_BIAS=bias is not None,
@@ -716,18 +516,17 @@ def _by_tiles(
         REST=rest,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        COPY_P=COPY_BLOCK_P,
-        COPY_H=COPY_BLOCK_H,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **arguments,
         **shared,
+        **rows,
     )
     if plan.partials:
         launch(
             sum_parts_kernel,
             (plan.tail * (tile.block_m // SUM_ROWS),),
-            dtype_ptr=weight,
+            out_ptr=rows["out_ptr"],
+            H=hidden,
             INTERPRET=INTERPRETED,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

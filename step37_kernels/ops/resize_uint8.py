@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from step37_kernels.ops.common import ceil_div, device_of
+from step37_kernels.ops.filter import filter_pass, join_tables, needs_clamp, upload
 from step37_kernels.ops.launch import launch
-from step37_kernels.ops.resize import filter_pass, join_tables, needs_clamp, upload
 
 # Rows and columns of a program's tile, and rows at a time: as in the first pass of ops.resize.
 TILE, LINES = (16, 256), 2

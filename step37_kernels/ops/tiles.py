@@ -1,209 +1,55 @@
-"""The tile table of the matrix products: device capability × rows × operand width, in one place.
+"""The tile table of the insert's product: which tile multiplies how many feature rows, and how the
+programs of a launch share the tiles.
 
-Looked up in Python at launch; nothing is autotuned at run time, so every rank of a job runs the
-same kernel and a new packed length compiles nothing. The bucket bounds are row counts R; the width
-of the projection (C = 6144, H = 4096) is the model's and does not vary.
+Looked up in Python at launch; nothing is searched or tuned at run time, so every rank of a job runs
+the same kernel, and a new packed length compiles nothing. The table is made for the projection of
+the model (C = 6144, H = 4096), whose width does not vary.
 """
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, ceil_div
 
-Product = Literal["forward", "grad_features", "grad_weight", "accumulate_weight"]
-"""``accumulate_weight`` is grad_weight on top of what ``main_grad`` holds."""
 
-_PRODUCTS: tuple[Product, ...] = get_args(Product)
-
-
-@dataclass(frozen=True, eq=False)  # compared by identity: it is a key of every launch
+@dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share of an ``[M, N] = [M, K] · [K, N]`` product, and how it is compiled."""
+    """One program's share of ``[R, H] = [R, C] · [C, H]``, and how it is compiled."""
 
     block_m: int
-    """Feature rows; of the insert's tiles also a sum of two powers of two: two products."""
+    """Feature rows: a power of two, or a sum of two, which is two products."""
     block_n: int
     """Columns of H."""
     block_k: int
-    group_m: int
+    """Of C, in each step."""
     num_warps: int
     num_stages: int
-    tma: bool = False
-    """Blocks come by the copy engine, where the operands' memory allows (:func:`tile_for`)."""
-    persistent: bool = False
-    """One program per multiprocessor walks over tiles: the next loads while the last is stored."""
-    split_k: int = 1
-    """Programs that share one tile's reduction; a second pass adds their parts in order."""
-    subtiles: int = 1
-    """2: the epilogue goes through the tile by halves, with fewer registers."""
+    """Steps whose blocks the copy engine (TMA) brings ahead."""
     library: bool = False
     """Not a tile: the library multiplies (cuBLAS, hipBLAS), one more kernel places the rows."""
 
-    def __post_init__(self) -> None:
-        if self.persistent and self.split_k > 1:
-            raise ValueError("Tile: persistent programs do not split K")
-        if self.subtiles not in (1, 2):
-            raise ValueError(f"Tile: subtiles must be 1 or 2, got {self.subtiles}")
-
     def __str__(self) -> str:
-        """As tables show it: ``128×256×64 TMA persistent halves``."""
-        if self.library:
-            return "library"
-        parts = [f"{self.block_m}×{self.block_n}×{self.block_k}"]
-        parts += ["TMA"] * self.tma + ["persistent"] * self.persistent
-        parts += [f"split {self.split_k}"] * (self.split_k > 1) + ["halves"] * (self.subtiles > 1)
-        return " ".join(parts)
-
-    @functools.cached_property
-    def by_pointers(self) -> Tile:
-        """The tile for operands that the copy engine does not take."""
-        return dataclasses.replace(self, tma=False, persistent=False) if self.tma else self
-
-    def constants(self) -> dict[str, int | bool]:
-        """The constexpr arguments of the kernels."""
-        return {
-            "TMA": self.tma,
-            "PERSISTENT": self.persistent,
-            "SPLIT_K": self.split_k,
-            "SUBTILES": self.subtiles,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-        }
-
-    def options(self) -> dict[str, int | bool]:
-        """All that a launch takes."""
-        return self.constants() | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """As tables show it: ``192×256×64``."""
+        return "library" if self.library else f"{self.block_m}×{self.block_n}×{self.block_k}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Buckets:
-    """``tiles[i]`` serves row counts up to ``bounds[i]``, the last tile all above."""
-
-    bounds: tuple[int, ...]
-    tiles: tuple[Tile, ...]
-
-    def pick(self, rows: int) -> Tile:
-        return self.tiles[bisect.bisect_left(self.bounds, rows)]
-
-
-# 16-bit operands on Hopper. Up to some hundred rows the number of tiles decides: there should be
-# one for each of the 132 multiprocessors, and the weight is read once. From there to a few
-# thousand, two programs with 98 KiB each share a multiprocessor, so that one's loads hide the
-# other's store; with more rows wider tiles read less. Chosen by counting; speeds await a GPU.
-_HOPPER: dict[Product, _Buckets] = {
-    "forward": _Buckets(
-        (64, 128, 256, 2048),
-        (
-            Tile(64, 64, 128, 8, 4, 4, tma=True, split_k=2),
-            Tile(128, 64, 128, 8, 4, 4, tma=True, split_k=2),
-            Tile(128, 64, 128, 8, 4, 4, tma=True),
-            Tile(128, 128, 64, 8, 8, 3, tma=True),
-            # In one piece, Triton 3.6's ptxas waits for each wgmma before it issues the next.
-            Tile(128, 256, 64, 8, 8, 4, tma=True, subtiles=2),
-        ),
-    ),
-    "grad_features": _Buckets(
-        (64, 128, 2048),
-        (
-            Tile(64, 64, 128, 8, 4, 4, tma=True),
-            Tile(128, 64, 128, 8, 4, 4, tma=True),
-            Tile(128, 128, 64, 8, 8, 3, tma=True),
-            Tile(128, 256, 64, 8, 8, 4, tma=True),
-        ),
-    ),
-    "grad_weight": _Buckets(
-        (512,),
-        (
-            Tile(128, 128, 64, 8, 8, 3, tma=True),
-            Tile(128, 256, 64, 8, 8, 4, tma=True),
-        ),
-    ),
-    "accumulate_weight": _Buckets(
-        (512,),
-        (
-            Tile(128, 128, 64, 8, 8, 3, tma=True),
-            Tile(128, 256, 64, 8, 8, 4, tma=True, subtiles=2),
-        ),
-    ),
-}
-# 99 to 163 KiB of shared memory a block, no wgmma: smaller tiles.
-_DEFAULT: dict[Product, _Buckets] = {
-    product: _Buckets((512,), (Tile(64, 64, 64, 8, 4, 3), Tile(128, 128, 32, 8, 8, 3)))
-    for product in _PRODUCTS
-}
-# fp32 multiplies on the CUDA cores: the accumulator and both operands live in registers.
-_FLOAT32: dict[Product, _Buckets] = {
-    product: _Buckets((), (Tile(64, 64, 16, 8, 8, 3),)) for product in _PRODUCTS
-}
-# The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
-_INTERPRETER: dict[Product, _Buckets] = {
-    product: _Buckets((), (Tile(16, 32, 32, 2, 4, 2),)) for product in _PRODUCTS
-}
-
-
-def _table(capability: int, itemsize: int) -> dict[Product, _Buckets]:
-    if itemsize == 4:
-        return _FLOAT32
-    return _HOPPER if capability == 90 else _DEFAULT
-
-
-@functools.lru_cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def takes_tma(matrix: Tensor) -> bool:
-    """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
-    row_bytes = matrix.shape[1] * matrix.itemsize
-    return matrix.data_ptr() % 16 == 0 and row_bytes > 0 and row_bytes % 16 == 0
-
-
-def pick(product: Product, rows: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The table's tile of a product with ``rows`` feature rows of ``dtype`` on ``device``."""
-    if INTERPRETED:
-        return _INTERPRETER[product].pick(rows)
-    return _table(_capability(device), dtype.itemsize)[product].pick(rows)
-
-
-def tile_for(product: Product, rows: int, a: Tensor, b: Tensor) -> Tile:
-    """The tile with which to multiply two contiguous matrices, ``rows`` feature rows in one."""
-    tile = pick(product, rows, a.dtype, a.device)
-    return tile if tile.tma and takes_tma(a) and takes_tma(b) else tile.by_pointers
-
-
-def entries(capability: int, dtype: torch.dtype) -> Iterator[tuple[Product, Tile]]:
-    """Every (product, tile) that a device of this capability may launch; for compile checks."""
-    for product, buckets in _table(capability, dtype.itemsize).items():
-        for tile in buckets.tiles:
-            yield product, tile
-            if tile.tma:
-                yield product, tile.by_pointers
-
-
-# --- The insert ---------------------------------------------------------------------------------
-
-LIBRARY = Tile(0, 0, 0, 1, 0, 0, library=True)
+LIBRARY = Tile(0, 0, 0, 0, 0, library=True)
 MAX_PARTS = 8
+"""The most programs that share one tile's reduction."""
 
 # 16-bit operands on Hopper, by the model of ``bench predict`` for 132 multiprocessors: a wave that
 # fits beats a tile that is large. 192 rows are two products, 128 + 64, on one block of the weight.
-_192x256 = Tile(192, 256, 64, 1, 8, 4, tma=True)
-_128x256 = Tile(128, 256, 64, 1, 8, 4, tma=True)
-_192x128 = Tile(192, 128, 64, 1, 8, 5, tma=True)
-_128x128 = Tile(128, 128, 64, 1, 8, 6, tma=True)
-_HOPPER_INSERT: tuple[tuple[int, Tile], ...] = (
+_192x256 = Tile(192, 256, 64, 8, 4)
+_128x256 = Tile(128, 256, 64, 8, 4)
+_192x128 = Tile(192, 128, 64, 8, 5)
+_128x128 = Tile(128, 128, 64, 8, 6)
+_HOPPER: tuple[tuple[int, Tile], ...] = (
     # rows up to, tile; pictures of 169 rows; tiles of C = 6144, H = 4096 in waves of 132
     (128, _128x128),  # 32 tiles, K split in 4
     (192, _192x128),  # 1: 32, split in 4
@@ -225,7 +71,27 @@ _HOPPER_INSERT: tuple[tuple[int, Tile], ...] = (
     (2**31, _192x256),
 )
 # The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
-_INTERPRETER_INSERT = Tile(48, 32, 32, 1, 4, 2, tma=True)
+_INTERPRETER = Tile(48, 32, 32, 4, 2)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def takes_tma(matrix: Tensor) -> bool:
+    """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
+    row_bytes = matrix.shape[1] * matrix.itemsize
+    return matrix.data_ptr() % 16 == 0 and row_bytes > 0 and row_bytes % 16 == 0
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors."""
+    if device.type != "cuda":
+        return 3  # where kernels are interpreted: so few that small shapes have waves
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
@@ -237,10 +103,10 @@ def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
         capability: 90 for Hopper, 0 for Triton's interpreter; of AMD what PyTorch says.
     """
     if capability == 0:
-        return _INTERPRETER_INSERT
+        return _INTERPRETER
     if capability != 90 or dtype.itemsize != 2:
         return LIBRARY
-    return next(tile for most, tile in _HOPPER_INSERT if rows <= most)
+    return next(tile for most, tile in _HOPPER if rows <= most)
 
 
 def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:

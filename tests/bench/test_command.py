@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -95,11 +97,14 @@ def test_what_cannot_be_compared_with_is_said_before_anything_is_measured(
     assert captured.out == ""
 
 
+def measured_here(*modules: str, settings: Settings) -> report.Record:
+    return command.measure_here([command.Subject(module) for module in modules], settings)
+
+
 def test_rows_are_measured_written_and_compared(
     here: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    subject = command.Subject("bench.plan")
-    assert command.run_rows([subject], here, tmp_path, None)
+    assert command.finish(measured_here("bench.plan", settings=here), tmp_path, None)
     (path,) = tmp_path.glob("*.json")
     earlier = report.read(path)
     assert [row["implementation"] for row in earlier["rows"]] == [
@@ -107,8 +112,10 @@ def test_rows_are_measured_written_and_compared(
         "stock (starts only)",
         "PyTorch operations",
     ]
-    assert path.with_suffix(".md").read_text().startswith("# Benchmark")
-    assert command.run_rows([subject], here, tmp_path, earlier)
+    table = path.with_suffix(".md").read_text()
+    assert table.startswith("# Benchmark")
+    assert "- while multiplying, before tiny: clocks.sm not reported, clocks.mem not" in table
+    assert command.finish(measured_here("bench.plan", settings=here), tmp_path, earlier)
     assert "of 3 rows changed by more than 3%" in capsys.readouterr().out
 
 
@@ -125,7 +132,7 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
         return dataclasses.replace(made, destinations=made.destinations.flip(0))
 
     monkeypatch.setattr(plan, "plan_insert", wrong)
-    assert not command.run_rows([command.Subject("bench.plan")], here, tmp_path, None)
+    assert not command.finish(measured_here("bench.plan", settings=here), tmp_path, None)
     out = capsys.readouterr().out
     assert "FAILED: step37" in out
     (path,) = tmp_path.glob("*.json")
@@ -142,8 +149,54 @@ def test_an_error_ends_its_subject_and_no_other(
         raise RuntimeError("illegal access")
 
     monkeypatch.setattr(step, "run", crash)
-    subjects = [command.Subject("bench.step"), command.Subject("bench.plan")]
-    assert not command.run_rows(subjects, here, tmp_path, None)
+    results = measured_here("bench.step", "bench.plan", settings=here)
+    assert not command.finish(results, tmp_path, None)
     assert "FAILED: bench.step: RuntimeError: illegal access" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     assert len(report.read(path)["rows"]) == 3
+
+
+def test_each_shape_has_a_process_and_one_that_dies_costs_only_its_rows(
+    here: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[list[str]] = []
+    really = subprocess.run
+
+    def run(arguments: list[str], **how: object) -> subprocess.CompletedProcess[str]:
+        if how:  # the commit is asked for, say
+            return really(arguments, **how)
+        calls.append(arguments[3:])
+        options = command.parse(arguments[3:])
+        assert options.no_compile
+        if options.shapes == ["long"]:
+            return subprocess.CompletedProcess(arguments, -11)
+        results = measured_here("bench.plan", settings=here)
+        options.part.write_text(json.dumps(results))
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    subjects = {name: command.SUBJECTS[name] for name in ("plan", "step", "normalize")}
+    options = command.parse(["--no-compile", "--budget", "60"])
+    results = command.measure_apart(subjects, options)
+    assert [(call[:-5], call[-3]) for call in calls] == [
+        (["plan"], "--shapes=one-image"),
+        (["plan", "step"], "--shapes=flickr8k"),
+        (["plan", "step"], "--shapes=long"),
+        (["plan"], "--shapes=huge"),
+        (["plan", "step"], "--shapes=multicrop"),
+        (["normalize"], "--shapes="),
+    ]
+    assert len(results["rows"]) == 5 * 3
+    assert not command.finish(results, tmp_path, None)
+    assert "FAILED: plan, step, long: the process ended with -11" in capsys.readouterr().out
+
+
+def test_a_process_without_a_part_of_its_own_measures_what_it_is_told(tmp_path: Path) -> None:
+    part = tmp_path / "part.json"
+    assert command.main(["plan", "--part", str(part), "--shapes", "one-image"]) == 0
+    made = json.loads(part.read_text())
+    assert made["rows"] == []  # no GPU; the device is this one's
+    assert made["errors"] == []

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,10 +21,10 @@ from bench.harness import (
     Settings,
     Work,
     clock_for,
+    device_state,
     environment,
     measure,
     measure_ceilings,
-    percentile,
 )
 
 KEY = Key(subject="s", operation="o", shape="x", variant="", dtype="fp32")
@@ -152,11 +152,11 @@ def test_past_the_deadline_nothing_runs(settings: Settings) -> None:
     assert calls == []
 
 
-@pytest.mark.parametrize("percent", [0, 20, 50, 80, 100])
-@pytest.mark.parametrize("count", [1, 2, 5, 10])
-def test_percentiles_are_those_of_numpy(percent: int, count: int) -> None:
-    values = np.random.default_rng(count).normal(size=count).tolist()
-    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+@pytest.mark.parametrize(
+    ("times", "wanted"), [([3.0], [3.0, 3.0, 3.0]), ([5.0, 1.0, 4.0, 2.0, 3.0, 6.0], [2, 3.5, 5])]
+)
+def test_the_spread_is_that_of_the_times_in_order(times, wanted) -> None:
+    assert harness.spread(times) == wanted
 
 
 def test_ceilings_and_environment_are_measured_and_named(settings: Settings) -> None:
@@ -166,6 +166,20 @@ def test_ceilings_and_environment_are_measured_and_named(settings: Settings) -> 
     found = environment(settings.device)
     assert found["torch"] == torch.__version__
     assert {"device", "commit", "driver", "cuda", "triton", "python", "date"} <= found.keys()
+
+
+def test_clocks_and_power_that_nobody_reports_are_said_to_be_so() -> None:
+    state = device_state(torch.device("cpu"))
+    assert {"clocks.sm", "power.draw", "temperature.gpu"} <= state.keys()
+    assert set(state.values()) == {"not reported"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_clocks_and_power_are_reported_while_the_gpu_works() -> None:
+    state = device_state(torch.device("cuda"))
+    if shutil.which("nvidia-smi"):
+        assert int(state["clocks.sm"].removesuffix(" MHz")) > 300
 
 
 @pytest.mark.gpu

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -76,7 +74,8 @@ def test_the_limit_is_the_slower_of_moving_and_multiplying() -> None:
 
 
 def test_the_table_has_the_figures_and_the_reasons_for_their_absence() -> None:
-    text, _, targets = report.markdown(results(some_rows())).partition("## Targets")
+    text, _, rest = report.markdown(results(some_rows())).partition("## Means")
+    _, _, targets = rest.partition("## Targets: worst groups")
     assert "| host synchronisations | ≤ 0 | 0 |" in targets
     assert "- device: a device" in text
     assert "driver" not in text
@@ -91,13 +90,13 @@ def test_the_table_has_the_figures_and_the_reasons_for_their_absence() -> None:
     assert widths == {len(report.COLUMNS) + 1}
 
 
-def test_the_console_shows_a_group_in_columns() -> None:
-    title, header, *lines = report.console(some_rows(), CEILINGS).strip().splitlines()
+def test_the_console_shows_a_group_as_a_table() -> None:
+    title, _, header, _, *lines = report.console(some_rows(), CEILINGS).strip().splitlines()
     assert title == "insert · forward · one-image · contiguous · bf16"
-    assert header.split()[0] == "implementation"
-    assert len(lines) == 5
-    assert len(lines[0]) == len(header)
-    assert re.search(r"wrong +failed the gate$", lines[3])
+    assert header.startswith("| implementation | µs (p20–p80) |")
+    assert lines[0].startswith("| step37 | 200.0 (199.0–201.0) | 50.0 |")
+    assert lines[3].startswith("| wrong | failed the gate |")
+    assert {line.count("|") for line in (header, *lines)} == {len(report.COLUMNS) - 2}
 
 
 def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -133,30 +132,12 @@ def test_comparison_marks_changes_above_three_percent() -> None:
     assert last == "2 of 3 rows changed by more than 3%"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs Matplotlib")
-def test_plots_are_drawn(tmp_path: Path) -> None:
-    rows = [*some_rows(), row("step37", "ours", 900.0, shape="long")]
-    written = report.plot(results(rows), tmp_path / "run")
-    assert [path.name for path in written] == ["run-roofline.svg", "run-rows.svg"]
-    for path in written:
-        assert "</svg>" in path.read_text()
-
-
-@pytest.mark.parametrize(("field", "value"), [("subject", "tune"), ("flops", 0)])
-def test_neither_tried_tiles_nor_copies_are_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: object
-) -> None:
-    # Whoever gets as far as looking for Matplotlib has something to draw.
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("would draw"))
-    records = results(some_rows())
-    for record in records["rows"]:
-        record[field] = value
-    assert report.plot(records, tmp_path / "run") == []
-
-
-def test_without_matplotlib_the_plots_are_missed_aloud(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert report.plot(results(some_rows()), tmp_path / "run") == []
-    assert "they need Matplotlib" in caplog.text
+def test_means_are_geometric_and_of_our_rows_alone() -> None:
+    rows = some_rows()
+    for name, kind, us in (("step37", "ours", 800.0), ("GEMM alone", "floor", 160.0)):
+        rows.append(row(name, kind, us, "long"))
+    header, _, line = report.means(results(rows))
+    assert header == "| geometric mean | shapes | × stock | × best peer | × GEMM | × limit |"
+    # 1.25 and 5 over the product; only one of the two has a competitor.
+    assert line == "| insert forward contiguous bf16 | 2 | 4.00 | 1.50 | 2.50 | 4.00 |"
+    assert report.means(results(rows[1:5])) == []

@@ -138,7 +138,9 @@ def test_the_sdist_holds_tests_docs_and_examples_and_the_wheel_only_the_packages
     assert wanted - held == set()
     assert not [name for name in held if "__pycache__" in name or name.startswith((".venv", "out"))]
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
-        tops = {name.partition("/")[0] for name in wheel.namelist()}
+        held = set(wheel.namelist())
+        assert {"step37_kernels/py.typed", "step37_data/inspect/page.html"} <= held
+        tops = {name.partition("/")[0] for name in held}
     assert tops == {
         "step37_kernels",
         "step37_data",

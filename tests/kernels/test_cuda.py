@@ -240,19 +240,16 @@ def test_the_current_device_need_not_be_the_tensors():
 
 
 def test_a_new_number_of_rows_compiles_nothing():
+    from step37_kernels.ops import gradient, project
     from step37_kernels.ops import plan as plan_ops
-    from step37_kernels.ops import project, project_backward
 
     kernels = [
         plan_ops.plan_kernel,
-        plan_ops.locate_kernel,
-        plan_ops.assign_kernel,
-        project.project_scatter_kernel,
         project.pack_rows_kernel,
-        project_backward.embedding_grad_kernel,
-        project_backward.gather_grad_kernel,
-        project_backward.grad_features_kernel,
-        project_backward.grad_weight_kernel,
+        project.project_insert_kernel,
+        project.sum_parts_kernel,
+        project.place_rows_kernel,
+        gradient.gradient_rows_kernel,
     ]
     module, _ = make_module()
 

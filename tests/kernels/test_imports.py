@@ -41,6 +41,17 @@ print(m(ids, f).abs().sum((1, 2)).bool().tolist(), "triton" in sys.modules)
     assert done.stdout.split() == ["[False,", "True,", "True]", "False"], done.stderr
 
 
+@pytest.mark.parametrize("package", ["step37_kernels", "step37_data"])
+def test_importing_a_package_loads_one_module_and_using_its_names_the_rest(package):
+    done = python(
+        "import sys, torch, importlib; before = set(sys.modules); "
+        f"package = importlib.import_module({package!r}); "
+        "print(*sorted(set(sys.modules) - before)); "
+        "print(all(hasattr(package, name) for name in package.__all__))"
+    )
+    assert done.stdout.splitlines() == [package, "True"], done.stderr
+
+
 def test_without_triton_asking_for_it_says_that_it_is_not_installed():
     done = python(WITHOUT_TRITON + "k.plan_insert(ids, [(7, [1])], impl='triton')")
     assert "ImportError: impl='triton' on cpu needs Triton, which is not installed" in done.stderr

@@ -16,19 +16,19 @@ from tests.kernels.strategies import plan_groups, token_ids
 FIELDS = ("destinations", "row_at", "starts", "start_counts")
 IMPLS = ("triton", "torch")
 LAUNCHES = pytest.mark.parametrize(
-    ("impl", "two_launches"),
+    ("impl", "by_table"),
     [("triton", False), ("triton", True), ("torch", False)],
-    ids=["one launch", "two launches", "torch"],
-    indirect=["two_launches"],
+    ids=["inline", "by a table", "torch"],
+    indirect=["by_table"],
 )
 
 
 @pytest.fixture(scope="module")
-def two_launches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As above :data:`plan_ops.MAX_POSITIONS` if asked for, at sizes that take no time."""
+def by_table(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As of a large layout if asked for, with any number of groups and runs."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr(plan_ops, "MAX_POSITIONS", 0)
+            patch.setattr(plan_ops, "fits_into_a_launch", lambda *_: False)
         yield
 
 
@@ -39,7 +39,7 @@ def assert_same_plan(plan: InsertPlan, wanted: reference.Plan) -> None:
         assert torch.equal(actual.cpu(), expected), f"{name}: {actual} is not {expected}"
 
 
-@pytest.mark.usefixtures("two_launches")
+@pytest.mark.usefixtures("by_table")
 @LAUNCHES
 @given(input_ids=token_ids(), groups=plan_groups())
 def test_the_plan_is_the_references_for_any_ids_and_groups(device, impl, input_ids, groups):
@@ -61,7 +61,7 @@ def test_the_docstrings_example_is_true(device, impl):
     assert plan.start_counts.tolist() == [3]
 
 
-@pytest.mark.usefixtures("two_launches")
+@pytest.mark.usefixtures("by_table")
 @LAUNCHES
 @settings(max_examples=4)
 @given(

@@ -407,26 +407,3 @@ def test_an_inference_tensor_is_read_in_and_out_of_inference_mode(device):
     outside = run(dataclasses.replace(case, embeddings=embeddings), "triton")
     assert outside.requires_grad
     assert torch.equal(outside, wanted)
-
-
-@pytest.mark.parametrize("setting", ["highest", "high", "tf32", "tf32 everywhere"])
-def test_fp32_products_follow_either_of_pytorchs_precision_settings(setting):
-    from step37_kernels.ops.common import dot_precision
-
-    matmul = torch.backends.cuda.matmul
-    everywhere = torch.backends.fp32_precision
-    try:
-        if setting == "tf32":
-            matmul.fp32_precision = "tf32"
-        elif setting == "tf32 everywhere":
-            torch.backends.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision(setting)
-        wanted = "ieee" if setting == "highest" else "tf32"
-        assert dot_precision(torch.float32) == wanted
-        assert dot_precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.backends.fp32_precision = everywhere
-        matmul.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "none"

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from step37_kernels import plan_insert, reference
+from step37_kernels.insert import contiguous_rows
 from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile
 from step37_kernels.testing import deviation, expected, make_insert_case
-from tests import ptx
 from tests.kernels.strategies import feature_groups, token_ids
 
 H100 = 132
@@ -24,10 +24,10 @@ H100 = 132
 # Two products and one; a GPU so small that tiles come in waves, and one so large that it splits K.
 SIZES = ((48, 32, 32), (16, 32, 32)) if INTERPRETED else ((192, 64, 32), (64, 128, 32))
 KINDS = {
-    "two products in waves": (Tile(*SIZES[0], 1, 4, 2, tma=True), 3),
-    "two products split": (Tile(*SIZES[0], 1, 4, 2, tma=True), H100),
-    "one product in waves": (Tile(*SIZES[1], 1, 4, 2, tma=True), 4),
-    "one product split": (Tile(*SIZES[1], 1, 4, 2, tma=True), H100),
+    "two products in waves": (Tile(*SIZES[0], 4, 2), 3),
+    "two products split": (Tile(*SIZES[0], 4, 2), H100),
+    "one product in waves": (Tile(*SIZES[1], 4, 2), 4),
+    "one product split": (Tile(*SIZES[1], 4, 2), H100),
     "library": (tiles.LIBRARY, H100),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -39,12 +39,12 @@ def only(tile: Tile, processors: int) -> Iterator[None]:
     """The only entry of the table, and a GPU of so many multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "entry", lambda *_: tile)
-        patch.setattr(project, "_processors", lambda _: processors)
+        patch.setattr(project, "processors", lambda _: processors)
         yield
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
 
 
 def in_memory_order(text: Tensor, order: str) -> Tensor:
@@ -83,9 +83,10 @@ def test_every_kind_of_tile_writes_each_row_of_the_reference_once(
     device, kind, arguments, order, part
 ):
     case = make_insert_case(**arguments, device=device)
-    sources = project.contiguous_rows([each.detach() for each in case.features])
-    if not sources:
+    some = [each.detach() for each in case.features if each.shape[:2].numel()]
+    if not some:
         return
+    sources = contiguous_rows(some)
     plan = plan_insert(case.input_ids, case.plan_groups, impl="torch")
     positions = torch.arange(case.embeddings.shape[0], device=device)
     if part is not None:  # a rank that holds every other row of the sequence
@@ -136,23 +137,26 @@ def exact_insert(
     width: int,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
+    together: bool = False,
     shard: bool = False,
     after_plan: bool = False,
 ) -> None:
-    """Insert sources of so many rows, as the pictures of a packed sequence would be: one after
-    another, some cut off by the next one. Every number is as exact arithmetic gives it."""
-    token, seq_len = 7, sum(counts) + len(counts) + 9
-    ids = torch.zeros(1, seq_len, dtype=torch.int64)
-    position = 3
+    """Insert pictures of so many rows one after another, each a source of its own or all together
+    one; the next one, or the end, cuts some off. Every number is as exact arithmetic gives it."""
+    token, starts = 7, [3]
     for count in counts:
-        ids[0, position] = token
-        position += max(2, count - 5)  # the next one begins before this one has ended
+        starts.append(starts[-1] + max(2, count - 5))
+    seq_len = starts.pop()
+    ids = torch.zeros(1, seq_len, dtype=torch.int64)
+    ids[0, starts] = token
     ids = ids.to(device)
     plan = plan_insert(ids, [(token, counts)], impl="triton" if after_plan else "torch")
     sources = [
         whole_numbers(count, width, dtype=dtype, device=device, seed=i)
         for i, count in enumerate(counts)
     ]
+    if together:
+        sources = [torch.cat(sources)]
     positions = torch.arange(seq_len, device=device)
     if shard:
         positions = positions[: seq_len // 2]
@@ -170,7 +174,7 @@ def exact_insert(
         torch.cat(sources).double(),
         weight.double(),
         None if offset is None else offset.double(),
-        plan.destinations,
+        plan,
     )
     assert (plan.destinations < 0).any()
     assert torch.equal(output, exact.to(dtype).where((plan.row_at >= 0)[..., None], exact).float())
@@ -180,15 +184,15 @@ def exact_insert(
 @pytest.mark.parametrize("pictures", range(1, 17))
 def test_every_entry_of_the_table_multiplies_exactly(device, pictures, monkeypatch):
     """In the waves that it has on an H100 at H = 4096, with one column of tiles instead of all."""
-    rows = 169 * pictures
-    tile = tiles.entry(rows, torch.bfloat16, tiles._capability(torch.device(device)))
+    tile = tiles.entry(169 * pictures, torch.bfloat16, tiles._capability(torch.device(device)))
     hidden = tile.block_n - 24
-    monkeypatch.setattr(project, "_processors", lambda _: H100 * tile.block_n // 4096)
-    exact_insert(device, [rows], hidden=hidden, width=200, bias=pictures % 2 == 0)
+    monkeypatch.setattr(project, "processors", lambda _: H100 * tile.block_n // 4096)
+    counts = [169] * pictures
+    exact_insert(device, counts, hidden=hidden, width=200, bias=pictures % 2 == 0, together=True)
 
 
 @compiled
-@pytest.mark.parametrize("tile", dict.fromkeys(t for _, t in tiles._HOPPER_INSERT), ids=str)
+@pytest.mark.parametrize("tile", dict.fromkeys(t for _, t in tiles._HOPPER), ids=str)
 @pytest.mark.parametrize(
     ("counts", "shard", "after_plan"),
     [
@@ -206,7 +210,7 @@ def test_every_tile_takes_several_sources_shards_and_a_plan_in_the_making(
         pytest.skip("tiles of Hopper")
     monkeypatch.setattr(tiles, "entry", lambda *_: tile)
     for processors, bias in ((2, False), (H100, True)):
-        monkeypatch.setattr(project, "_processors", lambda _, found=processors: found)
+        monkeypatch.setattr(project, "processors", lambda _, found=processors: found)
         exact_insert(
             device, counts, hidden=tile.block_n + 40, width=136, dtype=torch.float16, bias=bias,
             shard=shard, after_plan=after_plan,
@@ -278,49 +282,34 @@ def features(kind: str, n: int, rows: int, width: int) -> Tensor:
     kinds=st.lists(
         st.tuples(
             st.sampled_from(["contiguous", "channels-first", "sliced", "rows first", "backwards"]),
-            st.integers(0, 3),
-            st.sampled_from([0, 1, 5, 70]),
+            st.integers(1, 3),
+            st.sampled_from([1, 5, 70]),
         ),
+        min_size=1,
         max_size=9,
     ),
     width=st.sampled_from([8, 36, 72]),
 )
 def test_rows_are_made_contiguous_in_few_launches_and_only_where_they_are_not(device, kinds, width):
-    tensors = [features(*kind, width).to(device) for kind in kinds]
+    some = [features(*kind, width).to(device) for kind in kinds]
     launched = []
     with pytest.MonkeyPatch.context() as patch:
         real = project.launch
         patch.setattr(project, "launch", lambda *a, **k: launched.append(a[0]) or real(*a, **k))
-        sources = project.contiguous_rows(tensors)
-    some = [each for each in tensors if each.shape[:2].numel()]
+        sources = contiguous_rows(some)
     assert len(sources) <= project.MAX_SOURCES
-    assert all(each.is_contiguous() and len(each) for each in sources)
-    assert (
-        torch.equal(
-            torch.cat(
-                [*sources, torch.empty(0, width).to(tensors[0]) if tensors else torch.empty(0)]
-            ),
-            torch.cat(
-                [
-                    *[each.flatten(0, 1) for each in some],
-                    torch.empty(0, width).bfloat16().to(device),
-                ]
-            ),
-        )
-        if some
-        else not sources
-    )
-    if len(some) <= project.MAX_SOURCES:
+    assert all(source.is_contiguous() for source in sources)
+    assert torch.equal(torch.cat(sources), torch.cat([each.flatten(0, 1) for each in some]))
+    if len(some) > project.MAX_SOURCES:
+        assert len(launched) == -(-len(some) // project.MAX_SOURCES)
+    else:
         assert len(launched) == any(not each.is_contiguous() for each in some)
         for each, source in zip(some, sources, strict=True):
-            if each.is_contiguous():
-                assert source.data_ptr() == each.data_ptr()
-    else:
-        assert len(launched) == -(-len(some) // project.MAX_SOURCES)
+            assert not each.is_contiguous() or source.data_ptr() == each.data_ptr()
 
 
 @given(
-    tile=st.sampled_from([tile for _, tile in tiles._HOPPER_INSERT]),
+    tile=st.sampled_from([tile for _, tile in tiles._HOPPER]),
     counts=st.lists(st.integers(1, 9000), min_size=1, max_size=4),
     hidden=st.integers(1, 9000),
     width=st.integers(1, 9000),
@@ -357,23 +346,3 @@ def test_nobody_tuned_tiles_for_other_chips_and_fp32():
         for capability in (80, 89, 94, 100, 120):
             assert tiles.entry(rows, torch.bfloat16, capability).library
     assert str(tiles.LIBRARY) == "library"
-
-
-if ptx.ARCHITECTURE:
-    from tests.ptx.driver import recorded
-
-    @pytest.mark.parametrize("order", ["contiguous", "batch first", "sliced"])
-    def test_text_rows_are_copied_in_whole_vectors_and_no_others_are_read(order):
-        text = in_memory_order(torch.zeros(40, 6, 4096, dtype=torch.bfloat16), order)
-        row_at = torch.full((40, 6), -1, dtype=torch.int32)
-        row_at[5:30, 2] = torch.arange(25, dtype=torch.int32)
-        x, weight = torch.zeros(25, 64).bfloat16(), torch.zeros(4096, 64).bfloat16()
-        nowhere = torch.full((25,), -1, dtype=torch.int32)
-        with only(*KINDS["library"]), recorded() as launches:
-            project.project_insert(text, [x], weight, None, nowhere, row_at)
-        (launch,) = launches
-        assert launch.loads.keys() == {4, 16}  # places, values
-        vectors = 240 * 4096 * 2 // (32 * 16)
-        assert launch.loads[16].requests == vectors
-        assert launch.stores.keys() == {16}
-        assert launch.stores[16].requests == vectors

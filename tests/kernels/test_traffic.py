@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from step37_kernels.ops import project, project_backward
+from step37_kernels.ops import gradient as gradient_ops
+from step37_kernels.ops import project
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
@@ -43,24 +44,27 @@ def gradients() -> Iterator[tuple[str, torch.Tensor]]:
 @pytest.mark.parametrize("gradient", [pytest.param(g, id=name) for name, g in gradients()])
 def test_gradients_are_copied_in_whole_vectors(gradient):
     numbers = torch.arange(240, dtype=torch.int32)
-    with recorded() as launches:
-        project_backward.embedding_grad(gradient, numbers - 240)
-        project_backward.gather_grad(gradient, numbers, torch.bfloat16, bias_sum=False)
     vectors = gradient.nbytes // (32 * 16)
-    for kernel in ("embedding_grad_kernel", "gather_grad_kernel"):
-        launch = one(launches, kernel)
+    for embeddings in (True, False):
+        with recorded() as launches:
+            gradient_ops.gradient_rows(
+                gradient, numbers - 240, numbers, torch.bfloat16,
+                embeddings=embeddings, rows=not embeddings, bias=False,
+            )  # fmt: skip
+        launch = one(launches, "gradient_rows_kernel")
         assert launch.loads.keys() == {4, 16}  # places, values
         assert launch.loads[16].requests == vectors
         assert launch.stores.keys() == {16}
         assert launch.stores[16].requests == vectors
 
 
-def test_features_are_packed_in_whole_vectors_or_along_their_rows():
+@pytest.mark.parametrize("tensors", [1, 4])
+def test_features_are_packed_in_whole_vectors_or_along_their_rows(tensors):
     sliced = torch.zeros(3, ROWS, 2 * WIDTH, dtype=torch.bfloat16)[..., :WIDTH]
     channels_first = torch.zeros(3, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
     for features in (sliced, channels_first):
         with recorded() as launches:
-            project.pack_rows([features], 3 * ROWS)
+            project.pack_rows([features] * tensors)
         launch = one(launches, "pack_rows_kernel")
         assert launch.stores.keys() == {16}
         if features is sliced:
@@ -68,6 +72,23 @@ def test_features_are_packed_in_whole_vectors_or_along_their_rows():
         else:  # 32 neighbours are 64 bytes, wherever they begin
             assert launch.loads.keys() == {2}
             assert launch.loads[2].lines <= 1.6 * launch.loads[2].requests
+
+
+@pytest.mark.parametrize("text", [pytest.param(t, id=name) for name, t in gradients()])
+def test_text_rows_are_copied_in_whole_vectors_and_no_others_are_read(text):
+    row_at = torch.full((40, 6), -1, dtype=torch.int32)
+    row_at[5:30, 2] = torch.arange(25, dtype=torch.int32)
+    # fp32, which the library multiplies: the launch only places rows.
+    x, weight = torch.zeros(25, 8), torch.zeros(HIDDEN, 8)
+    with recorded() as launches:
+        project.project_insert(text, [x], weight, None, row_at[5:30, 2].contiguous(), row_at)
+    launch = one(launches, "place_rows_kernel")
+    assert launch.loads.keys() == {4, 16}  # places, rows of text and of features
+    assert launch.loads[16].requests == (text.nbytes - 25 * HIDDEN * 2 + 25 * HIDDEN * 4) // (
+        32 * 16
+    )
+    assert launch.stores.keys() == {16}
+    assert launch.stores[16].requests == text.nbytes // (32 * 16)
 
 
 def test_pictures_are_normalised_with_each_line_asked_for_once_a_channel():

@@ -1,0 +1,249 @@
+"""``python -m bench predict``: what every launch should cost, by arithmetic; nothing is measured.
+
+A product takes its start and the filling of its pipeline, then the slowest of three: the matrix
+units, in waves of tiles; the blocks that come through L2; operands and result through memory. The
+store of the last wave follows. Library products are the best of :data:`LIBRARY` by the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.insert import work_of
+from bench.shapes import SHAPES, Shape, shapes_named
+from step37_kernels.ops import tiles as table
+from step37_kernels.ops.common import ceil_div
+from step37_kernels.ops.tiles import Tile
+
+PROCESSORS = 132
+COMMAND = "python -m bench predict"
+# low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
+RATES: dict[str, tuple[float, float, float, str, str]] = {
+    "peak": (989, 989, 989, "TFLOP/s", "data sheet, dense bf16"),
+    "H100 bandwidth": (3.35, 3.35, 3.35, "TB/s", "data sheet"),
+    "H200 bandwidth": (4.8, 4.8, 4.8, "TB/s", "data sheet"),
+    "products": (770, 780, 800, "TFLOP/s", "reported: cuBLAS at 8192³ on an H200, random data"),
+    "Triton": (0.94, 1, 1, "of products", "reported: 92–98 % of cuBLAS, from start to end"),
+    "H100 memory": (2.8, 3.0, 3.1, "TB/s", "reported: copies, bytes read plus written"),
+    "H200 memory": (4.1, 4.3, 4.4, "TB/s", "reported: copies, bytes read plus written"),
+    "L2": (7.7, 8.5, 10, "TB/s", "reported: L2 to all multiprocessors"),
+    "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor, reading plus writing"),
+    "start": (2.0, 2.3, 3.0, "µs", "reported: the shortest useful kernel"),
+    "fill": (1.0, 1.5, 2.0, "µs", "assumed: two trips to memory before the first product"),
+    "dependent": (0.7, 1.0, 1.5, "µs", "reported: a launch behind another"),
+    "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
+    "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
+}
+SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
+LIBRARY = [one for one in itertools.product(SIZES, SIZES, SPLITS) if sum(one) < 512]
+"""What cuBLAS is taken to choose best among: tiles, two of which share a block, and parts."""
+Rates = dict[str, float]
+Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
+
+
+def rates_of(chip: str, case: str) -> Rates:
+    """All nominal, or all at the fast or the slow end; in TFLOP/s, TB/s, µs."""
+    found = {}
+    for name, (low, nominal, high, unit, _) in RATES.items():
+        fast, slow = (low, high) if unit == "µs" else (high, low)
+        found[name.removeprefix(f"{chip} ")] = {"fast": fast, "slow": slow}.get(case, nominal)
+    return found
+
+
+class Launch(NamedTuple):
+    kernel: str
+    tile: str
+    programs: int
+    waves: int
+    bound: str
+    us: float
+
+    def __str__(self) -> str:
+        how = f" ({self.tile}: {self.programs} programs, {self.waves} waves, {self.bound})"
+        return f"{self.kernel} {self.us:.1f}{how if self.tile else ''}"
+
+
+def timed(rates: Rates, mnk: Extents, flops: float, l2: float, end: float) -> tuple[str, float]:
+    """What bounds a product, and µs; ``end`` of them follow the last wave."""
+    m, n, k = mnk
+    times = {
+        "tensor": flops / rates["products"] / 1e6 + end,
+        "L2": l2 / rates["L2"] / 1e6 + end,
+        "HBM": 2 * (m * k + n * k + m * n) / rates["memory"] / 1e6,
+    }
+    bound = max(times, key=times.__getitem__)
+    return bound, rates["start"] + rates["fill"] + times[bound]
+
+
+def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
+    """µs of fp32 parts through L2 to a second launch, which writes their sums."""
+    moving = 8 * parts / rates["L2"] + 2 * results / rates["memory"]
+    return rates["dependent"] + start + moving / 1e6
+
+
+@functools.cache
+def library(chip: str, case: str, extents: Extents) -> Launch:
+    """The library's product."""
+    (m, n, k), rates, found = extents, rates_of(chip, case), []
+    for block_m, block_n, split in LIBRARY:
+        area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
+        programs = ceil_div(m, block_m) * ceil_div(n, block_n) * split
+        waves = ceil_div(programs, PROCESSORS)
+        end = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
+        if split > 1:
+            end = sum_us(rates, split * m * n, m * n, rates["start"])
+        flops = waves * PROCESSORS * 2 * area * k / split
+        l2 = 2 * programs * read * k / split
+        name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
+        cost = timed(rates, extents, flops, l2, end)
+        found.append(Launch("library product", name, programs, waves, *cost))
+    return min(found, key=lambda launch: launch.us)
+
+
+def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
+    """Our product with this tile, a program to a multiprocessor: between two waves stand the store
+    of one and the filling of the next. The launch that adds parts up is counted in it."""
+    shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
+    area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
+    tiles, waves = shares.whole + shares.tail, ceil_div(shares.programs, PROCESSORS)
+    store = 2 * area * min(tiles, PROCESSORS) / rates["memory"] / 1e6
+    end = store + (waves - 1) * (store + rates["fill"])
+    if shares.partials:  # that launch waits inside the kernel, so its start is hidden
+        end += sum_us(rates, shares.partials * area, shares.tail * area, 0) - store
+    work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
+    flops = work * PROCESSORS * 2 * area * like.width / rates["Triton"]
+    mnk = (sum(row_counts), like.hidden, like.width)
+    cost = timed(rates, mnk, flops, 2 * tiles * read * like.width, end)
+    name = f"{tile}" + f", {shares.tail} in {shares.parts} parts" * (shares.parts > 1)
+    return Launch("project, scatter", name, shares.programs, waves, *cost)
+
+
+def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
+    """µs of our product of ``rows`` rows with each tile, the fastest first."""
+    rates = rates_of(chip, "nominal")
+    found = [(own(rates, tile, [rows], SHAPES["flickr8k"]).us, tile) for tile in tiles]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
+    """Launches of plan and product with the table's tile, and µs of both together."""
+    rates, rows = rates_of(chip, case), shape.num_rows
+    planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
+    plan = Launch("plan", "", 1, 0, "launch", planning)
+    text = 2 * (shape.seq_len - rows) * shape.hidden
+    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
+    tile = table.entry(rows, torch.bfloat16, 90)
+    project = own(rates, tile, [n * each for n, each in groups if n], shape)
+    # The product starts beside the plan, and waits for it in its epilogue.
+    late = max(rates["dependent"], planning - project.us)
+    # Multiprocessors without a tile in the last wave copy text rows; what is left then, all.
+    beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
+    left = max(2 * text / 1e6 - beside, 0) / rates["memory"]
+    return [plan, project], late + project.us + left
+
+
+def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
+    """One operation on one shape: figures of all cases, launches of the nominal one."""
+    rows, hidden, width = shape.num_rows, shape.hidden, shape.width
+    extents = [(rows, hidden, width), (rows, width, hidden), (hidden, width, rows)]
+    extents = extents[: 1 if operation == "forward" else 3]
+    totals, bare, launches = [], [], []
+    for case in ("nominal", "fast", "slow"):
+        rates = rates_of(chip, case)
+        products = [library(chip, case, each) for each in extents]
+        bare.append(sum(each.us for each in products) + rates["dependent"] * (len(products) - 1))
+        made, us = forward(shape, chip, case)
+        if len(products) > 1:
+            gather = 2 * hidden * (2 * shape.seq_len + rows) / rates["memory"] / 1e6
+            made.append(Launch("gradient", "", 0, 0, "HBM", rates["start"] + gather))
+            made += products[1:]
+            us += sum(each.us for each in made[-3:]) + 3 * rates["dependent"]
+        totals.append(us)
+        launches.append(made)
+    rates, work = rates_of(chip, "nominal"), work_of(operation, shape, 2)
+    ratios = [ours / theirs for ours, theirs in zip(totals, bare, strict=True)]
+    floor = max(work.flops / rates["peak"], work.bytes / rates["bandwidth"]) / 1e6
+    return {
+        "shape": shape.name, "chip": chip, "operation": operation, "rows": rows,
+        "predicted_us": totals[0], "low_us": min(totals), "high_us": max(totals),
+        "gemm_us": bare[0], "floor_us": floor, "over_floor": totals[0] / floor,
+        "ratio": ratios[0], "low_ratio": min(ratios), "high_ratio": max(ratios),
+        "launches": [each._asdict() for each in launches[0]],
+        "shown": "; ".join(map(str, launches[0])), "measured": "",
+    }  # fmt: skip
+
+
+def add_measured(rows: Iterable[dict[str, Any]], results: dict[str, Any]) -> None:
+    """Put medians of benchmark results beside what was predicted for that device."""
+    found = {
+        (each["shape"], each["operation"], each["implementation"]): each["median_us"]
+        for each in results["rows"]
+        if (each["subject"], each["variant"], each["dtype"]) == ("insert", "contiguous", "bf16")
+    }
+    for each in rows:
+        key = (each["shape"], each["operation"])
+        ours, gemm = found.get((*key, "step37")), found.get((*key, "GEMM alone"))
+        if each["chip"] in results["environment"]["device"] and ours and gemm:
+            each["measured"] = f"{ours:.1f} µs, product {gemm:.1f}, × {ours / gemm:.2f}"
+
+
+HEAD = f"""# Predicted times
+
+Made by `{COMMAND} > docs/predicted.md`: arithmetic, see `bench/predict.py`. **No figure here was
+measured**, but in the last column. × product: over the predicted cuBLAS product, or three and the
+gaps between; × floor: over FLOP by peak or bytes by bandwidth. Ranges: all rates at their slow or
+fast end. Why some forwards are above 1.05 ×: up to four pictures make fewer tiles than there are
+multiprocessors, so parts of the reduction go through L2 to a second launch, or small tiles do; and
+from the second wave on, each wave's store and the next one's filling are not hidden.
+
+| assumed | low | nominal | high | unit | source |
+|---|---|---|---|---|---|
+"""
+COLUMNS = """\
+| shape | rows | predicted µs | product µs | × product | × floor | launches | measured |
+|---|---|---|---|---|---|---|---|
+"""
+ROW = (
+    "| {shape} | {rows} | {predicted_us:.1f} [{low_us:.0f}–{high_us:.0f}] | {gemm_us:.1f} "
+    "| {ratio:.2f} [{low_ratio:.2f}–{high_ratio:.2f}] | {over_floor:.2f} | {shown} | {measured} |\n"
+)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rates, then a table for each chip and operation."""
+    text = HEAD + "".join(f"| {name} | {' | '.join(map(str, r))} |\n" for name, r in RATES.items())
+    for (chip, operation), group in itertools.groupby(rows, lambda r: (r["chip"], r["operation"])):
+        text += f"\n## {chip}, {operation}, predicted\n\n{COLUMNS}"
+        text += "".join(ROW.format(**each) for each in group)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables, or one JSON object."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help='print {"rows": […]}')
+    every = ",".join([*SHAPES, *(f"images-{k}" for k in range(1, 17))])
+    parser.add_argument("--shapes", default=every, help="comma-separated")
+    parser.add_argument("--measured", type=Path, nargs="*", default=[], help="JSON of benchmarks")
+    options = parser.parse_args(arguments)
+    try:
+        shapes = shapes_named(options.shapes.split(","))
+    except ValueError as error:
+        parser.error(f"--shapes: {error}")
+    both = ("forward", "forward+backward")
+    rows = [row(one, chip, what) for chip in ("H100", "H200") for what in both for one in shapes]
+    for path in options.measured:
+        add_measured(rows, json.loads(path.read_text(encoding="utf-8")))
+    print(json.dumps({"rows": rows}, indent=1) if options.json else markdown(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The model of what launches cost: no GPU, and nothing measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import predict
+from bench.shapes import SHAPES, shapes_named
+from step37_kernels.ops import tiles
+from step37_kernels.ops.tiles import Tile
+
+PAGE = Path(__file__).parents[2] / "docs" / "predicted.md"
+PICTURES = range(1, 17)
+CANDIDATES = [
+    Tile(rows, hidden, 64, 8, 4)
+    for rows, hidden in itertools.product((64, 128, 192, 256), (64, 128, 256))
+    if rows * hidden <= 192 * 256
+]
+
+
+def test_the_page_of_the_docs_is_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    predict.main([])
+    assert capsys.readouterr().out == PAGE.read_text(encoding="utf-8"), (
+        f"run `{predict.COMMAND} > docs/predicted.md`"
+    )
+
+
+def test_json_has_a_row_for_each_shape_chip_and_operation(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert command.main(["predict", "--json", "--shapes", "one-image,images-3"]) == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [(row["shape"], row["chip"], row["operation"]) for row in rows] == [
+        (shape, chip, operation)
+        for chip in ("H100", "H200")
+        for operation in ("forward", "forward+backward")
+        for shape in ("one-image", "images-3")
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["predicted_us"] / row["gemm_us"])
+        assert row["low_us"] <= row["predicted_us"] <= row["high_us"]
+        assert row["floor_us"] < row["gemm_us"]
+        assert row["launches"][1]["bound"] in ("tensor", "L2", "HBM")
+        assert row["launches"][1]["programs"] >= 1
+
+
+def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        predict.main(["--shapes", "tall"])
+    assert "--shapes: shape 'tall': expected one of one-image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile", "us"),
+    [
+        # As an earlier model, with figures of its own, had the kernels without a plan:
+        # 42, 153, 514 and 1848 µs with 7, 7, 8 and 13 of them the plan's.
+        (169, Tile(128, 64, 128, 4, 4), 35),
+        (1521, Tile(128, 128, 64, 8, 3), 146),
+        (6591, Tile(128, 256, 64, 8, 4), 506),
+        (25350, Tile(128, 256, 64, 8, 4), 1835),
+    ],
+)
+def test_old_tiles_cost_what_was_predicted_of_them(rows: int, tile: Tile, us: float) -> None:
+    ((predicted, _),) = predict.best(rows, "H100", [tile])
+    # One program a multiprocessor now walks over all tiles and hides every store but the last.
+    assert 0.9 * us < predicted < 1.15 * us
+
+
+@pytest.mark.parametrize(("rows", "us"), [(169, 24.3), (1521, 110), (6591, 471), (25350, 1715)])
+def test_library_products_cost_what_was_predicted_of_them(rows: int, us: float) -> None:
+    launch = predict.library("H100", "nominal", (rows, 4096, 6144))
+    assert launch.us == pytest.approx(us, rel=0.1)
+
+
+@pytest.mark.parametrize("chip", ["H100", "H200"])
+@pytest.mark.parametrize("pictures", PICTURES)
+def test_no_candidate_beats_the_entry_of_the_table_by_more_than_a_few_percent(
+    pictures: int, chip: str
+) -> None:
+    rows = 169 * pictures
+    entry = tiles.entry(rows, torch.bfloat16, 90)
+    ((own, _),) = predict.best(rows, chip, [entry])
+    fastest, tile = predict.best(rows, chip, CANDIDATES)[0]
+    assert own <= 1.035 * fastest, f"{tile} is predicted at {fastest:.1f} µs, {entry} at {own:.1f}"
+
+
+# Above 1.055 and one image's 1.15, for these reasons. Up to four pictures have fewer tiles than
+# there are multiprocessors: parts of the reduction go through L2 to a second launch, or small tiles
+# do. From the second wave on, each wave's store is followed by the next one's filling, which the
+# library hides. Two groups of crops and pictures fill 912 tiles' waves, bound by L2.
+ABOVE = {"images-2": 1.12, "images-3": 1.155, "images-4": 1.165, "images-12": 1.08}
+ABOVE |= {"images-13": 1.085, "images-14": 1.075, "images-15": 1.08}
+ABOVE |= {"multicrop": 1.12, "images-1": 1.1, "one-image": 1.1}
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *(f"images-{k}" for k in PICTURES)])
+def test_the_insert_is_predicted_to_cost_little_more_than_bare_products(name: str) -> None:
+    (shape,) = shapes_named([name])
+    assert predict.row(shape, "H100", "forward")["ratio"] <= ABOVE.get(name, 1.055)
+    assert predict.row(shape, "H100", "forward+backward")["ratio"] <= 1.12
+
+
+def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> None:
+    rows = [predict.row(SHAPES["flickr8k"], chip, "forward") for chip in ("H100", "H200")]
+    results = {
+        "environment": {"device": "NVIDIA H100 80GB HBM3"},
+        "rows": [
+            {
+                "subject": "insert", "variant": "contiguous", "dtype": "bf16",
+                "shape": "flickr8k", "operation": "forward", "implementation": name,
+                "median_us": us,
+            }
+            for name, us in (("step37", 120.0), ("GEMM alone", 100.0), ("stock", 500.0))
+        ],
+    }  # fmt: skip
+    predict.add_measured(rows, results)
+    assert [row["measured"] for row in rows] == ["120.0 µs, product 100.0, × 1.20", ""]
+    assert "| 120.0 µs, product 100.0, × 1.20 |" in predict.markdown(rows)

@@ -1,0 +1,74 @@
+"""Every tile of the table and the pixel kernels, once each, with right results or an end.
+
+For a GPU that has never run them: ``CUDA_LAUNCH_BLOCKING=1 PYTHONPATH=. python3 -m tools.smoke``
+stops at the first launch that fails and the first result that is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from bench.insert import LAYOUTS, Inputs, check_results, insertion
+from bench.oracle import Oracle
+from bench.peers import Peer, step37
+from bench.shapes import Shape, make_batch, make_case, shapes_named
+from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
+from step37_kernels.dispatch import Impl
+
+CUDA = torch.device("cuda")
+SHAPES = ["one-image", "multicrop", *(f"images-{k}" for k in range(2, 17))]
+
+
+def insert(shape: Shape, device: torch.device, impl: Impl) -> None:
+    """Forward and backward, and once more for the same bits."""
+    batch = make_batch(shape, device)
+    for layout in LAYOUTS:
+        case = make_case(batch, dtype=torch.bfloat16, layout=layout, seed=0)
+        inputs = Inputs(batch, [case])
+        one = insertion(Peer("step37", "ours", step37(impl)), "forward+backward", inputs)
+        results, again = (one.run(one.prepare(0)) for _ in range(2))
+        problem = check_results(Oracle(case, batch), one, results)
+        if problem is None and not torch.equal(results["output"], again["output"]):
+            problem = "two runs differ"
+        tell(f"insert {shape.name}, {layout}", problem)
+
+
+def pixels(device: torch.device, impl: Impl) -> None:
+    """Normalise, and resize too, against PyTorch's operations on the host, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def picture(*size: int) -> torch.Tensor:
+        return torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+
+    whole, several = picture(2, 56, 56), [picture(33, 50), picture(50, 16)]
+    made = clip_normalize(whole.to(device), impl=impl).cpu()
+    tell("normalize", _compare(made, clip_normalize(whole, impl="torch")))
+    images = RaggedImages.gather([one.to(device) for one in several])
+    made = resize_clip_normalize(images, 56, impl=impl).cpu()
+    tell("resize", _compare(made, resize_clip_normalize(several, 56, impl="torch")))
+
+
+def _compare(made: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    different = int((made != wanted).sum())
+    return f"{different} values differ" if different else None
+
+
+def tell(what: str, problem: str | None) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}: {problem or 'ok'}", flush=True)
+    if problem is not None:
+        sys.exit(1)
+
+
+def main(names: Sequence[str] = SHAPES, device: torch.device = CUDA, impl: Impl = "triton") -> None:
+    """All of it."""
+    for shape in shapes_named(names):
+        insert(shape, device, impl)
+    pixels(device, impl)
+
+
+if __name__ == "__main__":
+    main()

@@ -215,7 +215,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         if result.num_droped:
             self._dropped += result.num_droped
             logger.warning(
-                "%d of %d samples of a buffer are dropped: longer than the %d tokens of a pack",
+                "%d of %d samples were dropped: longer than the %d tokens of a pack",
                 result.num_droped,
                 len(samples),
                 self.max_packing_seqlen,

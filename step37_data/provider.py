@@ -108,9 +108,12 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     seqlen_divisible_by: int = 64
     oversize_policy: Literal["drop", "extend"] = "drop"
     dataset_sampling: Literal["sequential", "random"] = "random"
-    packing: Literal["next_fit", "best_fit"] = "next_fit"
-    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs."""
+    packing: Literal["next_fit", "best_fit", "balanced"] = "next_fit"
+    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs;
+    ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
     packing_window: int = 4096
+    balance_group: int = 64
+    """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
     """Give this one pack for every index: a deterministic overfit. None for training."""
 
@@ -188,6 +191,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             dataset_sampling=self.dataset_sampling,
             packing=self.packing,
             packing_window=self.packing_window,
+            balance_group=self.balance_group,
             lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
             probe_workers=self.probe_workers,
             together=True,

@@ -165,7 +165,7 @@ def test_a_broken_picture_follows_on_broken(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"packing": "worst_fit"}, "packing: expected 'next_fit'"),
+        ({"packing": "worst_fit"}, "packing: expected one of next_fit, best_fit, balanced"),
         ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
     ],
 )

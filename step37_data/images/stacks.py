@@ -238,10 +238,10 @@ def _decoded(
                 f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
                 "it was planned from another size, or was unreadable then"
             )
-        error = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
+        unseen = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
         if on_broken == "raise":
-            raise error
-        logger.warning("%s: black is used in its place", error)
+            raise unseen
+        logger.warning("%s: black is used in its place", unseen)
         image = Image.new("RGB", (1, 1))
     return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
 

@@ -16,10 +16,10 @@ NoDriver(sys.argv[1]).install()
 
 from step37_kernels.pixels import normalize as pixels
 from step37_kernels.ops.normalize import normalize_kernel
-from step37_kernels.ops.resize import first_pass_kernel, second_pass_kernel
+from step37_kernels.ops.resize import resize_pass_kernel
 
 pixels.use_triton = lambda *_: True
-KERNELS = (normalize_kernel, first_pass_kernel, second_pass_kernel)
+KERNELS = (normalize_kernel, resize_pass_kernel)
 
 
 def picture(*shape):
@@ -46,6 +46,5 @@ def test_one_compilation_serves_all_sizes():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "normalize_kernel": 1,
-        "first_pass_kernel": 1,
-        "second_pass_kernel": 2,  # one for each order of the passes
+        "resize_pass_kernel": 3,  # the first pass, and the second for each order of them
     }

@@ -60,7 +60,7 @@ def kernels_match_pillow() -> bool:
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
-        ours = pillow.resize(torch.from_numpy(pixels), 16, pillow.installed_pillow())
+        ours = pillow.resize(torch.from_numpy(pixels), 16, 16, pillow.installed_pillow())
         if not np.array_equal(ours.numpy(), np.asarray(picture)):
             logger.warning(
                 "Pillow %s resizes in an order of passes that is not known here: images are "

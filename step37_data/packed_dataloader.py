@@ -195,10 +195,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def pack_sizes(self) -> np.ndarray:
         """int64 ``[packs]``: tokens in each pack, before padding."""
-        bounds = np.concatenate(([0], np.cumsum(self.piece_sizes, dtype=np.int64)))
-        starts = self._ranges.starts
-        sizes: np.ndarray = bounds[starts + self._ranges.counts] - bounds[starts]
-        return sizes
+        return tokens_of(self._ranges, self.piece_sizes)
 
     def iterate(
         self,
@@ -268,6 +265,13 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         of ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
         """
         return self._fingerprint
+
+
+def tokens_of(packs: PackRanges, sizes: np.ndarray) -> np.ndarray:
+    """int64 ``[packs]``: tokens in each pack of samples of these ``sizes``."""
+    bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+    tokens: np.ndarray = bounds[packs.starts + packs.counts] - bounds[packs.starts]
+    return tokens
 
 
 def draw_schedule(

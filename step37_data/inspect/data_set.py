@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,28 +13,10 @@ from tqdm import tqdm
 
 from step37_data.images.decode import DECODE_ERRORS, default_threads, read_rgb
 from step37_data.inspect import style
-from step37_data.packed_dataloader import tokens_of
+from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
 
 _BARS, _BAR_WIDTH = 16, 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fill:
-    """What one packing makes of the data set.
-
-    Attributes:
-        tokens: int64 ``[P]``, tokens of samples in each pack.
-        dropped: samples left out because they are longer than a pack.
-        share: of the capacity of all packs, in use.
-    """
-
-    tokens: np.ndarray
-    dropped: int
-    share: float
-
-    def __str__(self) -> str:
-        return f"{len(self.tokens)} packs, {self.share:.1%} filled, {self.dropped} dropped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +61,10 @@ class DataSetDescription:
 def describe_fills(sizes: np.ndarray, capacity: int, oversize: OversizePolicy) -> dict[str, Fill]:
     """Both packings of samples of these ``sizes``, int64 ``[N]``."""
     order, best = pack_best_fit(sizes, capacity, oversize)
-    next_fit = pack(sizes, capacity, oversize)
-    packings = ("next_fit", sizes, next_fit), ("best_fit", sizes[order], best)
-    fills = {}
-    for name, drawn, result in packings:
-        tokens = tokens_of(result.packed_sample_ranges, drawn)
-        share = float(tokens.sum() / max(1, len(tokens) * capacity))
-        fills[name] = Fill(tokens=tokens, dropped=result.num_droped, share=share)
-    return fills
+    return {
+        "next_fit": Fill.of(sizes, pack(sizes, capacity, oversize), capacity),
+        "best_fit": Fill.of(sizes[order], best, capacity),
+    }
 
 
 def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[str, str]:
@@ -112,7 +91,7 @@ def data_set_lines(data: DataSetDescription) -> Iterator[str]:
     for (start, stop), count in zip(itertools.pairwise(edges), counts, strict=True):
         bar = "#" * round(_BAR_WIDTH * count / max(counts))
         yield f"  {start:8} – {stop - 1:<8} {bar:<{_BAR_WIDTH}} {count}"
-    yield f"packs     of {data.capacity} tokens, oversize samples: {data.oversize}"
+    yield f"packs     oversize samples: {data.oversize}"
     yield from (f"          {packing}" for packing in data.packings)
     yield f"images    {data.unreadable}"
     yield from (f"          {path}: {reason}" for path, reason in (data.broken or {}).items())
@@ -143,7 +122,8 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
         lengths.axvline(data.capacity, label=f"the {data.capacity} tokens of a pack", **dashes)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
     white = {"color": style.SERIES[:2], "edgecolor": "white"}
-    *_, bars = filled.hist(shares, np.linspace(0, 100, 21), label=data.packings, **white)
+    labels = [textwrap.fill(packing, 48) for packing in data.packings]
+    *_, bars = filled.hist(shares, np.linspace(0, 100, 21), label=labels, **white)
     for bar in bars[1]:
         bar.set_hatch("///")
     filled.set_xlim(0, 100)

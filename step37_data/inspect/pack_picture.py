@@ -87,17 +87,11 @@ class PackDescription:
         return max(segment.end for segment in self.segments if segment.source is not None)
 
     @property
-    def fill(self) -> float:
-        """Share of the capacity in use; above 1 for an oversize sample kept alone."""
-        return self.used / self.capacity
-
-    @property
     def title(self) -> str:
         loss = sum(end - start for segment in self.segments for start, end in segment.loss)
-        return (
-            f"pack {self.index} of {self.packs}: {self.used} of {self.capacity} tokens "
-            f"({self.fill:.1%}), {self.segments[-1].end} with padding, {loss} trained"
-        )
+        full = f"{self.used} of {self.capacity} tokens ({self.used / self.capacity:.1%})"
+        rest = f"{self.segments[-1].end} with padding, {loss} trained"
+        return f"pack {self.index} of {self.packs}: {full}, {rest}"
 
     @property
     def table(self) -> list[tuple[str, ...]]:

@@ -55,13 +55,12 @@ def label(
     axes.text(x, y, text, **looks)
 
 
-def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, dict[str, Any]]]) -> float:
-    """A row of swatches with their names; returns where the row ends."""
+def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    """A row of swatches with their names."""
     for name, looks in entries:
         box(axes, x, y - 0.07, 0.16, 0.14, **{"edgecolor": FRAME, "linewidth": 0.6, **looks})
         label(axes, x + 0.22, y, name)
         x += 0.22 + width_of(name, 9) + 0.22
-    return x
 
 
 def show(axes: Axes, picture: Any, x: float, y: float, width: float, height: float) -> None:

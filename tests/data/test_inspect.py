@@ -103,10 +103,12 @@ def test_a_data_set_is_described_with_lengths_fill_and_drops(
     assert lines[1].startswith("lengths   212 to 216 tokens, median 214")
     counts = [int(line.rsplit(" ", 1)[1]) for line in lines if re.match(r" +\d+ – \d+ ", line)]
     assert sum(counts) == 8
-    assert "          next_fit: 3 packs, 87.8% filled, 0 dropped" in lines
+    told = "          next_fit: 8 samples in 3 packs of 650 tokens, 87.8 % filled, 0 dropped"
+    assert told in lines
     assert lines[-1] == "images    0 of 8 files cannot be read"
     dropping = inspect(capsys, folder, "--max-length", "214")
-    assert "          best_fit: 4 packs, 99.5% filled, 4 dropped" in dropping
+    told = "          best_fit: 4 samples in 4 packs of 214 tokens, 99.5 % filled, 4 dropped"
+    assert told in dropping
 
 
 def test_broken_images_are_named_and_nothing_is_downloaded(
@@ -249,7 +251,6 @@ def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_ar
     )
     assert [segment.source for segment in pack.segments] == [(0, 2), (0, 3), None]
     assert pack.used == pack.segments[1].end
-    assert pack.fill == pack.used / 700
     trained = np.zeros(len(packed["tokens"]), dtype=bool)
     for segment in pack.segments:
         assert len(segment.loss) == (2 if segment.source else 0)
@@ -259,8 +260,8 @@ def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_ar
         within = labels[torch.from_numpy(trained[segment.start : segment.end])]
         assert segment.text == template.tokenizer.decode(within)
     assert torch.equal(torch.from_numpy(trained), packed["loss_masks"] > 0)
-    assert pack.title.startswith(f"pack 1 of 2: {pack.used} of 700 tokens")
-    assert pack.title.endswith(f", {trained.sum()} trained")
+    told = f"pack 1 of 2: {pack.used} of 700 tokens ({pack.used / 7:.1f}%)"
+    assert pack.title == f"{told}, {len(trained)} with padding, {trained.sum()} trained"
     is_row = packed["tokens"] == template.tokenizer.convert_tokens_to_ids("<im_patch>")
     for segment, path in zip(pack.segments, ["a.jpg", "b.jpg"], strict=False):
         assert [image.entry for image in segment.images] == [(path, 0, None), (path, 1, None)]
@@ -311,7 +312,7 @@ def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
     template: Step37MultimodalTemplate,
 ) -> None:
     oversize = describe_pack(packs_of(template, ["a.jpg"], 100), 0)
-    assert oversize.fill > 1
+    assert oversize.used > oversize.capacity
     last = oversize.segments[-1].end - 1
     assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
 

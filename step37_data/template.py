@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from step37_data.checks import checked_int
-from step37_data.messages import check_encodable, checked_role, map_texts, strings
+from step37_data.messages import check_encodable, checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
 from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
@@ -131,14 +131,22 @@ class Step37MultimodalTemplate(ImageTokens):
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
         placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
         self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
-        added = self.tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in added if token.special} - set(THINK_TOKENS)
-        reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}
+        self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
+        self._generation_prompt(None)
+        # What the chat template itself writes delimits turns, flagged special or not.
+        written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
+        control = {
+            token.content
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or number in written
+        }
+        reserved = control - set(THINK_TOKENS) | self._multicrop_markup
+        reserved |= {self.image_token, IMAGE_PLACEHOLDER}
         self._reserved = re.compile(
             "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
         )
-        self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
-        self._generation_prompt(None)
+        vocabulary = self.tokenizer.get_vocab()
+        self._reserved_ids = {vocabulary[text]: text for text in reserved if text in vocabulary}
         self._warned_about_length = False
 
     def __call__(self, data: Mapping[str, Any]) -> MultimodalSFTSample:
@@ -166,7 +174,10 @@ class Step37MultimodalTemplate(ImageTokens):
         if all(message["role"] != "user" for message in messages):
             raise ValueError("conversations: a sample needs a user message, found none")
         entries = images.seen if self.multicrop else images.given
-        short_ids = self._encode(self._render(messages, False))
+        text = self._render(messages, False)
+        short_ids = self._encode(text)
+        if self._makes_reserved(text, short_ids):
+            raise ValueError(self._what_makes_reserved(messages))
         repeats = self._repeats(short_ids, rows, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
@@ -276,6 +287,7 @@ class Step37MultimodalTemplate(ImageTokens):
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key] = map_texts(value, expand, where)
+                    self._refuse_joined(texts_of(value), where)
                 else:
                     for text in strings(value):
                         self._refuse_reserved(text, f"{where} {key}")
@@ -311,6 +323,33 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
                 )
         return text
+
+    def _refuse_joined(self, texts: Sequence[str], where: str) -> None:
+        apart = [token for text in texts for token in self._reserved.findall(text)]
+        if len(texts) > 1 and (joined := self._reserved.findall("".join(texts))) != apart:
+            raise ValueError(
+                f"{where}: its parts together spell the reserved {joined}, one after the other "
+                f"only {apart}; the chat template joins them: remove or rewrite it"
+            )
+
+    def _makes_reserved(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether ``ids`` hold a reserved token that ``text`` does not spell, as a normaliser that
+        knows of full-width letters makes it."""
+        made = [self._reserved_ids[token] for token in ids if token in self._reserved_ids]
+        known = self._reserved_ids.values()
+        return made != [token for token in self._reserved.findall(text) if token in known]
+
+    def _what_makes_reserved(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        where = [
+            f"conversations[{number}] ({message['role']}): {text!r}"
+            for number, message in enumerate(messages)
+            for text in strings(message)
+            if self._makes_reserved(text, self._encode(text))
+        ]
+        return (
+            f"{'; '.join(where) or 'conversations'}: the tokenizer makes a reserved token of text "
+            "that does not spell it (its normaliser changes characters); remove or rewrite it"
+        )
 
     def _image_items(self, images: Sequence[Any] | None) -> list[tuple[str, int]]:
         if isinstance(images, str):

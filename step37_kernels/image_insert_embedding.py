@@ -203,6 +203,15 @@ class ImageInsertEmbedding(nn.Module):
         return ", ".join(parts)
 
     @staticmethod
+    def _normalize_feature_list(
+        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """One ``[L, C]`` a feature. The replaced class, in models built before it was, looks this
+        up by the class's name, and finds it here."""
+        tensors = _feature_tensors(image_features, "image_features")
+        return [f.to(device=device, dtype=dtype) for tensor in tensors for f in tensor.unbind(0)]
+
+    @staticmethod
     def insert_features(
         input_embeddings: Tensor,
         image_features: Tensor | list[Tensor],

@@ -77,9 +77,10 @@ def input_width(projector: nn.Module) -> int:
 
 
 @functools.cache
-def warn_unfused(kind: str) -> None:
+def warn_unfused(kind: str, name: str = "align_projector") -> None:
     logger.warning(
-        "align_projector (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
+        "%s (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
         "is called, and its rows are inserted by PyTorch",
+        name,
         kind,
     )

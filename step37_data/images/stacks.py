@@ -36,10 +36,10 @@ from step37_data.images.decode import (
     BrokenImages,
     OnBroken,
     decode,
-    map_threads,
 )
 from step37_data.images.device import to_device, upload
 from step37_data.placeholders import ImageEntry
+from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.normalize import clip_normalize
@@ -110,6 +110,7 @@ class ImageReader:
     broken: BrokenImages | None = None
     threads: int | None = None
     pixel_order: PixelOrder = "pillow"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name, given, known in (
@@ -155,7 +156,7 @@ class ImageReader:
             entries_of.setdefault(entry.file, []).append(entry)
 
         def read(of_picture: Sequence[ImageEntry]) -> tuple[_Picture, _Pixels]:
-            picture = _decoded(of_picture, self.on_broken)
+            picture = _decoded(of_picture, self.on_broken, self.max_pixels)
             return picture, finish(picture, of_picture)
 
         read_pictures = map_threads(read, entries_of.values(), self.threads)
@@ -215,10 +216,12 @@ class ImageReader:
         return normalize_then_resize(moved, side, dtype=self.dtype, device=self.device)
 
 
-def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
+def _decoded(
+    entries: Sequence[ImageEntry], on_broken: OnBroken, max_pixels: int | None
+) -> _Picture:
     """The picture of ``entries``, all of one file, whose windows are checked to be its own."""
     path, in_crops = entries[0].file
-    decoded = decode(path, on_broken)
+    decoded = decode(path, on_broken, max_pixels)
     image, reason = decoded.image, decoded.broken
     if in_crops and reason is None:
         try:

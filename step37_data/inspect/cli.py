@@ -95,16 +95,10 @@ def _save(out: Path | None, draw: Callable[..., Any], *described: Any) -> Iterat
 
 def _describe_picture(path: str, out: Path | None) -> Iterator[str]:
     from step37_data.images.crops import picture_size
-    from step37_data.images.decode import DECODE_ERRORS
     from step37_data.inspect.crop_picture import describe_picture, draw_crops
 
-    try:
-        size = picture_size(path)
-        sheet = draw_crops(path) if out else None
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    yield from describe_picture(path, size)
-    yield from _save(out, lambda: sheet)
+    yield from describe_picture(path, picture_size(path))
+    yield from _save(out, draw_crops, path)
 
 
 def _load(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloader:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from step37_data.images.decode import DECODE_ERRORS, default_threads, read_rgb
+from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
+from step37_data.threads import default_threads
 
 _BARS, _BAR_WIDTH = 16, 40
 
@@ -73,8 +74,8 @@ def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[s
     def reason(path: str) -> str | None:
         try:
             read_rgb(path)
-        except DECODE_ERRORS as error:
-            return f"{type(error).__name__}: {error}"
+        except BrokenImageError as error:
+            return error.reason
         return None
 
     with ThreadPoolExecutor(default_threads()) as pool:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from step37_data.images.crop_pixels import canvas_image, cut, full_image
 from step37_data.images.crops import plan_crops
-from step37_data.images.decode import DECODE_ERRORS, read_rgb
+from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.placeholders import ImageEntry
@@ -220,7 +220,7 @@ def cell_at(token: int) -> tuple[float, float]:
 def _thumbnail(entry: ImageEntry) -> Image.Image | None:
     try:
         picture = read_rgb(entry.path)
-    except DECODE_ERRORS:  # shown in the picture as unreadable
+    except BrokenImageError:  # shown in the picture as unreadable
         return None
     if entry.kind == PATCH_ITEM_TYPE and entry.window is not None:
         plan = plan_crops(*picture.size)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step37_kernels import ImageInsertEmbedding, reference
-from tests.megatron.stand_ins.processes import run
+from tests.megatron.processes import run
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 

@@ -17,7 +17,7 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int, checked_state, item_at
-from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
+from step37_data.lengths import KeyedDataset, probe_lengths
 from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
 from step37_data.samplers import (
     LoopedSequentialSampler,
@@ -266,7 +266,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=as_it_is,
+            collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -329,6 +329,10 @@ def draw_schedule(
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
+
+
+def _as_it_is(pack: Any) -> Any:
+    return pack
 
 
 class _Guarded(torch.utils.data.Dataset[Any]):

@@ -36,10 +36,8 @@ def describe_picture(path: str, size: tuple[int, int]) -> Iterator[str]:
         )
     for number, (x, y, _, _) in enumerate(plan.windows):
         yield f"          crop {number} from x = {x}, y = {y}"
-    yield (
-        f"tokens    {plan.num_tokens}: {len(plan.windows)} crops, {sum(plan.newline_mask)} "
-        "newlines, 1 full image"
-    )
+    crops = f"{len(plan.windows)} crops, {sum(plan.newline_mask)} newlines"
+    yield f"tokens    {plan.num_tokens}: {crops}, 1 full image"
     runs = token_runs(plan.newline_mask)
     tokens = " ".join(token if count == 1 else f"{count}×{token}" for token, count in runs)
     tokens = tokens.replace(f"{PATCH_NEWLINE_TOKEN} ", f"{PATCH_NEWLINE_TOKEN}\n")

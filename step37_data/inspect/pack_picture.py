@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,8 +33,7 @@ _TOKEN = WIDTH / TOKENS_A_LINE
 _A_ROW, _THUMBNAIL, _PIXELS = 8, 1.06, 160
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSpan:
+class ImageSpan(NamedTuple):
     """Where the rows of one image stand in the pack: ``[start, end)`` in tokens."""
 
     start: int
@@ -48,8 +46,7 @@ class ImageSpan:
         return PureWindowsPath(self.entry.path).name
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One sub-sequence of a pack: ``[start, end)`` in tokens.
 
     Attributes:
@@ -67,16 +64,15 @@ class Segment:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class PackDescription:
+class PackDescription(NamedTuple):
     """A pack: its segments, and how full it is.
 
     Attributes:
-        index: of the pack, among so many ``packs``.
+        number: of the pack, among so many ``packs``.
         capacity: tokens that fit.
     """
 
-    index: int
+    number: int
     packs: int
     capacity: int
     segments: list[Segment]
@@ -91,7 +87,7 @@ class PackDescription:
         loss = sum(end - start for segment in self.segments for start, end in segment.loss)
         full = f"{self.used} of {self.capacity} tokens ({self.used / self.capacity:.1%})"
         rest = f"{self.segments[-1].end} with padding, {loss} trained"
-        return f"pack {self.index} of {self.packs}: {full}, {rest}"
+        return f"pack {self.number} of {self.packs}: {full}, {rest}"
 
     @property
     def table(self) -> list[tuple[str, ...]]:

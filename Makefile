@@ -3,6 +3,7 @@
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
 # make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's
 #             own classes (Python 3.11 and later)
+# make fuzz   set up, then random inputs against oracles, for FUZZ_S seconds; findings are printed
 # make lint   set up, then ruff, mypy, import-linter
 # make docs   set up, then the site of docs/ into out/site, strict
 # make pictures    set up, then the pictures of docs/ drawn anew
@@ -17,8 +18,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 JOBS ?= auto
 ARCH ?= sm_90
+FUZZ_S ?= 180
 
-.PHONY: demo test ptx real lint docs pictures package kernel-hub bench gpu resources setup clean
+.PHONY: demo test ptx real fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -34,6 +36,9 @@ ptx: setup
 
 real:
 	@JOBS=$(JOBS) $(PYTHON) -m tools.real
+
+fuzz: setup
+	@$(RUN) -m tests.fuzz --seconds $(FUZZ_S)
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -137,7 +137,7 @@ class LengthCache:
         # Sixteen bytes in one element: zeros at the end are no part of it, and no loss either.
         self.keys = keys.view("S16").reshape(-1)
         self._lengths = np.full(len(keys), -1, dtype=np.int64)
-        self._unwritten = np.empty(0, dtype=_RECORD)
+        self._merged = np.empty(0, dtype=_RECORD)
 
     def is_writable(self) -> bool:
         """Whether the file, or the folders it needs, can be written as far as one can tell."""
@@ -176,18 +176,18 @@ class LengthCache:
             self._write(pending)
 
     def _records(self) -> np.ndarray:
-        return self._unwritten if len(self._unwritten) else _read(self._file)
+        return self._merged if len(self._merged) else _read(self._file)
 
     def _write(self, more: list[np.ndarray]) -> None:
-        records = np.concatenate([*more, self._records()])
-        records = records[np.unique(records["key"], return_index=True)[1]]
-        payload = records.tobytes()
+        records = np.concatenate([*more, self._merged, _read(self._file)])
+        # Kept: the file may be read-only, or become another writer's, who has not seen ours.
+        self._merged = records[np.unique(records["key"], return_index=True)[1]]
+        payload = self._merged.tobytes()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, _digest(payload) + payload)
         except OSError as error:
             logger.warning("%s cannot be written (%s): its lengths are lost", self._file, error)
-            self._unwritten = records
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from step37_data.checks import checked_int
 from step37_data.messages import check_encodable, checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.threads import within
 from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -54,6 +56,8 @@ _MULTICROP_PLACEHOLDERS = re.compile(
 # Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
 _TEMPLATE_VERSION = 1
 _MULTICROP_VERSION = 1
+# A chat template is a program. It takes milliseconds for its first question, or has no end.
+_RENDER_S = 60
 
 
 class MultimodalSFTSample(dict[str, Any]):
@@ -132,7 +136,13 @@ class Step37MultimodalTemplate(ImageTokens):
         placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
         self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
-        self._generation_prompt(None)
+        try:
+            within(_RENDER_S, functools.partial(self._generation_prompt, None))
+        except futures.TimeoutError as error:
+            raise ValueError(
+                f"tokenizer_path: the chat template in {self.tokenizer_path!r} has not rendered a "
+                f"question after {_RENDER_S} seconds; does it end?"
+            ) from error
         # What the chat template itself writes delimits turns, flagged special or not.
         written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
         control = {

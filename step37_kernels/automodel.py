@@ -7,6 +7,7 @@ Automodel is imported inside the functions that need it, so that importing this 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -135,7 +136,7 @@ class FusedMerge:
             projected = multimodal_embeddings
             tensors = list(projected) if isinstance(projected, (list, tuple)) else [projected]
             place = None
-        num_rows = sum(tensor.shape[:-1].numel() for tensor in tensors)
+        num_rows = sum(math.prod(tensor.shape[:-1]) for tensor in tensors)
         plan = plan_placeholders(input_ids, self.config.image_token_id, num_rows, batch_first=True)
         self._look_at_counts(plan)
         if place is not None:

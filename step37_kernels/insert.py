@@ -7,6 +7,7 @@ feature rows of all groups together, ``L`` rows of one feature, ``N`` features.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
         The embeddings' shape; differentiable in both. Never waits for the device.
     """
     hidden = embeddings.shape[2]
-    num_positions = embeddings.shape[:2].numel()
+    num_positions = math.prod(embeddings.shape[:2])
     slots = plan.destinations
     if slots.is_cpu and type(slots) is Tensor and not torch.compiler.is_compiling():
         # Values are at hand, and what has no destination can be left out.
@@ -224,7 +225,7 @@ class FeatureRows:
         tensors = [
             (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(dtype)
             for tensor in features
-            if tensor.shape[:-1].numel()
+            if math.prod(tensor.shape[:-1])
         ]
         if not (triton and tensors):
             return cls(tensors, None)
@@ -255,7 +256,7 @@ def _validate(
             fail(name, "[L, C] or [N, L, C]", tuple(feature.shape))
         if feature.shape[-1] != width:
             fail(name, f"C = {width} (the weight's)", tuple(feature.shape))
-    num_rows = sum(feature.shape[:-1].numel() for feature in features)
+    num_rows = sum(math.prod(feature.shape[:-1]) for feature in features)
     if num_rows != plan.num_rows:
         fail("features", f"R = {plan.num_rows} rows (the plan's)", f"{num_rows} rows")
     tensors = {"embeddings": embeddings, "weight": weight, "bias": bias}

@@ -40,6 +40,9 @@ NEEDS = (
     "transformers==5.12.1",  # the newest that Bridge 0.6.2 allows
 )
 
+# Not the extra `test`: what it brings beside these may be newer than the frameworks allow.
+TOOLS = ("hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+
 
 def fingerprint() -> str:
     parts = [
@@ -66,7 +69,7 @@ def set_up() -> None:
     say(f"creating {VENV.name} with {', '.join(FRAMEWORKS)} (a few minutes on a first run)")
     shutil.rmtree(VENV, ignore_errors=True)
     venv.EnvBuilder(with_pip=True).create(VENV)
-    pip(CPU_TORCH, "--editable", f"{ROOT}[data,test]", *NEEDS)
+    pip(CPU_TORCH, "--editable", f"{ROOT}[data]", *TOOLS, *NEEDS)
     pip("--no-deps", "--ignore-requires-python", *FRAMEWORKS)
     STAMP.write_text(fingerprint())
 
@@ -79,6 +82,7 @@ def main() -> int:
     began = time.perf_counter()
     jobs = os.environ.get("JOBS", "auto")
     command = [str(PYTHON), "-m", "pytest", "-n", jobs, "-m", "not slow and not gpu"]
+    command += ["--dist", "loadscope"]  # the ranks of a file start once
     arguments = sys.argv[1:] or ["tests/real"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, check=False)
     say(f"{time.perf_counter() - began:.0f} s of tests")

@@ -237,9 +237,10 @@ def _decoded(
                 f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
                 "it was planned from another size, or was unreadable then"
             )
+        error = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
         if on_broken == "raise":
-            raise BrokenImageError(f"image {path} could not be shown: {reason}")
-        logger.warning("image %s could not be shown, black is used in its place: %s", path, reason)
+            raise error
+        logger.warning("%s: black is used in its place", error)
         image = Image.new("RGB", (1, 1))
     return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
 

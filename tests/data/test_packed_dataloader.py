@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from step37_data import lengths as lengths_module
 from step37_data.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample
@@ -486,6 +487,21 @@ def test_what_is_no_file_in_the_place_of_the_lengths_is_told_and_left_alone(
     assert f"{file} cannot be read" in caplog.text
     assert what != "folder" or (file / "mine").exists()
     assert not list(tmp_path.rglob(".samples*"))
+
+
+def test_lengths_are_not_lost_where_another_writer_replaces_the_file_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_lengths(Words([9, 8]), cache_dir=tmp_path, progress=False)
+    (file,) = tmp_path.rglob("*.lengths")
+    others = file.read_bytes()
+
+    def overtaken(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        path.write_bytes(others)
+
+    monkeypatch.setattr(lengths_module, "write_atomically", overtaken)
+    assert probe_lengths(Words(LENGTHS), cache_dir=tmp_path, progress=False).tolist() == LENGTHS
 
 
 def test_two_writers_of_one_cache_lose_nothing_they_have_merged(tmp_path: Path) -> None:

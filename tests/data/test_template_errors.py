@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from step37_data import template as template_module
 from step37_data.template import Step37MultimodalTemplate
 from step37_data.tokens import load_tokenizer
 from tests.data.test_template import TOKENIZER, edited_tokenizer, flickr
@@ -182,3 +183,14 @@ def test_a_turn_delimiter_that_the_normaliser_makes_of_other_letters_is_refused(
         answer = {"role": "assistant", "content": text}
         with pytest.raises(ValueError, match="makes a reserved token of text that does not spell"):
             template({"conversations": [flickr()[0], answer], "images": ["a.jpg"]})
+
+
+def test_a_chat_template_without_an_end_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It ends after a second or two, when nobody waits for it any more.
+    nested = "{%- for a in range(1000) -%}{%- for b in range(20000) -%}{%- endfor -%}{%- endfor -%}"
+    path = edited_tokenizer(tmp_path, lambda text: nested + text)
+    monkeypatch.setattr(template_module, "_RENDER_S", 0.2)
+    with pytest.raises(ValueError, match=r"has not rendered a question after 0\.2 seconds"):
+        Step37MultimodalTemplate(tokenizer_path=path)

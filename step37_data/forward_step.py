@@ -205,9 +205,14 @@ class ForwardStep:
             raise ValueError("data_iterator: every pipeline stage needs one, for cu_seqlens")
         if self._depth == 0 or _rewinds(data_iterator):
             return prepare(next(data_iterator))
+        made: list[Prefetcher[dict[str, Any]]] = []
+        packs = getattr(data_iterator, "iterable", data_iterator)
+        if hasattr(packs, "read_ahead_by"):  # before the first pack is read
+            packs.read_ahead_by(lambda: made[0].state_dict()["next_pack"] if made else 0)
         prefetcher = Prefetcher(
             _Rest(data_iterator), prepare, depth=self._depth, device=self._device
         )
+        made.append(prefetcher)
         self._prefetchers[id(data_iterator)] = (data_iterator, prefetcher)
         return next(prefetcher)
 

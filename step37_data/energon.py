@@ -41,13 +41,14 @@ except ModuleNotFoundError as error:
     # By its full name: other parts of megatron come with other extras.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 
-from step37_data.images.decode import ON_BROKEN, OnBroken, available_cores
+from step37_data.images.decode import ON_BROKEN, OnBroken
 from step37_data.images.encoded import PICTURE_SUFFIXES, EncodedImage
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import Packing
 from step37_data.packing import PackRanges, pack, pack_balanced, pack_best_fit
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
+from step37_data.threads import default_threads
 from step37_data.tokens import IMAGE_ITEM_TYPE, IMAGE_PLACEHOLDER, PATCH_ITEM_TYPE
 
 logger = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ def prepare_shards(folder: str | Path, shards: Mapping[str, Sequence[str]]) -> N
         Path(folder),
         [path for paths in shards.values() for path in paths],
         split_parts_patterns=[(split, f"{re.escape(split)}/") for split in shards],
-        workers=min(8, available_cores()),
+        workers=default_threads(),
     )
     # The task encoder cooks the samples itself.
     definition = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"

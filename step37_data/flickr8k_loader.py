@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,24 +15,29 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
 from step37_data.images.crops import CropPlan, plan_file
-from step37_data.images.decode import map_threads
 from step37_data.lengths import write_atomically
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
+from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
 # What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
 _ORIGIN_FILE = ".cache/step37_origin.json"
+_NOTES = ".cache/huggingface/download"
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
+_GIVE_UP_AFTER_S = 30.0
 # They wait for the file system, not for a core.
 _HEADER_READERS = 16
+# Lines of metadata in a message.
+_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,9 @@ def get_flickr8k_dataset_file(
     """Path of one file of the data set under ``cache_dir``, downloaded if it is not there.
 
     ``hf_hub_download`` writes beside the final place and moves the whole file there. A download
-    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again.
+    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again: five times in
+    all, with 7.5 seconds of pauses, and not after half a minute. A file that is empty, or whose
+    hash is not the one that the hub gave when it was downloaded, is downloaded again.
 
     Threads may fetch different files at a time; processes must take turns (see
     :func:`prepare_flickr8k_samples`).
@@ -152,20 +158,42 @@ def get_flickr8k_dataset_file(
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
 
     Raises:
-        ValueError: ``filename`` leaves ``cache_dir``.
+        ValueError: ``filename`` leaves ``cache_dir``, by its name or by a link.
         FileNotFoundError: the hub has no such file, revision or data set, or is out of reach.
-        OSError: the download failed otherwise.
+        OSError: the download failed otherwise, or gave what does not fit its hash, twice.
     """
     root = Path(cache_dir).expanduser()
     path = _path_inside(root, filename)
-    if _is_present(path):
+    flaw = _flaw(root, path)
+    for _ in range(2):
+        if flaw is None:
+            return path
+        _download(filename, root, path, flaw, repo_id, revision, endpoint)
+        flaw = _flaw(root, path)
+    if flaw is None:
         return path
+    raise OSError(f"{path} {flaw}, also after it was downloaded twice from {repo_id}")
+
+
+def _download(
+    filename: str,
+    root: Path,
+    path: Path,
+    flaw: str,
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    _refuse_links(root, path, root / _NOTES)
+    if path.exists():
+        logger.warning("%s %s: downloading it again", path, flaw)
     # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
     # OSError or children of the base class of HfHubHTTPError.
     network_errors = (OSError, HfHubHTTPError.__bases__[0])
+    began = time.monotonic()
     attempt = 0
     while True:
         attempt += 1
@@ -177,23 +205,31 @@ def get_flickr8k_dataset_file(
                 local_dir=root,
                 revision=revision,
                 endpoint=endpoint,
+                # Else the client keeps a damaged file that has its name, and tries again itself,
+                # within each attempt of ours, where the hub answers with an error.
+                force_download=True,
             )
-            return path
-        except network_errors as error:
+            return
+        except (*network_errors, ValueError) as raised:
+            # So the client reports that it found out nothing about the file.
+            unreachable = isinstance(raised, ValueError)
+            error = raised.__cause__ if unreachable else raised
+            if not isinstance(error, network_errors):
+                raise
             status = getattr(getattr(error, "response", None), "status_code", None)
-            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
+            offline = isinstance(error, OfflineModeIsEnabled)
             may_pass = status is None or status in (408, 429) or status >= 500
-            if attempt < _ATTEMPTS and may_pass and not offline:
+            in_time = attempt < _ATTEMPTS and time.monotonic() - began < _GIVE_UP_AFTER_S
+            if in_time and may_pass and not offline:
                 logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
                 time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
                 continue
             # A built-in error, which every rank can raise. The hub tells nobody of a private repo.
-            missing = isinstance(error, FileNotFoundError) or status in (401, 404)
+            missing = unreachable or isinstance(error, FileNotFoundError) or status in (401, 404)
             kind = FileNotFoundError if missing else OSError
             tried = f" after {attempt} attempts" if attempt > 1 else ""
             raise kind(
-                f"{path} is missing, and {repo_id}/{filename} could not be "
-                f"downloaded{tried}: {error}"
+                f"{path} {flaw}, and {repo_id}/{filename} could not be downloaded{tried}: {error}"
             ) from error
 
 
@@ -211,8 +247,9 @@ def prepare_flickr8k_samples(
 ) -> list[Flickr8kSample]:
     """The first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
 
-    What ``cache_dir`` lacks is downloaded, several files at a time; what is there is not asked for
-    again, so a filled cache works offline and an interrupted download continues. In a process
+    What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
+    is not asked for again, so a filled cache works offline and an interrupted download continues.
+    Files that the loader has not downloaded have no hash, and are taken as they are. In a process
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
 
@@ -263,12 +300,22 @@ def prepare_flickr8k_samples(
                 hub.disable_progress_bars()
                 undo.callback(hub.enable_progress_bars)
             fetch(f"{split}/metadata.csv")
-            missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
-            names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
+            names = [path.relative_to(root).as_posix() for path in flawed()]
             _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
 
+    whole: set[Path] = set()
+
+    def flawed() -> list[Path]:
+        """Images that are missing or damaged; what was found whole is not looked at again."""
+        paths = list(dict.fromkeys(Path(sample.image_path) for sample in read()))
+        paths = [path for path in paths if path not in whole]
+        flaws = map_threads(functools.partial(_flaw, root), paths, _HEADER_READERS)
+        found = dict(zip(paths, flaws, strict=True))
+        whole.update(path for path, flaw in found.items() if flaw is None)
+        return [path for path, flaw in found.items() if flaw is not None]
+
     def is_filled() -> bool:
-        return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
+        return _flaw(root, metadata) is None and not flawed()
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
     samples = read()
@@ -293,13 +340,14 @@ def read_flickr8k_metadata(
         ValueError: ``sample_count`` is no integer of at least 1; a file name leaves the folder of
             ``metadata``; a row has more cells than the header, as after a comma without quotes; a
             quote is never closed; a cell is longer than ``csv.field_size_limit()``; the file is not
-            UTF-8. The message names file and line.
+            UTF-8. The message names the file and the lines, ten of them at most.
     """
     if sample_count is not None:
         checked_int("sample_count", sample_count)
     samples: list[Flickr8kSample] = []
     skipped = 0
-    for line, row in _rows(metadata):
+    problems: list[str] = []
+    for line, row in _rows(metadata, problems):
         caption = row.get(caption_key, "").strip()
         file_name = row.get("file_name", "").strip()
         if not caption or not file_name:
@@ -308,10 +356,14 @@ def read_flickr8k_metadata(
         try:
             path = _path_inside(metadata.parent, file_name)
         except ValueError as error:
-            raise ValueError(f"{metadata}, line {line}: {error}") from error
+            problems.append(f"line {line}: {error}")
+            continue
         samples.append(Flickr8kSample(str(path), caption))
         if len(samples) == sample_count:
             break
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{metadata}, {'; '.join(problems[:_SHOWN])}{more}")
     if skipped:
         logger.warning(
             "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
@@ -319,8 +371,8 @@ def read_flickr8k_metadata(
     return samples
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Every row of a CSV file, with the number of its last line."""
+def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Every row of a CSV file, with the number of its last line; rows too long are ``problems``."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         # Strict: else a quote that is not closed takes in all rows up to the next one.
         rows = csv.reader(file, strict=True)
@@ -329,12 +381,13 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = next(rows, [])
             first = rows.line_num + 1
             for cells in rows:
-                if len(cells) > len(header):
-                    raise ValueError(
-                        f"{metadata}, line {rows.line_num}: expected the {len(header)} cells of "
-                        f"the header, got {len(cells)}: {cells}; a text with a comma needs quotes"
+                # A comma at the end of a row makes an empty cell, which holds no text to lose.
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    problems.append(
+                        f"line {rows.line_num}: expected the {len(header)} cells of the header, "
+                        f"got {len(cells)}: {cells}; a text with a comma needs quotes"
                     )
-                if cells:
+                elif cells:
                     yield rows.line_num, dict(zip(header, cells, strict=False))
                 first = rows.line_num + 1
         except csv.Error as error:
@@ -346,6 +399,18 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
 
 
+def _is_global_rank_0() -> bool:
+    """Whether this process is global rank 0, or the only one."""
+    grouped = dist.is_available() and dist.is_initialized()
+    return not grouped or dist.get_rank() == 0
+
+
+def _maybe_barrier() -> None:
+    """Wait for all ranks, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def _path_inside(folder: Path, name: str) -> Path:
     """``folder / name``, provided that ``name`` stays inside on every operating system."""
     parts = PurePosixPath(name).parts
@@ -355,8 +420,34 @@ def _path_inside(folder: Path, name: str) -> Path:
     return folder.joinpath(*parts)
 
 
-def _is_present(path: str | Path) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) > 0
+def _flaw(root: Path, path: Path) -> str | None:
+    """What is wrong with a file, as far as can be told without the hub; None if nothing is."""
+    if not path.is_file():
+        return "is missing" if not path.exists() else "is not a regular file"
+    try:
+        # huggingface_hub's own note: commit, hash, time.
+        note = (root / _NOTES / f"{path.relative_to(root)}.metadata").read_text().splitlines()
+    except (OSError, ValueError):
+        note = []
+    size = path.stat().st_size
+    expected = note[1].strip() if len(note) > 1 else ""
+    if len(expected) not in (40, 64):
+        return None if size else "is empty"
+    # The hash of a large file, or git's of a small one.
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() == expected:
+        return None
+    return f"is damaged: expected the hash {expected}, found {digest.hexdigest()} of {size} bytes"
+
+
+def _refuse_links(root: Path, *paths: Path) -> None:
+    """Raise ``ValueError`` where writing to a path would write outside of ``root``."""
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{path} leads by a link to {path.resolve()}, outside of {root}")
 
 
 def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
@@ -364,7 +455,12 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
     note = root / _ORIGIN_FILE
     wanted = {"repo_id": repo_id, "revision": revision}
     if note.is_file():
-        found = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"cache_dir: {note} is damaged ({error}); remove it if the folder holds {wanted}"
+            ) from error
         if found != wanted:
             raise ValueError(
                 f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
@@ -378,6 +474,7 @@ def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
                 revision,
             )
     else:
+        _refuse_links(root, note)
         note.parent.mkdir(exist_ok=True)
         write_atomically(note, json.dumps(wanted).encode())
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch._utils import ExceptionWrapper
 
-from step37_data.checks import checked_int
+from step37_data.checks import checked_int, checked_state, item_at
 from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
 from step37_data.packing import (
     OversizePolicy,
@@ -108,6 +108,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 "draw no sample"
             )
         self.datasets = list(datasets)
+        self.ds_epochs, self.dataset_sampling = list(epochs), list(strategies)
         self.transform = transform
         self.collate_fn = collate_fn
         self.max_length = max_length
@@ -180,6 +181,11 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 self.max_length,
             )
 
+    @property
+    def piece_order(self) -> list[tuple[int, int]]:
+        """``(data set, sample)`` of every draw, as the replaced class has it: made anew."""
+        return list(zip(self.piece_domains.tolist(), self.piece_indices.tolist(), strict=True))
+
     def __len__(self) -> int:
         return len(self._ranges)
 
@@ -189,7 +195,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, idx: int) -> Any:
         pieces = self.pieces(idx)
-        samples = [self.datasets[domain][index] for domain, index in pieces]
+        samples = [
+            item_at(self.datasets[i], index, f"datasets[{i}], sample") for i, index in pieces
+        ]
         planned = self.piece_sizes[self._rows(idx)].tolist()
         for piece, sample, size in zip(pieces, samples, planned, strict=True):
             if len(sample) != size and not self._warned_about_lengths:
@@ -273,10 +281,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
                 lengths or packing), where the position would mean other packs; or it is no state.
         """
-        if not {"position", "schedule"} <= state_dict.keys():
-            raise ValueError(
-                f"state_dict: expected position and schedule, got {sorted(state_dict)}"
-            )
+        checked_state(state_dict, "position", "schedule")
         if state_dict["schedule"] != self.schedule_fingerprint():
             raise ValueError(
                 "state_dict: it was saved with another schedule of packs; the samples, their "

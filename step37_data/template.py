@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,8 +25,9 @@ import torch
 
 from step37_data.checks import checked_int
 from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.messages import check_encodable, checked_role, map_texts, strings
+from step37_data.messages import check_encodable, checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.threads import within
 from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -55,6 +57,8 @@ _MULTICROP_PLACEHOLDERS = re.compile(
 # Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
 _TEMPLATE_VERSION = 1
 _MULTICROP_VERSION = 1
+# A chat template is a program. It takes milliseconds for its first question, or has no end.
+_RENDER_S = 60
 
 
 class MultimodalSFTSample(dict[str, Any]):
@@ -132,14 +136,28 @@ class Step37MultimodalTemplate(ImageTokens):
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
         placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
         self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
-        added = self.tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in added if token.special} - set(THINK_TOKENS)
-        reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}
+        self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
+        try:
+            within(_RENDER_S, functools.partial(self._generation_prompt, None))
+        except futures.TimeoutError as error:
+            raise ValueError(
+                f"tokenizer_path: the chat template in {self.tokenizer_path!r} has not rendered a "
+                f"question after {_RENDER_S} seconds; does it end?"
+            ) from error
+        # What the chat template itself writes delimits turns, flagged special or not.
+        written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
+        control = {
+            token.content
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or number in written
+        }
+        reserved = control - set(THINK_TOKENS) | self._multicrop_markup
+        reserved |= {self.image_token, IMAGE_PLACEHOLDER}
         self._reserved = re.compile(
             "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
         )
-        self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
-        self._generation_prompt(None)
+        vocabulary = self.tokenizer.get_vocab()
+        self._reserved_ids = {vocabulary[text]: text for text in reserved if text in vocabulary}
         self._warned_about_length = False
 
     def __call__(self, data: Mapping[str, Any]) -> MultimodalSFTSample:
@@ -167,7 +185,10 @@ class Step37MultimodalTemplate(ImageTokens):
         if all(message["role"] != "user" for message in messages):
             raise ValueError("conversations: a sample needs a user message, found none")
         entries = images.seen if self.multicrop else images.given
-        short_ids = self._encode(self._render(messages, False))
+        text = self._render(messages, False)
+        short_ids = self._encode(text)
+        if self._makes_reserved(text, short_ids):
+            raise ValueError(self._what_makes_reserved(messages))
         repeats = self._repeats(short_ids, rows, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
@@ -277,6 +298,7 @@ class Step37MultimodalTemplate(ImageTokens):
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key] = map_texts(value, expand, where)
+                    self._refuse_joined(texts_of(value), where)
                 else:
                     for text in strings(value):
                         self._refuse_reserved(text, f"{where} {key}")
@@ -312,6 +334,33 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
                 )
         return text
+
+    def _refuse_joined(self, texts: Sequence[str], where: str) -> None:
+        apart = [token for text in texts for token in self._reserved.findall(text)]
+        if len(texts) > 1 and (joined := self._reserved.findall("".join(texts))) != apart:
+            raise ValueError(
+                f"{where}: its parts together spell the reserved {joined}, one after the other "
+                f"only {apart}; the chat template joins them: remove or rewrite it"
+            )
+
+    def _makes_reserved(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether ``ids`` hold a reserved token that ``text`` does not spell, as a normaliser that
+        knows of full-width letters makes it."""
+        made = [self._reserved_ids[token] for token in ids if token in self._reserved_ids]
+        known = self._reserved_ids.values()
+        return made != [token for token in self._reserved.findall(text) if token in known]
+
+    def _what_makes_reserved(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        where = [
+            f"conversations[{number}] ({message['role']}): {text!r}"
+            for number, message in enumerate(messages)
+            for text in strings(message)
+            if self._makes_reserved(text, self._encode(text))
+        ]
+        return (
+            f"{'; '.join(where) or 'conversations'}: the tokenizer makes a reserved token of text "
+            "that does not spell it (its normaliser changes characters); remove or rewrite it"
+        )
 
     def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
         if isinstance(images, str):

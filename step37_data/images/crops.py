@@ -159,8 +159,7 @@ def picture_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of an image file; no pixel is decoded.
 
     Raises:
-        Exception: Pillow cannot read the header; ``step37_data.images.decode.DECODE_ERRORS`` lists
-            what that is known to raise.
+        BrokenImageError: Pillow cannot read the header.
     """
     # Imported here: planning needs no Pillow.
     from step37_data.images.decode import open_image
@@ -175,10 +174,10 @@ def plan_file(path: ImageFile) -> CropPlan:
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
     puts in its place; decoding also reports it.
     """
-    from step37_data.images.decode import BROKEN_SIZE, DECODE_ERRORS
+    from step37_data.images.decode import BROKEN_SIZE
 
     try:
         return plan_crops(*picture_size(path))
-    except DECODE_ERRORS as error:
+    except ValueError as error:  # a BrokenImageError among them
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)

@@ -36,11 +36,11 @@ from step37_data.images.decode import (
     BrokenImages,
     OnBroken,
     decode,
-    map_threads,
 )
 from step37_data.images.device import to_device, upload
 from step37_data.images.encoded import ImageFile
 from step37_data.placeholders import ImageEntry
+from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.normalize import clip_normalize
@@ -60,7 +60,7 @@ def kernels_match_pillow() -> bool:
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
-        ours = pillow.resize(torch.from_numpy(pixels), 16, pillow.installed_pillow())
+        ours = pillow.resize(torch.from_numpy(pixels), 16, 16, pillow.installed_pillow())
         if not np.array_equal(ours.numpy(), np.asarray(picture)):
             logger.warning(
                 "Pillow %s resizes in an order of passes that is not known here: images are "
@@ -111,6 +111,7 @@ class ImageReader:
     broken: BrokenImages | None = None
     threads: int | None = None
     pixel_order: PixelOrder = "pillow"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name, given, known in (
@@ -156,7 +157,7 @@ class ImageReader:
             entries_of.setdefault(entry.file, []).append(entry)
 
         def read(of_picture: Sequence[ImageEntry]) -> tuple[_Picture, _Pixels]:
-            picture = _decoded(of_picture, self.on_broken)
+            picture = _decoded(of_picture, self.on_broken, self.max_pixels)
             return picture, finish(picture, of_picture)
 
         read_pictures = map_threads(read, entries_of.values(), self.threads)
@@ -216,16 +217,18 @@ class ImageReader:
         return normalize_then_resize(moved, side, dtype=self.dtype, device=self.device)
 
 
-def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
+def _decoded(
+    entries: Sequence[ImageEntry], on_broken: OnBroken, max_pixels: int | None
+) -> _Picture:
     """The picture of ``entries``, all of one file, whose windows are checked to be its own."""
     path, in_crops = entries[0].file
-    decoded = decode(path, on_broken)
+    decoded = decode(path, on_broken, max_pixels)
     image, reason = decoded.image, decoded.broken
     if in_crops and reason is None:
         try:
             plan = plan_crops(*image.size)
-        except ValueError as error:
-            reason = str(error)
+        except ValueError as problem:
+            reason = str(problem)
         else:
             own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
             stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
@@ -235,9 +238,10 @@ def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
                 f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
                 "it was planned from another size, or was unreadable then"
             )
+        unseen = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
         if on_broken == "raise":
-            raise BrokenImageError(f"image {path} could not be shown: {reason}")
-        logger.warning("image %s could not be shown, black is used in its place: %s", path, reason)
+            raise unseen
+        logger.warning("%s: black is used in its place", unseen)
         image = Image.new("RGB", (1, 1))
     return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
 

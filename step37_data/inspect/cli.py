@@ -127,15 +127,14 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
 
 def _describe_picture(path: str, out: Path | None) -> Iterator[str]:
     from step37_data.images.crops import picture_size
-    from step37_data.images.decode import DECODE_ERRORS
     from step37_data.inspect import style
     from step37_data.inspect.crop_picture import describe_picture, draw_crops
 
     try:
         size = picture_size(path)
         drawing = None if out is None else draw_crops(path)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'reason', error)}") from error
     yield from describe_picture(path, size)
     if drawing is not None and out is not None:
         style.save(drawing, out)

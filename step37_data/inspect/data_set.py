@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from step37_data.images.decode import DECODE_ERRORS, default_threads, read_rgb
+from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
+from step37_data.threads import default_threads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,8 +84,8 @@ def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[s
     def reason(path: str) -> str | None:
         try:
             read_rgb(path)
-        except DECODE_ERRORS as error:
-            return f"{type(error).__name__}: {error}"
+        except BrokenImageError as error:
+            return error.reason
         return None
 
     with ThreadPoolExecutor(default_threads()) as pool:
@@ -141,7 +142,7 @@ def draw_data_set(data: DataSetDescription) -> Figure:
     sheet.text(0.055, 0.885, held, fontsize=9, va="center", color=style.INK)
     lengths = sheet.add_axes((0.055, 0.31, 0.41, 0.46))
     edges, counts = _histogram(data.sizes)
-    looks = {"edgecolor": "white", "align": "edge"}
+    looks: dict[str, Any] = {"edgecolor": "white", "align": "edge"}
     width = edges[1] - edges[0]
     colours = [style.BROKEN if edge > data.capacity else style.SERIES[0] for edge in edges[:-1]]
     lengths.bar(edges[:-1], counts, width, color=colours, **looks)
@@ -185,5 +186,4 @@ def _dress(axes: Axes, title: str, across: str, up: str) -> None:
     axes.set_ylabel(up, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(integer=True)

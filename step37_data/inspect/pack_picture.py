@@ -12,7 +12,7 @@ from PIL import Image
 
 from step37_data.images.crop_pixels import canvas_image, cut, full_image
 from step37_data.images.crops import Window, plan_crops
-from step37_data.images.decode import DECODE_ERRORS, read_rgb
+from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
@@ -285,7 +285,7 @@ def _file_name(image: ImageSpan) -> str:
 def _thumbnail(image: ImageSpan) -> Image.Image | None:
     try:
         picture = read_rgb(image.path)
-    except DECODE_ERRORS:  # shown in the picture as unreadable
+    except BrokenImageError:  # shown in the picture as unreadable
         return None
     if image.kind == PATCH_ITEM_TYPE and image.window is not None:
         plan = plan_crops(*picture.size)

@@ -112,33 +112,27 @@ def test_without_a_reader_ahead_every_pack_handed_out_counts_as_used(shards: Pat
     assert keys(resumed, 4) == whole[5:]
 
 
-class Bridges:
-    """What Megatron-Bridge's iterator around an external data set is: it has no ``__iter__``."""
-
-    def __init__(self, packs: EnergonPacks) -> None:
-        self.iterable = packs
-
-    def __next__(self) -> Any:
-        return next(self.iterable)
-
-
-def test_the_forward_step_says_how_many_packs_it_has_used(
+def test_the_forward_step_reads_ahead_and_bridge_saves_what_it_has_used(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    whole = keys(packs_of(shards), 8)
-    stage = "step37_data.forward_step._stage_of"
-    monkeypatch.setattr(stage, lambda _model: None)
-    monkeypatch.setattr(
-        "step37_data.forward_step.model_inputs", lambda batch, **_: batch["__key__"]
+    rerun = pytest.importorskip(
+        "megatron.core.rerun_state_machine", reason="megatron-core is not installed"
     )
+    whole = keys(packs_of(shards), 8)
+    module = "step37_data.forward_step"
+    monkeypatch.setattr(f"{module}._stage_of", lambda _model: None)
+    monkeypatch.setattr(f"{module}.model_inputs", lambda batch, **_: batch["__key__"])
     provider = Step37EnergonSFTDataProvider(
         path=str(shards), tokenizer_path=TOKENIZER, img_start_token_id=1, patch_start_token_id=2
     )
     packs = packs_of(shards)
-    step, iterator = ForwardStep(prefetch_depth=2, device="cpu"), Bridges(packs)
-    assert [step._next(provider, iterator, None) for _ in range(3)] == whole[:3]
-    state = packs.save_state()
+    step, iterator = ForwardStep(prefetch_depth=2, device="cpu"), rerun.RerunDataIterator(packs)
+    assert [step._next(provider, iterator, None) for _ in range(2)] == whole[:2]
+    assert iterator.iterable is not packs
+    assert next(iterator)["__key__"] == whole[2]  # as Bridge skips a step
+    state = iterator.iterable.save_state()
+    step.close()
+    assert [step._next(provider, iterator, None) for _ in range(2)] == whole[3:5]
     step.close()
     resumed = packs_of(shards)
     resumed.restore_state(state)

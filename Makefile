@@ -1,6 +1,9 @@
 # make demo   set up, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
+# make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's
+#             own classes (Python 3.11 and later)
+# make fuzz   set up, then random inputs against oracles, for FUZZ_S seconds; findings are printed
 # make lint   set up, then ruff, mypy, import-linter
 # make docs   set up, then the site of docs/ into out/site, strict
 # make pictures    set up, then the pictures of docs/ drawn anew
@@ -15,8 +18,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 JOBS ?= auto
 ARCH ?= sm_90
+FUZZ_S ?= 180
 
-.PHONY: demo test ptx lint docs pictures package kernel-hub bench gpu resources setup clean
+.PHONY: demo test ptx real fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
@@ -29,6 +33,12 @@ test: setup
 
 ptx: setup
 	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels
+
+real:
+	@JOBS=$(JOBS) $(PYTHON) -m tools.real
+
+fuzz: setup
+	@$(RUN) -m tests.fuzz --seconds $(FUZZ_S)
 
 lint: setup
 	@$(RUN) -m ruff check .
@@ -61,4 +71,4 @@ gpu:
 	@PYTHONPATH=. $(PYTHON) tools/gpu.py
 
 clean:
-	rm -rf .venv build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-real build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,9 +1,9 @@
 """``python -m bench [subjects…]``: measure, print tables, keep JSON and Markdown.
 
-Subjects: plan, step, insert, normalize, resize, host, pixels, multicrop, data; all of them by
-default. Every shape is measured by a process of its own, so that a fault ends one shape. On request
-only: tune, and predict, which needs no GPU. From host on they are programs; one that is named alone
-takes options of its own (``python -m bench predict --help``).
+Subjects: plan, step, insert, automodel, normalize, resize, host, pixels, multicrop, data; all of
+them by default. Every shape is measured by a process of its own, so that a fault ends one shape.
+On request only: tune, and predict, which needs no GPU. From host on they are programs; one that is
+named alone takes options of its own (``python -m bench predict --help``).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ SUBJECTS = {
     "plan": Subject("bench.plan", shapes=tuple(SHAPES), needs_gpu=True),
     "step": Subject("bench.step", shapes=step.SHAPES, needs_gpu=True),
     "insert": Subject("bench.insert", shapes=tuple(SHAPES), needs_gpu=True),
+    "automodel": Subject("bench.automodel", needs_gpu=True),
     "normalize": Subject("bench.pixel_kernels", needs_gpu=True),
     "resize": Subject("bench.pixel_kernels", needs_gpu=True),
     "host": Subject("bench.host", program=True, quick=("--rounds", "5")),

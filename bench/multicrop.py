@@ -30,9 +30,10 @@ from bench.pixels import (
 )
 from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, plan_crops
-from step37_data.images.decode import decode, map_threads
+from step37_data.images.decode import decode
 from step37_data.placeholders import Entry
 from step37_data.preprocess import load_images
+from step37_data.threads import map_threads
 
 SIZE = (1920, 1080)
 PICTURES = 9

@@ -21,9 +21,10 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from bench.harness import environment
-from step37_data.images.decode import decode, default_threads, map_threads
+from step37_data.images.decode import decode
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
+from step37_data.threads import default_threads, map_threads
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -19,3 +20,28 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
+
+
+def checked_state(state: Any, *keys: str) -> Mapping[str, Any]:
+    """``state`` itself, what a ``state_dict()`` with these keys gives.
+
+    Raises:
+        ValueError: it is no mapping, or lacks one of the keys.
+    """
+    if not isinstance(state, Mapping) or not state.keys() >= set(keys):
+        got = f"only {sorted(state)}" if isinstance(state, Mapping) else repr(state)
+        raise ValueError(f"state_dict: expected {' and '.join(keys)}, got {got}")
+    return state
+
+
+def item_at(dataset: Any, index: int, name: str = "pack") -> Any:
+    """``dataset[index]``.
+
+    Raises:
+        RuntimeError: in place of a ``StopIteration``, by which an iterator around this would end
+            without a word.
+    """
+    try:
+        return dataset[index]
+    except StopIteration as error:
+        raise RuntimeError(f"{name} {index}: the data set raised StopIteration") from error

@@ -6,34 +6,34 @@ import contextlib
 import csv
 import functools
 import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
-from step37_data.images.crops import plan_file
-from step37_data.images.decode import map_threads
-from step37_data.lengths import write_atomically
+from step37_data.hub_cache import NOTES, check_origin, flaw_of, path_inside, refuse_links
+from step37_data.images.crops import CropPlan, plan_file
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
+from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
-# What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
-_ORIGIN_FILE = ".cache/step37_origin.json"
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
+_GIVE_UP_AFTER_S = 30.0
 # They wait for the file system, not for a core.
 _HEADER_READERS = 16
+# Lines of metadata in a message.
+_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,13 @@ class Step37Flickr8kDataset:
         """
         prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         # A template of the user's own need not know of crops.
-        sizes = self._picture_sizes() if getattr(self.template, "multicrop", False) else None
+        plans = self._plans() if getattr(self.template, "multicrop", False) else None
         digests = bytearray()
         for number, sample in enumerate(self.samples):
             digest = prompt.copy()
             digest.update(b"\0" + self._caption_bytes(number, sample))
-            if sizes is not None:
-                digest.update(b"\0%d %d" % sizes[number])
+            if plans is not None:
+                digest.update(b"\0%d %d" % plans[number].size)
             digests += digest.digest()
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
@@ -105,10 +105,17 @@ class Step37Flickr8kDataset:
                 f"surrogate pairs, got {sample.caption!r}"
             ) from error
 
-    def _picture_sizes(self) -> list[tuple[int, int]]:
+    def vision_tokens(self) -> np.ndarray:
+        """int64 ``[N]``: rows of all images and crops of a sample, the work of the vision tower."""
+        rows = np.full(len(self.samples), self.template.image_token_count, dtype=np.int64)
+        if self.template.multicrop:
+            rows += [self.template.patch_token_count * len(plan.windows) for plan in self._plans()]
+        return rows
+
+    def _plans(self) -> list[CropPlan]:
         rewrite = self.template.path_rewrite_fn or str
         paths = [rewrite(str(sample.image_path)) for sample in self.samples]
-        return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
+        return map_threads(plan_file, paths, _HEADER_READERS)
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
@@ -132,7 +139,9 @@ def get_flickr8k_dataset_file(
     """Path of one file of the data set under ``cache_dir``, downloaded if it is not there.
 
     ``hf_hub_download`` writes beside the final place and moves the whole file there. A download
-    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again.
+    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again: five times in
+    all, with 7.5 seconds of pauses, and not after half a minute. A file that is empty, or whose
+    hash is not the one that the hub gave when it was downloaded, is downloaded again.
 
     Threads may fetch different files at a time; processes must take turns (see
     :func:`prepare_flickr8k_samples`).
@@ -145,20 +154,42 @@ def get_flickr8k_dataset_file(
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
 
     Raises:
-        ValueError: ``filename`` leaves ``cache_dir``.
+        ValueError: ``filename`` leaves ``cache_dir``, by its name or by a link.
         FileNotFoundError: the hub has no such file, revision or data set, or is out of reach.
-        OSError: the download failed otherwise.
+        OSError: the download failed otherwise, or gave what does not fit its hash, twice.
     """
     root = Path(cache_dir).expanduser()
-    path = _path_inside(root, filename)
-    if _is_present(path):
+    path = path_inside(root, filename)
+    flaw = flaw_of(root, path)
+    for _ in range(2):
+        if flaw is None:
+            return path
+        _download(filename, root, path, flaw, repo_id, revision, endpoint)
+        flaw = flaw_of(root, path)
+    if flaw is None:
         return path
+    raise OSError(f"{path} {flaw}, also after it was downloaded twice from {repo_id}")
+
+
+def _download(
+    filename: str,
+    root: Path,
+    path: Path,
+    flaw: str,
+    repo_id: str,
+    revision: str | None,
+    endpoint: str | None,
+) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    refuse_links(root, path, root / NOTES)
+    if path.exists():
+        logger.warning("%s %s: downloading it again", path, flaw)
     # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
     # OSError or children of the base class of HfHubHTTPError.
     network_errors = (OSError, HfHubHTTPError.__bases__[0])
+    began = time.monotonic()
     attempt = 0
     while True:
         attempt += 1
@@ -170,23 +201,31 @@ def get_flickr8k_dataset_file(
                 local_dir=root,
                 revision=revision,
                 endpoint=endpoint,
+                # Else the client keeps a damaged file that has its name, and tries again itself,
+                # within each attempt of ours, where the hub answers with an error.
+                force_download=True,
             )
-            return path
-        except network_errors as error:
+            return
+        except (*network_errors, ValueError) as raised:
+            # So the client reports that it found out nothing about the file.
+            unreachable = isinstance(raised, ValueError)
+            error = raised.__cause__ if unreachable else raised
+            if not isinstance(error, network_errors):
+                raise
             status = getattr(getattr(error, "response", None), "status_code", None)
-            offline = any(isinstance(e, OfflineModeIsEnabled) for e in (error, error.__cause__))
+            offline = isinstance(error, OfflineModeIsEnabled)
             may_pass = status is None or status in (408, 429) or status >= 500
-            if attempt < _ATTEMPTS and may_pass and not offline:
+            in_time = attempt < _ATTEMPTS and time.monotonic() - began < _GIVE_UP_AFTER_S
+            if in_time and may_pass and not offline:
                 logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
                 time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
                 continue
             # A built-in error, which every rank can raise. The hub tells nobody of a private repo.
-            missing = isinstance(error, FileNotFoundError) or status in (401, 404)
+            missing = unreachable or isinstance(error, FileNotFoundError) or status in (401, 404)
             kind = FileNotFoundError if missing else OSError
             tried = f" after {attempt} attempts" if attempt > 1 else ""
             raise kind(
-                f"{path} is missing, and {repo_id}/{filename} could not be "
-                f"downloaded{tried}: {error}"
+                f"{path} {flaw}, and {repo_id}/{filename} could not be downloaded{tried}: {error}"
             ) from error
 
 
@@ -204,8 +243,9 @@ def prepare_flickr8k_samples(
 ) -> list[Flickr8kSample]:
     """The first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
 
-    What ``cache_dir`` lacks is downloaded, several files at a time; what is there is not asked for
-    again, so a filled cache works offline and an interrupted download continues. In a process
+    What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
+    is not asked for again, so a filled cache works offline and an interrupted download continues.
+    Files that the loader has not downloaded have no hash, and are taken as they are. In a process
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
 
@@ -233,7 +273,7 @@ def prepare_flickr8k_samples(
     if sample_count is not None:
         checked_int("sample_count", sample_count)
     root = Path(cache_dir).expanduser()
-    metadata = _path_inside(root, f"{split}/metadata.csv")
+    metadata = path_inside(root, f"{split}/metadata.csv")
 
     def fetch(name: str) -> Path:
         return get_flickr8k_dataset_file(
@@ -249,19 +289,29 @@ def prepare_flickr8k_samples(
         from huggingface_hub import utils as hub
 
         root.mkdir(parents=True, exist_ok=True)
-        _check_origin(root, repo_id, revision)
+        check_origin(root, repo_id, revision)
         with contextlib.ExitStack() as undo:
             # huggingface_hub shows a bar for every file; our files together have one.
             if not hub.are_progress_bars_disabled():
                 hub.disable_progress_bars()
                 undo.callback(hub.enable_progress_bars)
             fetch(f"{split}/metadata.csv")
-            missing = [sample.image_path for sample in read() if not _is_present(sample.image_path)]
-            names = [Path(path).relative_to(root).as_posix() for path in dict.fromkeys(missing)]
+            names = [path.relative_to(root).as_posix() for path in flawed()]
             _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
 
+    whole: set[Path] = set()
+
+    def flawed() -> list[Path]:
+        """Images that are missing or damaged; what was found whole is not looked at again."""
+        paths = list(dict.fromkeys(Path(sample.image_path) for sample in read()))
+        paths = [path for path in paths if path not in whole]
+        flaws = map_threads(functools.partial(flaw_of, root), paths, _HEADER_READERS)
+        found = dict(zip(paths, flaws, strict=True))
+        whole.update(path for path, flaw in found.items() if flaw is None)
+        return [path for path, flaw in found.items() if flaw is not None]
+
     def is_filled() -> bool:
-        return _is_present(metadata) and all(_is_present(sample.image_path) for sample in read())
+        return flaw_of(root, metadata) is None and not flawed()
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
     samples = read()
@@ -286,25 +336,30 @@ def read_flickr8k_metadata(
         ValueError: ``sample_count`` is no integer of at least 1; a file name leaves the folder of
             ``metadata``; a row has more cells than the header, as after a comma without quotes; a
             quote is never closed; a cell is longer than ``csv.field_size_limit()``; the file is not
-            UTF-8. The message names file and line.
+            UTF-8. The message names the file and the lines, ten of them at most.
     """
     if sample_count is not None:
         checked_int("sample_count", sample_count)
     samples: list[Flickr8kSample] = []
     skipped = 0
-    for line, row in _rows(metadata):
+    problems: list[str] = []
+    for line, row in _rows(metadata, problems):
         caption = row.get(caption_key, "").strip()
         file_name = row.get("file_name", "").strip()
         if not caption or not file_name:
             skipped += 1
             continue
         try:
-            path = _path_inside(metadata.parent, file_name)
+            path = path_inside(metadata.parent, file_name)
         except ValueError as error:
-            raise ValueError(f"{metadata}, line {line}: {error}") from error
+            problems.append(f"line {line}: {error}")
+            continue
         samples.append(Flickr8kSample(str(path), caption))
         if len(samples) == sample_count:
             break
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{metadata}, {'; '.join(problems[:_SHOWN])}{more}")
     if skipped:
         logger.warning(
             "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
@@ -312,8 +367,8 @@ def read_flickr8k_metadata(
     return samples
 
 
-def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Every row of a CSV file, with the number of its last line."""
+def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Every row of a CSV file, with the number of its last line; rows too long are ``problems``."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         # Strict: else a quote that is not closed takes in all rows up to the next one.
         rows = csv.reader(file, strict=True)
@@ -322,12 +377,13 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = next(rows, [])
             first = rows.line_num + 1
             for cells in rows:
-                if len(cells) > len(header):
-                    raise ValueError(
-                        f"{metadata}, line {rows.line_num}: expected the {len(header)} cells of "
-                        f"the header, got {len(cells)}: {cells}; a text with a comma needs quotes"
+                # A comma at the end of a row makes an empty cell, which holds no text to lose.
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    problems.append(
+                        f"line {rows.line_num}: expected the {len(header)} cells of the header, "
+                        f"got {len(cells)}: {cells}; a text with a comma needs quotes"
                     )
-                if cells:
+                elif cells:
                     yield rows.line_num, dict(zip(header, cells, strict=False))
                 first = rows.line_num + 1
         except csv.Error as error:
@@ -339,40 +395,16 @@ def _rows(metadata: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
 
 
-def _path_inside(folder: Path, name: str) -> Path:
-    """``folder / name``, provided that ``name`` stays inside on every operating system."""
-    parts = PurePosixPath(name).parts
-    outside = not parts or name.startswith("/") or ".." in parts
-    if outside or any(character in name for character in "\\:\0"):
-        raise ValueError(f"file name {name!r} leaves the folder {str(folder)!r}")
-    return folder.joinpath(*parts)
+def _is_global_rank_0() -> bool:
+    """Whether this process is global rank 0, or the only one."""
+    grouped = dist.is_available() and dist.is_initialized()
+    return not grouped or dist.get_rank() == 0
 
 
-def _is_present(path: str | Path) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) > 0
-
-
-def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
-    """Refuse a cache of another data set or revision; note down what a new one will hold."""
-    note = root / _ORIGIN_FILE
-    wanted = {"repo_id": repo_id, "revision": revision}
-    if note.is_file():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        if found != wanted:
-            raise ValueError(
-                f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
-            )
-    elif any(entry.name != ".cache" for entry in root.iterdir()):
-        if revision is not None:
-            logger.warning(
-                "%s was not filled by this loader: its files are taken as they are, whether or "
-                "not they are those of revision %s",
-                root,
-                revision,
-            )
-    else:
-        note.parent.mkdir(exist_ok=True)
-        write_atomically(note, json.dumps(wanted).encode())
+def _maybe_barrier() -> None:
+    """Wait for all ranks, if there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def _fetch_all(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from step37_data.images.decode import OnBroken
-from step37_data.prefetch import Prefetcher
+from step37_data.prefetch import ReadAhead
 from step37_data.preprocess import Device, preprocess_packed_batch
 
 logger = logging.getLogger(__name__)
@@ -118,16 +118,21 @@ class ForwardStep:
     Reads packs from the data iterator, prepares them ahead of the model (decode threads, upload,
     resize), and runs the model on one. The host waits for nothing but a pack that is not ready.
 
+    Reading ahead is safe only where nobody else can tell: inside Megatron's ``RerunDataIterator``,
+    as Bridge gives it. What that wraps is replaced by a :class:`step37_data.prefetch.ReadAhead`, so
+    that whoever takes a pack (Bridge when it skips an iteration, Megatron when it rewinds) gets the
+    one it would have got. Any other iterator is read when a pack is asked for, and so is one that
+    saves its own state.
+
     Expects of the configuration: ``cfg.dataset`` a ``Step37Flickr8kSFTDataProvider``, built;
     ``cfg.train.micro_batch_size`` 1; context parallel size 1.
 
     Args:
         prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
-            asked for. It is 0 whatever is given here while Megatron's rerun state machine is on,
-            because that rewinds the data iterator.
+            asked for.
         device: where the model is; None is the CUDA device, or the CPU where there is none.
         dtype: of the images.
-        on_broken, threads: see ``preprocess_packed_batch``.
+        on_broken, threads, max_pixels: see ``preprocess_packed_batch``.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative.
@@ -139,18 +144,19 @@ class ForwardStep:
         prefetch_depth: int = 2,
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
-        on_broken: OnBroken = "zero",
+        on_broken: OnBroken | None = None,
         threads: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if prefetch_depth < 0:
             raise ValueError(f"prefetch_depth: expected at least 0, got {prefetch_depth}")
         self._depth = prefetch_depth
         self._device = device
         self._dtype = dtype
-        self._on_broken: OnBroken = on_broken
+        self._on_broken: OnBroken | None = on_broken
         self._threads = threads
-        self._prefetchers: dict[int, tuple[Any, Prefetcher[dict[str, Any]]]] = {}
-        # By id of the data iterator, which is kept, so that the id stays its own.
+        self._max_pixels = max_pixels
+        self._ahead: list[ReadAhead] = []
 
     def __call__(
         self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False
@@ -185,31 +191,28 @@ class ForwardStep:
         return output, loss_function
 
     def close(self) -> None:
-        """End the threads; packs that are ready but unused are lost. Idempotent."""
-        for _, prefetcher in self._prefetchers.values():
-            prefetcher.close()
-        self._prefetchers.clear()
+        """End the threads; the data iterators go on without. Idempotent."""
+        for ahead in self._ahead:
+            ahead.close()
+        self._ahead.clear()
 
     def _next(self, dataset: Any, data_iterator: Any, model: Any) -> dict[str, Any]:
-        known = self._prefetchers.get(id(data_iterator))
-        if known is not None:
-            try:
-                return next(known[1])
-            except StopIteration:
-                del self._prefetchers[id(data_iterator)]
-                raise
-        prepare = functools.partial(
-            model_inputs, stage=_stage_of(model), preprocess=self._preprocess(dataset)
-        )
         if data_iterator is None:
             raise ValueError("data_iterator: every pipeline stage needs one, for cu_seqlens")
-        if self._depth == 0 or _rewinds(data_iterator):
-            return prepare(next(data_iterator))
-        prefetcher = Prefetcher(
-            _Rest(data_iterator), prepare, depth=self._depth, device=self._device
-        )
-        self._prefetchers[id(data_iterator)] = (data_iterator, prefetcher)
-        return next(prefetcher)
+        ahead = getattr(data_iterator, "iterable", None)
+        if not isinstance(ahead, ReadAhead):
+            prepare = functools.partial(
+                model_inputs, stage=_stage_of(model), preprocess=self._preprocess(dataset)
+            )
+            if self._depth == 0 or not _may_be_read_ahead(data_iterator):
+                return prepare(next(data_iterator))
+            ahead = ReadAhead(
+                data_iterator.iterable, prepare, depth=self._depth, device=self._device
+            )
+            data_iterator.iterable = ahead
+            self._ahead.append(ahead)
+        prepared: dict[str, Any] = ahead.prepared(next(data_iterator))
+        return prepared
 
     def _preprocess(self, dataset: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         for name in ("img_start_token_id", "patch_start_token_id"):
@@ -230,17 +233,8 @@ class ForwardStep:
             dtype=self._dtype,
             on_broken=self._on_broken,
             threads=self._threads,
+            max_pixels=self._max_pixels,
         )
-
-
-class _Rest(Iterator[Any]):
-    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
-
-    def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
-
-    def __next__(self) -> Any:
-        return next(self._iterator)
 
 
 def _stage_of(model: Any) -> Stage:
@@ -260,17 +254,12 @@ def _stage_of(model: Any) -> Stage:
     )
 
 
-def _rewinds(data_iterator: Any) -> bool:
-    """Whether Megatron may rewind this iterator: reading ahead of it would lose packs then."""
-    from megatron.core.rerun_state_machine import (
-        RerunDataIterator,
-        RerunMode,
-        get_rerun_state_machine,
-    )
+def _may_be_read_ahead(data_iterator: Any) -> bool:
+    """Whether all who take packs take them from this object, and none from what it wraps."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
 
-    return (
-        isinstance(data_iterator, RerunDataIterator)
-        and get_rerun_state_machine().get_mode() != RerunMode.DISABLED
+    return isinstance(data_iterator, RerunDataIterator) and not hasattr(
+        data_iterator.iterable, "save_state"
     )
 
 

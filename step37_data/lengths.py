@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from step37_data.images.decode import available_cores
+from step37_data.checks import item_at
 from step37_data.rank_order import fill_cache_once
+from step37_data.threads import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +99,13 @@ def probe_lengths(
             cache.record(_measure(dataset, todo, workers, progress, description))
 
     if together:
-        fill_cache_once(fill, lambda: bool((cache.look_up() >= 0).all()), what=description)
-    else:
-        fill()
+        # What no rank can write every rank measures for itself.
+        fill_cache_once(
+            fill,
+            lambda: not cache.is_writable() or bool((cache.look_up() >= 0).all()),
+            what=description,
+        )
+    fill()
     return cache.look_up()
 
 
@@ -132,13 +137,21 @@ class LengthCache:
         # Sixteen bytes in one element: zeros at the end are no part of it, and no loss either.
         self.keys = keys.view("S16").reshape(-1)
         self._lengths = np.full(len(keys), -1, dtype=np.int64)
+        self._merged = np.empty(0, dtype=_RECORD)
+
+    def is_writable(self) -> bool:
+        """Whether the file, or the folders it needs, can be written as far as one can tell."""
+        folder = self._file.parent
+        while not folder.exists():
+            folder = folder.parent
+        return os.access(folder, os.W_OK) and not self._file.is_dir()
 
     def look_up(self) -> np.ndarray:
         """int64 ``[N]``: the known lengths, −1 for the others."""
         if (missing := np.flatnonzero(self._lengths < 0)).size:
             # Asked for in order, neighbouring keys are found in the cache of the processor.
             missing = missing[np.argsort(self.keys[missing])]
-            records = _read(self._file)
+            records = self._records()
             keys = self.keys[missing]
             places = np.searchsorted(records["key"], keys)
             inside = places < len(records)
@@ -149,7 +162,6 @@ class LengthCache:
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         """Write ``(indices, lengths)`` as they come: twice a minute, at the end, on failure."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         pending: list[np.ndarray] = []
         written = time.monotonic()
         try:
@@ -163,11 +175,19 @@ class LengthCache:
         finally:
             self._write(pending)
 
+    def _records(self) -> np.ndarray:
+        return self._merged if len(self._merged) else _read(self._file)
+
     def _write(self, more: list[np.ndarray]) -> None:
-        records = np.concatenate([*more, _read(self._file)])
-        records = records[np.unique(records["key"], return_index=True)[1]]
-        payload = records.tobytes()
-        write_atomically(self._file, _digest(payload) + payload)
+        records = np.concatenate([*more, self._merged, _read(self._file)])
+        # Kept: the file may be read-only, or become another writer's, who has not seen ours.
+        self._merged = records[np.unique(records["key"], return_index=True)[1]]
+        payload = self._merged.tobytes()
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file, _digest(payload) + payload)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): its lengths are lost", self._file, error)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -189,9 +209,12 @@ def _measure(
     """``(indices, lengths)`` chunk by chunk, in order."""
     if workers is None:
         workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
-    chunks = _Chunks(dataset, [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)])
     measured = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=as_it_is
+        _Lengths(dataset),
+        _CHUNK,
+        sampler=indices,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=np.transpose,
     )
     with tqdm(total=len(indices), desc=description, unit="sample", disable=not progress) as bar:
         for chunk, lengths in measured:
@@ -199,36 +222,24 @@ def _measure(
             bar.update(len(chunk))
 
 
-class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Indices of samples and their lengths, many at a time, for a DataLoader."""
+class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
+    """Indices of samples and their lengths, for a DataLoader."""
 
-    def __init__(self, dataset: Any, chunks: Sequence[np.ndarray]) -> None:
-        self._dataset, self._chunks = dataset, chunks
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        chunk = self._chunks[number]
-        lengths = [_length_of(index, self._dataset[index]) for index in chunk.tolist()]
-        return chunk, np.array(lengths, np.int64)
-
-
-def as_it_is(given: Any) -> Any:
-    """What a DataLoader is to make of what a data set gives: nothing else."""
-    return given
-
-
-def _length_of(index: int, sample: Any) -> int:
-    length = len(sample)
-    if isinstance(sample, Mapping) and "tokens" in sample:
-        expected = max(0, len(sample["tokens"]) - 1)
-        if length != expected:
-            raise ValueError(
-                f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
-                f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
-            )
-    return length
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        index = int(index)  # NumPy's, as it comes
+        sample = item_at(self._dataset, index, "sample")
+        length = len(sample)
+        if isinstance(sample, Mapping) and "tokens" in sample:
+            expected = max(0, len(sample["tokens"]) - 1)
+            if length != expected:
+                raise ValueError(
+                    f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
+                    f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
+                )
+        return index, length
 
 
 def _digest(payload: bytes) -> bytes:
@@ -239,6 +250,9 @@ def _read(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
+        return np.empty(0, dtype=_RECORD)
+    except OSError as error:  # a folder, or links in a circle
+        logger.warning("%s cannot be read (%s): its lengths will be measured again", path, error)
         return np.empty(0, dtype=_RECORD)
     payload = content[_DIGEST_SIZE:]
     if len(payload) % _RECORD.itemsize or _digest(payload) != content[:_DIGEST_SIZE]:

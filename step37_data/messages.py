@@ -62,6 +62,18 @@ def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> An
     return parts
 
 
+def texts_of(content: Any) -> list[str]:
+    """The text parts of a content that :func:`map_texts` takes."""
+    texts: list[str] = []
+
+    def keep(text: str, _where: str) -> str:
+        texts.append(text)
+        return text
+
+    map_texts(content, keep, "")
+    return texts
+
+
 def strings(value: Any) -> Iterator[str]:
     """Every string inside nested lists and dictionaries, keys included."""
     if isinstance(value, str):

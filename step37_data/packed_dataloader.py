@@ -8,16 +8,24 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch._utils import ExceptionWrapper
 
-from step37_data.checks import checked_int
-from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
-from step37_data.packing import OversizePolicy, PackRanges, pack, pack_best_fit
+from step37_data.checks import checked_int, checked_state, item_at
+from step37_data.lengths import KeyedDataset, probe_lengths
+from step37_data.packing import (
+    OversizePolicy,
+    PackingResult,
+    PackRanges,
+    pack,
+    pack_balanced,
+    pack_best_fit,
+)
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -27,9 +35,44 @@ from step37_data.samplers import (
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["sequential", "random"]
-Packing = Literal["next_fit", "best_fit"]
+Packing = Literal["next_fit", "best_fit", "balanced"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How full the packs of a packing are.
+
+    Attributes:
+        tokens: int64 ``[P]``, tokens in each pack, before padding.
+        samples: number of samples in the packs.
+        dropped: samples left out because they are longer than a pack.
+        capacity: tokens of a pack.
+    """
+
+    tokens: np.ndarray
+    samples: int
+    dropped: int
+    capacity: int
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
+        """Of samples of these ``sizes``, ``[N]``, which ``result`` packs."""
+        packs = result.packed_sample_ranges
+        bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        tokens = bounds[packs.starts + packs.counts] - bounds[packs.starts]
+        return cls(tokens, int(packs.counts.sum()), result.num_droped, capacity)
+
+    @property
+    def share(self) -> float:
+        """Of the capacity of all packs, in use; a pack of an oversize sample is full."""
+        return float(self.tokens.sum() / np.maximum(self.tokens, self.capacity).sum())
+
+    def __str__(self) -> str:
+        packs = f"{len(self.tokens)} packs of {self.capacity} tokens"
+        told = f"{100 * self.share:.1f} % filled, {self.dropped} dropped"
+        return f"{self.samples} samples in {packs}, {told}"
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
@@ -51,8 +94,12 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         transform: applied to the list of a pack's samples, such as ``pack_samples``.
         dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
         packing: ``"next_fit"`` packs in the order drawn; ``"best_fit"`` reorders samples within
-            ``packing_window`` draws for fuller packs.
-        packing_window: samples that ``"best_fit"`` packs together.
+            ``packing_window`` draws for fuller packs; ``"balanced"`` fills them as well, and gives
+            the packs of a step nearly as many vision tokens each (see :func:`pack_balanced`). Then
+            every data set has a ``vision_tokens()``, int64 ``[N]``.
+        packing_window: samples that ``"best_fit"`` and ``"balanced"`` pack together.
+        balance_group: packs in a row that ``"balanced"`` makes alike; a multiple of the packs of a
+            step over all data-parallel ranks.
         lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
         probe_workers, together: how lengths are measured; see :func:`probe_lengths`.
         progress: show a progress bar while measuring.
@@ -75,6 +122,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         *,
         packing: Packing = "next_fit",
         packing_window: int = 4096,
+        balance_group: int = 64,
         lengths_cache_dir: str | Path | None = None,
         probe_workers: int | None = None,
         progress: bool = True,
@@ -85,8 +133,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             raise ValueError("datasets: expected at least one, got none")
         if len(datasets) != len(epochs):
             raise ValueError(f"epochs: {len(epochs)} values for {len(datasets)} datasets")
-        if packing not in ("next_fit", "best_fit"):
-            raise ValueError(f"packing: expected 'next_fit' or 'best_fit', got {packing!r}")
+        if packing not in get_args(Packing):
+            known = ", ".join(get_args(Packing))
+            raise ValueError(f"packing: expected one of {known}, got {packing!r}")
         strategies = _strategies(dataset_sampling, len(datasets))
         counts = [len(dataset) for dataset in datasets]
         weights = _weights(counts, epochs)
@@ -96,6 +145,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 "draw no sample"
             )
         self.datasets = list(datasets)
+        self.ds_epochs, self.dataset_sampling = list(epochs), list(strategies)
         self.transform = transform
         self.collate_fn = collate_fn
         self.max_length = max_length
@@ -121,9 +171,20 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         if packing == "next_fit":
             self.packing_result = pack(sizes, max_length, oversize_policy)
         else:
-            order, self.packing_result = pack_best_fit(
-                sizes, max_length, oversize_policy, packing_window
-            )
+            rest = (max_length, oversize_policy, packing_window)
+            if packing == "best_fit":
+                order, self.packing_result = pack_best_fit(sizes, *rest)
+            else:
+                loads = np.empty(len(sizes), dtype=np.int64)
+                for number, dataset in enumerate(datasets):
+                    if not hasattr(dataset, "vision_tokens"):
+                        raise ValueError(
+                            f"packing: 'balanced' needs vision_tokens() of datasets[{number}], "
+                            f"which {type(dataset).__name__} has not"
+                        )
+                    places = domains == number
+                    loads[places] = dataset.vision_tokens()[indices[places]]
+                order, self.packing_result = pack_balanced(sizes, loads, *rest, balance_group)
             # Reordered in place of the draws, so that pack ranges are slices in both cases.
             domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
@@ -139,23 +200,20 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self._log_fill(packing)
 
     def _log_fill(self, packing: Packing) -> None:
-        sizes, result = self.pack_sizes(), self.packing_result
-        samples = int(result.packed_sample_ranges.counts.sum())
-        logger.info(
-            "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
-            packing,
-            samples,
-            len(self),
-            self.max_length,
-            100.0 * float(sizes.sum() / np.maximum(sizes, self.max_length).sum()),
-        )
-        if result.num_droped:
+        fill = Fill.of(self.piece_sizes, self.packing_result, self.max_length)
+        logger.info("%s: %s", packing, fill)
+        if fill.dropped:
             logger.warning(
                 "%d of %d samples were dropped: longer than the %d tokens of a pack",
-                result.num_droped,
-                samples + result.num_droped,
+                fill.dropped,
+                fill.samples + fill.dropped,
                 self.max_length,
             )
+
+    @property
+    def piece_order(self) -> list[tuple[int, int]]:
+        """``(data set, sample)`` of every draw, as the replaced class has it: made anew."""
+        return list(zip(self.piece_domains.tolist(), self.piece_indices.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -166,7 +224,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, idx: int) -> Any:
         pieces = self.pieces(idx)
-        samples = [self.datasets[domain][index] for domain, index in pieces]
+        samples = [
+            item_at(self.datasets[i], index, f"datasets[{i}], sample") for i, index in pieces
+        ]
         planned = self.piece_sizes[self._rows(idx)].tolist()
         for piece, sample, size in zip(pieces, samples, planned, strict=True):
             if len(sample) != size and not self._warned_about_lengths:
@@ -195,10 +255,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def pack_sizes(self) -> np.ndarray:
         """int64 ``[packs]``: tokens in each pack, before padding."""
-        bounds = np.concatenate(([0], np.cumsum(self.piece_sizes, dtype=np.int64)))
-        starts = self._ranges.starts
-        sizes: np.ndarray = bounds[starts + self._ranges.counts] - bounds[starts]
-        return sizes
+        return Fill.of(self.piece_sizes, self.packing_result, self.max_length).tokens
 
     def iterate(
         self,
@@ -233,7 +290,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=as_it_is,
+            collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -250,10 +307,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
                 lengths or packing), where the position would mean other packs; or it is no state.
         """
-        if not {"position", "schedule"} <= state_dict.keys():
-            raise ValueError(
-                f"state_dict: expected position and schedule, got {sorted(state_dict)}"
-            )
+        checked_state(state_dict, "position", "schedule")
         if state_dict["schedule"] != self.schedule_fingerprint():
             raise ValueError(
                 "state_dict: it was saved with another schedule of packs; the samples, their "
@@ -299,6 +353,10 @@ def draw_schedule(
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
+
+
+def _as_it_is(pack: Any) -> Any:
+    return pack
 
 
 class _Guarded(torch.utils.data.Dataset[Any]):

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import queue
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from step37_data.checks import item_at
 from step37_data.images.decode import BrokenImages
 from step37_data.images.device import Device, resolve_device
+from step37_data.threads import Work, start_thread
 
 _Input = TypeVar("_Input")
+
+# A pack that is in the making at the end of the interpreter may take that long.
+_LAST_WAIT_S = 1.0
 
 
 class PackError(RuntimeError):
@@ -65,6 +75,9 @@ class Prefetcher(Iterator[_Input]):
     A pack that fails raises :class:`PackError`; the next call goes on with the pack after it. So
     does an iterable's pack before ``start`` that fails when it is read; it moves no state on.
 
+    Threads may take turns: each pack goes to one of them. A process that is forked off needs its
+    own prefetcher. The end of the interpreter waits a second at most for the pack in the making.
+
     Packs are read ahead of their use. To resume, save :meth:`state_dict` of the prefetcher: a state
     of ``packs`` itself is ``depth`` packs further.
 
@@ -109,15 +122,32 @@ class Prefetcher(Iterator[_Input]):
         self._device = resolve_device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._packs = _from(packs, start)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step37-prefetch")
-        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque(
-            self._thread.submit(self._make) for _ in range(depth)
-        )
+        self._turn = threading.Lock()
+        self._process = os.getpid()
+        self._work: Work = queue.SimpleQueue()
+        self._thread = start_thread(self._work, "step37-prefetch")
+        weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
+        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque()
+        for _ in range(depth):
+            self._begin()
 
     def __iter__(self) -> Prefetcher[_Input]:
         return self
 
     def __next__(self) -> _Input:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"Prefetcher: its thread runs in process {self._process}, not in {os.getpid()}, "
+                "which was forked from it; make a Prefetcher there"
+            )
+        with self._turn:
+            return self._next()
+
+    def _begin(self) -> None:
+        self._pending.append(Future())
+        self._work.put((self._pending[-1], self._make))
+
+    def _next(self) -> _Input:
         if self._closed:
             raise StopIteration
         began = time.perf_counter()
@@ -127,7 +157,7 @@ class Prefetcher(Iterator[_Input]):
         # Only now: an interrupt while waiting must not lose the pack.
         self._pending.popleft()
         if error is not None:
-            self._pending.append(self._thread.submit(self._make))
+            self._begin()
             if isinstance(error, _SkippedPackError):
                 raise error
             self._next_pack += 1
@@ -138,7 +168,7 @@ class Prefetcher(Iterator[_Input]):
             if self._broken is not None:
                 self._broken.report()
             raise StopIteration
-        self._pending.append(self._thread.submit(self._make))
+        self._begin()
         self._next_pack += 1
         if prepared.ready is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -173,11 +203,15 @@ class Prefetcher(Iterator[_Input]):
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
         return {"next_pack": self._next_pack}
 
-    def close(self) -> None:
-        """End the thread: wait for the pack in the making, drop what is ready. Idempotent."""
+    def close(self) -> list[_Input]:
+        """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
         self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for future in tuple(self._pending):
+            future.cancel()
+        _end(self._work, self._thread)
+        done = [f.result() for f in self._pending if not (f.cancelled() or f.exception())]
         self._pending.clear()
+        return [made.value for made in done if isinstance(made, _Prepared)]
 
     def __enter__(self) -> Prefetcher[_Input]:
         return self
@@ -189,6 +223,104 @@ class Prefetcher(Iterator[_Input]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _end(work: Work, thread: threading.Thread, wait_s: float | None = None) -> None:
+    """Drop what has not begun, and wait for what has."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            work.get_nowait()
+    work.put(None)
+    if thread is not threading.current_thread():
+        thread.join(wait_s)
+
+
+class ReadAhead(Iterator[Any]):
+    """An iterator of packs in another's place: the same packs in the same order for whoever asks,
+    with the preparation of the next ``depth`` under way.
+
+    :meth:`prepared` then has the model input of the pack that was given last. A pack that nobody
+    prepares (a step that is skipped) is no loss but its work. After :meth:`close` it goes on with
+    what is left, unprepared: no pack is lost, none comes twice.
+
+    Args:
+        packs: the iterator that is replaced; nobody may go on reading it.
+        prepare: turns a pack into the model's input.
+        depth, device: see :class:`Prefetcher`.
+    """
+
+    def __init__(
+        self, packs: Iterator[Any], prepare: Callable[[Any], Any], *, depth: int, device: Device
+    ) -> None:
+        self._packs, self._prepare = packs, prepare
+        self._given: _Attempt | None = None
+        self._left: deque[Any] = deque()
+        self._index = -1
+        self._turn = threading.Lock()
+        self._ahead: Prefetcher[_Attempt] | None = Prefetcher(
+            _Rest(packs), self._attempt, depth=depth, device=device
+        )
+
+    def __next__(self) -> Any:
+        with self._turn:
+            self._given = None
+            if self._ahead is None:
+                pack = self._left.popleft() if self._left else next(self._packs)
+            else:
+                try:
+                    self._given = next(self._ahead)
+                except PackError as error:
+                    # Of the replaced iterator itself, which would have raised it bare.
+                    raise (error.__cause__ or error) from None
+                pack = self._given.pack
+            self._index += 1
+            return pack
+
+    def prepared(self, pack: Any) -> Any:
+        """The model input of a pack; made now, if it is another than the one given last.
+
+        Raises:
+            PackError: it could not be prepared ahead of its use. Made now, what ``prepare`` raises.
+        """
+        with self._turn:
+            given, index = self._given, self._index
+        if given is None or given.pack is not pack:
+            return self._prepare(pack)
+        if given.error is not None:
+            raise PackError(index, given.error)
+        return given.value
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        with self._turn:
+            if self._ahead is not None:
+                self._left.extend(attempt.pack for attempt in self._ahead.close())
+                self._ahead = None
+
+    def _attempt(self, pack: Any) -> _Attempt:
+        try:
+            return _Attempt(pack=pack, value=self._prepare(pack), error=None)
+        except Exception as error:
+            return _Attempt(pack=pack, value=None, error=error)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    """A pack, and its model input or why there is none."""
+
+    pack: Any
+    value: Any
+    error: Exception | None
+
+
+class _Rest(Iterator[Any]):
+    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
 
 
 class _Indexed(Iterator[Any]):
@@ -203,7 +335,7 @@ class _Indexed(Iterator[Any]):
         if self._index >= self._count:
             raise StopIteration
         self._index += 1
-        return self._packs[self._index - 1]
+        return item_at(self._packs, self._index - 1)
 
 
 class _Skipping(Iterator[Any]):

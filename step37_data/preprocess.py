@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from step37_data.checks import checked_int
 from step37_data.images.crop_pixels import PixelOrder
-from step37_data.images.decode import BrokenImages, OnBroken
+from step37_data.images.decode import BrokenImages, OnBroken, decode
 from step37_data.images.device import Device, resolve_device, to_device
+from step37_data.images.encoded import EncodedImage
 from step37_data.images.stacks import ImageReader
 from step37_data.placeholders import Entry, ImageEntry
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
+from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
+from step37_kernels.pixels.normalize import CLIP_STD as _CLIP_STD  # noqa: F401
+from step37_kernels.pixels.normalize import clip_normalize
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ def load_images(
     broken: BrokenImages | None = None,
     threads: int | None = None,
     pixel_order: PixelOrder = "pillow",
+    max_pixels: int | None = None,
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
@@ -49,7 +55,8 @@ def load_images(
     Args:
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
-            is decoded, and told to ``broken``, once, however many windows it has.
+            is decoded, and told to ``broken``, once, however many windows it has. An
+            :class:`~step37_data.images.encoded.EncodedImage` may stand in place of a path.
         image_size, patch_image_size: side in pixels of the images of either type.
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.
@@ -64,6 +71,9 @@ def load_images(
             its two passes, serving never: on photographs resized to 728 the two were at most 1.01
             of 255 levels apart in fp32, 0.23 on average, and 55 % of the bf16 values differed. A
             window that has 504 pixels already is the same in both.
+        max_pixels: a picture of more counts as unreadable, before it is decoded: that takes seven
+            bytes a pixel and thread. None is Pillow's own limit, twice ``Image.MAX_IMAGE_PIXELS``:
+            179 million, 1.3 GB.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
@@ -75,10 +85,24 @@ def load_images(
     """
     sides = _sides(image_size, patch_image_size)
     entries = _entries(image_paths)
-    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    reader = ImageReader(
+        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
+    )
     stacks, _ = reader.load_stacks(entries, sides)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
+
+
+def _load_image(path: str) -> Image.Image:
+    """A picture in RGB; a black one of 224×224 and a warning where it cannot be read."""
+    return decode(path, "zero").image
+
+
+def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """A picture resized by Pillow's BILINEAR, ``/ 255``, normalised: ``[3, size, size]`` fp32."""
+    resized = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    normalized = clip_normalize(torch.from_numpy(resized)[None], dtype=torch.float32, impl="torch")
+    return normalized[0]
 
 
 def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
@@ -95,7 +119,7 @@ def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
     entries = []
     for given in image_paths:
         is_entry = isinstance(given, (list, tuple)) and len(given) in (2, 3)
-        if not is_entry or not isinstance(given[0], (str, os.PathLike)):
+        if not is_entry or not isinstance(given[0], (str, os.PathLike, EncodedImage)):
             raise ValueError(f"image_paths: expected {form}, got {given!r}")
         path, kind, window = (*given, None)[:3]
         if window is not None:
@@ -106,7 +130,8 @@ def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
                 )
             x, y, width, height = map(int, window)
             window = (x, y, width, height)
-        entries.append(ImageEntry(os.fspath(path), _checked_type(kind), window))
+        file = path if isinstance(path, EncodedImage) else os.fspath(path)
+        entries.append(ImageEntry(file, _checked_type(kind), window))
     return entries
 
 
@@ -129,6 +154,7 @@ def build_image_for_insert(
     rope_args_fn: RopeArgs | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
     device: Device = None,
+    to_cuda: bool | None = None,
 ) -> list[ImageForInsert]:
     """Group images into insertion groups: crops first, then images; no empty group.
 
@@ -140,6 +166,7 @@ def build_image_for_insert(
         rope_args_fn: gives ``(rope_cu_seqlens, rope_max_seq_len)`` for the images of a group.
         dtype: of the stacked images; None leaves it.
         device: of the stacked images; None is the CUDA device, or the CPU where there is none.
+        to_cuda: True is ``device="cuda"``, False ``device="cpu"``, as the replaced function has it.
 
     Raises:
         ValueError: an image type is neither of the two.
@@ -154,7 +181,7 @@ def build_image_for_insert(
     ):
         if kept := images[:limit]:
             stacked = torch.stack(kept).to(dtype or kept[0].dtype)
-            group = ImageForInsert(start, to_device(stacked, resolve_device(device)))
+            group = ImageForInsert(start, to_device(stacked, _device(device, to_cuda)))
             if rope_args_fn is not None:
                 cu_seqlens, longest = rope_args_fn(kept)
                 group.rope_cu_seqlens, group.rope_max_seq_len = cu_seqlens, int(longest)
@@ -163,7 +190,11 @@ def build_image_for_insert(
 
 
 def compute_rope_args(
-    images: Sequence[torch.Tensor] | torch.Tensor, patch_size: int, *, device: Device = None
+    images: Sequence[torch.Tensor] | torch.Tensor,
+    patch_size: int,
+    *,
+    device: Device = None,
+    to_cuda: bool | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Cumulated counts of vision patches, ``(H // patch_size) * (W // patch_size)`` an image.
 
@@ -171,6 +202,7 @@ def compute_rope_args(
         images: ``[..., H, W]`` each; sizes may differ.
         patch_size: side in pixels of a vision patch.
         device: of the result; None is the CUDA device, or the CPU where there is none.
+        to_cuda: True is ``device="cuda"``, False ``device="cpu"``, as the replaced function has it.
 
     Returns:
         int32 ``[N + 1]`` starting with 0, and the largest count.
@@ -183,7 +215,11 @@ def compute_rope_args(
         raise ValueError("images: expected at least one, got none")
     counts = [(image.shape[-2] // patch_size) * (image.shape[-1] // patch_size) for image in images]
     cu_seqlens = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
-    return to_device(cu_seqlens, resolve_device(device)), max(counts)
+    return to_device(cu_seqlens, _device(device, to_cuda)), max(counts)
+
+
+def _device(device: Device, to_cuda: bool | None) -> torch.device:
+    return resolve_device(device if to_cuda is None else "cuda" if to_cuda else "cpu")
 
 
 def preprocess_packed_batch(
@@ -197,11 +233,12 @@ def preprocess_packed_batch(
     only_pp_first_stage: bool = True,
     device: Device = None,
     dtype: torch.dtype = torch.bfloat16,
-    on_broken: OnBroken = "zero",
+    on_broken: OnBroken | None = None,
     broken: BrokenImages | None = None,
     threads: int | None = None,
     multicrop: bool | None = None,
     pixel_order: PixelOrder = "pillow",
+    max_pixels: int | None = None,
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
 
@@ -218,15 +255,16 @@ def preprocess_packed_batch(
             parallel state is initialised.
         device: where everything goes; None is the CUDA device, or the CPU where there is none.
         dtype: of the images.
-        on_broken: see :func:`load_images`; ``"skip-loss"`` also sets the loss mask of the samples
-            that hold an unreadable image to zero (on every stage that has tokens, which therefore
-            decodes them).
+        on_broken: see :func:`load_images`; None does what the ``on_broken`` of the pack says, if it
+            has one, and otherwise ``"zero"``. ``"skip-loss"`` also sets the loss mask of the
+            samples that hold an unreadable image to zero (on every stage that has tokens, which
+            therefore decodes them).
         broken: told about every image, for the report at the end of the epoch.
         threads: decoding threads.
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True and False refuse a pack that was made
             otherwise.
-        pixel_order: see :func:`load_images`.
+        pixel_order, max_pixels: see :func:`load_images`.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -251,7 +289,10 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
-    reader = ImageReader(resolve_device(device), dtype, on_broken, broken, threads, pixel_order)
+    on_broken = on_broken or batch.get("on_broken", "zero")
+    reader = ImageReader(
+        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
+    )
     target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {

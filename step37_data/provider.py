@@ -40,7 +40,17 @@ def _provider_base() -> Any:
     except ModuleNotFoundError as error:
         _require_megatron_missing(error)
         return _StandaloneProvider
+    _allow_in_configurations()
     return DatasetProvider
+
+
+def _allow_in_configurations() -> None:
+    """Let Bridge instantiate this module's provider when it reads a configuration back."""
+    try:
+        from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+    except ImportError:
+        return  # A Bridge without a list of what is allowed.
+    register_allowed_target_prefix(f"{__name__}.")
 
 
 def _require_megatron_missing(error: ModuleNotFoundError) -> None:
@@ -108,9 +118,12 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     seqlen_divisible_by: int = 64
     oversize_policy: Literal["drop", "extend"] = "drop"
     dataset_sampling: Literal["sequential", "random"] = "random"
-    packing: Literal["next_fit", "best_fit"] = "next_fit"
-    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs."""
+    packing: Literal["next_fit", "best_fit", "balanced"] = "next_fit"
+    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs;
+    ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
     packing_window: int = 4096
+    balance_group: int = 64
+    """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
     """Give this one pack for every index: a deterministic overfit. None for training."""
 
@@ -152,17 +165,23 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             return _FixedPackDataset(packs, self.fixed_pack_idx), None, None
         return packs, None, None
 
-    def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
-        # First, because it is quick: a wrong tokenizer is reported before an hour of download.
-        template = Step37MultimodalTemplate(
+    def _make_template(self) -> Step37MultimodalTemplate:
+        return Step37MultimodalTemplate(
             tokenizer_path=self.tokenizer_path,
             max_sequence_length=self.max_packing_seqlen,
             multicrop=self.multicrop,
             **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
         )
+
+    def _resolve_special_token_ids(self, template: Step37MultimodalTemplate) -> None:
         for name in ("img_start_token_id", "patch_start_token_id"):
             if getattr(self, name) < 0:
                 setattr(self, name, getattr(template, name))
+
+    def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
+        # First, because it is quick: a wrong tokenizer is reported before an hour of download.
+        template = self._make_template()
+        self._resolve_special_token_ids(template)
         samples = prepare_flickr8k_samples(
             repo_id=self.repo_id,
             split=self.split,
@@ -188,6 +207,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             dataset_sampling=self.dataset_sampling,
             packing=self.packing,
             packing_window=self.packing_window,
+            balance_group=self.balance_group,
             lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
             probe_workers=self.probe_workers,
             together=True,
@@ -203,7 +223,7 @@ def collate_single_pack(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(batch) != 1:
         raise ValueError(
-            f"Step37Flickr8kSFTDataProvider needs micro_batch_size=1, got {len(batch)}: a pack "
+            f"needs micro_batch_size=1, got {len(batch)}: a pack "
             "already holds many samples; raise max_packing_seqlen for larger batches"
         )
     return batch[0]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from step37_data.checks import checked_int
+from step37_data.checks import checked_int, checked_state
 
 
 class _Sampler(Iterator[int]):
@@ -58,14 +58,13 @@ class _Sampler(Iterator[int]):
         return {"sampler": type(self).__name__, "size": self.size}
 
     def _checked_place(self, state_dict: dict[str, Any]) -> int:
+        checked_state(state_dict, "data_idx")
         for key, own in self._settings().items():
             saved = state_dict.get(key, own)
             if saved != own:
                 raise ValueError(
                     f"state_dict: it belongs to a sampler of {key} {saved}, this one has {own}"
                 )
-        if "data_idx" not in state_dict:
-            raise ValueError(f"state_dict: expected data_idx, got only {sorted(state_dict)}")
         return checked_int("state_dict: data_idx", state_dict["data_idx"], least=0)
 
 
@@ -241,8 +240,7 @@ class WeightedRandomSampler(_Sampler):
             ValueError: a setting differs, or place or counts are missing, negative or too few.
         """
         place = self._checked_place(state_dict)
-        if "counts" not in state_dict:
-            raise ValueError(f"state_dict: expected counts, got only {sorted(state_dict)}")
+        checked_state(state_dict, "counts")
         counts = np.asarray(state_dict["counts"], dtype=np.int64)
         if (counts < 0).any():
             raise ValueError(f"state_dict: expected counts of 0 or more, got {counts.tolist()}")

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,8 +24,11 @@ import numpy as np
 import torch
 
 from step37_data.checks import checked_int
-from step37_data.messages import check_encodable, checked_role, map_texts, strings
+from step37_data.images.encoded import EncodedImage, ImageFile
+from step37_data.messages import checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.reserved import ReservedTokens
+from step37_data.threads import within
 from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -54,6 +58,8 @@ _MULTICROP_PLACEHOLDERS = re.compile(
 # Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
 _TEMPLATE_VERSION = 1
 _MULTICROP_VERSION = 1
+# A chat template is a program. It takes milliseconds for its first question, or has no end.
+_RENDER_S = 60
 
 
 class MultimodalSFTSample(dict[str, Any]):
@@ -131,14 +137,24 @@ class Step37MultimodalTemplate(ImageTokens):
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
         placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
         self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
-        added = self.tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in added if token.special} - set(THINK_TOKENS)
-        reserved = control | self._multicrop_markup | {self.image_token, IMAGE_PLACEHOLDER}
-        self._reserved = re.compile(
-            "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
-        )
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
-        self._generation_prompt(None)
+        try:
+            within(_RENDER_S, functools.partial(self._generation_prompt, None))
+        except futures.TimeoutError as error:
+            raise ValueError(
+                f"tokenizer_path: the chat template in {self.tokenizer_path!r} has not rendered a "
+                f"question after {_RENDER_S} seconds; does it end?"
+            ) from error
+        # What the chat template itself writes delimits turns, flagged special or not.
+        written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
+        control = {
+            token.content
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or number in written
+        }
+        reserved = control - set(THINK_TOKENS) | self._multicrop_markup
+        reserved |= {self.image_token, IMAGE_PLACEHOLDER}
+        self._reserved = ReservedTokens(reserved, self.tokenizer.get_vocab(), self._encode)
         self._warned_about_length = False
 
     def __call__(self, data: Mapping[str, Any]) -> MultimodalSFTSample:
@@ -166,7 +182,9 @@ class Step37MultimodalTemplate(ImageTokens):
         if all(message["role"] != "user" for message in messages):
             raise ValueError("conversations: a sample needs a user message, found none")
         entries = images.seen if self.multicrop else images.given
-        short_ids = self._encode(self._render(messages, False))
+        text = self._render(messages, False)
+        short_ids = self._encode(text)
+        self._reserved.refuse_made(messages, text, short_ids)
         repeats = self._repeats(short_ids, rows, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
@@ -270,21 +288,22 @@ class Step37MultimodalTemplate(ImageTokens):
             role = checked_role(number, original)
             message = dict(original)
             where = f"conversations[{number}] ({role})"
-            expand = self._refuse_reserved
+            expand = self._reserved.refuse
             if role != "assistant":
                 expand = functools.partial(self._expand, rows, images)
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key] = map_texts(value, expand, where)
+                    self._reserved.refuse_joined(texts_of(value), where)
                 else:
                     for text in strings(value):
-                        self._refuse_reserved(text, f"{where} {key}")
+                        self._reserved.refuse(text, f"{where} {key}")
             messages.append(message)
         return messages
 
     def _expand(self, rows: list[int], images: SampleImages, text: str, where: str) -> str:
         spelled_out = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
-        self._refuse_reserved(
+        self._reserved.refuse(
             text, where, self._multicrop_markup if spelled_out else _IMAGE_PLACEHOLDER_ONLY
         )
         if spelled_out:
@@ -300,19 +319,7 @@ class Step37MultimodalTemplate(ImageTokens):
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
 
-    def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
-        """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
-        check_encodable(text, where)
-        for match in self._reserved.finditer(text):
-            if match[0] not in allowed:
-                excerpt = text[max(0, match.start() - 20) : match.end() + 20]
-                raise ValueError(
-                    f"{where}: the text spells the reserved {match[0]!r} at character "
-                    f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
-                )
-        return text
-
-    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[str, int]]:
+    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
         if isinstance(images, str):
             raise ValueError(f"images: expected a list of paths, got {images!r}")
         items = []
@@ -320,11 +327,12 @@ class Step37MultimodalTemplate(ImageTokens):
         for image in images or ():
             given = image if isinstance(image, (tuple, list)) and image else (image,)
             path, kind = (*given, IMAGE_ITEM_TYPE)[:2]
-            if not isinstance(path, (str, os.PathLike)):
+            if not isinstance(path, (str, os.PathLike, EncodedImage)):
                 raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
             if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
                 raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
-            items.append((rewrite(str(path)), int(kind)))
+            file = path if isinstance(path, EncodedImage) else rewrite(str(path))
+            items.append((file, int(kind)))
         return items
 
     def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
@@ -359,7 +367,7 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"conversations: {ids.count(start_id)} start tokens of type {name} for {count} "
                     "placeholders"
                 )
-            paths = [entry[0] for entry in images if entry[1] == kind]
+            paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
                 raise ValueError(
                     f"images: {len(paths)} files of type {name} for {count} placeholders in the "

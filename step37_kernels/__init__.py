@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from step37_kernels.pixels.resize import resize_uint8 as resize_uint8
     from step37_kernels.plan import InsertPlan as InsertPlan
     from step37_kernels.plan import plan_insert as plan_insert
+    from step37_kernels.plan import plan_placeholders as plan_placeholders
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "RaggedImages": "pixels.ragged",
     "clip_normalize": "pixels.normalize",
     "plan_insert": "plan",
+    "plan_placeholders": "plan",
     "project_and_insert": "insert",
     "resize_clip_normalize": "pixels.resize",
     "resize_uint8": "pixels.resize",

@@ -39,8 +39,9 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
         True to launch Triton kernels, False for the PyTorch implementation.
 
     Raises:
-        ValueError: ``impl`` is none of the three, or ``"triton"`` was asked for on a device that
-            Triton cannot run on.
+        ValueError: ``impl`` is none of the three, ``"triton"`` was asked for on a device that
+            Triton cannot run on, or Triton is to run inside a transform of ``torch.func``, whose
+            tensors have no memory that a kernel could read.
         ImportError: Triton is to run but is not installed.
     """
     check_impl(impl)
@@ -55,6 +56,10 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
         raise ValueError(
             f"impl='triton': Triton kernels need CUDA tensors, got {device}; pass impl='torch', "
             "or set TRITON_INTERPRET=1 before importing to run them in Triton's interpreter"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "torch.func (grad, vmap, …) does not reach the Triton kernels: pass impl='torch'"
         )
     return True
 

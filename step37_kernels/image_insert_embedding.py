@@ -60,13 +60,18 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
 
     Raises:
         ValueError: a tensor of another rank.
+        TypeError: neither a tensor nor a list of tensors.
     """
     if isinstance(features, Tensor):
         if features.ndim != 3:
             raise ValueError(f"{name}: expected [N, L, C], got {tuple(features.shape)}")
         return [features]
+    if not isinstance(features, Sequence):
+        raise TypeError(f"{name}: expected a tensor or a list of them, got {type(features)}")
     tensors = []
     for i, item in enumerate(features):
+        if not isinstance(item, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(item)}")
         if item.ndim not in (2, 3):
             raise ValueError(f"{name}[{i}]: expected [L, C] or [N, L, C], got {tuple(item.shape)}")
         tensors.append(item if item.ndim == 3 else item.unsqueeze(0))
@@ -92,7 +97,11 @@ def _run(
             f"{name}: expected an int, got a tensor on {token.device}, whose value a forward would "
             "wait for"
         )
-    return operator.index(token), tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
+    try:
+        number = operator.index(token)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {token!r}") from None
+    return number, tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
 
 
 def _layout_name(layout: Layout) -> str:
@@ -141,6 +150,8 @@ class ImageInsertEmbedding(nn.Module):
     the log once.
     """
 
+    _width = 0
+
     def __init__(
         self,
         language_embedding: Callable[..., Tensor],
@@ -188,6 +199,8 @@ class ImageInsertEmbedding(nn.Module):
         self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.text_only_gradient = text_only_gradient
+        # What takes the place of this projector may not tell its own.
+        self._width = input_width(self.align_projector) or self._width
         self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
@@ -201,6 +214,15 @@ class ImageInsertEmbedding(nn.Module):
         if self.layout is not None:
             parts.append(f"layout={_layout_name(self.layout)}")
         return ", ".join(parts)
+
+    @staticmethod
+    def _normalize_feature_list(
+        image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """One ``[L, C]`` a feature. The replaced class, in models built before it was, looks this
+        up by the class's name, and finds it here."""
+        tensors = _feature_tensors(image_features, "image_features")
+        return [f.to(device=device, dtype=dtype) for tensor in tensors for f in tensor.unbind(0)]
 
     @staticmethod
     def insert_features(
@@ -258,7 +280,8 @@ class ImageInsertEmbedding(nn.Module):
             ValueError: a group without features or with features of the wrong rank or width; the
                 language embedding gives another shape; with ``strict``, a batch whose tokens and
                 features do not fit.
-            TypeError: ``images`` is no list, or a start token no integer.
+            TypeError: ``images`` is no list of groups, features are no tensors, or a start token is
+                no integer.
         """
         count_watch.poll()
         layout = self._layout_now()
@@ -299,6 +322,8 @@ class ImageInsertEmbedding(nn.Module):
         features: list[Tensor] = []
         for i, image in enumerate(images):
             name = f"images[{i}].image_features"
+            if not hasattr(image, "image_features"):
+                raise TypeError(f"images[{i}]: expected an ImageForInsert, got {type(image)}")
             if image.image_features is None:
                 raise ValueError(
                     f"images[{i}]: image_features is None (start token {image.insert_start_token});"
@@ -410,7 +435,7 @@ class ImageInsertEmbedding(nn.Module):
         result: Tensor
         if not self._is_projector_plain():
             like = next(self.align_projector.parameters())
-            width = input_width(self.align_projector)
+            width = input_width(self.align_projector) or self._width
             no_rows = torch.empty(0, width, device=like.device, dtype=like.dtype)
             result = ZeroGradient.apply(embeddings, self.align_projector(no_rows))
             return result

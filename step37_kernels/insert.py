@@ -7,6 +7,7 @@ feature rows of all groups together, ``L`` rows of one feature, ``N`` features.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from step37_kernels.main_grad import MainGrad, check_has_main_grad, into_main_gr
 from step37_kernels.plan import InsertPlan
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_SOURCES = 4
+MAX_SOURCES = 4  # as in ops.pack, which needs Triton to import
 """Contiguous tensors that one launch reads in place."""
 
 
@@ -40,12 +41,13 @@ def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
 def check_embeddings(
     embeddings: Tensor, plan: InsertPlan, name: str, hidden: int | None = None
 ) -> None:
-    """Raise ``ValueError`` unless they are ``[S, B, H]`` of the plan, and of this H if given."""
-    shape = tuple(embeddings.shape)
-    fits = len(shape) == 3 and shape[:2] == (plan.seq_len, plan.batch_size)
-    if not fits or hidden not in (None, shape[2]):
+    """Raise ``ValueError`` unless they are ``[S, B, H]`` (``[B, S, H]`` if it is batch-first) of
+    the plan, and of this H if given."""
+    shape, planned = tuple(embeddings.shape), tuple(plan.row_at.shape)
+    if len(shape) != 3 or shape[:2] != planned or hidden not in (None, shape[2]):
+        letters = "B, S" if plan.batch_first else "S, B"
         raise ValueError(
-            f"{name}: expected [S, B, H] = [{plan.seq_len}, {plan.batch_size}, {hidden or 'H'}], "
+            f"{name}: expected [{letters}, H] = [{planned[0]}, {planned[1]}, {hidden or 'H'}], "
             f"got {shape}"
         )
 
@@ -54,15 +56,15 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     """Put rows that are already projected at their destinations, by PyTorch operations.
 
     Args:
-        embeddings: ``[S, B, H]``, left as it is.
+        embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; left as it is.
         rows: ``[R, H]`` (of a shard: ``[M, H]``, see :func:`pick_rows`) in the embeddings' dtype.
         plan: from :func:`plan_insert`.
 
     Returns:
-        ``[S, B, H]``; differentiable in both. Never waits for the device.
+        The embeddings' shape; differentiable in both. Never waits for the device.
     """
-    seq_len, batch_size, hidden = embeddings.shape
-    num_positions = seq_len * batch_size
+    hidden = embeddings.shape[2]
+    num_positions = math.prod(embeddings.shape[:2])
     slots = plan.destinations
     if slots.is_cpu and type(slots) is Tensor and not torch.compiler.is_compiling():
         # Values are at hand, and what has no destination can be left out.
@@ -70,12 +72,12 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
         kept = slots >= 0
         if not kept.all():
             slots, rows = slots[kept], rows[kept]
-        return flat.index_copy(0, slots.long(), rows).view(seq_len, batch_size, hidden)
+        return flat.index_copy(0, slots.long(), rows).view(embeddings.shape)
     # One row past the end takes the rows that have no destination. Only that row is written more
     # than once, and it is cut off: so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
     slots = torch.where(slots < 0, num_positions, slots).long()
-    return flat.index_copy(0, slots, rows)[:-1].view(seq_len, batch_size, hidden)
+    return flat.index_copy(0, slots, rows)[:-1].view(embeddings.shape)
 
 
 def join_rows(features: Sequence[Tensor]) -> Tensor:
@@ -223,7 +225,7 @@ class FeatureRows:
         tensors = [
             (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(dtype)
             for tensor in features
-            if tensor.shape[:-1].numel()
+            if math.prod(tensor.shape[:-1])
         ]
         if not (triton and tensors):
             return cls(tensors, None)
@@ -254,7 +256,7 @@ def _validate(
             fail(name, "[L, C] or [N, L, C]", tuple(feature.shape))
         if feature.shape[-1] != width:
             fail(name, f"C = {width} (the weight's)", tuple(feature.shape))
-    num_rows = sum(feature.shape[:-1].numel() for feature in features)
+    num_rows = sum(math.prod(feature.shape[:-1]) for feature in features)
     if num_rows != plan.num_rows:
         fail("features", f"R = {plan.num_rows} rows (the plan's)", f"{num_rows} rows")
     tensors = {"embeddings": embeddings, "weight": weight, "bias": bias}
@@ -291,21 +293,21 @@ def project_and_insert(
     gradients are not differentiable themselves with ``impl="triton"``.
 
     Args:
-        embeddings: ``[S, B, H]``, any strides.
+        embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; any strides.
         features: rows of all groups in the plan's order, R together: ``[N, L, C]`` or ``[L, C]``,
             or a sequence of such (ragged). Up to four contiguous tensors are read in place. More,
             and other layouts, such as the channels-first view of a vision tower, are packed first,
             in one pass. Cast to the weight's dtype.
         weight: ``[H, C]`` projector weight.
         bias: ``[H]``, or None.
-        plan: from :func:`plan_insert`.
+        plan: from :func:`plan_insert` or :func:`plan_placeholders`.
         gradient_accumulation_fusion: add the weight's gradient to ``weight.main_grad`` instead of
             returning it, as Megatron-Core does under that name; in fp32 within the matrix product
             (the PyTorch implementation rounds it to the weight's dtype first).
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
-        A new ``[S, B, H]`` in the embeddings' dtype, contiguous, each row written once;
+        New, of the embeddings' shape and dtype, contiguous, each row written once;
         ``embeddings`` themselves where there is no row.
 
     Raises:

@@ -5,36 +5,39 @@ Megatron is imported inside the functions that need it, so that importing this m
 
 from __future__ import annotations
 
-import gc
-import importlib
-import importlib.metadata
 import logging
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.parallel import Layout, check_layout, sequence_layout
+from step37_kernels.patching import ClassPatch, chunks_of
 
 __all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
 logger = logging.getLogger(__name__)
 
-KNOWN_BRIDGE_VERSIONS = (
-    "Megatron-Bridge newer than 0.4.0, that is its main branch since it has "
-    "models/stepfun/modelling_step37"
-)
-"""Releases in which the replaced class was found where this module looks for it."""
-
 _PACKAGE = "megatron.bridge.models.stepfun.modelling_step37"
-# Step37Model looks the class up in the first, which took it from the second by name.
-_MODULES = (f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding")
 _CLASS = "ImageInsertEmbedding"
+_PATCH = ClassPatch(
+    caller="patch_step37",
+    remedy="step37_kernels.megatron.replace_in(model)",
+    # Step37Model looks the class up in the first, which took it from the second by name.
+    modules=(f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding"),
+    name=_CLASS,
+    distribution="megatron-bridge",
+    known="Megatron-Bridge 0.6.2",
+)
+
+
+_TOWER = "Step37VisionModel"
+_TOWER_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name=_TOWER, _stock={}, _put={})
+_LAST_CONVOLUTION = "vit_downsampler2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,6 @@ class _Options:
 
 
 _options = _Options()
-_stock: dict[str, type[nn.Module]] = {}
-# The replaced class by module name; empty while nothing is patched.
 
 
 class Step37ImageInsertEmbedding(ImageInsertEmbedding):
@@ -93,6 +94,32 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
+class _ContiguousTower:
+    """What goes before ``Step37VisionModel`` among a class's bases."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _keep_channels_last(cast(nn.Module, self))
+
+
+def _keep_channels_last(tower: nn.Module) -> None:
+    """Let the last convolution see its input channels-last; so then is what it gives, and the rows
+    that the tower makes of that by a view are contiguous."""
+    convolution = tower.get_submodule(_LAST_CONVOLUTION)
+    if _to_channels_last not in convolution._forward_pre_hooks.values():
+        convolution.register_forward_pre_hook(_to_channels_last)
+
+
+def _to_channels_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    image, *rest = arguments
+    return (image.contiguous(memory_format=torch.channels_last), *rest)
+
+
+def _contiguous(stock: type[nn.Module]) -> type[nn.Module]:
+    body = {"__module__": stock.__module__}
+    return type(stock.__name__, (_ContiguousTower, stock), body)
+
+
 def patch_step37(
     *,
     impl: Impl = "auto",
@@ -100,6 +127,7 @@ def patch_step37(
     text_only_gradient: bool = True,
     gradient_accumulation_fusion: bool = False,
     layout: Layout = "auto",
+    channels_last: bool = False,
 ) -> tuple[str, ...]:
     """Let every ``Step37Model`` built from now on use the fused embedding.
 
@@ -122,6 +150,10 @@ def patch_step37(
             parallelism is an error in the first forward then: it needs a layout from
             :func:`sequence_layout`. None: the whole sequence on every rank, as the stock class has
             it.
+        channels_last: have the vision tower hand over contiguous rows whatever the number of
+            pictures, by giving its last convolution a channels-last input; the rows need no
+            packing then. ``Step37VisionModel`` is replaced in ``…modelling_step37.model`` for it.
+            Off, because cuDNN may choose another algorithm, which sums, and so rounds, otherwise.
 
     Returns:
         The dotted names that hold our class now.
@@ -138,23 +170,16 @@ def patch_step37(
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         layout=layout,
     )
-    modules = {name: _import(name) for name in _MODULES}
-    found = {name: _look_up(module) for name, module in modules.items()}
+    names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
+    if channels_last:
+        names += _TOWER_PATCH.apply(_contiguous, _ContiguousTower)
+    else:
+        _TOWER_PATCH.undo()
     _options = options
-    replaced = {
-        name: cls for name, cls in found.items() if not issubclass(cls, ImageInsertEmbedding)
-    }
-    if replaced:
-        _warn_of_what_stays(set(replaced.values()))
-    for name, cls in replaced.items():
-        _stock[name] = cls
-        setattr(modules[name], _CLASS, Step37ImageInsertEmbedding)
-    names = tuple(f"{name}.{_CLASS}" for name in _MODULES)
     logger.info(
-        "%s: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
+        "patched: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
         "(step37_data.provider and step37_data.forward_step replace them), ImageForInsert "
         "(interchangeable with step37_kernels.ImageForInsert), the vision tower",
-        "patched" if replaced else "already patched",
         ", ".join(names),
         options,
     )
@@ -168,22 +193,8 @@ def unpatch_step37() -> tuple[str, ...]:
         The dotted names that hold the stock class again; empty if nothing was patched.
     """
     global _options
-    restored = []
-    for name, cls in _stock.items():
-        module = sys.modules.get(name)
-        current = getattr(module, _CLASS, None)
-        if current is Step37ImageInsertEmbedding:
-            setattr(module, _CLASS, cls)
-            restored.append(f"{name}.{_CLASS}")
-        else:
-            logger.warning(
-                "%s.%s is %r, not what patch_step37 put there: left alone", name, _CLASS, current
-            )
-    _stock.clear()
     _options = _Options()
-    if restored:
-        logger.info("unpatched: %s", ", ".join(restored))
-    return tuple(restored)
+    return _PATCH.undo() + _TOWER_PATCH.undo()
 
 
 def replace_in(
@@ -194,6 +205,7 @@ def replace_in(
     text_only_gradient: bool = True,
     gradient_accumulation_fusion: bool = False,
     layout: Layout = "auto",
+    channels_last: bool = False,
 ) -> tuple[str, ...]:
     """Let a built model use the fused embedding, whatever wraps it (DDP, FSDP, Float16Module).
 
@@ -203,7 +215,7 @@ def replace_in(
 
     Args:
         model: the model, or Megatron's list of model chunks.
-        impl, strict, text_only_gradient, gradient_accumulation_fusion, layout: see
+        impl, strict, text_only_gradient, gradient_accumulation_fusion, layout, channels_last: see
             :func:`patch_step37`.
 
     Returns:
@@ -223,7 +235,7 @@ def replace_in(
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         layout=layout,
     )
-    chunks = [("", model)] if isinstance(model, nn.Module) else _numbered(model)
+    chunks = chunks_of(model)
     ours: dict[str, nn.Module] = {}
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
@@ -239,6 +251,11 @@ def replace_in(
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
         cast(ImageInsertEmbedding, module).configure(**options.arguments())
+    if channels_last:
+        for _, chunk in chunks:
+            for module in chunk.modules():
+                if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
+                    _keep_channels_last(module)
     if ours:
         logger.info("fused embedding in %s (%s)", ", ".join(ours), options)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):
@@ -251,71 +268,8 @@ def replace_in(
     return tuple(ours)
 
 
-def _numbered(chunks: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(f"{i}.", chunk) for i, chunk in enumerate(chunks)]
-
-
 def _is_stock(module: nn.Module) -> bool:
     """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it."""
     named_so = any(cls.__name__ == _CLASS for cls in type(module).__mro__)
     projector = module._modules.get("align_projector")
     return named_so and isinstance(projector, nn.Linear) and "_language_embedding" in vars(module)
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or name
-        if not f"{name}.".startswith(f"{missing}."):
-            # Bridge is there, and lacks something itself: that is the better message.
-            raise
-        raise ImportError(_missing(f"module {name}", f"no module {missing}"), name=name) from error
-
-
-def _look_up(module: ModuleType) -> type[nn.Module]:
-    cls = getattr(module, _CLASS, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        found = "no such name" if cls is None else f"found {cls!r}"
-        raise ImportError(_missing(f"{module.__name__}.{_CLASS}", found), name=module.__name__)
-    return cls
-
-
-def _missing(what: str, found: str) -> str:
-    try:
-        installed = f"megatron-bridge {importlib.metadata.version('megatron-bridge')}"
-    except importlib.metadata.PackageNotFoundError:
-        installed = "no megatron-bridge distribution"
-    return (
-        f"patch_step37: cannot replace {what}: {found}. "
-        f"Known to work: {KNOWN_BRIDGE_VERSIONS}; installed: {installed}"
-    )
-
-
-def _warn_of_what_stays(stock: set[type[nn.Module]]) -> None:
-    built = sum(1 for _ in _instances(stock))
-    if built:
-        logger.warning(
-            "patch_step37 after %d stock ImageInsertEmbedding had been built: existing models keep "
-            "it; call step37_kernels.megatron.replace_in(model) on them",
-            built,
-        )
-    bound = sorted(
-        name
-        for name, module in tuple(sys.modules.items())
-        if name not in _MODULES
-        and any(getattr(module, "__dict__", {}).get(_CLASS) is cls for cls in stock)
-    )
-    if bound:
-        logger.warning(
-            "patch_step37 leaves the stock class in modules that imported it by name before: %s",
-            ", ".join(bound),
-        )
-
-
-def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:
-    bases = tuple(classes)
-    for candidate in gc.get_objects():
-        # type(), not isinstance: that asks proxies for their __class__, which may run anything.
-        if issubclass(type(candidate), bases):
-            yield candidate

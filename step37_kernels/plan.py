@@ -1,4 +1,5 @@
-"""Where every feature row lands: :func:`plan_insert` makes an :class:`InsertPlan`.
+"""Where every feature row lands: :func:`plan_insert` and :func:`plan_placeholders` make an
+:class:`InsertPlan`.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``R`` feature rows of all groups together, ``L`` rows of
 one feature, ``G`` groups, ``N`` features.
@@ -32,8 +33,9 @@ class InsertPlan:
     """A row map: where each feature row goes, and what each position receives.
 
     Feature rows of all groups are numbered 0 … R−1 in the order in which they are written: groups
-    in list order, features in group order, rows from first to last. Positions of the sequence-first
-    output are numbered ``s * B + b``, as ``[S, B, H].view(S * B, H)`` has them.
+    in list order, features in group order, rows from first to last. Positions are numbered as the
+    output lies in memory: ``s * B + b`` of ``[S, B, H]``, and of ``[B, S, H]`` (``batch_first``)
+    ``b * S + s``.
 
     Example, B = 1, S = 8, one group with start token 7 and features of 3, 2 and 4 rows::
 
@@ -53,11 +55,11 @@ class InsertPlan:
     destinations: Tensor
     """``[R]`` int32: position of each feature row, or −1. No position occurs twice."""
     row_at: Tensor
-    """``[S, B]`` int32: the feature row that a position receives, or −1 for a text row: the entry
-    of ``destinations`` that holds the position."""
+    """``[S, B]`` int32 (``[B, S]`` if ``batch_first``): the feature row that a position receives,
+    or −1 for a text row: the entry of ``destinations`` that holds the position."""
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
-    for a feature without a start token."""
+    for a feature without a start token. So numbered whatever ``batch_first`` is."""
     start_counts: Tensor
     """``[G]`` int32: start tokens of each group in ``input_ids``."""
     runs: Runs
@@ -68,6 +70,8 @@ class InsertPlan:
     live_rows: Tensor | None = None
     """Of a shard: ``[1]`` int32, how many entries of ``local_rows`` are in use. The kernels stop
     there, so a rank computes its own rows, not M."""
+    batch_first: bool = False
+    """Whether the plan is for ``[B, S, H]``."""
 
     @property
     def num_rows(self) -> int:
@@ -95,12 +99,12 @@ class InsertPlan:
     @property
     def seq_len(self) -> int:
         """S."""
-        return self.row_at.shape[0]
+        return self.row_at.shape[self.batch_first]
 
     @property
     def batch_size(self) -> int:
         """B."""
-        return self.row_at.shape[1]
+        return self.row_at.shape[not self.batch_first]
 
     def shard(self, positions: Tensor) -> InsertPlan:
         """The plan of a rank that holds only some rows of the sequence.
@@ -124,7 +128,7 @@ class InsertPlan:
             raise ValueError(f"positions: expected [S_local], got {tuple(positions.shape)}")
         if self.local_rows is not None:
             raise ValueError("plan: already the plan of a shard")
-        held = self.row_at.index_select(0, positions)
+        held = self.row_at.index_select(int(self.batch_first), positions)
         capacity = min(self.num_rows, held.numel())
         flat = held.flatten().long()
         # Rows in order: number those that land here, and let one slot past the end take the rest.
@@ -204,7 +208,11 @@ def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
 
 
 def plan_insert(
-    input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]], *, impl: Impl = "auto"
+    input_ids: Tensor,
+    groups: Sequence[tuple[int, Sequence[int]]],
+    *,
+    batch_first: bool = False,
+    impl: Impl = "auto",
 ) -> InsertPlan:
     """Find where every feature row lands, for all insertion groups at once.
 
@@ -220,6 +228,7 @@ def plan_insert(
         input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
         groups: ``(start_token, row_counts)`` of each insertion group, in insertion order;
             ``row_counts`` holds the number of rows of each of its features.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -235,7 +244,80 @@ def plan_insert(
         runs = to_runs(groups)
     except TypeError as error:
         raise TypeError(f"groups: expected (int, sequence of int) of each: {error}") from error
-    return plan_runs(input_ids, runs, impl=impl)
+    plan = plan_runs(input_ids, runs, impl=impl)
+    return _batch_first(plan) if batch_first else plan
+
+
+def plan_placeholders(
+    input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
+) -> InsertPlan:
+    """Send the k-th feature row to the k-th position that holds ``token``, row-major.
+
+    That is how NeMo Automodel and many models of ``transformers`` merge
+    (``embeddings[input_ids == token] = rows``, ``masked_scatter``): every row has a placeholder of
+    its own. Of too many rows the last are dropped; placeholders without a row keep their word
+    embedding. In the plan every row is a feature, and ``token`` the one group's start token::
+
+        position     0   1   2   3   4   5
+        input_ids    5   9   9   5   9   9      token 9, 3 rows
+        row_at      −1   0   1  −1   2  −1
+        destinations = [1, 2, 4]
+
+    A handful of PyTorch operations on every device; nothing waits for it.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
+        token: the placeholder's id.
+        num_rows: R.
+        batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
+
+    Returns:
+        The plan, on the device of ``input_ids``.
+
+    Raises:
+        ValueError: ``input_ids`` is not ``[B, S]``, ``num_rows`` is negative, ``token`` is no value
+            of the ids' dtype, or B·S or R exceeds int32.
+        TypeError: ``input_ids`` is neither int32 nor int64.
+    """
+    if num_rows < 0:
+        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
+    runs: Runs = ((token, ((num_rows, 1),)),)
+    _check_ids(input_ids, [token], num_rows)
+    batch_size, seq_len = input_ids.shape
+    match = (input_ids == token).flatten()
+    rank = match.cumsum(0) - 1
+    row_at = torch.where(match & (rank < num_rows), rank, -1).to(torch.int32)
+    index = torch.arange(row_at.numel(), dtype=torch.int32, device=row_at.device)
+    # One slot past the end takes the positions that receive no row.
+    slots = torch.where(row_at < 0, num_rows, row_at).long()
+    batch_first_at = index.new_full((num_rows + 1,), -1).scatter(0, slots, index)[:-1]
+    starts = _renumbered(batch_first_at, seq_len, batch_size)
+    row_at = row_at.view(batch_size, seq_len)
+    return InsertPlan(
+        destinations=batch_first_at if batch_first else starts,
+        row_at=row_at if batch_first else row_at.t().contiguous(),
+        starts=starts,
+        start_counts=match.sum(dtype=torch.int32).view(1),
+        runs=runs,
+        batch_first=batch_first,
+    )
+
+
+def _renumbered(positions: Tensor, inner: int, outer: int) -> Tensor:
+    """Positions ``i * inner + j`` as ``j * outer + i``; −1 stays."""
+    inner = max(inner, 1)
+    j, i = positions % inner, positions.div(inner, rounding_mode="floor")
+    return torch.where(positions < 0, positions, j * outer + i)
+
+
+def _batch_first(plan: InsertPlan) -> InsertPlan:
+    """The plan of ``[S, B, H]`` for ``[B, S, H]``."""
+    return dataclasses.replace(
+        plan,
+        destinations=_renumbered(plan.destinations, plan.batch_size, plan.seq_len),
+        row_at=plan.row_at.t().contiguous(),
+        batch_first=True,
+    )
 
 
 def plan_runs(
@@ -249,23 +331,10 @@ def plan_runs(
         impl: as there.
         watch: see to it that numbers of tokens and features that differ are warned about.
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     triton = use_triton(impl, input_ids.device)
-    limits = torch.iinfo(input_ids.dtype)
-    for token, _ in runs:
-        if not limits.min <= token <= limits.max:
-            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
-    batch_size, seq_len = input_ids.shape
     flat = [run for _, group in runs for run in group]
     num_rows = sum(features * rows for features, rows in flat)
-    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
-        raise ValueError(
-            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
-            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
-        )
+    _check_ids(input_ids, [token for token, _ in runs], num_rows)
     destinations, row_at, starts, start_counts = operators.plan(
         input_ids,
         [token for token, _ in runs],
@@ -282,3 +351,20 @@ def plan_runs(
         start_counts=start_counts,
         runs=runs,
     )
+
+
+def _check_ids(input_ids: Tensor, tokens: Sequence[int], num_rows: int) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
+    limits = torch.iinfo(input_ids.dtype)
+    for token in tokens:
+        if not limits.min <= token <= limits.max:
+            raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
+    batch_size, seq_len = input_ids.shape
+    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+        raise ValueError(
+            f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
+            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
+        )

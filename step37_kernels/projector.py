@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class ZeroGradient(torch.autograd.Function):
 
 
 def run_forward_pre_hooks(module: nn.Module) -> None:
-    """What calling ``module`` would do first, where :func:`_is_plain` allows it.
+    """What calling ``module`` would do first, where :func:`is_plain` allows it.
 
     Megatron's wrappers see to a module's own parameters there: DDP with ``overlap_param_gather``
     waits for those still on their way, Megatron-FSDP gathers them.
@@ -49,12 +50,14 @@ def run_forward_pre_hooks(module: nn.Module) -> None:
 def is_plain(projector: nn.Module) -> bool:
     """Whether calling the projector means its weight and bias and nothing else.
 
-    Forward pre-hooks may read the input, or make the weight; Megatron's do neither.
+    Forward pre-hooks may read the input, or make the weight; Megatron's do neither. A weight of
+    another class than PyTorch's own (quantised, distributed) has a product of its own.
     """
     pre_hooks = projector._forward_pre_hooks.values()
     return (
         type(projector) is nn.Linear
         and "forward" not in vars(projector)
+        and type(projector.weight) in (nn.Parameter, Tensor, FakeTensor)
         and not (projector._forward_hooks or projector._backward_hooks)
         and not projector._backward_pre_hooks
         and all(_is_of_megatron(hook) for hook in pre_hooks)
@@ -66,20 +69,17 @@ def _is_of_megatron(hook: Callable[..., Any]) -> bool:
     return getattr(function, "__module__", "").split(".")[0] in ("megatron", "megatron_fsdp")
 
 
-def input_width(projector: nn.Module) -> int:
-    for module in projector.modules():
-        if isinstance(width := getattr(module, "in_features", None), int):
-            return width
-    raise ValueError(
-        f"align_projector ({type(projector).__name__}): nothing in it has in_features, by which a "
-        "text-only step could call it; pass text_only_gradient=False"
-    )
+def input_width(projector: nn.Module) -> int | None:
+    """``in_features`` of the projector or of a module in it; None where nothing has any."""
+    widths = (getattr(module, "in_features", None) for module in projector.modules())
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 @functools.cache
-def warn_unfused(kind: str) -> None:
+def warn_unfused(kind: str, name: str = "align_projector") -> None:
     logger.warning(
-        "align_projector (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
+        "%s (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
         "is called, and its rows are inserted by PyTorch",
+        name,
         kind,
     )

@@ -30,6 +30,7 @@ __all__ = [
     "insert_features",
     "insert_locations",
     "plan_insert",
+    "plan_placeholders",
     "project",
     "project_and_insert",
     "resize_clip_normalize",
@@ -179,6 +180,33 @@ def plan_insert(input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) 
     )
 
 
+def plan_placeholders(
+    input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
+) -> Plan:
+    """The k-th row to the k-th position that holds ``token``, row-major, up to the smaller count.
+
+    Args:
+        input_ids: ``[B, S]``.
+        token: the placeholder's id.
+        num_rows: R.
+        batch_first: number positions ``b * S + s``, and have ``row_at`` as ``[B, S]``.
+    """
+    batch_size, seq_len = input_ids.shape
+    row_at = torch.full((batch_size, seq_len), -1, dtype=torch.int32)
+    destinations, starts = [-1] * num_rows, [-1] * num_rows
+    placeholders = (input_ids == token).nonzero().tolist()
+    for row, (b, s) in zip(range(num_rows), placeholders, strict=False):
+        row_at[b, s] = row
+        starts[row] = s * batch_size + b
+        destinations[row] = b * seq_len + s if batch_first else starts[row]
+    return Plan(
+        torch.tensor(destinations, dtype=torch.int32),
+        row_at if batch_first else row_at.T.contiguous(),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor([len(placeholders)], dtype=torch.int32),
+    )
+
+
 def project_and_insert(
     embeddings: Tensor,
     features: Tensor | Sequence[Tensor],
@@ -189,19 +217,17 @@ def project_and_insert(
     """Project feature rows and put each at its destination, one row after the other.
 
     Args:
-        embeddings: ``[S, B, H]``, left as it is.
+        embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; left as it is.
         features: the rows of all groups, ``R`` together: a tensor ``[..., C]`` or a sequence.
         weight: ``[H, C]``.
         bias: ``[H]`` or None.
-        plan: from :func:`plan_insert`.
+        plan: from :func:`plan_insert` or :func:`plan_placeholders`.
     """
     tensors = [features] if isinstance(features, Tensor) else list(features)
     rows = [row for tensor in tensors for row in tensor.reshape(-1, tensor.shape[-1])]
-    batch_size = embeddings.shape[1]
     fused = embeddings.clone()
     for row, destination in zip(rows, plan.destinations.tolist(), strict=True):
         if destination >= 0:
-            fused[destination // batch_size, destination % batch_size] = project(
-                row, weight, bias
-            ).to(fused)
+            place = divmod(destination, embeddings.shape[1])
+            fused[place] = project(row, weight, bias).to(fused)
     return fused

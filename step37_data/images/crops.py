@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from step37_data.images.encoded import ImageFile
 from step37_data.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 logger = logging.getLogger(__name__)
@@ -154,12 +155,11 @@ def _canvas_side(side: int, window: int) -> int:
     return window * (whole + 1 if ratio - side // window > _ROUND_UP_ABOVE else whole)
 
 
-def picture_size(path: str) -> tuple[int, int]:
+def picture_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of an image file; no pixel is decoded.
 
     Raises:
-        Exception: Pillow cannot read the header; ``step37_data.images.decode.DECODE_ERRORS`` lists
-            what that is known to raise.
+        BrokenImageError: Pillow cannot read the header.
     """
     # Imported here: planning needs no Pillow.
     from step37_data.images.decode import open_image
@@ -168,16 +168,16 @@ def picture_size(path: str) -> tuple[int, int]:
         return image.size
 
 
-def plan_file(path: str) -> CropPlan:
+def plan_file(path: ImageFile) -> CropPlan:
     """Plan the crops of an image file from its header.
 
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
     puts in its place; decoding also reports it.
     """
-    from step37_data.images.decode import BROKEN_SIZE, DECODE_ERRORS
+    from step37_data.images.decode import BROKEN_SIZE
 
     try:
         return plan_crops(*picture_size(path))
-    except DECODE_ERRORS as error:
+    except ValueError as error:  # a BrokenImageError among them
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)

@@ -1,26 +1,21 @@
-"""Image files to RGB pictures: Pillow in a pool of threads, and what happens to broken files.
-
-Pillow releases the GIL while it decodes and resizes, so threads are enough.
-"""
+"""Image files to RGB pictures by Pillow, and what happens to broken files."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
-import struct
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from step37_data.checks import checked_int
+from step37_data.images.encoded import EncodedImage, ImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -29,29 +24,17 @@ ON_BROKEN = ("zero", "raise", "skip-loss")
 
 BROKEN_SIZE = (224, 224)
 
-# What Pillow's readers are known to raise on damaged files besides OSError, which covers missing
-# files, folders, truncation and unknown formats.
-DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
 
 class BrokenImageError(ValueError):
-    """An image file could not be read, and ``on_broken="raise"`` asked to be told."""
+    """An image file could not be read.
+
+    Attributes:
+        reason: what went wrong, without the path.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,18 +104,45 @@ class BrokenImages:
 
 
 @contextlib.contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
+def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """``Image.open(path)``, closed again; ``s3://`` through megfile, as the stock loader has it.
 
     Raises:
+        BrokenImageError: there is no regular file, or Pillow cannot read it, here or where the
+            picture is used: its readers raise errors of any kind on damaged files. A
+            ``MemoryError`` says nothing about the file and is raised as it is. Also a picture of
+            more than ``max_pixels``.
         ImportError: the path begins with ``s3://`` and megfile is not installed. No image is at
             fault then, so that is never taken for a broken one; nor is what megfile raises for a
             store that cannot be reached.
     """
-    if not path.startswith("s3://"):
-        with Image.open(path) as image:
+    source: str | io.BytesIO
+    if isinstance(path, EncodedImage):
+        source = io.BytesIO(path.data)
+    else:
+        source = _fetched(path) if path.startswith("s3://") else path
+    try:
+        # A pipe or a device can let its reader wait for ever.
+        if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+            raise OSError("expected a regular file")
+        with Image.open(source) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(
+                    f"{image.width}×{image.height} pixels are more than max_pixels = {max_pixels}"
+                )
             yield image
-        return
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _broken(path, error) from error
+
+
+def _broken(path: ImageFile, error: Exception) -> BrokenImageError:
+    reason = f"{type(error).__name__}: {error}"
+    return BrokenImageError(f"image {path} could not be read: {reason}", reason)
+
+
+def _fetched(path: str) -> io.BytesIO:
     try:
         from megfile import smart_open
     except ModuleNotFoundError as error:
@@ -141,60 +151,35 @@ def open_image(path: str) -> Iterator[Image.Image]:
             "pip install megfile",
             name="megfile",
         ) from error
-    with smart_open(path, "rb") as file, Image.open(file) as image:
-        yield image
+    try:
+        with smart_open(path, "rb") as file:
+            return io.BytesIO(file.read())
+    except OSError as error:
+        raise _broken(path, error) from error
 
 
-def read_rgb(path: str) -> Image.Image:
+def read_rgb(path: ImageFile, max_pixels: int | None = None) -> Image.Image:
     """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
-    with open_image(path) as image:
+    with open_image(path, max_pixels) as image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken) -> Decoded:
+def decode(path: ImageFile, on_broken: OnBroken, max_pixels: int | None = None) -> Decoded:
     """Read one image file.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
+        max_pixels: a larger picture counts as unreadable; decoding takes seven bytes a pixel.
 
     Raises:
         BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
     """
-    reason = None
     try:
-        picture = read_rgb(path)
-    except DECODE_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}"
+        return Decoded(image=read_rgb(path, max_pixels), broken=None)
+    except BrokenImageError as error:
         if on_broken == "raise":
-            raise BrokenImageError(f"image {path} could not be read: {reason}") from error
-        logger.warning("image %s could not be read, black is used in its place: %s", path, reason)
-        picture = Image.new("RGB", BROKEN_SIZE)
-    return Decoded(image=picture, broken=reason)
-
-
-def available_cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def default_threads() -> int:
-    """Decoding threads if nobody says how many: the cores this process may use, at most 8."""
-    return min(8, available_cores())
-
-
-def map_threads(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
-) -> list[_Result]:
-    """``map(function, items)`` on ``threads`` threads, in order; the first error is raised.
-
-    ``threads=1`` runs in the calling thread.
-    """
-    count = default_threads() if threads is None else checked_int("threads", threads)
-    if count == 1:
-        return list(map(function, items))
-    with ThreadPoolExecutor(count, thread_name_prefix="step37-decode") as pool:
-        return list(pool.map(function, items))
+            raise
+        logger.warning("%s: black is used in its place", error)
+        return Decoded(image=Image.new("RGB", BROKEN_SIZE), broken=error.reason)

@@ -36,10 +36,11 @@ from step37_data.images.decode import (
     BrokenImages,
     OnBroken,
     decode,
-    map_threads,
 )
 from step37_data.images.device import to_device, upload
+from step37_data.images.encoded import ImageFile
 from step37_data.placeholders import ImageEntry
+from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.normalize import clip_normalize
@@ -93,7 +94,7 @@ class _Picture:
 
 _Pixels = list[npt.NDArray[np.uint8]]
 # Of every picture: uint8 [h, w, 3] of each of its windows, or of itself alone.
-_Pictures = dict[tuple[str, bool], tuple[_Picture, _Pixels]]
+_Pictures = dict[tuple[ImageFile, bool], tuple[_Picture, _Pixels]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class ImageReader:
     broken: BrokenImages | None = None
     threads: int | None = None
     pixel_order: PixelOrder = "pillow"
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name, given, known in (
@@ -150,12 +152,12 @@ class ImageReader:
         entries: Sequence[ImageEntry],
         finish: Callable[[_Picture, Sequence[ImageEntry]], _Pixels],
     ) -> _Pictures:
-        entries_of: dict[tuple[str, bool], list[ImageEntry]] = {}
+        entries_of: dict[tuple[ImageFile, bool], list[ImageEntry]] = {}
         for entry in entries:
             entries_of.setdefault(entry.file, []).append(entry)
 
         def read(of_picture: Sequence[ImageEntry]) -> tuple[_Picture, _Pixels]:
-            picture = _decoded(of_picture, self.on_broken)
+            picture = _decoded(of_picture, self.on_broken, self.max_pixels)
             return picture, finish(picture, of_picture)
 
         read_pictures = map_threads(read, entries_of.values(), self.threads)
@@ -164,7 +166,7 @@ class ImageReader:
             for (path, in_crops), of_picture in entries_of.items():
                 # A picture seen in crops counts once, a file as it is whenever it is met.
                 for _ in of_picture[:1] if in_crops else of_picture:
-                    self.broken.record(path, pictures[path, in_crops][0].broken)
+                    self.broken.record(str(path), pictures[path, in_crops][0].broken)
         return pictures
 
     def _on_host(
@@ -215,16 +217,18 @@ class ImageReader:
         return normalize_then_resize(moved, side, dtype=self.dtype, device=self.device)
 
 
-def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
+def _decoded(
+    entries: Sequence[ImageEntry], on_broken: OnBroken, max_pixels: int | None
+) -> _Picture:
     """The picture of ``entries``, all of one file, whose windows are checked to be its own."""
     path, in_crops = entries[0].file
-    decoded = decode(path, on_broken)
+    decoded = decode(path, on_broken, max_pixels)
     image, reason = decoded.image, decoded.broken
     if in_crops and reason is None:
         try:
             plan = plan_crops(*image.size)
-        except ValueError as error:
-            reason = str(error)
+        except ValueError as problem:
+            reason = str(problem)
         else:
             own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
             stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
@@ -234,9 +238,10 @@ def _decoded(entries: Sequence[ImageEntry], on_broken: OnBroken) -> _Picture:
                 f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
                 "it was planned from another size, or was unreadable then"
             )
+        unseen = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
         if on_broken == "raise":
-            raise BrokenImageError(f"image {path} could not be shown: {reason}")
-        logger.warning("image %s could not be shown, black is used in its place: %s", path, reason)
+            raise unseen
+        logger.warning("%s: black is used in its place", unseen)
         image = Image.new("RGB", (1, 1))
     return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
 

@@ -5,6 +5,8 @@ the model looks for them.
 """
 
 from step37_data.pp_media.chunks import (
+    _VLM_MEDIA_KEYS,  # noqa: F401
+    _select_image_grid,  # noqa: F401
     chunk_step3_media,
     chunk_vlm_media,
     prepare_vlm_media_for_pp,

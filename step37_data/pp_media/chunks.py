@@ -150,7 +150,8 @@ def chunk_step3_media(
     `pixel_values` holds one full image a sample, `patch_pixel_values` the crops of all samples one
     after the other. In the flat layout there are no full images: `pixel_values` itself holds the
     `sum(num_patches)` crops. A `pixel_values` that fits both ways follows the counts: it is flat
-    where no `patch_pixel_values` hold the crops that `num_patches` counts.
+    where no `patch_pixel_values` hold the crops that `num_patches` counts, and `num_patches` then
+    counts by sample if it has one entry a sample.
 
     Args:
         pixel_values: `[B, ...]`, or `[sum(n_images_per_sample), ...]`, or flat
@@ -195,6 +196,9 @@ def chunk_step3_media(
         }
         if not readings:
             raise misaligned(f"num_patches has {len(crops)} entries, not one a sample or image")
+        if patch_pixel_values is None and any(crops) and len(crops) == batch_size:
+            # Flat, as NeMo Automodel's collate makes it: that counts by sample.
+            readings = {tuple(limits)}
         if len(readings) > 1:
             raise misaligned("num_patches may count the crops of samples or of images")
         entry_limits = list(readings.pop())
@@ -218,7 +222,7 @@ def chunk_step3_media(
     )
     if has_full_images:
         chunks["pixel_values"] = _cut(pixel_values, image_limits)
-    elif len(pixel_values) == n_crops:
+    elif len(pixel_values) == n_crops and (patch_pixel_values is None or n_crops == 0):
         chunks["pixel_values"] = _cut(pixel_values, crop_limits)
     else:
         raise misaligned(
@@ -315,7 +319,7 @@ def _image_chunks(
 
     counts = media.get("n_images_per_sample")
     if grids or isinstance(pixel_values, list):
-        grid = media[grids[0]] if grids else None
+        grid = _select_image_grid(*map(media.get, _GRID_KEYS))
         chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
         return _without_none("pixel_values", "image_grid_hws", chunks)
     return chunk_step3_media(
@@ -327,6 +331,17 @@ def _image_chunks(
         media.get("patch_newline_mask"),
         counts,
     )
+
+
+def _select_image_grid(
+    image_grid_hws: torch.Tensor | None,
+    image_grid_thw: torch.Tensor | None,
+    image_sizes: torch.Tensor | None,
+    image_position_ids: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The first that there is."""
+    grids = (image_grid_hws, image_grid_thw, image_sizes, image_position_ids)
+    return next((grid for grid in grids if grid is not None), None)
 
 
 def _video_chunks(

@@ -56,7 +56,7 @@ _HOPPER: tuple[tuple[int, Tile], ...] = (
     (256, _128x256),
     (384, _192x256),  # 2: 32, split in 4
     (512, _128x256),  # 3: 64, split in 2
-    (768, _192x128),  # 4: 128
+    (768, _192x256),  # 4: 64, split in 2
     (1280, _128x256),  # 5: 112; 6: 128; 7: a wave, and 28 split in 4
     (1920, _192x256),  # 8, 9: 128; 10, 11: a wave, and 12 split in 8, 28 in 4
     (2048, _128x256),  # 12: a wave, and 124
@@ -67,7 +67,7 @@ _HOPPER: tuple[tuple[int, Tile], ...] = (
     (5376, _192x256),
     (5632, _128x256),
     (7104, _192x256),  # 39: four waves, and 32 split in 4
-    (7296, _128x256),
+    (7296, _128x256),  # 11 and 66 crops: seven waves but for 12
     (2**31, _192x256),
 )
 # The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.

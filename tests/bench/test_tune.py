@@ -60,7 +60,7 @@ def test_a_tile_that_does_not_compile_is_left_out_and_told(
     odd = Tile(64, 64, 48, 4, 3)
     assert tune.sound([good, odd]) == [good]
     out = capsys.readouterr().out
-    assert out.startswith("left out: 64×64×48 TMA, 4 warps, 3 stages: does not compile: ")
+    assert out.startswith("left out: 64×64×48, 4 warps, 3 stages: does not compile: ")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
@@ -81,9 +81,9 @@ def test_each_tile_has_a_row_that_passes_the_gate_and_a_wrong_one_has_no_time(
     shape = dataclasses.replace(tiny, hidden=64, width=64)
     rows = tune.run_shape(shape, [other, wrong], settings)
     assert [row.implementation for row in rows] == [
-        "the table's 16×32×32 TMA, 4 warps, 2 stages",
-        "16×32×32 TMA, 2 warps, 2 stages",
-        "16×32×32 TMA, 8 warps, 2 stages",
+        "the table's 16×32×32, 4 warps, 2 stages",
+        "16×32×32, 2 warps, 2 stages",
+        "16×32×32, 8 warps, 2 stages",
         "GEMM alone",
     ]
     assert [row.median_us is not None for row in rows] == [True, True, False, True]

@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 import sys
+import threading
 import types
 import warnings
 import zlib
@@ -16,17 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.images import decode as decode_module
 from step37_data.images.crops import picture_size, plan_file
 from step37_data.images.decode import (
     BROKEN_SIZE,
     BrokenImageError,
     BrokenImages,
     decode,
-    default_threads,
-    map_threads,
 )
-from step37_data.preprocess import load_images
+from step37_data.preprocess import load_images, preprocess_packed_batch
+from step37_data.threads import default_threads, map_threads
 from step37_kernels.pixels.normalize import clip_normalize
 
 
@@ -97,7 +96,7 @@ BROKEN = {
     "text.jpg": (lambda path: path.write_text("not an image"), "UnidentifiedImageError"),
     "html.png": (lambda path: path.write_text("<html>404</html>"), "UnidentifiedImageError"),
     "bomb.png": (bomb, "DecompressionBombError: Image size"),
-    "folder.jpg": (lambda path: path.mkdir(), "IsADirectoryError"),
+    "folder.jpg": (lambda path: path.mkdir(), "OSError: expected a regular file"),
     "missing.jpg": (lambda _: None, "FileNotFoundError"),
 }
 
@@ -264,21 +263,101 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+# RuntimeError is what a damaged AVIF file gives, AttributeError a SPIDER file.
 PILLOWS_ERRORS = [OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
-                  OverflowError, NotImplementedError, struct.error, zlib.error,
-                  Image.DecompressionBombError]  # fmt: skip
+                  OverflowError, NotImplementedError, struct.error, zlib.error, RuntimeError,
+                  AttributeError, AssertionError, Image.DecompressionBombError]  # fmt: skip
 
 
+@pytest.mark.parametrize("step", ["open", "convert"])
 @pytest.mark.parametrize("error", PILLOWS_ERRORS, ids=lambda error: error.__name__)
-def test_whatever_pillow_is_known_to_raise_is_a_broken_file(monkeypatch, error):
-    def damaged(_path: str) -> Image.Image:
-        raise error("damaged")
-
-    monkeypatch.setattr(decode_module, "read_rgb", damaged)
-    got = decode("x.jpg", "zero")
+def test_whatever_a_decoder_raises_is_a_broken_file(monkeypatch, tmp_path, error, step):
+    path = tmp_path / "colour.jpg"
+    READABLE["colour.jpg"](path)
+    fail_in_pillow(monkeypatch, step, error("damaged"))
+    got = decode(str(path), "zero")
     assert got.broken is not None
     assert got.broken.startswith(error.__name__)
     assert got.pixels.shape == (*BROKEN_SIZE, 3)
+    assert step == "convert" or plan_file(str(path)).size == BROKEN_SIZE
+
+
+@pytest.mark.parametrize("step", ["open", "convert"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_not_the_files_fault_is_no_broken_file(monkeypatch, tmp_path, error, step):
+    path = tmp_path / "colour.jpg"
+    READABLE["colour.jpg"](path)
+    fail_in_pillow(monkeypatch, step, error("not of the file"))
+    with pytest.raises(error, match="not of the file"):
+        decode(str(path), "zero")
+
+
+def fail_in_pillow(monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((Image, "open", fail) if step == "open" else (Image.Image, step, fail)))
+
+
+def test_a_damaged_avif_or_spider_file_does_not_end_the_run(tmp_path):
+    broken = []
+    Image.init()
+    for kind, mode in (("avif", "RGB"), ("spider", "F")):
+        if kind.upper() not in Image.SAVE:
+            continue
+        path = tmp_path / f"whole.{kind}"
+        noise("RGB", (40, 40)).convert(mode).save(path, format=kind.upper())
+        whole = path.read_bytes()
+        for cut in range(0, len(whole), max(1, len(whole) // 60)):
+            path.write_bytes(whole[:cut] + bytes(20) + whole[cut + 20 :])
+            broken.append(decode(str(path), "zero").broken)
+            plan_file(str(path))
+    assert any(broken)
+
+
+def within_seconds(seconds: float, function: Any) -> Any:
+    """The result of a function that might wait for ever."""
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(function()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it waits"
+    return got[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+@pytest.mark.parametrize("where", ["pipe", "/dev/zero"])
+def test_a_pipe_or_device_is_a_broken_image_and_nobody_waits_for_it(tmp_path, where):
+    path = where
+    if where == "pipe":
+        path = str(tmp_path / "pipe.jpg")
+        os.mkfifo(path)
+    reason = within_seconds(10, lambda: decode(path, "zero").broken)
+    assert reason == "OSError: expected a regular file"
+    assert within_seconds(10, lambda: plan_file(path)).size == BROKEN_SIZE
+
+
+def test_a_picture_of_more_than_max_pixels_is_broken_before_it_is_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    noise("RGB", (40, 30)).save(path)
+    assert decode(str(path), "raise", 1200).broken is None
+    fail_in_pillow(monkeypatch, "convert", MemoryError("decoded all the same"))
+    with pytest.raises(BrokenImageError, match="40×30 pixels are more than max_pixels = 1199"):
+        decode(str(path), "raise", 1199)
+    options = {"image_size": 28, "patch_image_size": 14, "on_broken": "raise", "max_pixels": 1199}
+    with pytest.raises(BrokenImageError, match="max_pixels"):
+        load_images([(str(path), 0)], **options)
+    batch = {
+        "tokens": torch.tensor([7, 1]),
+        "labels": torch.tensor([1, 1]),
+        "loss_masks": torch.ones(2),
+        "cu_seqlens": torch.tensor([0, 2], dtype=torch.int32),
+        "position_id": torch.arange(2),
+        "image_paths": [(str(path), 0)],
+    }
+    starts = {"img_start_token_id": 7, "patch_start_token_id": 8, "encoder_patch_size": 14}
+    with pytest.raises(BrokenImageError, match="max_pixels"):
+        preprocess_packed_batch(batch, device="cpu", **starts, **options)
 
 
 def test_the_reasons_given_out_do_not_change_any_more():

@@ -43,6 +43,9 @@ class Hub:
         self.gets: Counter[str] = Counter()
         self.failures: dict[str, list[str]] = {}
         self.slow = 0.0
+        self.heads: Counter[str] = Counter()
+        self.fails_at_heads = False
+        self.hash_of = lambda body: hashlib.sha256(body).hexdigest()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         hub = self
@@ -75,7 +78,10 @@ class Hub:
             return self.refuse(request, 404, "EntryNotFound")
         body = self.files[name]
         failure = ""
-        if with_body:
+        if not with_body:
+            self.heads[name] += 1
+            failure = self.failures.get(name, [""])[0] if self.fails_at_heads else ""
+        else:
             with self.lock:
                 self.gets[name] += 1
                 self.at_once += 1
@@ -85,7 +91,7 @@ class Hub:
             threading.Event().wait(self.slow if with_body else 0)
             if failure in ("500", "503"):
                 return self.refuse(request, int(failure), "")
-            etag = hashlib.sha256(body).hexdigest()
+            etag = self.hash_of(body)
             resumed = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
             request.send_response(206 if resumed and with_body else 200)
             if resumed and with_body:
@@ -265,6 +271,145 @@ def test_an_empty_file_is_not_taken_for_a_whole_one(hub: Hub, tmp_path: Path) ->
     (tmp_path / "train" / "coffee.jpg").touch()
     prepare(hub, tmp_path)
     assert data_files(tmp_path) == hub.files
+
+
+def damage(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "link to nothing":
+        path.unlink()
+        path.symlink_to(path.parent / "nothing")
+    else:
+        garbled = bytes(byte ^ 1 for byte in whole[:50]) + whole[50:]
+        path.write_bytes({"empty": b"", "cut": whole[:-9], "garbled": garbled}[how])
+
+
+@pytest.mark.parametrize("name", ["train/coffee.jpg", "train/metadata.csv"])
+@pytest.mark.parametrize("how", ["empty", "cut", "garbled", "link to nothing"])
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str, revision: Any
+) -> None:
+    prepare(hub, tmp_path, revision=revision)
+    damage(tmp_path / name, how)
+    hub.gets.clear()
+    prepare(hub, tmp_path, revision=revision)
+    assert data_files(tmp_path) == hub.files
+    assert hub.gets == {name: 1}
+    assert how == "link to nothing" or f"{tmp_path / name} is damaged: expected" in caplog.text
+
+
+def test_git_hashes_of_small_files_are_compared_too(hub: Hub, tmp_path: Path) -> None:
+    def git(body: bytes) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+    hub.hash_of = git
+    prepare(hub, tmp_path)
+    damage(tmp_path / "train" / "metadata.csv", "garbled")
+    hub.gets.clear()
+    prepare(hub, tmp_path)
+    assert data_files(tmp_path) == hub.files
+    assert hub.gets == {"train/metadata.csv": 1}
+
+
+def test_what_does_not_fit_its_hash_after_a_second_download_is_an_error_with_both_hashes(
+    hub: Hub, tmp_path: Path
+) -> None:
+    found = hashlib.sha256(hub.files["train/coffee.jpg"]).hexdigest()
+    hub.hash_of = lambda body: hashlib.sha256(body + b"?").hexdigest()
+    with pytest.raises(
+        OSError,
+        match=rf"coffee\.jpg is damaged: expected the hash \w+, found {found} of \d+ bytes, also",
+    ):
+        fetch_one(hub, tmp_path, "train/coffee.jpg")
+    assert hub.gets["train/coffee.jpg"] == 2
+
+
+def test_a_damaged_file_is_an_error_where_the_hub_is_out_of_reach(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(hub, tmp_path)
+    damage(tmp_path / "train" / "coffee.jpg", "cut")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"coffee\.jpg is damaged: .* could not be downl"):
+        prepare(hub, tmp_path)
+
+
+def test_a_folder_in_the_place_of_an_image_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    prepare(hub, tmp_path)
+    damage(tmp_path / "train" / "coffee.jpg", "folder")
+    with pytest.raises(OSError, match=r"coffee\.jpg is not a regular file"):
+        prepare(hub, tmp_path)
+
+
+def test_ranks_whose_cache_was_damaged_mend_it_together(hub: Hub, tmp_path: Path) -> None:
+    prepare(hub, tmp_path)
+    for number, name in enumerate(sorted(set(hub.files) - {"train/metadata.csv"})[:3]):
+        damage(tmp_path / name, ("empty", "cut", "garbled")[number])
+    hub.gets.clear()
+    results = in_ranks(2, prepare_in_rank, hub.url, [tmp_path] * 2, {})
+    assert data_files(tmp_path) == hub.files
+    assert sum(hub.gets.values()) == 3
+    assert len(results) == 2
+
+
+@pytest.mark.parametrize("link", ["train", ".cache/huggingface", ".cache"])
+def test_nothing_is_written_where_a_link_leads_out_of_the_cache(
+    hub: Hub, tmp_path: Path, link: str
+) -> None:
+    outside, cache = tmp_path / "outside", tmp_path / "cache"
+    outside.mkdir()
+    (cache / link).parent.mkdir(parents=True)
+    (cache / link).symlink_to(outside)
+    with pytest.raises(ValueError, match=r"leads by a link to .*outside"):
+        prepare(hub, cache)
+    assert not [path for path in outside.rglob("*") if path.is_file()]
+    assert not hub.gets
+
+
+def test_a_folder_of_links_to_a_copy_elsewhere_is_read_as_it_is(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(MINI / "train")
+    assert len(prepare(hub, tmp_path)) == 8
+    assert not hub.gets
+
+
+@pytest.mark.parametrize("path", ["HEAD", "GET"])
+def test_a_hub_that_answers_500_is_given_up_after_five_requests_and_eight_seconds(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    hub.failures = {"train/metadata.csv": ["500"] * 999}
+    hub.fails_at_heads = path == "HEAD"
+    with pytest.raises(OSError, match=r"could not be downloaded after 5 attempts"):
+        prepare(hub, tmp_path)
+    assert sum(hub.heads.values() if path == "HEAD" else hub.gets.values()) == 5
+    assert sum(pauses) == 7.5
+
+
+def test_a_hub_that_lets_us_wait_is_given_up_after_half_a_minute(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flickr8k_loader, "_GIVE_UP_AFTER_S", 0.5)
+    hub.slow = 0.3
+    hub.failures = {"train/metadata.csv": ["500"] * 999}
+    with pytest.raises(OSError, match=r"could not be downloaded after 2 attempts"):
+        fetch_one(hub, tmp_path, "train/metadata.csv")
+
+
+def test_a_broken_note_of_the_caches_origin_is_named(hub: Hub, tmp_path: Path) -> None:
+    prepare(hub, tmp_path)
+    note = tmp_path / ".cache" / "step37_origin.json"
+    for content in (b"{", b"\xff", b""):
+        note.write_bytes(content)
+        with pytest.raises(ValueError, match=r"step37_origin\.json is damaged \(.*remove it"):
+            prepare(hub, tmp_path)
+
+
+def fetch_one(hub: Hub, cache: Path, name: str) -> Path:
+    return get_flickr8k_dataset_file(name, repo_id=REPO, cache_dir=cache, endpoint=hub.url)
 
 
 def test_a_hub_out_of_reach_is_an_error_that_says_so(tmp_path: Path, hub: Hub) -> None:

@@ -158,3 +158,20 @@ def test_after_a_failure_nothing_more_is_fetched() -> None:
     with pytest.raises(OSError, match="no such file"):
         _fetch_all(fetch, [str(i) for i in range(50)], 1, False, "pictures")
     assert len(asked) < 10
+
+
+def test_all_bad_lines_of_the_metadata_are_told_at_once(tmp_path: Path) -> None:
+    rows = [f"{n}.jpg,A dog\n" for n in range(1000)]
+    rows[99] = "a.jpg,A cat, black\n"
+    rows[500] = "../b.jpg,A cat\n"
+    for n in range(600, 620):
+        rows[n] = "c.jpg,A cat, black\n"
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text("file_name,caption_0\n" + "".join(rows))
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 101: expected the 2") as caught:
+        read_flickr8k_metadata(metadata)
+    told = str(caught.value)
+    assert re.findall(r"line (\d+)", told) == ["101", "502", *map(str, range(602, 610))]
+    assert "'../b.jpg' leaves the folder" in told
+    assert told.endswith("; and 12 more")
+    assert len(read_flickr8k_metadata(metadata, sample_count=50)) == 50

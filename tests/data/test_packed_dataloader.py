@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -9,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from step37_data import lengths as lengths_module
 from step37_data.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample
+from tests.data.ranks import in_ranks
 
 
 class Words:
@@ -181,7 +185,7 @@ def test_wrong_arguments_are_refused() -> None:
         loader_of([1], dataset_sampling="sorted")
     with pytest.raises(ValueError, match="dataset_sampling: 2 values for 1 datasets"):
         loader_of([1], dataset_sampling=["random", "random"])
-    with pytest.raises(ValueError, match="packing: expected 'next_fit' or 'best_fit', got 'best'"):
+    with pytest.raises(ValueError, match=r"packing: expected one of next_fit, .*, got 'best'"):
         loader_of([1], packing="best")
     with pytest.raises(
         ValueError, match="nothing was packed: all 2 samples are longer than the 10"
@@ -430,6 +434,74 @@ def test_a_damaged_cache_file_is_reported_and_replaced(
         assert measured.tolist() == LENGTHS
         assert len(dataset.read_since_last_time()) == len(LENGTHS)
         assert (LengthCache(tmp_path / "cache", dataset).look_up() == LENGTHS).all()
+
+
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system that is mounted so refuses to write; permissions do not bind root."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr("os.access", lambda *_: False)
+
+
+def test_a_read_only_folder_is_warned_about_and_every_length_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = Words([*LENGTHS, LENGTHS[0]], log=tmp_path / "log")
+    read_only(monkeypatch)
+    for _ in range(2):
+        measured = probe_lengths(dataset, cache_dir=tmp_path / "cache", progress=False)
+        assert measured.tolist() == dataset.lengths
+        assert len(dataset.read_since_last_time()) == len(dataset)
+    assert "samples.lengths cannot be written" in caplog.text
+    assert "Read-only file system" in caplog.text
+
+
+def measure_read_only(_rank: int, folder: Path) -> list[int]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        read_only(monkeypatch)
+        cached = probe_lengths(Words(LENGTHS), cache_dir=folder, progress=False, together=True)
+    return cached.tolist()
+
+
+def test_ranks_that_share_a_read_only_folder_measure_for_themselves(tmp_path: Path) -> None:
+    assert in_ranks(2, measure_read_only, tmp_path / "cache") == [LENGTHS, LENGTHS]
+
+
+@pytest.mark.parametrize("what", ["folder", "circle of links"])
+def test_what_is_no_file_in_the_place_of_the_lengths_is_told_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    dataset = Words(LENGTHS)
+    probe_lengths(dataset, cache_dir=tmp_path, progress=False)
+    (file,) = tmp_path.rglob("*.lengths")
+    file.unlink()
+    if what == "folder":
+        (file / "mine").mkdir(parents=True)
+    else:
+        file.symlink_to(file)
+    assert probe_lengths(dataset, cache_dir=tmp_path, progress=False).tolist() == LENGTHS
+    assert f"{file} cannot be read" in caplog.text
+    assert what != "folder" or (file / "mine").exists()
+    assert not list(tmp_path.rglob(".samples*"))
+
+
+def test_lengths_are_not_lost_where_another_writer_replaces_the_file_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe_lengths(Words([9, 8]), cache_dir=tmp_path, progress=False)
+    (file,) = tmp_path.rglob("*.lengths")
+    others = file.read_bytes()
+
+    def overtaken(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        path.write_bytes(others)
+
+    monkeypatch.setattr(lengths_module, "write_atomically", overtaken)
+    assert probe_lengths(Words(LENGTHS), cache_dir=tmp_path, progress=False).tolist() == LENGTHS
 
 
 def test_two_writers_of_one_cache_lose_nothing_they_have_merged(tmp_path: Path) -> None:

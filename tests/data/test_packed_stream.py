@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from step37_data.lengths import probe_lengths
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.prefetch import PackError, Prefetcher
 from tests.data.test_packed_dataloader import LENGTHS, Words, loader_of
@@ -45,8 +46,12 @@ def test_a_state_of_other_lengths_is_refused_where_they_make_the_same_packs() ->
 
 def test_a_state_without_its_keys_or_with_a_negative_position_is_refused() -> None:
     loader = loader_of(LENGTHS)
-    with pytest.raises(ValueError, match=r"state_dict: expected position and schedule, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"state_dict: expected position and schedule, got only \[\]"
+    ):
         loader.load_state_dict({})
+    with pytest.raises(ValueError, match="expected position and schedule, got None"):
+        loader.load_state_dict(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="position: expected at least 0, got -5"):
         loader.load_state_dict({**loader.state_dict(), "position": -5})
 
@@ -139,3 +144,35 @@ def test_an_interrupted_pack_is_given_by_the_next_call() -> None:
         next(stream)
     assert loader.position == 1
     assert next(stream) == loader[1]
+
+
+class Stopping(Words):
+    """The sample at ``fails_at`` raises what an iterator raises at its end."""
+
+    def __getitem__(self, idx: int) -> list[tuple[int, int]]:
+        if idx == self.fails_at:
+            raise StopIteration
+        return super().__getitem__(idx)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_iteration_out_of_a_data_set_does_not_end_the_stream(workers: int) -> None:
+    words = Stopping([4] * 6)
+    loader = loader_of([], datasets=[words], max_length=4, dataset_sampling="sequential")
+    words.fails_at = 2
+    with pytest.raises(RuntimeError, match=r"datasets\[0\], sample 2: .* raised StopIteration"):
+        list(loader)
+    stream = loader.iterate(num_workers=workers, multiprocessing_context="fork")
+    assert [len(next(stream)[0]) for _ in range(2)] == [4, 4]
+    with pytest.raises(RuntimeError, match=r"datasets\[0\], sample 2: .* raised StopIteration"):
+        next(stream)
+    assert [len(next(stream)[0]) for _ in range(3)] == [4, 4, 4]
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_iteration_while_measuring_does_not_make_up_lengths(workers: int) -> None:
+    words = Stopping([4] * 6)
+    words.fails_at = 2
+    with pytest.raises(RuntimeError, match=r"sample 2: the data set raised StopIteration"):
+        probe_lengths(words, workers=workers, progress=False)

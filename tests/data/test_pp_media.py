@@ -191,6 +191,13 @@ def test_as_many_flat_crops_as_samples_are_still_cut_by_the_counts() -> None:
     assert [len(chunk) for chunk in chunks["pixel_values"]] == [3, 1]
 
 
+def test_as_many_images_as_crops_beside_the_crops_are_refused_and_not_cut_like_them() -> None:
+    # Cut like the crops, sample 0 would get the images of samples 0 and 1.
+    images, crops = torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 2, 2)
+    with pytest.raises(ValueError, match="3 rows of pixel_values are neither the 2 full images"):
+        chunk_step3_media(images, 2, 2, [2, 1], crops)
+
+
 def test_one_image_a_sample_needs_no_counts() -> None:
     grid = torch.tensor([[1, 2], [2, 2], [1, 1]])
     pixels = marked(torch.repeat_interleave(torch.arange(3), grid.prod(1)), 5)
@@ -226,6 +233,7 @@ def test_media_that_fit_no_layout_are_refused_with_all_shapes(
         (4, 3, None, None, "patch_pixel_values has 3 rows, num_patches sums to 0"),
         (4, 3, [1, 1, 1, 1], None, "patch_pixel_values has 3 rows, num_patches sums to 4"),
         (4, 3, [1, 1, 1], None, "num_patches has 3 entries"),
+        (3, 3, [1, 1, 1, 0], None, "3 rows of pixel_values are neither the 4 full images nor"),
         (4, 3, [1, 1, 1, 0], [2, 2], "n_images_per_sample has 2 entries"),
         (4, 3, [1, 1, 1, 0], [2, 2, 0, 0], "may count the crops of samples or of images"),
     ],

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from step37_data.images.decode import BrokenImages
-from step37_data.prefetch import PackError, Prefetcher
+from step37_data.prefetch import PackError, Prefetcher, ReadAhead
 from step37_data.preprocess import preprocess_packed_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -249,6 +257,116 @@ def test_wrong_arguments_are_named(packs, options, message):
     assert not prefetch_threads()
 
 
+class Stopping(Dataset):
+    """Ten samples; the fourth raises what an iterator raises at its end."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index == 3:
+            next(iter(()))
+        return [0] * (index + 1)
+
+
+def test_a_stop_iteration_out_of_a_data_set_is_an_error_and_not_the_end():
+    with Prefetcher(Stopping(), len, device="cpu") as prefetcher:
+        assert [next(prefetcher) for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(PackError, match=r"pack 3: .*StopIteration") as info:
+            next(prefetcher)
+        assert info.value.pack == 3
+        assert list(prefetcher) == [5, 6, 7, 8, 9, 10]
+
+
+def test_a_stop_iteration_out_of_preparing_is_an_error_and_not_the_end():
+    with Prefetcher(range(3), lambda pack: next(iter(()), pack) if pack else next(iter(())),
+                    device="cpu") as prefetcher:  # fmt: skip
+        with pytest.raises(PackError, match="pack 0: StopIteration"):
+            next(prefetcher)
+        assert list(prefetcher) == [1, 2]
+
+
+def test_two_threads_get_every_pack_once():
+    got, turns = [], threading.Barrier(4)
+
+    def take():
+        turns.wait()
+        for pack in prefetcher:
+            got.append(pack)
+            time.sleep(0)
+
+    with Prefetcher(range(400), lambda pack: time.sleep(0) or pack, device="cpu") as prefetcher:
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert prefetcher.state_dict() == {"next_pack": 400}
+    assert sorted(got) == list(range(400))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_child_is_told_to_make_its_own():
+    with Prefetcher(range(9), int, device="cpu") as prefetcher:
+        assert next(prefetcher) == 0
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads: that is what this test is about.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # in place of hanging
+            try:
+                next(prefetcher)
+            except RuntimeError as error:
+                os._exit(0 if "forked" in str(error) else 2)
+            os._exit(3)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert next(prefetcher) == 1
+
+
+AT_THE_END = """
+import threading, time
+from step37_data.prefetch import Prefetcher
+from step37_data.threads import map_threads
+
+began = threading.Event()
+
+def prepare(pack):
+    began.set()
+    {work}
+    print("prepared", pack, flush=True)
+    return pack
+
+prefetcher = Prefetcher(range(9), prepare, depth=8, device="cpu")
+began.wait(60)
+print("leaving", time.monotonic(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "prepared"),
+    [
+        ("threading.Event().wait()", 0),
+        ("map_threads(lambda _: threading.Event().wait(), [1, 2], 2)", 0),
+        ("time.sleep(0.3)", 1),
+    ],
+    ids=["stuck", "stuck in decoding", "busy"],
+)
+def test_leaving_the_interpreter_waits_for_one_pack_and_a_second_at_most(work, prepared):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END.format(work=work)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    left = time.monotonic() - float(re.search(r"leaving ([\d.]+)", done.stdout)[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prepared") == prepared, done.stdout
+    assert left < 15  # a second, and what a busy machine takes to end a process with torch in it
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: streams")
 def test_inputs_are_ready_for_the_callers_stream_and_live_as_long_as_it_needs_them(packs):
@@ -281,3 +399,47 @@ def test_closing_prepares_nothing_that_had_not_begun():
     assert made == [0]
     with pytest.raises(StopIteration):
         next(prefetcher)
+
+
+# ---- in the place of an iterator
+
+
+@given(
+    actions=st.lists(st.sampled_from(["use", "skip", "use twice", "close"]), max_size=12),
+    depth=st.integers(1, 4),
+    broken=st.sets(st.integers(0, 15)),
+)
+def test_whoever_takes_packs_gets_them_in_order_whatever_is_read_ahead(actions, depth, broken):
+    def prepare(pack: int) -> int:
+        if pack in broken:
+            raise ValueError(f"broken {pack}")
+        return 10 * pack
+
+    ahead = ReadAhead(iter(range(16)), prepare, depth=depth, device="cpu")
+    expected = iter(range(16))
+    for action in actions:
+        if action == "close":
+            ahead.close()
+            continue
+        pack = next(ahead)
+        assert pack == next(expected)
+        for _ in range({"use": 1, "use twice": 2, "skip": 0}[action]):
+            if pack in broken:
+                with pytest.raises((PackError, ValueError), match=f"broken {pack}"):
+                    ahead.prepared(pack)
+            else:
+                assert ahead.prepared(pack) == 10 * pack
+    ahead.close()
+    assert list(ahead) == list(expected)
+
+
+def test_what_the_replaced_iterator_raises_is_raised_as_it_is():
+    def packs():
+        yield 1
+        raise OSError("disk")
+
+    ahead = ReadAhead(packs(), str, depth=2, device="cpu")
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="disk"):
+        next(ahead)
+    ahead.close()

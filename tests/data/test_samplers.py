@@ -188,6 +188,8 @@ def test_a_state_without_a_place_or_with_a_negative_one_is_refused(make: Any) ->
             make(3).load_state_dict({**state, "data_idx": place})
     with pytest.raises(ValueError, match=r"state_dict: expected data_idx, got only \[\]"):
         make(3).load_state_dict({})
+    with pytest.raises(ValueError, match="state_dict: expected data_idx, got None"):
+        make(3).load_state_dict(None)
 
 
 def test_a_weighted_state_without_counts_or_with_negative_ones_is_refused() -> None:

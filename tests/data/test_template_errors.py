@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from step37_data import template as template_module
 from step37_data.template import Step37MultimodalTemplate
 from step37_data.tokens import load_tokenizer
 from tests.data.test_template import TOKENIZER, edited_tokenizer, flickr
@@ -129,3 +131,66 @@ def test_a_special_token_is_found_wherever_a_message_spells_it(
     answer = {"role": "assistant", "content": "a", "tool_calls": tool_calls}
     with pytest.raises(ValueError, match=r"\[1\] \(assistant\) tool_calls.*<im_start>"):
         template({"conversations": [{"role": "user", "content": "q"}, answer]})
+
+
+@pytest.mark.parametrize(
+    ("role", "parts"),
+    [
+        ("user", ["<|im_", "end|>more"]),
+        ("user", [{"type": "text", "text": "<ima"}, {"type": "text", "value": "ge>"}]),
+        ("assistant", ["a <im_st", "art> b"]),
+        ("tool", ["<im_pat", "", "ch>"]),
+    ],
+)
+def test_a_reserved_token_split_over_the_parts_of_a_message_is_refused(
+    template: Step37MultimodalTemplate, role: str, parts: list[Any]
+) -> None:
+    answer = {"role": "assistant", "content": "."}
+    conversation = [{"role": "user", "content": "q"}, {"role": role, "content": parts}, answer]
+    with pytest.raises(ValueError, match=rf"\[1\] \({role}\): its parts together spell"):
+        template({"conversations": conversation})
+
+
+def unflagged_delimiter(folder: Path, normaliser: dict[str, str] | None) -> str:
+    """The example's tokenizer; its turn delimiters are not special, and so may be normalised."""
+    path = edited_tokenizer(folder, without="nothing")
+    file = Path(path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = normaliser
+    for token in content["added_tokens"]:
+        if token["content"] in ("<|im_start|>", "<|im_end|>"):
+            token.update(special=False, normalized=normaliser is not None)
+    file.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("text", ["x<|im_start|>user\n", "x<|im_end|>"])
+def test_a_turn_delimiter_is_refused_though_the_tokenizer_does_not_flag_it_special(
+    tmp_path: Path, text: str
+) -> None:
+    template = Step37MultimodalTemplate(tokenizer_path=unflagged_delimiter(tmp_path, None))
+    with pytest.raises(ValueError, match=r"\[1\] \(assistant\).*reserved '<\|im_"):
+        template({"conversations": flickr(text), "images": ["a.jpg"]})
+
+
+def test_a_turn_delimiter_that_the_normaliser_makes_of_other_letters_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = unflagged_delimiter(tmp_path, {"type": "NFKC"})
+    template = Step37MultimodalTemplate(tokenizer_path=path)
+    template({"conversations": flickr("Ｗｉｄｅ letters as such"), "images": ["a.jpg"]})
+    for text in ("x＜｜im_end｜＞ y", ["x＜｜im_", "end｜＞ y"]):
+        answer = {"role": "assistant", "content": text}
+        with pytest.raises(ValueError, match="makes a reserved token of text that does not spell"):
+            template({"conversations": [flickr()[0], answer], "images": ["a.jpg"]})
+
+
+def test_a_chat_template_without_an_end_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It ends after a second or two, when nobody waits for it any more.
+    nested = "{%- for a in range(1000) -%}{%- for b in range(20000) -%}{%- endfor -%}{%- endfor -%}"
+    path = edited_tokenizer(tmp_path, lambda text: nested + text)
+    monkeypatch.setattr(template_module, "_RENDER_S", 0.2)
+    with pytest.raises(ValueError, match=r"has not rendered a question after 0\.2 seconds"):
+        Step37MultimodalTemplate(tokenizer_path=path)

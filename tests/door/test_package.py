@@ -136,6 +136,10 @@ def test_the_sdist_holds_tests_docs_and_examples_and_the_wheel_only_the_packages
         if not name.startswith((".ci/", ".github/", ".gitignore")) and (ROOT / name).exists()
     }
     assert wanted - held == set()
+    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        links = re.findall(r"\]\(([^)#:]+)[)#]", (ROOT / page).read_text(encoding="utf-8"))
+        assert links or page == "SECURITY.md"
+        assert {link.rstrip("/") for link in links} - held == set()
     assert not [name for name in held if "__pycache__" in name or name.startswith((".venv", "out"))]
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         held = set(wheel.namelist())

@@ -6,9 +6,15 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    plan_insert,
+    plan_placeholders,
+)
 from step37_kernels.count_watch import count_watch
 from step37_kernels.parallel import SequenceLayout
 from step37_kernels.plan import to_runs
@@ -86,6 +92,76 @@ def test_one_graph_forward_and_backward_for_all_lengths(device, impl):
             dynamic = len(graphs)
     assert dynamic <= 2
     assert len(graphs) == dynamic
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize(("dynamic", "most"), [(True, 2), (None, 2), (False, 3)])
+def test_the_module_compiles_whole_whatever_is_dynamic(device, impl, dynamic, most):
+    module, words = make_module(device, impl)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    parameters = [*module.parameters(), words.table.weight]
+    # No two sizes of the first are equal, else the compiler takes them for one.
+    for pictures, crops, seq_len in ((3, 4, 60), (4, 6, 90), (6, 2, 111)):
+        ids, *leaves = make_batch(device, pictures, crops, seq_len)
+        eager, traced = module(ids, groups_of(*leaves)), compiled(ids, groups_of(*leaves))
+        assert torch.equal(eager, traced)
+        gradient = torch.randn_like(eager)
+        for one, other in zip(
+            torch.autograd.grad(eager, [*parameters, *leaves], gradient),
+            torch.autograd.grad(traced, [*parameters, *leaves], gradient),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= most
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("dynamic", [True, None, False])
+@pytest.mark.parametrize("of", ["plan_insert", "plan_placeholders", "shard"])
+def test_a_plan_is_traced_whole(device, impl, dynamic, of):
+    def planned(ids: Tensor) -> tuple[Tensor, ...]:
+        if of == "plan_placeholders":
+            plan = plan_placeholders(ids, IM_START, 4)
+        else:
+            plan = plan_insert(ids, [(PATCH_START, [3, 3, 2]), (IM_START, [7] * 4)], impl=impl)
+        if of == "shard":
+            plan = plan.shard(torch.arange(3, ids.shape[1], 2, device=device))
+        return plan.destinations, plan.row_at, plan.start_counts
+
+    torch._dynamo.reset()
+    compiled = torch.compile(planned, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seq_len in (60, 90, 111):
+        ids, _, _ = make_batch(device, 4, 3, seq_len)
+        for one, other in zip(planned(ids), compiled(ids), strict=True):
+            assert torch.equal(one, other)
+
+
+class Embedded(nn.Module):
+    """What is exported takes tensors, no groups."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.embedding, self.words = make_module(device, "torch")
+
+    def forward(self, ids: Tensor, pictures: Tensor, crops: Tensor) -> Tensor:
+        return self.embedding(ids, groups_of(pictures, crops))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_module_is_exported_with_dynamic_sizes(device, strict):
+    module = Embedded(device)
+    size = torch.export.Dim
+    sizes = {
+        "ids": {1: size("s", min=4, max=4096)},
+        "pictures": {0: size("p", min=2, max=100)},
+        "crops": {0: size("c", min=2, max=100)},
+    }
+    example = tuple(tensor.detach() for tensor in make_batch(device, 3, 4, 60))
+    exported = torch.export.export(module, example, dynamic_shapes=sizes, strict=strict)
+    for batch in (example, make_batch(device, 5, 2, 111)):
+        assert torch.equal(exported.module()(*batch), module(*batch))
 
 
 def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

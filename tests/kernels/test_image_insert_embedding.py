@@ -502,6 +502,9 @@ class TestOwnership:
         grad = torch.func.grad(total)(table)
         assert grad[0].eq(1).all()
         assert not grad[1:].any()
+        module.configure(impl="triton")
+        with pytest.raises(ValueError, match=r"torch\.func .* does not reach the Triton kernels"):
+            torch.func.grad(total)(table)
 
 
 def _fresh_inference_copy(tensor: Tensor) -> Tensor:
@@ -538,6 +541,29 @@ def test_what_is_no_list_or_no_integer_is_refused(device):
         TypeError, match=r"images\[0\].insert_start_token: expected an int, got a te"
     ):
         module(ids, [image])
+    features = np.ones((1, 2, 24), dtype=np.float32)
+    for image, message in (
+        ({"image_features": features}, r"images\[0\]: expected an ImageForInsert, got .*dict"),
+        (
+            ImageForInsert(IM_START, image_features=features),
+            r"image_features: expected a tensor or .*ndarray",
+        ),
+        (
+            ImageForInsert(IM_START, image_features=[features]),
+            r"image_features\[0\]: expected a tensor, .*nda",
+        ),
+        (
+            ImageForInsert(1.5, image_features=torch.ones(1, 2, 24)),
+            r"insert_start_token: expected an int, .*1.5",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            module(ids, [image])
+    words = torch.zeros(3, 1, 16, device=device)
+    with pytest.raises(TypeError, match=r"flag: expected an int, got 1\.0"):
+        module.insert_features(words, torch.ones(1, 2, 16), ids, 1.0)
+    with pytest.raises(TypeError, match="image_features: expected a tensor or a list of them"):
+        module.insert_features(words, np.ones((1, 2, 16)), ids, IM_START)
 
 
 def test_a_start_token_may_be_numpys(device):

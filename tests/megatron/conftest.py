@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from step37_kernels.megatron import unpatch_step37
-from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.processes import (
+from tests.megatron.processes import (
     let_the_cpu_play_the_gpu,
     start_megatron,
     stop_megatron,
@@ -24,11 +22,3 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         start_megatron(str(tmp_path_factory.mktemp("gloo") / "store"), 0, 1)
         yield
         stop_megatron()
-
-
-@pytest.fixture
-def stand_ins() -> Iterator[None]:
-    """The stand-ins for Megatron-Bridge's two modules; whatever is patched is undone."""
-    with bridge.installed():
-        yield
-        unpatch_step37()

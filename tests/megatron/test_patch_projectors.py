@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
 from step37_kernels.parallel import SequenceLayout
@@ -49,9 +51,73 @@ def called(words: torch.Tensor, projector: nn.Module) -> torch.Tensor:
     return reference.insert_features(words, rows, IDS, 7)
 
 
+class Bare(nn.Module):
+    """A projector of parameters alone: nothing in it says how wide its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(WIDTH, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix
+
+
+class Doubling(torch.Tensor):
+    """A weight with a product of its own, as quantised ones have."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return 2 * result.as_subclass(torch.Tensor) if function is nn.functional.linear else result
+
+
+def hooked_as_by_accelerate() -> nn.Linear:
+    """Its instance has another ``forward``, which calls the old one between two hooks."""
+    projector = nn.Linear(WIDTH, HIDDEN)
+    old = projector.forward
+    projector.forward = lambda x: 3 * old(x + 1)
+    return projector
+
+
+def with_pre_hook(hook: Callable[..., object], **options: bool) -> nn.Linear:
+    projector = nn.Linear(WIDTH, HIDDEN)
+    projector.register_forward_pre_hook(hook, **options)
+    return projector
+
+
+def with_weight_of_its_own_class() -> nn.Linear:
+    projector = nn.Linear(WIDTH, HIDDEN, bias=False)
+    projector.weight = nn.Parameter(projector.weight.detach().as_subclass(Doubling))
+    return projector
+
+
+def with_old_weight_norm() -> nn.Linear:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # It is deprecated, and in use.
+        return nn.utils.weight_norm(nn.Linear(WIDTH, HIDDEN))
+
+
+def spectral_norms(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    # In training each call goes on with the estimate, so that two calls differ.
+    return normalise(nn.Linear(WIDTH, HIDDEN)).eval()
+
+
 PROJECTORS = {
     "an adapter": Adapted,
+    "an adapter around it": lambda: nn.Sequential(nn.Linear(WIDTH, 3), nn.Linear(3, HIDDEN)),
+    "parameters alone": Bare,
+    "an instance's forward": hooked_as_by_accelerate,
+    "a pre-hook that changes its input": lambda: with_pre_hook(lambda _m, args: (args[0] + 1,)),
+    "a pre-hook that takes keywords": lambda: with_pre_hook(
+        lambda _m, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True
+    ),
+    "a pre-hook that reads its input": lambda: with_pre_hook(lambda _m, args: print(args[0])),
+    "pruning": lambda: prune.random_unstructured(nn.Linear(WIDTH, HIDDEN), "weight", 0.5),
     "a parametrization": lambda: parametrizations.weight_norm(nn.Linear(WIDTH, HIDDEN)),
+    "weight_norm": with_old_weight_norm,
+    "spectral_norm": lambda: spectral_norms(nn.utils.spectral_norm),
+    "parametrized spectral_norm": lambda: spectral_norms(parametrizations.spectral_norm),
+    "a weight of another class": with_weight_of_its_own_class,
 }
 
 
@@ -65,6 +131,18 @@ def test_what_is_around_the_projector_counts_forward_and_backward(make_projector
         results.append([output, *torch.autograd.grad(output.square().sum(), trained)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("make_projector", PROJECTORS.values(), ids=PROJECTORS)
+def test_every_projector_takes_part_in_text_only_microbatches(make_projector):
+    projector = make_projector()
+    words, module = make(projector, text_only_gradient=True)
+    output = module(IDS)
+    assert torch.equal(output, words)
+    output.sum().backward()
+    for parameter in projector.parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
 def test_an_adapter_takes_part_in_text_only_microbatches():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from step37_kernels import ImageInsertEmbedding, reference
-from tests.megatron.stand_ins.processes import run
+from tests.megatron.processes import run
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -83,7 +83,7 @@ def one_rank(
     from megatron.core import parallel_state
 
     from step37_kernels import ImageForInsert
-    from step37_kernels.megatron import auto_layout, sequence_layout
+    from step37_kernels.parallel import sequence_layout
 
     del rank
     layout = sequence_layout(sequence_parallel=sequence_parallel, cu_seqlens=cu_seqlens)
@@ -92,12 +92,12 @@ def one_rank(
     words = make_words(sequence_parallel, tensor_ranks, scatter)
     module = ImageInsertEmbedding(words, WIDTH, HIDDEN, projector_bias=True, impl=impl, strict=True)
     module.align_projector = make_projector()
-    module.configure(impl=impl, strict=True, layout=auto_layout if auto else layout)
+    module.configure(impl=impl, strict=True, layout="auto" if auto else layout)
     ids, features, grad_output = make_batch(batch_size)
     features.requires_grad_()
     output = module(ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
     with torch.no_grad():
-        _, positions = module._look_up_shard(layout, ids, None)
+        _, positions = module._look_up(layout, ids, None)
     output.backward(grad_output[positions])
     projector = module.align_projector
     for parameter in projector.parameters():

@@ -13,9 +13,9 @@ from torch import nn
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, replace_in
 from step37_kernels.parallel import SequenceLayout
-from tests.megatron.stand_ins.models import HIDDEN, WIDTH, build, forward
+from tests.real.bridge_model import HIDDEN, WIDTH, build, forward
 
-pytestmark = pytest.mark.usefixtures("megatron", "stand_ins")
+pytestmark = pytest.mark.usefixtures("megatron", "bridge")
 
 
 def megatron_ddp(model: Any, **options: Any) -> nn.Module:

@@ -1,5 +1,4 @@
-"""Megatron-Bridge's own ``Step37Model``, where it is installed: its vision tower, its fusion step,
-megatron-core's ``GPTModel`` with local layers (Bridge's need Transformer Engine)."""
+"""Megatron-Bridge's own ``Step37Model``, stock against ours over several steps."""
 
 from __future__ import annotations
 
@@ -8,8 +7,6 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,99 +22,37 @@ from step37_data.preprocess import (
 )
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, replace_in, unpatch_step37
-from tests.megatron.stand_ins import bridge
+from tests.real.bridge_model import (
+    EMBEDDING,
+    IM_START,
+    LENGTH,
+    MODEL,
+    PATCH_START,
+    SIDE,
+    VOCABULARY,
+    build,
+)
 
-HIDDEN, VOCABULARY, LENGTH, BATCH = 32, 64, 48, 2
-IM_START, PATCH_START = 7, 8
-VISION = {
-    "width": 24,
-    "layers": 1,
-    "heads": 2,
-    "patch_size": 14,
-    "image_size": 112,
-    "num_channels": 3,
-    "layer_norm_eps": 1e-5,
-    "mlp_ratio": 2.0,
-    "hidden_act": "quick_gelu",
-    "ls_init_value": 0.1,
-    "use_ln_pre": True,
-    "use_ln_post": False,
-}
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "rotary_percent": 1.0,
-    "rotary_base": 10000,
-    "fp16_lm_cross_entropy": False,
-    "share_embeddings_and_output_weights": False,
-    "image_token_id": 9,
-    "projector_bias": False,
-    "language_max_sequence_length": LENGTH,
-}
+BATCH = 2
+
+pytestmark = pytest.mark.usefixtures("megatron", "bridge")
 
 
-@pytest.fixture
-def real_model(megatron: None) -> Iterator[Any]:
-    """The module that defines the real ``Step37Model``; whatever is patched is undone."""
-    del megatron
-    with bridge.absent():
-        module = pytest.importorskip(bridge.MODEL, reason="Megatron-Bridge is not installed")
-        yield module
-        unpatch_step37()
-
-
-def build(module: Any) -> Any:
-    """A small one in fp32, with the same weights in every call."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=2,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    for name, value in TEXT.items():
-        setattr(config, name, value)  # Bridge's provider is the config and holds these, too.
-    options: dict[str, Any] = {
-        "language_transformer_config": config,
-        "vision_transformer_config": SimpleNamespace(**VISION),
-    }
-    # Bridge has had two constructors: one builds the decoder, the other is handed it.
-    if "language_model" in inspect.signature(module.Step37Model).parameters:
-        options["language_model"] = GPTModel(
-            config,
-            get_gpt_layer_local_spec(),
-            vocab_size=VOCABULARY,
-            max_sequence_length=LENGTH,
-            position_embedding_type="rope",
-        )
-        options |= {name: TEXT[name] for name in ("image_token_id", "projector_bias")}
-    else:
-        options["language_transformer_layer_spec"] = get_gpt_layer_local_spec()
-    model = module.Step37Model(**options)
-    for name, parameter in model.vision_model.named_parameters():
-        if "in_proj" in name:  # Zeros until a checkpoint is loaded.
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+def load(name: str) -> Any:
+    return importlib.import_module(name)
 
 
 def batch() -> dict[str, Any]:
     """Pictures of 4 rows and crops of 1 in both columns, as ``step37_data`` hands them over."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(10, VOCABULARY, (BATCH, LENGTH), generator=generator)
-    ids[0, 3] = ids[0, 30] = ids[1, 10] = IM_START
+    ids[0, 3] = ids[0, 26] = ids[1, 10] = IM_START
     ids[0, 20] = ids[1, 24] = PATCH_START
 
     def pixels(size: int) -> Tensor:
         return torch.randn(3, size, size, generator=generator)
 
-    items = [(pixels(112), IMAGE_ITEM_TYPE) for _ in range(3)]
+    items = [(pixels(SIDE), IMAGE_ITEM_TYPE) for _ in range(3)]
     items += [(pixels(56), PATCH_ITEM_TYPE) for _ in range(2)]
     images = build_image_for_insert(
         items,
@@ -159,15 +94,15 @@ def train(model: Any, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("how", [patch_step37, replace_in])
-def test_it_trains_as_with_its_own_embedding(real_model, how, impl):
-    stock = build(real_model)
+def test_it_trains_as_with_its_own_embedding(how, impl):
+    stock = build()
     state = copy.deepcopy(stock.state_dict())
     stock_losses, stock_gradients = train(stock, steps=4)
     if how is patch_step37:
         patch_step37(impl=impl)
-        fused = build(real_model)
+        fused = build()
     else:
-        fused = build(real_model)
+        fused = build()
         assert replace_in(fused, impl=impl) == ("image_insert_embedding",)
     assert isinstance(fused.image_insert_embedding, ImageInsertEmbedding)
     assert fused.state_dict().keys() == state.keys()
@@ -182,7 +117,7 @@ def test_it_trains_as_with_its_own_embedding(real_model, how, impl):
         assert gradient.any(), name
 
 
-def test_it_takes_what_the_forward_step_gives(real_model):
+def test_it_takes_what_the_forward_step_gives():
     pack = {
         "tokens": torch.arange(10, 34),
         "labels": torch.arange(11, 35),
@@ -200,7 +135,7 @@ def test_it_takes_what_the_forward_step_gives(real_model):
         encoder_patch_size=14,
         device="cpu",
     )
-    model = real_model.Step37Model
+    model = load(MODEL).Step37Model
     for first, last in itertools.product([True, False], repeat=2):
         stage = Stage(pre_process=first, post_process=last, divisible_by=16)
         inputs = model_inputs(pack, stage, preprocess=prepare)
@@ -210,9 +145,9 @@ def test_it_takes_what_the_forward_step_gives(real_model):
             assert inputs.keys() <= inspect.signature(plan).parameters.keys()
 
 
-def test_freezing_the_projector_leaves_it_without_a_gradient(real_model):
+def test_freezing_the_projector_leaves_it_without_a_gradient():
     patch_step37()
-    model = build(real_model)
+    model = build()
     model.freeze(
         freeze_language_model=False, freeze_vision_model=False, freeze_vision_projection=True
     )
@@ -221,11 +156,11 @@ def test_freezing_the_projector_leaves_it_without_a_gradient(real_model):
     assert any(name.startswith("vision_model") for name in gradients)
 
 
-def test_the_class_is_as_before_once_unpatched(real_model):
-    stock = real_model.ImageInsertEmbedding
+def test_the_class_is_as_before_once_unpatched():
+    stock = load(MODEL).ImageInsertEmbedding
     patch_step37()
-    assert issubclass(real_model.ImageInsertEmbedding, ImageInsertEmbedding)
+    assert issubclass(load(MODEL).ImageInsertEmbedding, ImageInsertEmbedding)
     unpatch_step37()
-    assert real_model.ImageInsertEmbedding is stock
-    assert importlib.import_module(bridge.EMBEDDING).ImageInsertEmbedding is stock
-    assert not isinstance(build(real_model).image_insert_embedding, ImageInsertEmbedding)
+    assert load(MODEL).ImageInsertEmbedding is stock
+    assert load(EMBEDDING).ImageInsertEmbedding is stock
+    assert not isinstance(build().image_insert_embedding, ImageInsertEmbedding)

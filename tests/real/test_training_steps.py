@@ -2,7 +2,7 @@
 
 Everything that moves a tensor between ranks is Megatron's: layers, schedule, DDP,
 ``finalize_model_grads``. Only the core attention under context parallelism is not, because
-megatron-core has none without Transformer Engine: see ``stand_ins.model.GatheredAttention``.
+megatron-core has none without Transformer Engine: see ``bridge_model.PackedAttention``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from step37_kernels.dispatch import Impl
 from step37_kernels.megatron import patch_step37, replace_in, sequence_layout, unpatch_step37
 from step37_kernels.parallel import context_parallel_positions
 from step37_kernels.testing import FP32_UNIT
-from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.models import (
+from tests.megatron.processes import CudaMeansCpu, run
+from tests.real.bridge_model import (
     IM_START,
     LENGTH,
     PATCH_START,
     ROWS,
+    SIDE,
     VOCABULARY,
     WIDTH,
     build,
@@ -36,9 +37,6 @@ from tests.megatron.stand_ins.models import (
     packed,
     set_weights,
 )
-from tests.megatron.stand_ins.processes import CudaMeansCpu, run
-
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 STEPS, MICROBATCHES, LAYERS = 3, 2, 2
 LEARNING_RATE, MOMENTUM = 0.3, 0.9
@@ -72,7 +70,7 @@ def microbatch(number: int, dtype: torch.dtype) -> tuple[Tensor, list[ImageForIn
     tokens = torch.randint(10, VOCABULARY, (1, LENGTH), generator=generator)
     tokens[0, [3, 24]] = IM_START
     tokens[0, 8] = PATCH_START
-    pixels = torch.randn(2, 3, 28, 28, generator=generator).to(dtype)
+    pixels = torch.randn(2, 3, SIDE, SIDE, generator=generator).to(dtype)
     crop = torch.randn(1, CROP_ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
     return tokens, [
         ImageForInsert(insert_start_token=PATCH_START, image_features=crop),
@@ -118,7 +116,6 @@ def train(
     model = build(
         num_layers=LAYERS,
         projector_bias=True,
-        position_embedding_type="learned_absolute",
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         pipeline_dtype=dtype,
@@ -239,8 +236,7 @@ def in_all_layouts(rank: int) -> dict[str, list[Step]]:
         parallel_state.destroy_model_parallel()
         sizes = {key: size for key, size in parallel.items() if key.endswith("_parallel_size")}
         parallel_state.initialize_model_parallel(**sizes)
-        with bridge.installed():
-            results[name] = train(**parallel)
+        results[name] = train(**parallel)
     return results
 
 
@@ -260,7 +256,7 @@ class OneProcess:
 
 @pytest.fixture(scope="module")
 def one_process(megatron: None) -> Iterator[OneProcess]:  # noqa: ARG001
-    with bridge.installed(), CudaMeansCpu():
+    with CudaMeansCpu():
         yield OneProcess(
             exact=train(stock=True, dtype=torch.float64), stock=train(stock=True), ours=train()
         )

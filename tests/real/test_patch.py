@@ -1,4 +1,4 @@
-"""patch_step37 and unpatch_step37 on stand-ins for Bridge's two modules and real megatron-core."""
+"""patch_step37 and unpatch_step37 on Megatron-Bridge's own modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import pickle
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,41 +16,50 @@ import torch
 from step37_kernels import ImageForInsert, ImageInsertEmbedding
 from step37_kernels.megatron import (
     Step37ImageInsertEmbedding,
-    auto_layout,
     patch_step37,
     replace_in,
     unpatch_step37,
 )
 from step37_kernels.parallel import SequenceLayout
-from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.models import HIDDEN, IM_START, WIDTH, build, features, forward, train
+from tests.real.bridge_model import (
+    EMBEDDING,
+    HIDDEN,
+    IM_START,
+    MODEL,
+    PACKAGE,
+    WIDTH,
+    build,
+    features,
+    forward,
+    train,
+)
 
 BOTH = (
-    f"{bridge.MODEL}.ImageInsertEmbedding",
-    f"{bridge.EMBEDDING}.ImageInsertEmbedding",
+    f"{MODEL}.ImageInsertEmbedding",
+    f"{EMBEDDING}.ImageInsertEmbedding",
 )
 
 
-pytestmark = pytest.mark.usefixtures("megatron", "stand_ins")
+pytestmark = pytest.mark.usefixtures("megatron", "bridge")
 
 
 def load(name: str) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("imported", [[], [bridge.EMBEDDING], [bridge.MODEL]], ids=str)
+@pytest.mark.parametrize("imported", [[], [EMBEDDING], [MODEL]], ids=str)
 def test_models_get_the_fused_embedding_in_whatever_order_things_are_imported(imported):
     for name in imported:
         load(name)
     assert patch_step37() == BOTH
     model = build()
     assert isinstance(model.image_insert_embedding, ImageInsertEmbedding)
-    assert load(bridge.EMBEDDING).ImageInsertEmbedding is load(bridge.MODEL).ImageInsertEmbedding
+    assert load(EMBEDDING).ImageInsertEmbedding is load(MODEL).ImageInsertEmbedding
 
 
 def test_replacing_the_class_in_its_own_module_alone_would_change_nothing():
-    load(bridge.MODEL)
-    load(bridge.EMBEDDING).ImageInsertEmbedding = Step37ImageInsertEmbedding
+    load(MODEL)
+    load(EMBEDDING).ImageInsertEmbedding = Step37ImageInsertEmbedding
     assert not isinstance(build().image_insert_embedding, ImageInsertEmbedding)
 
 
@@ -64,21 +72,21 @@ def test_the_options_reach_the_model():
     patch_step37()
     module = build().image_insert_embedding
     assert (module.impl, module.strict, module.text_only_gradient) == ("auto", False, True)
-    assert module.layout is auto_layout
+    assert module.layout == "auto"
     patch_step37(layout=None)
     assert build().image_insert_embedding.layout is None
 
 
 def test_an_unknown_impl_patches_nothing():
-    stock = load(bridge.MODEL).ImageInsertEmbedding
+    stock = load(MODEL).ImageInsertEmbedding
     with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'cuda'"):
         patch_step37(impl="cuda")  # type: ignore[arg-type]
-    assert load(bridge.MODEL).ImageInsertEmbedding is stock
+    assert load(MODEL).ImageInsertEmbedding is stock
 
 
 def test_patching_twice_changes_nothing():
     patch_step37()
-    before = {name: dict(vars(load(name))) for name in (bridge.MODEL, bridge.EMBEDDING)}
+    before = {name: dict(vars(load(name))) for name in (MODEL, EMBEDDING)}
     assert patch_step37() == BOTH
     for name, names in before.items():
         assert vars(load(name)) == names
@@ -86,7 +94,7 @@ def test_patching_twice_changes_nothing():
 
 
 def test_unpatching_leaves_no_trace(caplog):
-    modules = [load(bridge.MODEL), load(bridge.EMBEDDING)]
+    modules = [load(MODEL), load(EMBEDDING)]
     before = [dict(vars(module)) for module in modules]
     patch_step37(impl="torch", strict=True)
     assert unpatch_step37() == BOTH
@@ -103,7 +111,7 @@ def test_unpatching_leaves_no_trace(caplog):
 
 def test_unpatching_leaves_alone_what_somebody_else_has_put_there(caplog):
     patch_step37()
-    model = load(bridge.MODEL)
+    model = load(MODEL)
     model.ImageInsertEmbedding = other = type("Other", (), {})
     assert unpatch_step37() == BOTH[1:]
     assert model.ImageInsertEmbedding is other
@@ -130,47 +138,37 @@ def test_patching_after_a_model_was_built_warns_and_points_to_replace_in(caplog)
 
 def test_a_module_that_took_the_class_by_name_before_is_named_in_a_warning(caplog, monkeypatch):
     recipe = types.ModuleType("my_recipe")
-    recipe.ImageInsertEmbedding = load(bridge.EMBEDDING).ImageInsertEmbedding
+    recipe.ImageInsertEmbedding = load(EMBEDDING).ImageInsertEmbedding
     monkeypatch.setitem(sys.modules, "my_recipe", recipe)
     patch_step37()
     assert "imported it by name before: my_recipe" in caplog.text
 
 
-@pytest.mark.parametrize("name", [bridge.MODEL, bridge.EMBEDDING])
-def test_a_missing_name_is_an_import_error_that_names_it_and_the_known_versions(name, tmp_path):
-    (tmp_path / "empty.py").write_text("")
-    sources = {
-        bridge.MODEL: bridge.HERE / "model.py",
-        bridge.EMBEDDING: bridge.HERE / "image_insert_embedding.py",
-    }
-    if name == bridge.EMBEDDING:
-        (tmp_path / "model.py").write_text(
-            "import torch\nclass ImageInsertEmbedding(torch.nn.Module): pass\n"
-        )
-        sources[bridge.MODEL] = tmp_path / "model.py"
-    sources[name] = tmp_path / "empty.py"
-    with bridge.installed(sources):
-        before = getattr(load(bridge.MODEL), "ImageInsertEmbedding", None)
-        message = rf"{name}\.ImageInsertEmbedding: no such name.*Megatron-Bridge newer than 0\.4\.0"
-        with pytest.raises(ImportError, match=message):
-            patch_step37()
-        assert getattr(load(bridge.MODEL), "ImageInsertEmbedding", None) is before
-
-
-def test_without_bridge_the_import_error_names_the_missing_module():
-    with bridge.installed({}):
-        message = rf"module {bridge.MODEL}: no module {bridge.MODEL}.*Known to work.*installed: "
-        with pytest.raises(ImportError, match=message):
-            patch_step37()
-
-
-def test_a_dependency_that_bridge_misses_is_reported_as_what_it_is(tmp_path: Path):
-    (tmp_path / "model.py").write_text("import a_package_that_bridge_needs\n")
-    with (
-        bridge.installed({bridge.MODEL: tmp_path / "model.py"}),
-        pytest.raises(ModuleNotFoundError, match="No module named 'a_package_that_bridge_needs'"),
-    ):
+@pytest.mark.parametrize("name", [MODEL, EMBEDDING])
+def test_a_missing_name_is_an_import_error_that_names_it_and_the_known_versions(name, monkeypatch):
+    modules = {module: load(module) for module in (MODEL, EMBEDDING)}
+    monkeypatch.delattr(modules[name], "ImageInsertEmbedding")
+    before = {module: dict(vars(found)) for module, found in modules.items()}
+    message = rf"{name}\.ImageInsertEmbedding: no such name.*Megatron-Bridge 0\.6\.2"
+    with pytest.raises(ImportError, match=message):
         patch_step37()
+    assert before == {module: vars(found) for module, found in modules.items()}
+
+
+def test_without_bridge_the_import_error_names_the_missing_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, MODEL, None)
+    message = rf"module {MODEL}: no module {MODEL}.*Known to work.*installed: megatron-bridge 0"
+    with pytest.raises(ImportError, match=message):
+        patch_step37()
+
+
+def test_a_dependency_that_bridge_misses_is_reported_as_what_it_is(monkeypatch):
+    vision = f"{PACKAGE}.vision_model"
+    monkeypatch.setitem(sys.modules, vision, None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        patch_step37()
+    assert caught.value.name == vision
+    assert "Known to work" not in str(caught.value)
 
 
 def test_training_gives_the_losses_of_the_stock_model():
@@ -182,7 +180,7 @@ def test_training_gives_the_losses_of_the_stock_model():
 
 
 def test_insertion_groups_of_bridge_and_ours_are_interchangeable():
-    theirs = load(bridge.EMBEDDING).ImageForInsert
+    theirs = load(EMBEDDING).ImageForInsert
     stock = build()
     patch_step37()
     fused = build()
@@ -234,7 +232,7 @@ def test_the_sharded_state_dict_is_that_of_the_stock_model():
 def test_a_patched_module_can_be_copied_and_pickled():
     patch_step37(impl="torch")
     # megatron-core's embedding holds process groups, which cannot be copied.
-    module = load(bridge.MODEL).ImageInsertEmbedding(torch.nn.Identity(), WIDTH, HIDDEN)
+    module = load(MODEL).ImageInsertEmbedding(torch.nn.Identity(), WIDTH, HIDDEN)
     for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(copied) is Step37ImageInsertEmbedding
         assert copied.impl == "torch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.bridge.training import train as bridge_train
+from megatron.core import rerun_state_machine as rerun
 from PIL import Image
 
 from step37_data.forward_step import ForwardStep, Stage, forward_step, model_inputs
@@ -20,25 +23,22 @@ from step37_data.pack_transform import pack_samples
 from step37_data.prefetch import PackError
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37, unpatch_step37
-from tests.megatron.stand_ins import bridge
-from tests.megatron.stand_ins.models import (
-    IM_START,
-    PATCH_START,
-    VOCABULARY,
-    build,
-    set_weights,
-)
-from tests.megatron.stand_ins.processes import (
+from tests.megatron.processes import (
     CudaMeansCpu,
     let_the_cpu_play_the_gpu,
     run,
     start_megatron,
     stop_megatron,
 )
+from tests.real.bridge_model import (
+    IM_START,
+    PATCH_START,
+    SIDE,
+    VOCABULARY,
+    build,
+    set_weights,
+)
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-
-SIDE, ROWS = 28, 4  # 28 px are 2 × 2 rows of the stand-in's vision tower
 DATASET = SimpleNamespace(
     img_start_token_id=IM_START,
     patch_start_token_id=PATCH_START,
@@ -132,12 +132,6 @@ class Recorder:
 @pytest.fixture
 def packs(tmp_path: Path) -> list[dict[str, Any]]:
     return make_packs(tmp_path, 5)
-
-
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    with bridge.installed():
-        yield
 
 
 @pytest.fixture
@@ -240,7 +234,7 @@ def test_packs_are_padded_to_the_least_common_multiple_of_16_and_tp(step, packs,
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_packs_come_in_order_with_their_images_whatever_is_prefetched(packs, depth):
     step = ForwardStep(device="cpu", prefetch_depth=depth)
-    model, iterator, state = Recorder(), iter(packs), State()
+    model, iterator, state = Recorder(), rerun.RerunDataIterator(iter(packs)), State()
     for _ in packs:
         step(state, iterator, model)
     step.close()
@@ -255,7 +249,7 @@ def test_packs_come_in_order_with_their_images_whatever_is_prefetched(packs, dep
 
 
 def test_the_end_of_the_data_is_the_end_of_the_iterator(step, packs):
-    iterator = iter(packs[:1])
+    iterator = rerun.RerunDataIterator(iter(packs[:1]))
     step(State(), iterator, Recorder())
     for _ in range(2):
         with pytest.raises(StopIteration):
@@ -263,7 +257,8 @@ def test_the_end_of_the_data_is_the_end_of_the_iterator(step, packs):
 
 
 def test_two_iterators_do_not_mix(step, packs):
-    train, validation, model = iter(packs[:2]), iter(packs[2:4]), Recorder()
+    train, validation = (rerun.RerunDataIterator(iter(p)) for p in (packs[:2], packs[2:4]))
+    model = Recorder()
     for iterator in (train, validation, train, validation):
         step(State(), iterator, model)
     first_tokens = [inputs["input_ids"][0, 0].item() for inputs in model.seen]
@@ -272,7 +267,7 @@ def test_two_iterators_do_not_mix(step, packs):
 
 def test_a_pack_that_fails_names_itself(step, packs):
     del packs[1]["tokens"]
-    iterator, model = iter(packs), Recorder()
+    iterator, model = rerun.RerunDataIterator(iter(packs)), Recorder()
     step(State(), iterator, model)
     with pytest.raises(
         PackError, match="pack 1: ValueError: batch: the first pipeline stage needs"
@@ -280,26 +275,111 @@ def test_a_pack_that_fails_names_itself(step, packs):
         step(State(), iterator, model)
 
 
-@pytest.mark.parametrize("mode", ["DISABLED", "VALIDATE_RESULTS"])
-def test_nothing_is_read_ahead_of_an_iterator_that_megatron_may_rewind(
-    step, packs, mode, monkeypatch
-):
-    from megatron.core import rerun_state_machine as rerun
-
-    machine = SimpleNamespace(get_mode=lambda: rerun.RerunMode[mode])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_an_iterator_that_megatron_rewinds_gives_its_packs_again(packs, depth, monkeypatch):
+    machine = SimpleNamespace(get_mode=lambda: rerun.RerunMode.VALIDATE_RESULTS)
     monkeypatch.setattr(rerun, "get_rerun_state_machine", lambda: machine)
-    source = iter(packs)
-    iterator, model = rerun.RerunDataIterator(source), Recorder()
-    step(State(), iterator, model)
-    if mode == "DISABLED":
+    iterator, model = rerun.RerunDataIterator(iter(packs)), Recorder()
+    with contextlib.closing(ForwardStep(device="cpu", prefetch_depth=depth)) as step:
         step(State(), iterator, model)
-        total = len(packs[1]["tokens"])
-        assert model.seen[1]["input_ids"][0, :total].tolist() == packs[1]["tokens"].tolist()
-        return
-    assert next(source) is packs[1]
-    iterator.rewind()
+        iterator.rewind()
+        step(State(), iterator, model)
+        iterator.advance()
+        step(State(), iterator, model)
+    assert [of_pack(inputs, packs) for inputs in model.seen] == [0, 0, 1]
+
+
+def of_pack(inputs: dict[str, Any], packs: list[dict[str, Any]]) -> int:
+    """Which of the packs a model was given."""
+    tokens = inputs["input_ids"][0]
+    (number,) = (
+        i for i, p in enumerate(packs) if torch.equal(tokens[: len(p["tokens"])], p["tokens"])
+    )
+    return number
+
+
+class Training:
+    """What Bridge's training loop reads when it decides whether an iteration is skipped."""
+
+    def __init__(self, skipped: list[int]) -> None:
+        self.cfg = SimpleNamespace(
+            dataset=SimpleNamespace(**vars(DATASET), dataloader_type="single"),
+            train=SimpleNamespace(iterations_to_skip=skipped, micro_batch_size=1),
+        )
+        self.train_state = SimpleNamespace(
+            step=0, consumed_train_samples=0, skipped_train_samples=0
+        )
+
+
+@pytest.mark.parametrize("kind", ["Megatron's iterator", "Megatron's, of a generator", "generator"])
+@given(
+    skipped=st.sets(st.integers(1, 5)),
+    microbatches=st.integers(1, 2),
+    depth=st.integers(0, 3),
+)
+@settings(max_examples=10)
+def test_the_packs_of_the_steps_that_run_are_stocks_when_bridge_skips_iterations(
+    kind, skipped, microbatches, depth
+):
+    packs = text_packs(12)
+    iterator: Any = iter(packs) if kind == "Megatron's iterator" else (pack for pack in packs)
+    if kind != "generator":
+        iterator = rerun.RerunDataIterator(iterator)
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    training, model = Training(sorted(skipped)), Recorder()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.closing(ForwardStep(device="cpu", prefetch_depth=depth)) as step,
+    ):
+        patch.setattr(bridge_train, "get_num_microbatches", lambda: microbatches)
+        while training.train_state.step < 5:
+            if bridge_train._should_skip_and_handle_iteration(
+                training, iterator, SimpleNamespace(pp=one, dp=one)
+            ):
+                continue
+            for _ in range(microbatches):
+                step(State(), iterator, model)
+            training.train_state.step += 1
+    stock = [
+        iteration * microbatches + i
+        for iteration in range(5)
+        if iteration + 1 not in skipped
+        for i in range(microbatches)
+    ]
+    assert [of_pack(inputs, packs) for inputs in model.seen] == stock
+    # Nor is a pack lost to whoever goes on with the iterator.
+    assert next(iterator) is packs[5 * microbatches]
+
+
+def text_packs(count: int) -> list[dict[str, Any]]:
+    return [pack_samples([sample(i, None, 12 + i)], seqlen_divisible_by=1) for i in range(count)]
+
+
+def test_an_iterator_that_saves_its_state_is_not_read_ahead(packs):
+    class Saving:
+        def __init__(self) -> None:
+            self.read = 0
+
+        def __next__(self) -> Any:
+            self.read += 1
+            return packs[self.read - 1]
+
+        def save_state(self) -> int:
+            return self.read
+
+    source = Saving()
+    with contextlib.closing(ForwardStep(device="cpu", prefetch_depth=2)) as step:
+        step(State(), rerun.RerunDataIterator(source), Recorder())
+    assert source.save_state() == 1
+
+
+def test_a_pack_that_cannot_be_prepared_is_no_matter_to_a_step_that_skips_it(step, packs):
+    del packs[1]["tokens"]
+    iterator, model = rerun.RerunDataIterator(iter(packs)), Recorder()
     step(State(), iterator, model)
-    assert torch.equal(model.seen[0]["input_ids"], model.seen[1]["input_ids"])
+    assert next(iterator) is packs[1]
+    step(State(), iterator, model)
+    assert [of_pack(inputs, [packs[0], *packs[2:]]) for inputs in model.seen] == [0, 1]
 
 
 def test_a_chunk_behind_the_first_takes_no_images(step, packs):
@@ -349,50 +429,49 @@ def train(folder: str, steps: int, parallel: dict[str, int]) -> list[float]:
     stages = parallel.get("pipeline_model_parallel_size", 1)
     virtual = parallel.get("virtual_pipeline_model_parallel_size")
     chunks_per_rank = virtual or 1
-    with bridge.installed():
-        patch_step37(strict=True)
-        packs = make_packs(Path(folder), 4)
-        chunks = []
-        for chunk in range(chunks_per_rank):
-            stage = parallel_state.get_pipeline_model_parallel_rank() + chunk * stages
-            model = build(
-                seed=None,
-                num_layers=4,
-                pre_process=stage == 0,
-                post_process=stage == stages * chunks_per_rank - 1,
-                vp_stage=chunk if virtual else None,
-                pipeline_dtype=torch.float32,
-                variable_seq_lengths=True,
-                moe_token_dispatcher_type="alltoall",
-                batch_p2p_comm=False,
-                deallocate_pipeline_outputs=False,
-                **parallel,
-            )
-            fused = isinstance(model.image_insert_embedding, ImageInsertEmbedding)
-            assert fused == (stage == 0)
-            set_weights(model, first_layer=stage * (4 // (stages * chunks_per_rank)))
-            chunks.append(model)
-        optimizer = torch.optim.SGD([p for c in chunks for p in c.parameters()], lr=0.1)
-        step, state = ForwardStep(device="cpu", dtype=torch.float32), State()
-        iterators = [iter(packs * steps) for _ in chunks]
-        results = []
-        for _ in range(steps):
-            optimizer.zero_grad()
-            reports = get_forward_backward_func()(
-                forward_step_func=lambda data, model: step(state, data, model),
-                data_iterator=iterators if virtual else iterators[0],
-                model=chunks if virtual else chunks[0],
-                num_microbatches=len(packs),
-                seq_length=32,
-                micro_batch_size=1,
-                forward_only=False,
-            )
-            optimizer.step()
-            if reports:
-                total, tokens = torch.stack([r["lm loss"] for r in reports]).sum(0)
-                results.append((total / tokens).item())
-        step.close()
-        return results
+    patch_step37(strict=True)
+    packs = make_packs(Path(folder), 4)
+    chunks = []
+    for chunk in range(chunks_per_rank):
+        stage = parallel_state.get_pipeline_model_parallel_rank() + chunk * stages
+        model = build(
+            seed=None,
+            num_layers=4,
+            pre_process=stage == 0,
+            post_process=stage == stages * chunks_per_rank - 1,
+            vp_stage=chunk if virtual else None,
+            pipeline_dtype=torch.float32,
+            variable_seq_lengths=True,
+            moe_token_dispatcher_type="alltoall",
+            batch_p2p_comm=False,
+            deallocate_pipeline_outputs=False,
+            **parallel,
+        )
+        fused = isinstance(model.image_insert_embedding, ImageInsertEmbedding)
+        assert fused == (stage == 0)
+        set_weights(model, first_layer=stage * (4 // (stages * chunks_per_rank)))
+        chunks.append(model)
+    optimizer = torch.optim.SGD([p for c in chunks for p in c.parameters()], lr=0.1)
+    step, state = ForwardStep(device="cpu", dtype=torch.float32), State()
+    iterators = [rerun.RerunDataIterator(iter(packs * steps)) for _ in chunks]
+    results = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=lambda data, model: step(state, data, model),
+            data_iterator=iterators if virtual else iterators[0],
+            model=chunks if virtual else chunks[0],
+            num_microbatches=len(packs),
+            seq_length=32,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        optimizer.step()
+        if reports:
+            total, tokens = torch.stack([r["lm loss"] for r in reports]).sum(0)
+            results.append((total / tokens).item())
+    step.close()
+    return results
 
 
 STEPS = 3
@@ -441,18 +520,3 @@ def test_a_pipeline_gives_the_losses_of_one_process(one_stage, pipelines, name):
     assert first[name] == []
     torch.testing.assert_close(torch.tensor(last[name]), torch.tensor(one_stage))
     assert one_stage[-1] < one_stage[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_host_waits_for_nothing_on_cuda(packs):
-    step = ForwardStep(device="cuda")
-    model, iterator = Recorder(), iter(packs)
-    step(State(), iterator, model)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(State(), iterator, model)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        step.close()
-    assert model.seen[1]["images"][0].images.is_cuda

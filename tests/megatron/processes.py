@@ -47,7 +47,7 @@ def let_the_cpu_play_the_gpu(patch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    patch.setattr(torch.cuda, "synchronize", lambda: None)
+    patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.cuda, "current_stream", lambda: None)
     patch.setattr(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
 

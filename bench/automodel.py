@@ -1,0 +1,86 @@
+"""Subject ``automodel``: NeMo Automodel's own merge beside ours, images with their crops, B = 1.
+
+Stock's merge after the tower is written out here, so that Automodel need not be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
+from step37_kernels import plan_placeholders, project_and_insert
+from step37_kernels.automodel import places_of_rows, with_rows_moved
+from step37_kernels.testing import gamma
+
+IMAGE, SEQ_LEN, IMAGE_ROWS, CROP_ROWS = 128001, 4096, 169, 81
+CROPS = (6, 4, 9, 6)  # of each image: 2,701 rows
+
+
+def stock(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
+    weight, counts = rest
+    crop_rows, image_rows = F.linear(crops, weight), F.linear(images, weight)
+    merged, first = [], 0
+    for i, count in enumerate(counts.cpu().tolist()):
+        merged += [crop_rows[first : first + count].flatten(0, 1), image_rows[i]]
+        first += count
+    rows, mask = torch.cat(merged), ids == IMAGE
+    assert int(mask.sum().item()) == len(rows)
+    words = words.clone()
+    words[mask] = rows.to(words.dtype)
+    return words
+
+
+def ours(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
+    weight, counts = rest
+    num_rows = crops.shape[:2].numel() + images.shape[:2].numel()
+    plan = plan_placeholders(ids, IMAGE, num_rows, batch_first=True)
+    plan = with_rows_moved(plan, places_of_rows(counts, crops, images))
+    return project_and_insert(words, [crops, images], weight, None, plan)
+
+
+def run(settings: Settings, hidden: int = 4096, width: int = 6144) -> Iterator[list[Row]]:
+    """Forward, and forward with backward to the words, the features and the weight."""
+
+    def leaf(*shape: int) -> Tensor:
+        values = torch.randn(*shape, device=settings.device, dtype=torch.bfloat16)
+        return values.requires_grad_()
+
+    num_rows = len(CROPS) * IMAGE_ROWS + sum(CROPS) * CROP_ROWS
+    ids = torch.full((1, SEQ_LEN), 5, device=settings.device)
+    ids[0, 16 : 16 + num_rows] = IMAGE
+    words, weight = leaf(1, SEQ_LEN, hidden), leaf(hidden, width)
+    crops, images = leaf(sum(CROPS), CROP_ROWS, width), leaf(len(CROPS), IMAGE_ROWS, width)
+    inputs = (words, ids, crops, images, weight, torch.tensor(CROPS, device=settings.device))
+    leaves, grad = (words, crops, images, weight), torch.randn_like(words)
+    terms = max(width, num_rows)
+    slack = gamma(terms) * terms  # of sums in any order; then each rounds once to bf16
+    for operation, products in (("forward", 1), ("forward+backward", 3)):
+
+        def merged(merge: Callable[..., Tensor], back: bool = products > 1) -> tuple[Tensor, ...]:
+            output = merge(*inputs)
+            return (output, *torch.autograd.grad(output, leaves, grad)) if back else (output,)
+
+        wanted = merged(stock)
+
+        def check(
+            _: Implementation, result: Any, wanted: tuple[Tensor, ...] = wanted
+        ) -> str | None:
+            near = all(
+                torch.allclose(*pair, rtol=2**-7, atol=slack)
+                for pair in zip(result, wanted, strict=True)
+            )
+            return None if near else "differs from Automodel's merge"
+
+        def way(name: str, kind: Kind, merge: Callable[..., Tensor]) -> Implementation:
+            return Implementation(name=name, kind=kind, prepare=lambda _: merge, run=merged)
+
+        compared = [way("step37", "ours", ours), way("Automodel", "stock", stock)]
+        key = Key(subject="automodel", operation=operation, shape="crops", dtype="bf16")
+        moved = products * sum(tensor.nbytes for tensor in leaves)
+        work = Work(flops=2 * products * num_rows * hidden * width, bytes=moved, rows=num_rows)
+        yield measure(key, work, compared, check, settings)

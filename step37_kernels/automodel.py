@@ -1,0 +1,351 @@
+"""The fused merge inside NeMo Automodel's Step-3.7 (``Step3p7Model``): for models to come, and for
+built ones.
+
+Automodel is imported inside the functions that need it, so that importing this module does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from step37_kernels.count_watch import count_watch
+from step37_kernels.dispatch import Impl, check_impl
+from step37_kernels.insert import insert_rows, project_and_insert
+from step37_kernels.patching import ClassPatch, chunks_of
+from step37_kernels.plan import InsertPlan, plan_placeholders
+from step37_kernels.projector import is_plain, run_forward_pre_hooks, warn_unfused
+
+__all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
+
+logger = logging.getLogger(__name__)
+
+_CLASS = "Step3p7Model"
+_PATCH = ClassPatch(
+    caller="patch_step3p7",
+    remedy="step37_kernels.automodel.replace_in(model)",
+    modules=("nemo_automodel.components.models.step3p7.model",),
+    name=_CLASS,
+    distribution="nemo-automodel",
+    known="NeMo Automodel 0.7.0",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    impl: Impl = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_impl(self.impl)
+
+
+_options = _Options()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Features:
+    """Rows on their way from the vision tower to the merge, not projected yet."""
+
+    tensors: list[Tensor]
+    """``[N, L, C]`` each: crops, if there are any, and images."""
+    place: Tensor | None
+    """``[R]`` int64: place in the model's order of each row of the tensors; None: as they come."""
+
+
+class FusedMerge:
+    """What goes before ``Step3p7Model`` among a class's bases: projector and merge in one pass.
+
+    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before; what it
+    gives is opaque, unless ``image_embeds`` were passed in, which are projected already.
+    """
+
+    config: Any
+    language_model: Any
+    vision_model: Any
+    vit_large_projector: Any
+    step37_options: _Options
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.step37_options = _options
+
+    def get_multimodal_embeddings(
+        self,
+        *,
+        pixel_values: Tensor | None = None,
+        patch_pixel_values: Tensor | None = None,
+        num_patches: Tensor | Sequence[int] | None = None,
+        image_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Encode images ``[N, 3, s, s]`` and crops ``[P, 3, t, t]``; nothing waits for the device.
+
+        Raises:
+            ValueError: ``num_patches`` has another length than there are images, or asks for crops
+                where there are none.
+        """
+        if image_embeds is not None or pixel_values is None or self.vision_model is None:
+            return super().get_multimodal_embeddings(  # type: ignore[misc]
+                pixel_values=pixel_values,
+                patch_pixel_values=patch_pixel_values,
+                num_patches=num_patches,
+                image_embeds=image_embeds,
+                **kwargs,
+            )
+        crops = None
+        if num_patches is not None and patch_pixel_values is not None:
+            crops = self._encode(patch_pixel_values) if patch_pixel_values.numel() else None
+        images = self._encode(pixel_values)
+        if num_patches is None:
+            return _Features(tensors=[images], place=None)
+        counts = torch.as_tensor(num_patches).flatten()
+        if len(counts) != len(images):
+            raise ValueError(
+                f"num_patches: expected one of each of the {len(images)} images, got {len(counts)}"
+            )
+        if crops is None:
+            if counts.device.type == "cpu" and counts.any():
+                raise ValueError(
+                    f"num_patches: asks for {int(counts.sum())} crops, but patch_pixel_values is "
+                    "missing"
+                )
+            return _Features(tensors=[images], place=None)
+        counts = counts.to(images.device, torch.int64, non_blocking=True)
+        return _Features(tensors=[crops, images], place=places_of_rows(counts, crops, images))
+
+    def prepare_inputs_embeds(self, input_ids: Tensor, multimodal_embeddings: Any = None) -> Tensor:
+        """``[B, S, H]`` word embeddings with the image rows in the places of ``image_token_id``.
+
+        Raises:
+            ValueError: with ``strict``, rows and placeholders differ in number.
+        """
+        if multimodal_embeddings is None or self.language_model.embed_tokens is None:
+            return super().prepare_inputs_embeds(input_ids)  # type: ignore[misc]
+        embeddings = self.language_model.embed_tokens(input_ids)
+        if isinstance(multimodal_embeddings, _Features):
+            tensors, place = multimodal_embeddings.tensors, multimodal_embeddings.place
+        else:
+            projected = multimodal_embeddings
+            tensors = list(projected) if isinstance(projected, (list, tuple)) else [projected]
+            place = None
+        num_rows = sum(math.prod(tensor.shape[:-1]) for tensor in tensors)
+        plan = plan_placeholders(input_ids, self.config.image_token_id, num_rows, batch_first=True)
+        self._look_at_counts(plan)
+        if place is not None:
+            plan = with_rows_moved(plan, place)
+        if isinstance(multimodal_embeddings, _Features):
+            return self._project_and_insert(embeddings, tensors, plan)
+        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+        return insert_rows(embeddings, rows.to(embeddings), plan)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """``[N, L, C]`` rows of each picture, a channels-first view."""
+        dtype, device = self._vision_dtype_device()  # type: ignore[attr-defined]
+        pixels = pixels.reshape(-1, *pixels.shape[-3:]).to(device=device, dtype=dtype)
+        # Stock's own function, of a tower whose projector hands the rows on as they are.
+        tower = SimpleNamespace(
+            vision_model=self.vision_model, vit_large_projector=lambda rows: rows
+        )
+        downsample = super()._process_image_features.__func__  # type: ignore[misc]
+        features: Tensor = downsample(tower, self.vision_model(pixels))
+        return features
+
+    def _look_at_counts(self, plan: InsertPlan) -> None:
+        if self.step37_options.strict:
+            placeholders = plan.start_counts.item()
+            if placeholders != plan.num_rows:
+                raise ValueError(
+                    f"input_ids: {placeholders} placeholders (token {plan.tokens[0]}) for "
+                    f"{plan.num_rows} rows of image features"
+                )
+        elif not torch.compiler.is_compiling():
+            count_watch.poll()
+            count_watch.watch(plan.tokens, plan.group_sizes, plan.start_counts)
+
+    def _project_and_insert(
+        self, embeddings: Tensor, features: list[Tensor], plan: InsertPlan
+    ) -> Tensor:
+        projector = self.vit_large_projector
+        impl = self.step37_options.impl
+
+        def fused(*tensors: Tensor) -> Tensor:
+            weight, bias = projector.weight, projector.bias
+            return project_and_insert(embeddings, tensors, weight, bias, plan, impl=impl)
+
+        if is_plain(projector):
+            run_forward_pre_hooks(projector)
+            return fused(*features)
+        if _is_plain_unit_of_fsdp(projector, embeddings.dtype):
+            # FSDP gathers the weight before a forward and sees to its gradient after it, by hooks
+            # of the call: so the call is made, of another forward.
+            projector.forward = fused
+            try:
+                output: Tensor = projector(*features)
+            finally:
+                del projector.forward
+            return output
+        kind = type(projector).__name__
+        if impl == "triton":
+            raise ValueError(
+                f"impl='triton': vit_large_projector ({kind}) is more than a weight and a bias; "
+                "pass impl='auto' or 'torch' to have it called"
+            )
+        if not torch.compiler.is_compiling():
+            warn_unfused(kind, "vit_large_projector")
+        rows = projector(torch.cat([tensor.flatten(0, 1) for tensor in features]))
+        return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
+
+
+def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
+    """Where each row stands when every image's crops come before it: ``[R]`` int64.
+
+    Crops that no image has come last, behind all images.
+
+    Args:
+        counts: ``[N]`` int64, crops of each image.
+        crops: ``[P, L, C]``.
+        images: ``[N, M, C]``.
+    """
+    crop_rows, image_rows = crops.shape[1], images.shape[1]
+    ends = counts.cumsum(0).clamp_max(len(crops))
+
+    def rows_of(firsts: Tensor, rows: int) -> Tensor:
+        return (firsts[:, None] + torch.arange(rows, device=firsts.device)).flatten()
+
+    crop = torch.arange(len(crops), device=counts.device)
+    image = torch.arange(len(images), device=counts.device)
+    images_before = torch.searchsorted(ends, crop, right=True)
+    return torch.cat(
+        [
+            rows_of(crop * crop_rows + images_before * image_rows, crop_rows),
+            rows_of(ends * crop_rows + image * image_rows, image_rows),
+        ]
+    )
+
+
+def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
+    """The plan of rows that come in another order: row r is the plan's row ``place[r]``."""
+    row_of = torch.empty_like(place).scatter_(
+        0, place, torch.arange(len(place), device=place.device)
+    )
+    row_at = plan.row_at.long()
+    moved = torch.where(row_at < 0, row_at, row_of[row_at.clamp_min(0)]) if len(place) else row_at
+    return replace(
+        plan,
+        destinations=plan.destinations[place],
+        starts=plan.starts[place],
+        row_at=moved.to(torch.int32),
+    )
+
+
+def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (isinstance(projector, FSDPModule) and type(projector).forward is nn.Linear.forward):
+        return False
+    hooks = (
+        *projector._forward_pre_hooks.values(),
+        *projector._forward_hooks.values(),
+        *projector._backward_hooks.values(),
+        *projector._backward_pre_hooks.values(),
+    )
+    policy = projector._get_fsdp_state()._mp_policy
+    return all(
+        getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks
+    ) and policy.output_dtype in (None, dtype)
+
+
+def _fused(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class with :class:`FusedMerge` before it, under its name; one for each."""
+    if stock not in _classes:
+        body = {"__module__": stock.__module__}
+        _classes[stock] = type(stock.__name__, (FusedMerge, stock), body)
+    return _classes[stock]
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ...]:
+    """Let every Step-3.7 of Automodel built from now on project and merge in one pass.
+
+    Replaces ``Step3p7Model`` in ``nemo_automodel.components.models.step3p7.model``, where
+    ``Step3p7ForConditionalGeneration`` looks it up; parameters and state dict stay. A second call
+    replaces nothing; its options hold for models built after it. Not replaced: models that exist
+    already (a warning; see :func:`replace_in`), the vision tower, the language model, the data.
+
+    Args:
+        impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
+        strict: raise ``ValueError`` at once where rows and placeholders differ in number, as stock
+            does, which waits for the device in every forward. Off, they are paired up to the
+            smaller number and a warning is logged, on CUDA by a later forward.
+
+    Returns:
+        The dotted names that hold our class now.
+
+    Raises:
+        ImportError: Automodel, or a name in it, is missing. Nothing has been replaced then.
+        ValueError: ``impl`` is none of the three.
+    """
+    global _options
+    options = _Options(impl=impl, strict=strict)
+    names = _PATCH.apply(_fused, FusedMerge)
+    _options = options
+    logger.info("patched: %s (%s)", ", ".join(names), options)
+    return names
+
+
+def unpatch_step3p7() -> tuple[str, ...]:
+    """Undo :func:`patch_step3p7`; models built in between keep the fused merge.
+
+    Returns:
+        The dotted names that hold the stock class again; empty if nothing was patched.
+    """
+    global _options
+    _options = _Options()
+    return _PATCH.undo()
+
+
+def replace_in(
+    model: nn.Module | Sequence[nn.Module], *, impl: Impl = "auto", strict: bool = False
+) -> tuple[str, ...]:
+    """Let a built Step-3.7 of Automodel project and merge in one pass, sharded or not.
+
+    The module stays the object it is and changes its class, as ``fully_shard`` does it: parameters,
+    hooks and whatever is kept by module stay valid.
+
+    Args:
+        model: the model, or the parts of a pipeline.
+        impl, strict: see :func:`patch_step3p7`.
+
+    Returns:
+        Names of the modules that are fused now, by ``named_modules`` of the model (of a list:
+        preceded by the index).
+
+    Raises:
+        ValueError: ``impl`` is none of the three.
+    """
+    options = _Options(impl=impl, strict=strict)
+    found = []
+    for prefix, chunk in chunks_of(model):
+        for name, module in chunk.named_modules():
+            if not any(cls.__name__ == _CLASS for cls in type(module).__mro__):
+                continue
+            if not isinstance(module, FusedMerge):
+                module.__class__ = _fused(type(module))
+            module.step37_options = options
+            found.append(f"{prefix}{name}")
+    if found:
+        logger.info("fused merge in %s (%s)", ", ".join(found), options)
+    else:
+        logger.warning("replace_in found no %s: nothing is replaced", _CLASS)
+    return tuple(found)

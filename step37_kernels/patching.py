@@ -1,0 +1,151 @@
+"""A class of ours under a framework's name, in the modules that look the name up; and back."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassPatch:
+    """One replaced class."""
+
+    caller: str
+    """Function that patches, for messages."""
+    remedy: str
+    """What to call on models that exist already."""
+    modules: tuple[str, ...]
+    """Where the class is looked up."""
+    name: str
+    distribution: str
+    """Of the framework, on the package index."""
+    known: str
+    """Releases in which the class was found there."""
+    _stock: dict[str, type[nn.Module]] = field(default_factory=dict)
+    # The replaced class by module name; empty while nothing is patched.
+    _put: dict[str, type[nn.Module]] = field(default_factory=dict)
+
+    def apply(
+        self, make: Callable[[type[nn.Module]], type[nn.Module]], base: type
+    ) -> tuple[str, ...]:
+        """Replace the class where it is not one of ours yet; all modules or none.
+
+        Args:
+            make: gives our class for the stock one.
+            base: what all classes of ours have.
+
+        Returns:
+            The dotted names that hold our class now.
+
+        Raises:
+            ImportError: a module, or the name in it, is missing.
+        """
+        modules = {name: self._import(name) for name in self.modules}
+        found = {name: self._look_up(module) for name, module in modules.items()}
+        replaced = {name: cls for name, cls in found.items() if not issubclass(cls, base)}
+        if replaced:
+            self._warn_of_what_stays(set(replaced.values()))
+        for name, cls in replaced.items():
+            self._stock[name], self._put[name] = cls, make(cls)
+            setattr(modules[name], self.name, self._put[name])
+        return tuple(f"{name}.{self.name}" for name in self.modules)
+
+    def undo(self) -> tuple[str, ...]:
+        """Put the stock class back where ours still is; the dotted names of those places."""
+        restored = []
+        for name, cls in self._stock.items():
+            module = sys.modules.get(name)
+            current = getattr(module, self.name, None)
+            if current is self._put[name]:
+                setattr(module, self.name, cls)
+                restored.append(f"{name}.{self.name}")
+            else:
+                logger.warning(
+                    "%s.%s is %r, not what %s put there: left alone",
+                    name,
+                    self.name,
+                    current,
+                    self.caller,
+                )
+        self._stock.clear()
+        self._put.clear()
+        if restored:
+            logger.info("unpatched: %s", ", ".join(restored))
+        return tuple(restored)
+
+    def _import(self, name: str) -> ModuleType:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            missing = error.name or name
+            if not f"{name}.".startswith(f"{missing}."):
+                # The framework is there, and lacks something itself: that is the better message.
+                raise
+            message = self._missing(f"module {name}", f"no module {missing}")
+            raise ImportError(message, name=name) from error
+
+    def _look_up(self, module: ModuleType) -> type[nn.Module]:
+        cls = getattr(module, self.name, None)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            found = "no such name" if cls is None else f"found {cls!r}"
+            message = self._missing(f"{module.__name__}.{self.name}", found)
+            raise ImportError(message, name=module.__name__)
+        return cls
+
+    def _missing(self, what: str, found: str) -> str:
+        try:
+            installed = f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+        except importlib.metadata.PackageNotFoundError:
+            installed = f"no {self.distribution} distribution"
+        return (
+            f"{self.caller}: cannot replace {what}: {found}. "
+            f"Known to work: {self.known}; installed: {installed}"
+        )
+
+    def _warn_of_what_stays(self, stock: set[type[nn.Module]]) -> None:
+        built = sum(1 for _ in _instances(stock))
+        if built:
+            logger.warning(
+                "%s after %d stock %s had been built: existing models keep it; call %s on them",
+                self.caller,
+                built,
+                self.name,
+                self.remedy,
+            )
+        bound = sorted(
+            name
+            for name, module in tuple(sys.modules.items())
+            if name not in self.modules
+            and any(getattr(module, "__dict__", {}).get(self.name) is cls for cls in stock)
+        )
+        if bound:
+            logger.warning(
+                "%s leaves the stock class in modules that imported it by name before: %s",
+                self.caller,
+                ", ".join(bound),
+            )
+
+
+def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """A model, or the chunks of one, with the prefix of their modules' names."""
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
+
+
+def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:
+    bases = tuple(classes)
+    for candidate in gc.get_objects():
+        # type(), not isinstance: that asks proxies for their __class__, which may run anything.
+        if issubclass(type(candidate), bases):
+            yield candidate

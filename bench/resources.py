@@ -34,7 +34,6 @@ from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import gradient, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
-from step37_kernels.ops import resize_uint8 as resize_uint8_ops
 from step37_kernels.pixels.resize import resize_uint8
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -167,8 +166,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 KERNELS = (
     plan.plan_kernel, gradient.gradient_rows_kernel,
     project.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
-    project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.first_pass_kernel,
-    resize_ops.second_pass_kernel, resize_uint8_ops.filter_pass_kernel,
+    project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip
 
 

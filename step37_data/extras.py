@@ -10,11 +10,14 @@ EXTRA_OF = {
     "matplotlib": "plots",
     "megfile": "s3",
     "megatron": "megatron",
+    "megatron.energon": "energon",
 }
 
 
 def how_to_get(error: ModuleNotFoundError) -> str | None:
     """What to install, or None if the module belongs to no extra."""
-    module = (error.name or "").partition(".")[0]
+    module = error.name or ""
+    if module not in EXTRA_OF:
+        module = module.partition(".")[0]
     extra = EXTRA_OF.get(module)
     return extra and f"needs {module}: pip install 'step37[{extra}]'"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
-from step37_data.images.crops import plan_file
+from step37_data.images.crops import CropPlan, plan_file
 from step37_data.lengths import write_atomically
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
@@ -89,13 +89,13 @@ class Step37Flickr8kDataset:
         """
         prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         # A template of the user's own need not know of crops.
-        sizes = self._picture_sizes() if getattr(self.template, "multicrop", False) else None
+        plans = self._plans() if getattr(self.template, "multicrop", False) else None
         digests = bytearray()
         for number, sample in enumerate(self.samples):
             digest = prompt.copy()
             digest.update(b"\0" + self._caption_bytes(number, sample))
-            if sizes is not None:
-                digest.update(b"\0%d %d" % sizes[number])
+            if plans is not None:
+                digest.update(b"\0%d %d" % plans[number].size)
             digests += digest.digest()
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
@@ -109,10 +109,17 @@ class Step37Flickr8kDataset:
                 f"surrogate pairs, got {sample.caption!r}"
             ) from error
 
-    def _picture_sizes(self) -> list[tuple[int, int]]:
+    def vision_tokens(self) -> np.ndarray:
+        """int64 ``[N]``: rows of all images and crops of a sample, the work of the vision tower."""
+        rows = np.full(len(self.samples), self.template.image_token_count, dtype=np.int64)
+        if self.template.multicrop:
+            rows += [self.template.patch_token_count * len(plan.windows) for plan in self._plans()]
+        return rows
+
+    def _plans(self) -> list[CropPlan]:
         rewrite = self.template.path_rewrite_fn or str
         paths = [rewrite(str(sample.image_path)) for sample in self.samples]
-        return [plan.size for plan in map_threads(plan_file, paths, _HEADER_READERS)]
+        return map_threads(plan_file, paths, _HEADER_READERS)
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class ForwardStep:
         prefetch_depth: int = 2,
         device: Device = None,
         dtype: torch.dtype = torch.bfloat16,
-        on_broken: OnBroken = "zero",
+        on_broken: OnBroken | None = None,
         threads: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
@@ -153,7 +153,7 @@ class ForwardStep:
         self._depth = prefetch_depth
         self._device = device
         self._dtype = dtype
-        self._on_broken: OnBroken = on_broken
+        self._on_broken: OnBroken | None = on_broken
         self._threads = threads
         self._max_pixels = max_pixels
         self._ahead: list[ReadAhead] = []

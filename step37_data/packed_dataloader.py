@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,14 @@ from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int, checked_state, item_at
 from step37_data.lengths import KeyedDataset, probe_lengths
-from step37_data.packing import OversizePolicy, PackingResult, PackRanges, pack, pack_best_fit
+from step37_data.packing import (
+    OversizePolicy,
+    PackingResult,
+    PackRanges,
+    pack,
+    pack_balanced,
+    pack_best_fit,
+)
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -28,7 +35,7 @@ from step37_data.samplers import (
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["sequential", "random"]
-Packing = Literal["next_fit", "best_fit"]
+Packing = Literal["next_fit", "best_fit", "balanced"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
 
@@ -87,8 +94,12 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         transform: applied to the list of a pack's samples, such as ``pack_samples``.
         dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
         packing: ``"next_fit"`` packs in the order drawn; ``"best_fit"`` reorders samples within
-            ``packing_window`` draws for fuller packs.
-        packing_window: samples that ``"best_fit"`` packs together.
+            ``packing_window`` draws for fuller packs; ``"balanced"`` fills them as well, and gives
+            the packs of a step nearly as many vision tokens each (see :func:`pack_balanced`). Then
+            every data set has a ``vision_tokens()``, int64 ``[N]``.
+        packing_window: samples that ``"best_fit"`` and ``"balanced"`` pack together.
+        balance_group: packs in a row that ``"balanced"`` makes alike; a multiple of the packs of a
+            step over all data-parallel ranks.
         lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
         probe_workers, together: how lengths are measured; see :func:`probe_lengths`.
         progress: show a progress bar while measuring.
@@ -111,6 +122,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         *,
         packing: Packing = "next_fit",
         packing_window: int = 4096,
+        balance_group: int = 64,
         lengths_cache_dir: str | Path | None = None,
         probe_workers: int | None = None,
         progress: bool = True,
@@ -121,8 +133,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             raise ValueError("datasets: expected at least one, got none")
         if len(datasets) != len(epochs):
             raise ValueError(f"epochs: {len(epochs)} values for {len(datasets)} datasets")
-        if packing not in ("next_fit", "best_fit"):
-            raise ValueError(f"packing: expected 'next_fit' or 'best_fit', got {packing!r}")
+        if packing not in get_args(Packing):
+            known = ", ".join(get_args(Packing))
+            raise ValueError(f"packing: expected one of {known}, got {packing!r}")
         strategies = _strategies(dataset_sampling, len(datasets))
         counts = [len(dataset) for dataset in datasets]
         weights = _weights(counts, epochs)
@@ -158,9 +171,20 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         if packing == "next_fit":
             self.packing_result = pack(sizes, max_length, oversize_policy)
         else:
-            order, self.packing_result = pack_best_fit(
-                sizes, max_length, oversize_policy, packing_window
-            )
+            rest = (max_length, oversize_policy, packing_window)
+            if packing == "best_fit":
+                order, self.packing_result = pack_best_fit(sizes, *rest)
+            else:
+                loads = np.empty(len(sizes), dtype=np.int64)
+                for number, dataset in enumerate(datasets):
+                    if not hasattr(dataset, "vision_tokens"):
+                        raise ValueError(
+                            f"packing: 'balanced' needs vision_tokens() of datasets[{number}], "
+                            f"which {type(dataset).__name__} has not"
+                        )
+                    places = domains == number
+                    loads[places] = dataset.vision_tokens()[indices[places]]
+                order, self.packing_result = pack_balanced(sizes, loads, *rest, balance_group)
             # Reordered in place of the draws, so that pack ranges are slices in both cases.
             domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:

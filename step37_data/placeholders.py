@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from step37_data.images.crops import CropPlan, Window, plan_file
+from step37_data.images.encoded import ImageFile
 from step37_data.tokens import (
     DEFAULT_TOKENS,
     IMAGE_ITEM_TYPE,
@@ -14,25 +15,25 @@ from step37_data.tokens import (
     ImageTokens,
 )
 
-Entry = tuple[str, int] | tuple[str, int, Window]
+Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]
 
 
 class ImageEntry(NamedTuple):
     """One entry of ``image_paths``, which holds them as plain tuples, without a window of None.
 
     Attributes:
-        path: of the file.
+        path: of the file, or the file itself.
         kind: ``IMAGE_ITEM_TYPE`` or ``PATCH_ITEM_TYPE``.
         window: of a picture that is seen in crops: that of a crop lies on the canvas, that of the
             full image is ``CropPlan.full_window``. None is the whole file, as it is.
     """
 
-    path: str
+    path: ImageFile
     kind: int
     window: Window | None = None
 
     @property
-    def file(self) -> tuple[str, bool]:
+    def file(self) -> tuple[ImageFile, bool]:
         """What is decoded for it: a file, as it is or to be seen in crops."""
         return self.path, self.window is not None
 
@@ -78,7 +79,7 @@ class SampleImages:
         given: ``(path, item type)`` of the sample.
     """
 
-    def __init__(self, given: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, given: Sequence[tuple[ImageFile, int]]) -> None:
         self.given: list[Entry] = list(given)
         self._left = {
             wanted: [path for path, kind in reversed(given) if kind == wanted]

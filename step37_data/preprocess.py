@@ -20,6 +20,7 @@ from step37_data.checks import checked_int
 from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.decode import BrokenImages, OnBroken, decode
 from step37_data.images.device import Device, resolve_device, to_device
+from step37_data.images.encoded import EncodedImage
 from step37_data.images.stacks import ImageReader
 from step37_data.placeholders import Entry, ImageEntry
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
@@ -54,7 +55,8 @@ def load_images(
     Args:
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
-            is decoded, and told to ``broken``, once, however many windows it has.
+            is decoded, and told to ``broken``, once, however many windows it has. An
+            :class:`~step37_data.images.encoded.EncodedImage` may stand in place of a path.
         image_size, patch_image_size: side in pixels of the images of either type.
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.
@@ -117,7 +119,7 @@ def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
     entries = []
     for given in image_paths:
         is_entry = isinstance(given, (list, tuple)) and len(given) in (2, 3)
-        if not is_entry or not isinstance(given[0], (str, os.PathLike)):
+        if not is_entry or not isinstance(given[0], (str, os.PathLike, EncodedImage)):
             raise ValueError(f"image_paths: expected {form}, got {given!r}")
         path, kind, window = (*given, None)[:3]
         if window is not None:
@@ -128,7 +130,8 @@ def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
                 )
             x, y, width, height = map(int, window)
             window = (x, y, width, height)
-        entries.append(ImageEntry(os.fspath(path), _checked_type(kind), window))
+        file = path if isinstance(path, EncodedImage) else os.fspath(path)
+        entries.append(ImageEntry(file, _checked_type(kind), window))
     return entries
 
 
@@ -230,7 +233,7 @@ def preprocess_packed_batch(
     only_pp_first_stage: bool = True,
     device: Device = None,
     dtype: torch.dtype = torch.bfloat16,
-    on_broken: OnBroken = "zero",
+    on_broken: OnBroken | None = None,
     broken: BrokenImages | None = None,
     threads: int | None = None,
     multicrop: bool | None = None,
@@ -252,9 +255,10 @@ def preprocess_packed_batch(
             parallel state is initialised.
         device: where everything goes; None is the CUDA device, or the CPU where there is none.
         dtype: of the images.
-        on_broken: see :func:`load_images`; ``"skip-loss"`` also sets the loss mask of the samples
-            that hold an unreadable image to zero (on every stage that has tokens, which therefore
-            decodes them).
+        on_broken: see :func:`load_images`; None does what the ``on_broken`` of the pack says, if it
+            has one, and otherwise ``"zero"``. ``"skip-loss"`` also sets the loss mask of the
+            samples that hold an unreadable image to zero (on every stage that has tokens, which
+            therefore decodes them).
         broken: told about every image, for the report at the end of the epoch.
         threads: decoding threads.
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
@@ -285,6 +289,7 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
+    on_broken = on_broken or batch.get("on_broken", "zero")
     reader = ImageReader(
         resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
     )

@@ -118,9 +118,12 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     seqlen_divisible_by: int = 64
     oversize_policy: Literal["drop", "extend"] = "drop"
     dataset_sampling: Literal["sequential", "random"] = "random"
-    packing: Literal["next_fit", "best_fit"] = "next_fit"
-    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs."""
+    packing: Literal["next_fit", "best_fit", "balanced"] = "next_fit"
+    """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs;
+    ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
     packing_window: int = 4096
+    balance_group: int = 64
+    """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
     """Give this one pack for every index: a deterministic overfit. None for training."""
 
@@ -204,6 +207,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             dataset_sampling=self.dataset_sampling,
             packing=self.packing,
             packing_window=self.packing_window,
+            balance_group=self.balance_group,
             lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
             probe_workers=self.probe_workers,
             together=True,
@@ -219,7 +223,7 @@ def collate_single_pack(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(batch) != 1:
         raise ValueError(
-            f"Step37Flickr8kSFTDataProvider needs micro_batch_size=1, got {len(batch)}: a pack "
+            f"needs micro_batch_size=1, got {len(batch)}: a pack "
             "already holds many samples; raise max_packing_seqlen for larger batches"
         )
     return batch[0]

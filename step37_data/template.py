@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from step37_data.checks import checked_int
+from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.messages import check_encodable, checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
 from step37_data.threads import within
@@ -361,7 +362,7 @@ class Step37MultimodalTemplate(ImageTokens):
             "that does not spell it (its normaliser changes characters); remove or rewrite it"
         )
 
-    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[str, int]]:
+    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
         if isinstance(images, str):
             raise ValueError(f"images: expected a list of paths, got {images!r}")
         items = []
@@ -369,11 +370,12 @@ class Step37MultimodalTemplate(ImageTokens):
         for image in images or ():
             given = image if isinstance(image, (tuple, list)) and image else (image,)
             path, kind = (*given, IMAGE_ITEM_TYPE)[:2]
-            if not isinstance(path, (str, os.PathLike)):
+            if not isinstance(path, (str, os.PathLike, EncodedImage)):
                 raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
             if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
                 raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
-            items.append((rewrite(str(path)), int(kind)))
+            file = path if isinstance(path, EncodedImage) else rewrite(str(path))
+            items.append((file, int(kind)))
         return items
 
     def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
@@ -408,7 +410,7 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"conversations: {ids.count(start_id)} start tokens of type {name} for {count} "
                     "placeholders"
                 )
-            paths = [entry[0] for entry in images if entry[1] == kind]
+            paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
                 raise ValueError(
                     f"images: {len(paths)} files of type {name} for {count} placeholders in the "

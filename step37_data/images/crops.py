@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from step37_data.images.encoded import ImageFile
 from step37_data.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def _canvas_side(side: int, window: int) -> int:
     return window * (whole + 1 if ratio - side // window > _ROUND_UP_ABOVE else whole)
 
 
-def picture_size(path: str) -> tuple[int, int]:
+def picture_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header of an image file; no pixel is decoded.
 
     Raises:
@@ -167,7 +168,7 @@ def picture_size(path: str) -> tuple[int, int]:
         return image.size
 
 
-def plan_file(path: str) -> CropPlan:
+def plan_file(path: ImageFile) -> CropPlan:
     """Plan the crops of an image file from its header.
 
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from step37_data.images.encoded import EncodedImage, ImageFile
+
 logger = logging.getLogger(__name__)
 
 OnBroken = Literal["zero", "raise", "skip-loss"]
@@ -102,7 +104,7 @@ class BrokenImages:
 
 
 @contextlib.contextmanager
-def open_image(path: str, max_pixels: int | None = None) -> Iterator[Image.Image]:
+def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
     """``Image.open(path)``, closed again; ``s3://`` through megfile, as the stock loader has it.
 
     Raises:
@@ -114,7 +116,11 @@ def open_image(path: str, max_pixels: int | None = None) -> Iterator[Image.Image
             fault then, so that is never taken for a broken one; nor is what megfile raises for a
             store that cannot be reached.
     """
-    source = _fetched(path) if path.startswith("s3://") else path
+    source: str | io.BytesIO
+    if isinstance(path, EncodedImage):
+        source = io.BytesIO(path.data)
+    else:
+        source = _fetched(path) if path.startswith("s3://") else path
     try:
         # A pipe or a device can let its reader wait for ever.
         if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
@@ -131,7 +137,7 @@ def open_image(path: str, max_pixels: int | None = None) -> Iterator[Image.Image
         raise _broken(path, error) from error
 
 
-def _broken(path: str, error: Exception) -> BrokenImageError:
+def _broken(path: ImageFile, error: Exception) -> BrokenImageError:
     reason = f"{type(error).__name__}: {error}"
     return BrokenImageError(f"image {path} could not be read: {reason}", reason)
 
@@ -152,17 +158,17 @@ def _fetched(path: str) -> io.BytesIO:
         raise _broken(path, error) from error
 
 
-def read_rgb(path: str, max_pixels: int | None = None) -> Image.Image:
+def read_rgb(path: ImageFile, max_pixels: int | None = None) -> Image.Image:
     """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
     with open_image(path, max_pixels) as image:
         return image.convert("RGB")
 
 
-def decode(path: str, on_broken: OnBroken, max_pixels: int | None = None) -> Decoded:
+def decode(path: ImageFile, on_broken: OnBroken, max_pixels: int | None = None) -> Decoded:
     """Read one image file.
 
     Args:
-        path: of the file.
+        path: of the file, or the file itself.
         on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
             file, with a warning; ``"raise"`` raises.
         max_pixels: a larger picture counts as unreadable; decoding takes seven bytes a pixel.

@@ -38,6 +38,7 @@ from step37_data.images.decode import (
     decode,
 )
 from step37_data.images.device import to_device, upload
+from step37_data.images.encoded import ImageFile
 from step37_data.placeholders import ImageEntry
 from step37_data.threads import map_threads
 from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
@@ -59,7 +60,7 @@ def kernels_match_pillow() -> bool:
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR)
-        ours = pillow.resize(torch.from_numpy(pixels), 16, pillow.installed_pillow())
+        ours = pillow.resize(torch.from_numpy(pixels), 16, 16, pillow.installed_pillow())
         if not np.array_equal(ours.numpy(), np.asarray(picture)):
             logger.warning(
                 "Pillow %s resizes in an order of passes that is not known here: images are "
@@ -93,7 +94,7 @@ class _Picture:
 
 _Pixels = list[npt.NDArray[np.uint8]]
 # Of every picture: uint8 [h, w, 3] of each of its windows, or of itself alone.
-_Pictures = dict[tuple[str, bool], tuple[_Picture, _Pixels]]
+_Pictures = dict[tuple[ImageFile, bool], tuple[_Picture, _Pixels]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class ImageReader:
         entries: Sequence[ImageEntry],
         finish: Callable[[_Picture, Sequence[ImageEntry]], _Pixels],
     ) -> _Pictures:
-        entries_of: dict[tuple[str, bool], list[ImageEntry]] = {}
+        entries_of: dict[tuple[ImageFile, bool], list[ImageEntry]] = {}
         for entry in entries:
             entries_of.setdefault(entry.file, []).append(entry)
 
@@ -165,7 +166,7 @@ class ImageReader:
             for (path, in_crops), of_picture in entries_of.items():
                 # A picture seen in crops counts once, a file as it is whenever it is met.
                 for _ in of_picture[:1] if in_crops else of_picture:
-                    self.broken.record(path, pictures[path, in_crops][0].broken)
+                    self.broken.record(str(path), pictures[path, in_crops][0].broken)
         return pictures
 
     def _on_host(
@@ -226,8 +227,8 @@ def _decoded(
     if in_crops and reason is None:
         try:
             plan = plan_crops(*image.size)
-        except ValueError as error:
-            reason = str(error)
+        except ValueError as problem:
+            reason = str(problem)
         else:
             own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
             stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
@@ -237,10 +238,10 @@ def _decoded(
                 f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
                 "it was planned from another size, or was unreadable then"
             )
-        error = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
+        unseen = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
         if on_broken == "raise":
-            raise error
-        logger.warning("%s: black is used in its place", error)
+            raise unseen
+        logger.warning("%s: black is used in its place", unseen)
         image = Image.new("RGB", (1, 1))
     return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
 

@@ -1,10 +1,10 @@
-"""Look at the packs of a cache folder: ``step37-data inspect``, or ``-m step37_data.inspect.cli``.
+"""The command ``step37-data``: ``inspect`` the packs of a cache folder, or ``shard`` the folder.
 
-Without ``--pack`` it describes the data set (lengths, fill of both packings, dropped samples,
-broken images); with ``--pack N`` one pack. Both are a table and, with ``--out``, a picture;
-``--html`` writes both, and packs to leaf through, into one page. It reads what is in the folder and
-downloads nothing. ``--picture FILE`` needs no folder: it shows how multicrop sees one image file
-(canvas, windows, token layout).
+Without ``--pack``, ``inspect`` describes the data set (lengths, fill of both packings, dropped
+samples, broken images); with ``--pack N`` one pack. Both are a table and, with ``--out``, a
+picture; ``--html`` writes both, and packs to leaf through, into one page. It reads what is in the
+folder and downloads nothing. ``--picture FILE`` needs no folder: it shows how multicrop sees one
+image file (canvas, windows, token layout).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``step37-data``; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        for line in _describe(options):
+        for line in _shard(options) if options.command == "shard" else _describe(options):
             print(line)
     except (OSError, ValueError) as error:
         print(f"step37-data: {error}", file=sys.stderr)
@@ -71,7 +71,38 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths-cache", type=Path, metavar="FOLDER", help="keep lengths here between runs")
     add("--skip-images", action="store_true", help="do not read every image to find broken ones")
     add("--quiet", action="store_true", help="no progress bars")
+    shard = commands.add_parser(
+        "shard",
+        help="write a cache folder as WebDataset shards for Megatron-Energon",
+        description="Every split of FOLDER as shards in OUT, pictures as they are, with Energon's "
+        "metadata. An interrupted run goes on where it stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = shard.add_argument
+    add("folder", type=Path, help="folder in the layout of the data set")
+    add("out", type=Path, help="folder for the shards")
+    add("--caption-key", default="caption_0", metavar="COLUMN")
+    add("--sample-count", type=int, metavar="N", help="the first N samples of a split only")
+    add("--samples-per-shard", type=int, default=1000, metavar="N")
+    add("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+def _shard(options: argparse.Namespace) -> Iterator[str]:
+    from step37_data.energon import prepare_shards
+    from step37_data.shards import write_shards
+
+    shards = write_shards(
+        options.folder,
+        options.out,
+        caption_key=options.caption_key,
+        sample_count=options.sample_count,
+        samples_per_shard=options.samples_per_shard,
+        progress=not options.quiet,
+    )
+    prepare_shards(options.out, shards)
+    for split, paths in shards.items():
+        yield f"{split:<9} {len(paths)} shards in {options.out / split}"
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:

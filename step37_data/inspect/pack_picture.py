@@ -43,7 +43,7 @@ class ImageSpan(NamedTuple):
     @property
     def name(self) -> str:
         """Of the file, whatever system its path is of."""
-        return PureWindowsPath(self.entry.path).name
+        return PureWindowsPath(str(self.entry.path)).name
 
 
 class Segment(NamedTuple):

@@ -2,7 +2,7 @@
 
 A channel has 256 possible inputs, so whoever launches knows all results. Where one multiplication
 and one addition in fp32 give every one of them, fused or not (bf16 and fp16 with CLIP's constants),
-the kernel does just that; where not, it looks the results up. Both are exact by construction.
+the kernel does just that; where not, it divides twice, as IEEE does. Both are exact.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from step37_kernels.ops.common import (
 )
 from step37_kernels.ops.launch import launch
 
-ScaleAndOffset = tuple[float, float, float, float, float, float]
-"""Scale and offset of red, green and blue."""
+Constants = tuple[bool, tuple[float, ...]]
+"""Whether LINE, and scale and offset of red, green and blue: see :func:`normalized`."""
 
 BLOCK_PIXELS = 1024
 
@@ -52,20 +52,15 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
 
 @triton.jit
 def normalized(
-    value,
-    table_ptr,
-    scale,
-    offset,
-    dtype: tl.constexpr,
-    LINE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """int32 0…255 → normalised, by arithmetic if LINE and by ``table_ptr [256]`` otherwise."""
+    value, scale, offset, dtype: tl.constexpr, LINE: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """int32 0…255 → normalised, with the deviation as scale and the mean as offset if not LINE."""
+    value = value.to(tl.float32)
     if LINE:
-        result = round_to(value.to(tl.float32) * scale + offset, dtype, INTERPRET)
+        result = value * scale + offset
     else:
-        result = tl.load(table_ptr + value)
-    return result
+        result = tl.div_rn(tl.div_rn(value, 255.0) - offset, scale)
+    return round_to(result, dtype, INTERPRET)
 
 
 @triton.jit(
@@ -81,7 +76,6 @@ def normalized(
 )
 def normalize_kernel(
     pixels_ptr,
-    table_ptr,
     out_ptr,
     rows: tl.int64,
     columns: tl.int64,
@@ -127,31 +121,24 @@ def normalize_kernel(
         word0 = tl.load(words, mask=whole, other=0)
         word1 = tl.load(words + 1, mask=whole, other=0)
         word2 = tl.load(words + 2, mask=whole, other=0)
+    constants = (red_scale, red_offset, green_scale, green_offset, blue_scale, blue_offset)
     for channel in tl.static_range(3):
         if PACKED:
             value = channel_of_words(word0, word1, word2, channel)
         else:
             address = source + x * column_stride + channel * channel_stride
             value = tl.load(address, mask=inside, other=0).to(tl.int32)
-        if channel == 0:
-            scale, offset = red_scale, red_offset
-        elif channel == 1:
-            scale, offset = green_scale, green_offset
-        else:
-            scale, offset = blue_scale, blue_offset
-        table = table_ptr + channel * 256
-        result = normalized(value, table, scale, offset, out_ptr.dtype.element_ty, LINE, INTERPRET)
+        scale, offset = constants[2 * channel], constants[2 * channel + 1]
+        result = normalized(value, scale, offset, out_ptr.dtype.element_ty, LINE, INTERPRET)
         tl.store(target + channel * plane, result, mask=inside)
 
 
-def normalize(
-    pixels: torch.Tensor, results: torch.Tensor | ScaleAndOffset, dtype: torch.dtype
-) -> torch.Tensor:
+def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) -> torch.Tensor:
     """Launch :func:`normalize_kernel`.
 
     Args:
         pixels: uint8 ``[N, H, W, 3]``, any strides.
-        results: ``[3, 256]`` contiguous, in ``dtype``; or scales and offsets that give them.
+        constants: of the normalisation to ``dtype``.
         dtype: of the result.
 
     Returns:
@@ -161,6 +148,7 @@ def normalize(
     out = torch.empty((n, 3, height, width), dtype=dtype, device=pixels.device)
     if out.numel() == 0:
         return out
+    line, numbers = constants
     image_stride, row_stride, column_stride, channel_stride = pixels.stride()
     # Rows that follow on from one another are one long row: fewer half-filled blocks.
     rows, columns = height, width
@@ -179,7 +167,6 @@ def normalize(
             normalize_kernel,
             grid,
             pixels,
-            results if isinstance(results, torch.Tensor) else out,
             out,
             rows,
             columns,
@@ -187,21 +174,10 @@ def normalize(
             row_stride,
             column_stride,
             channel_stride,
-            **line_arguments(results),
+            *numbers,
+            LINE=line,
+            INTERPRET=INTERPRETED,
             PACKED=packed,
             BLOCK=BLOCK_PIXELS,
         )
     return out
-
-
-def line_arguments(results: torch.Tensor | ScaleAndOffset) -> dict[str, float | bool]:
-    """Scales and offsets as arguments of the kernels; unread zeros where a table serves."""
-    line = (0.0,) * 6 if isinstance(results, torch.Tensor) else results
-    names = [
-        f"{color}_{part}" for color in ("red", "green", "blue") for part in ("scale", "offset")
-    ]
-    return {
-        **dict(zip(names, line, strict=True)),
-        "LINE": not isinstance(results, torch.Tensor),
-        "INTERPRET": INTERPRETED,
-    }

@@ -1,15 +1,16 @@
-"""Pillow's BILINEAR on a ragged batch: a launch for the first pass, one or two for the second.
+"""Pillow's BILINEAR on a ragged batch: a launch for each of the two passes.
 
 The passes of a picture are integer arithmetic with a rounding to 8 bits between them. So is this:
-``first_pass_kernel`` filters one axis into an 8-bit intermediate in planes, whose rows are padded
-to a multiple of 16 bytes so that the second pass reads whole vectors; ``second_pass_kernel``
-filters the other axis and normalises. Which axis comes first is decided per
-picture. Everything that varies with the pictures' sizes is a run-time value.
+the first filters one axis of interleaved pixels into 8-bit planes, whose rows are padded so that
+whole vectors can be read from them; the second filters the other axis, and either interleaves again
+or normalises. Which axis comes first is decided per picture. Everything that varies with the
+pictures' sizes is a run-time value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,294 +19,339 @@ import torch
 import triton
 import triton.language as tl
 
-from step37_kernels.ops.common import ceil_div, device_of, in_vectors, whole_vectors
-from step37_kernels.ops.filter import (
-    filter_pass,
-    filter_tile,
-    first_taps,
-    join_tables,
-    needs_clamp,
-    upload,
+from step37_kernels.ops.common import (
+    INTERPRETED,
+    VECTOR,
+    ceil_div,
+    device_of,
+    in_vectors,
+    whole_vectors,
 )
 from step37_kernels.ops.launch import launch
-from step37_kernels.ops.normalize import ScaleAndOffset, line_arguments, normalized
+from step37_kernels.ops.normalize import Constants, normalized
 
-# Rows and columns of a program's tile, and how many rows it works on at a time: the more, the more
-# loads are on the way together. A warp of the second pass stores whole vectors, and its 256 columns
-# leave little room to spare in the usual sizes.
-FIRST_PASS_TILE, FIRST_PASS_LINES = (16, 256), 4
-SECOND_PASS_TILE, SECOND_PASS_LINES, SECOND_PASS_WARPS = (16, 256), 2, 2
+Table = npt.NDArray[np.int32]
+
+# Rows and columns of a program's tile, and how many rows it works on at a time in either pass: the
+# more, the more loads are on the way together. A warp stores whole vectors of normalised values,
+# and its 256 columns leave little room to spare in the usual sizes.
+TILE = (16, 256)
+LINES = (4, 2)
+BYTES_WARPS, VALUES_WARPS = 4, 2
 ROW_PAD = 16
 
-# The columns of a job record, int64 each.
-SOURCE = tl.constexpr(0)  # byte offset of the first pixel in the flat buffer
-SOURCE_PITCH = tl.constexpr(1)  # bytes from one source row to the next
-HEIGHT = tl.constexpr(2)
-WIDTH = tl.constexpr(3)
-VERTICAL_FIRST = tl.constexpr(4)
-ROW_TABLE = tl.constexpr(5)  # offset of the coefficients that make rows from rows
-ROW_TAPS = tl.constexpr(6)
-COLUMN_TABLE = tl.constexpr(7)
-COLUMN_TAPS = tl.constexpr(8)
-MIDDLE = tl.constexpr(9)  # byte offset of the intermediate planes
-FIRST_TILE = tl.constexpr(10)  # first program of the first pass that works on this job
-FIELDS = tl.constexpr(11)
+PRECISION_BITS = tl.constexpr(22)
+HALF = tl.constexpr(1 << 21)
+
+# The columns of a record, int64 each: one pass over one picture.
+SOURCE = tl.constexpr(0)  # offset of the first element of the first channel
+SOURCE_PITCH = tl.constexpr(1)  # elements from one row to the next
+SOURCE_CHANNEL = tl.constexpr(2)  # elements from one channel to the next
+TARGET = tl.constexpr(3)
+TARGET_PITCH = tl.constexpr(4)
+TARGET_CHANNEL = tl.constexpr(5)
+HEIGHT = tl.constexpr(6)  # of the result of the pass
+WIDTH = tl.constexpr(7)
+VERTICAL = tl.constexpr(8)  # whether rows are made from rows
+TABLE = tl.constexpr(9)  # offset of the coefficients
+TAPS = tl.constexpr(10)
+LAST = tl.constexpr(11)  # last position of the source along the axis that is filtered
+FIELDS = tl.constexpr(12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResizeJob:
-    """One picture, or a rectangle of one, to resize to the common size.
+    """One picture, or a rectangle of one, to resize.
 
     Attributes:
-        source: byte offset of the first pixel in the flat buffer.
-        pitch: bytes from one row to the next.
-        height, width: of the rectangle, in pixels.
-        vertical_first: filter the columns before the rows.
+        source: offset of the first pixel and bytes from one row to the next.
+        height, width: of the source, in pixels.
+        target: offset of the first element, and elements from one row and channel to the next.
+        passes: in their order, whether rows are made from rows, and the coefficients, int32
+            ``[1 + taps, n]``, taps even. The same array object is uploaded once.
     """
 
-    source: int
-    pitch: int
+    source: tuple[int, int]
     height: int
     width: int
-    vertical_first: bool
+    target: tuple[int, int, int]
+    passes: tuple[tuple[bool, Table], tuple[bool, Table]]
 
 
 @triton.jit
-def _axis(
-    job, tables_ptr, LENGTH: tl.constexpr, TABLE: tl.constexpr, TAPS: tl.constexpr
+def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(source_ptr + place + channel, mask=inside, other=0).to(tl.int32)
+    # Places that gather look the same along either axis, and Triton 3.6 then gives the threads of
+    # a warp the rows, many cache lines apart. Flat, they are neighbours in a row.
+    flat = tl.reshape(place, (place.shape[0] * place.shape[1],))
+    return tl.reshape(tl.load(source_ptr + flat + channel), place.shape).to(tl.int32)
+
+
+@triton.jit
+def _add_taps(
+    red, green, blue, source_ptr, line, pair, channel_stride, inside, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Of one axis of a job: its coefficients, how many taps, the last position."""
-    table = tables_ptr + tl.load(job + TABLE)
-    return table, tl.load(job + TAPS).to(tl.int32), tl.load(job + LENGTH).to(tl.int32) - 1
+    """The sums of the three channels with two more taps, whose loads are on the way together."""
+    offset_0, weight_0, offset_1, weight_1 = pair
+    place_0 = line + offset_0
+    place_1 = line + offset_1
+    red += _load(source_ptr, place_0, 0, inside, MASKED) * weight_0
+    red += _load(source_ptr, place_1, 0, inside, MASKED) * weight_1
+    green += _load(source_ptr, place_0, channel_stride, inside, MASKED) * weight_0
+    green += _load(source_ptr, place_1, channel_stride, inside, MASKED) * weight_1
+    blue += _load(source_ptr, place_0, 2 * channel_stride, inside, MASKED) * weight_0
+    blue += _load(source_ptr, place_1, 2 * channel_stride, inside, MASKED) * weight_1
+    return red, green, blue
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["pixels_ptr"])
-def first_pass_kernel(
-    pixels_ptr,
-    jobs_ptr,
-    tables_ptr,
-    tile_jobs_ptr,
-    middle_ptr,
-    size: tl.int32,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
-    PAD: tl.constexpr,
-    CLAMP: tl.constexpr,
-):
-    """Interleaved source to planes: ``[3, height, size]``, or ``[3, size, width]`` vertical first.
+@triton.jit
+def _two_taps(table_ptr, first, at, step, last, size, stride):
+    """Where the taps ``step`` and ``step + 1`` read, and their coefficients."""
+    weight_0 = tl.load(table_ptr + (1 + step) * size + at)
+    weight_1 = tl.load(table_ptr + (2 + step) * size + at)
+    # Past the last one the coefficient is zero. Clamping the position, where a mask would do,
+    # keeps the load there from waiting for this one.
+    offset_0 = tl.minimum(first + step, last).to(tl.int64) * stride
+    offset_1 = tl.minimum(first + step + 1, last).to(tl.int64) * stride
+    return offset_0, weight_0, offset_1, weight_1
 
-    One program a tile; ``tile_jobs_ptr`` says which job it belongs to.
+
+@triton.jit
+def _filter_tile(
+    job, tile, source_ptr, tables_ptr, target_ptr, constants, VERTICAL_PASS: tl.constexpr,
+    SOURCE_STEP: tl.constexpr, TARGET_STEP: tl.constexpr, LINE: tl.constexpr,
+    INTERPRET: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LINES: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """One tile of one picture, filtered along one axis, LINES rows at a time.
+
+    The channels go together: coefficients and addresses are the same for all.
     """
-    job = jobs_ptr + tl.load(tile_jobs_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
-    tile = tl.program_id(0) - tl.load(job + FIRST_TILE).to(tl.int32)
+    dtype: tl.constexpr = target_ptr.dtype.element_ty
+    NORMALIZE: tl.constexpr = dtype != tl.uint8
+    # Planes are read in vectors along their rows, if these can be written as they were read.
+    MASKED: tl.constexpr = NORMALIZE and VERTICAL_PASS
+    source = source_ptr + tl.load(job + SOURCE)
+    source_pitch = in_vectors(tl.load(job + SOURCE_PITCH).to(tl.int32), NORMALIZE)
+    source_channel = in_vectors(tl.load(job + SOURCE_CHANNEL), NORMALIZE)
+    target = target_ptr + tl.load(job + TARGET)
+    target_pitch = in_vectors(tl.load(job + TARGET_PITCH).to(tl.int32), WHOLE)
+    target_channel = in_vectors(tl.load(job + TARGET_CHANNEL), WHOLE)
+    if NORMALIZE:
+        source = tl.multiple_of(source, VECTOR)
+    if WHOLE:
+        target = tl.multiple_of(target, 2 * VECTOR)
     height = tl.load(job + HEIGHT).to(tl.int32)
-    width = tl.load(job + WIDTH).to(tl.int32)
-    vertical = tl.load(job + VERTICAL_FIRST) != 0
-    if vertical:
-        rows = size
-        columns = width
-        table, taps, last = _axis(job, tables_ptr, HEIGHT, ROW_TABLE, ROW_TAPS)
+    width = in_vectors(tl.load(job + WIDTH).to(tl.int32), WHOLE)
+    table = tables_ptr + tl.load(job + TABLE)
+    taps = tl.load(job + TAPS).to(tl.int32)
+    last = tl.load(job + LAST).to(tl.int32)
+
+    tiles_across = tl.cdiv(width, COLUMNS)
+    begin = (tile // tiles_across) * ROWS
+    end = tl.minimum(begin + ROWS, height)
+    column = ((tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    # Nobody stores what is read past the last row or column: reading that one again needs no mask.
+    last_column = tl.minimum(column, width - 1)
+    if VERTICAL_PASS:
+        size, stride = height, source_pitch
+        line = (column if MASKED else last_column) * SOURCE_STEP
     else:
-        rows = height
-        columns = size
-        table, taps, last = _axis(job, tables_ptr, WIDTH, COLUMN_TABLE, COLUMN_TAPS)
-    pitch = tl.cdiv(columns, PAD) * PAD
-    # Nothing tells the compiler that the planes start aligned, and that is on purpose: vector
-    # stores would give a thread adjacent columns, and the byte loads of a warp, which gather, many
-    # cache lines instead of one or two.
-    filter_pass(
-        pixels_ptr + tl.load(job + SOURCE), tl.load(job + SOURCE_PITCH).to(tl.int32), 1, 3,
-        middle_ptr + tl.load(job + MIDDLE), pitch, rows.to(tl.int64) * pitch, 1,
-        table, taps, last, vertical, tile, rows, columns, ROWS, COLUMNS, LINES, CLAMP,
-    )  # fmt: skip
+        # Every row takes the same: enlarging needs no more than these, and no turn of the loop.
+        size, stride, at = width, SOURCE_STEP, last_column
+        first = tl.load(table + at)
+        pair = _two_taps(table, first, at, 0, last, size, stride)
+    for top in range(begin, end, LINES):
+        row = (top + tl.arange(0, LINES))[:, None]
+        inside = (row < height) & (column < width)
+        last_row = tl.minimum(row, height - 1)
+        if VERTICAL_PASS:
+            at = last_row
+            first = tl.load(table + at)
+            pair = _two_taps(table, first, at, 0, last, size, stride)
+        else:
+            line = last_row.to(tl.int64) * source_pitch
+        # Up to the padding: a mask that ends inside a vector would split the loads.
+        padded = (row < height) & (column < source_pitch)
+        half = tl.full(inside.shape, HALF, tl.int32)
+        sums = _add_taps(half, half, half, source, line, pair, source_channel, padded, MASKED)
+        for step in range(2, taps, 2):
+            more = _two_taps(table, first, at, step, last, size, stride)
+            sums = _add_taps(*sums, source, line, more, source_channel, padded, MASKED)
+        place = target + row.to(tl.int64) * target_pitch + column * TARGET_STEP
+        for channel in tl.static_range(3):
+            value = sums[channel] >> PRECISION_BITS
+            if CLAMP:
+                value = tl.minimum(value, 255)
+            if NORMALIZE:
+                scale, offset = constants[2 * channel], constants[2 * channel + 1]
+                value = normalized(value, scale, offset, dtype, LINE, INTERPRET)
+            tl.store(place + channel * target_channel, value.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["order_ptr"])
-def second_pass_kernel(
-    middle_ptr,
+@triton.jit(do_not_specialize_on_alignment=["source_ptr", "tiles_ptr", "target_ptr"])
+def resize_pass_kernel(
+    source_ptr,
     jobs_ptr,
-    order_ptr,
     tables_ptr,
-    table_ptr,
-    out_ptr,
-    size: tl.int32,
+    tiles_ptr,
+    target_ptr,
     red_scale,
     red_offset,
     green_scale,
     green_offset,
     blue_scale,
     blue_offset,
-    VERTICAL_DONE: tl.constexpr,
+    VERTICAL_PASS: tl.constexpr,
+    SOURCE_STEP: tl.constexpr,
+    TARGET_STEP: tl.constexpr,
     LINE: tl.constexpr,
     INTERPRET: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LINES: tl.constexpr,
-    PAD: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """Planes to ``out[n, c]``: the other axis, then the normalisation. One program a tile.
+    """One pass over many pictures, one program a tile; ``tiles_ptr`` says of which, and which one.
 
-    One launch for the pictures of each order: ``order_ptr`` lists the jobs that had their columns
-    filtered first if VERTICAL_DONE, and the others, nearly always all, if not.
-
-    ``WHOLE``: the side is whole vectors, so that rows of the result are written in them.
+    ``VERTICAL_PASS``: whether rows are made from rows; None where that differs among the pictures.
+    ``SOURCE_STEP``, ``TARGET_STEP``: elements from one pixel to the next, 3 interleaved, 1 in
+    planes. ``WHOLE``: rows of the result are whole vectors, and written in them. Nothing tells the
+    compiler that of the planes between the passes, and that is on purpose: vector stores would give
+    a thread adjacent columns, and the byte loads of a warp, which gather, many cache lines instead
+    of one or two. ``CLAMP``: see :func:`needs_clamp`.
     """
-    size = in_vectors(size, WHOLE)
-    tiles_across = tl.cdiv(size, COLUMNS)
-    tiles_down = tl.cdiv(size, ROWS)
-    pid = tl.program_id(0)
-    column = (pid % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    pid = pid // tiles_across
-    begin = (pid % tiles_down) * ROWS
-    end = tl.minimum(begin + ROWS, size)
-    n = tl.load(order_ptr + pid // tiles_down).to(tl.int64)
-
-    job = jobs_ptr + n * FIELDS
-    planes = middle_ptr + tl.load(job + MIDDLE) // PAD * PAD
-    plane = size.to(tl.int64) * size
-    target = out_ptr + n * 3 * plane + column
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if VERTICAL_DONE:
-        table, taps, last = _axis(job, tables_ptr, WIDTH, COLUMN_TABLE, COLUMN_TAPS)
-        pitch = tl.cdiv(last + 1, PAD) * PAD
-        channel = size.to(tl.int64) * pitch
-        at = tl.minimum(column, size - 1)
-        first, pair = first_taps(table, at, last, size, 1)
+    job = jobs_ptr + tl.load(tiles_ptr + 2 * tl.program_id(0)).to(tl.int64) * FIELDS
+    tile = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
+    constants = (red_scale, red_offset, green_scale, green_offset, blue_scale, blue_offset)
+    vertical = VERTICAL_PASS
+    if VERTICAL_PASS is None:
+        vertical = tl.load(job + VERTICAL) != 0
+    if vertical:
+        _filter_tile(
+            job, tile, source_ptr, tables_ptr, target_ptr, constants, True, SOURCE_STEP,
+            TARGET_STEP, LINE, INTERPRET, WHOLE, ROWS, COLUMNS, LINES, CLAMP,
+        )  # fmt: skip
     else:
-        table, taps, last = _axis(job, tables_ptr, HEIGHT, ROW_TABLE, ROW_TAPS)
-        pitch = tl.cdiv(size, PAD) * PAD
-        channel = (last + 1).to(tl.int64) * pitch
-    for top in range(begin, end, LINES):
-        row = (top + tl.arange(0, LINES))[:, None]
-        inside = (row < size) & (column < size)
-        if VERTICAL_DONE:
-            line = tl.minimum(row, size - 1).to(tl.int64) * pitch
-            red, green, blue = filter_tile(
-                planes, line, channel, 1, table, at, first, pair, taps, last, size, inside, False,
-                CLAMP,
-            )  # fmt: skip
-        else:
-            at = tl.minimum(row, size - 1)
-            first, pair = first_taps(table, at, last, size, pitch)
-            # Up to the padding: a mask that ends inside a vector would split the loads.
-            padded = (row < size) & (column < pitch)
-            red, green, blue = filter_tile(
-                planes, column, channel, pitch, table, at, first, pair, taps, last, size, padded,
-                True, CLAMP,
-            )  # fmt: skip
-        place = target + row.to(tl.int64) * size
-        red = normalized(red, table_ptr, red_scale, red_offset, dtype, LINE, INTERPRET)
-        tl.store(place, red, mask=inside)
-        green = normalized(
-            green, table_ptr + 256, green_scale, green_offset, dtype, LINE, INTERPRET
-        )
-        tl.store(place + plane, green, mask=inside)
-        blue = normalized(blue, table_ptr + 512, blue_scale, blue_offset, dtype, LINE, INTERPRET)
-        tl.store(place + 2 * plane, blue, mask=inside)
+        _filter_tile(
+            job, tile, source_ptr, tables_ptr, target_ptr, constants, False, SOURCE_STEP,
+            TARGET_STEP, LINE, INTERPRET, WHOLE, ROWS, COLUMNS, LINES, CLAMP,
+        )  # fmt: skip
 
 
 def resize(
     pixels: torch.Tensor,
     jobs: Sequence[ResizeJob],
-    tables: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
-    results: torch.Tensor | ScaleAndOffset,
-    dtype: torch.dtype,
-    size: int,
-) -> torch.Tensor:
-    """Launch both passes.
+    out: torch.Tensor,
+    constants: Constants | None = None,
+) -> None:
+    """Launch both passes; the second once for each order of them that occurs, if it normalises.
 
     Args:
-        pixels: uint8, flat: the buffer that the jobs point into.
+        pixels: uint8, flat: the buffer that the jobs read.
         jobs: what to resize, at least one.
-        tables: per job, the coefficients of its rows and of its columns, int32 ``[1 + taps, size]``
-            each, taps even. The same array object is uploaded once.
-        results: of the normalisation: ``[3, 256]`` in ``dtype``, or scales and offsets.
-        dtype: of the result.
-        size: side of the results.
-
-    Returns:
-        ``[N, 3, size, size]`` contiguous.
+        out: what they write: flat uint8, for interleaved pixels, or ``[N, 3, size, size]``.
+        constants: of the normalisation, if any.
     """
-    clamp = needs_clamp(tables)
-    offsets, coefficients = join_tables(tables)
-    records = np.empty((len(jobs), FIELDS.value), dtype=np.int64)
-    middle_bytes, first_tile, tiles = 0, 0, []
-    for record, job, (rows, columns) in zip(records, jobs, tables, strict=True):
-        height, width = (size, job.width) if job.vertical_first else (job.height, size)
-        record[:] = (
-            job.source,
-            job.pitch,
-            job.height,
-            job.width,
-            job.vertical_first,
-            offsets[id(rows)],
-            len(rows) - 1,
-            offsets[id(columns)],
-            len(columns) - 1,
-            middle_bytes,
-            first_tile,
+    tables = {id(table): table for job in jobs for _, table in job.passes}
+    sizes = (table.size for table in tables.values())
+    offsets = dict(zip(tables, itertools.accumulate(sizes, initial=0), strict=False))
+    records = np.empty((2, len(jobs), FIELDS.value), dtype=np.int64)
+    middle_bytes = 0
+    for i, job in enumerate(jobs):
+        source, height, width = (*job.source, 1), job.height, job.width
+        for number, (vertical, table) in enumerate(job.passes):
+            last = (height if vertical else width) - 1
+            height, width = (table.shape[1], width) if vertical else (height, table.shape[1])
+            target = job.target
+            if number == 0:
+                pitch = ceil_div(width, ROW_PAD) * ROW_PAD
+                target = middle_bytes, pitch, height * pitch
+                middle_bytes += 3 * height * pitch
+            axis = vertical, offsets[id(table)], len(table) - 1, last
+            records[number, i] = *source, *target, height, width, *axis
+            source = target
+
+    every = np.arange(len(jobs))
+    launches: list[tuple[int, bool | None, npt.NDArray[np.int64]]] = [(0, None, every)]
+    if constants is None:
+        launches.append((1, None, every))
+    else:
+        by_order = (
+            (order, every[records[1, :, VERTICAL.value] == order]) for order in (True, False)
         )
-        middle_bytes += 3 * height * ceil_div(width, ROW_PAD) * ROW_PAD
-        tiles.append(_tiles(height, width, FIRST_PASS_TILE))
-        first_tile += tiles[-1]
-    tile_jobs = np.repeat(np.arange(len(jobs), dtype=np.int32), tiles)
-
-    # False before True: pictures whose rows are filtered first, then the others.
-    order = np.argsort([job.vertical_first for job in jobs], kind="stable").astype(np.int32)
-    num_vertical = sum(job.vertical_first for job in jobs)
-
-    device_records, device_tables, device_tile_jobs, device_order = upload(
-        [records, coefficients, tile_jobs, order],
+        launches += [(1, order, members) for order, members in by_order if len(members)]
+    device_records, device_tables, *device_tiles = _upload(
+        [
+            records,
+            np.concatenate([table.reshape(-1) for table in tables.values()]),
+            *(_tiles(records[number], members) for number, _, members in launches),
+        ],
         pixels.device,
     )
-    whole = whole_vectors(size)
-    by_order = device_order.split([len(jobs) - num_vertical, num_vertical])
-    middle = torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device)
-    out = torch.empty((len(jobs), 3, size, size), dtype=dtype, device=pixels.device)
+    buffers = pixels, torch.empty(middle_bytes, dtype=torch.uint8, device=pixels.device), out
+    clamp = needs_clamp(tables.values())
     with device_of(pixels):
-        launch(
-            first_pass_kernel,
-            (len(tile_jobs),),
-            pixels,
-            device_records,
-            device_tables,
-            device_tile_jobs,
-            middle,
-            size,
-            ROWS=FIRST_PASS_TILE[0],
-            COLUMNS=FIRST_PASS_TILE[1],
-            LINES=FIRST_PASS_LINES,
-            PAD=ROW_PAD,
-            CLAMP=clamp,
-        )
-        for vertical_done, members in enumerate(by_order):
-            if not len(members):
-                continue
+        for (number, vertical_pass, _), tiles in zip(launches, device_tiles, strict=True):
+            values = number == 1 and constants is not None
+            line, numbers = constants if values and constants else (False, (0.0,) * 6)
             launch(
-                second_pass_kernel,
-                (len(members) * _tiles(size, size, SECOND_PASS_TILE),),
-                middle,
-                device_records,
-                members,
+                resize_pass_kernel,
+                (len(tiles),),
+                buffers[number],
+                device_records[number],
                 device_tables,
-                results if isinstance(results, torch.Tensor) else out,
-                out,
-                size,
-                **line_arguments(results),
-                VERTICAL_DONE=bool(vertical_done),
-                WHOLE=whole,
-                ROWS=SECOND_PASS_TILE[0],
-                COLUMNS=SECOND_PASS_TILE[1],
-                LINES=SECOND_PASS_LINES,
-                PAD=ROW_PAD,
+                tiles,
+                buffers[number + 1],
+                *numbers,
+                VERTICAL_PASS=vertical_pass,
+                SOURCE_STEP=1 if number else 3,
+                TARGET_STEP=3 if number and not values else 1,
+                LINE=line,
+                INTERPRET=INTERPRETED,
+                WHOLE=values and whole_vectors(out.shape[-1]),
+                ROWS=TILE[0],
+                COLUMNS=TILE[1],
+                LINES=LINES[number],
                 CLAMP=clamp,
-                num_warps=SECOND_PASS_WARPS,
+                num_warps=VALUES_WARPS if values else BYTES_WARPS,
             )
-    return out
 
 
-def _tiles(rows: int, columns: int, tile: tuple[int, int]) -> int:
-    return ceil_div(rows, tile[0]) * ceil_div(columns, tile[1])
+def needs_clamp(tables: Iterable[Table]) -> bool:
+    """Whether a filtered value can pass 255, as Pillow's clip allows for.
+
+    Each coefficient is its weight, times 2²², plus at most ½; the weights of a position add up to
+    1. So a sum is at most 255 · (2²² + taps / 2) + 2²¹, which is less than 256 · 2²² for up to
+    16447 taps: for anything that shrinks an axis less than 8000 times.
+    """
+    return max(map(len, tables)) > 16_000
+
+
+def _tiles(records: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> Table:
+    """``[programs, 2]``: which picture each program of a launch works on, and which tile of it."""
+    height, width = records[members, HEIGHT.value], records[members, WIDTH.value]
+    counts = -(-height // TILE[0]) * -(-width // TILE[1])
+    pictures = np.repeat(members, counts)
+    tiles = np.arange(len(pictures)) - np.repeat(counts.cumsum() - counts, counts)
+    return np.stack([pictures, tiles], axis=1).astype(np.int32)
+
+
+def _upload(
+    arrays: Sequence[npt.NDArray[np.int64] | Table], device: torch.device
+) -> list[torch.Tensor]:
+    """Copy arrays to ``device`` in one transfer that the host does not wait for."""
+    # Every array starts as aligned as an allocation of its own.
+    lengths = [ceil_div(array.nbytes, 256) * 256 for array in arrays]
+    pinned = device.type == "cuda"
+    staging = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    for part, array in zip(staging.split(lengths), arrays, strict=True):
+        part.numpy()[: array.nbytes] = array.reshape(-1).view(np.uint8)
+    return [
+        part[: array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        for part, array in zip(
+            staging.to(device, non_blocking=True).split(lengths), arrays, strict=True
+        )
+    ]

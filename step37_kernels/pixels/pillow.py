@@ -82,24 +82,17 @@ def vertical_pass_first(
     return False
 
 
-def resize(image: torch.Tensor, size: int, pillow: tuple[int, int]) -> torch.Tensor:
-    """Pillow's ``Image.resize((size, size), BILINEAR)`` in PyTorch, on any device.
+def resize(image: torch.Tensor, height: int, width: int, pillow: tuple[int, int]) -> torch.Tensor:
+    """Pillow's ``Image.resize((width, height), BILINEAR)`` in PyTorch, on any device.
 
     Args:
         image: uint8 ``[h, w, 3]``, any strides.
-        size: side of the result.
+        height, width: of the result.
         pillow: (major, minor) of the Pillow whose order of passes to follow.
 
     Returns:
-        uint8 ``[size, size, 3]``.
+        uint8 ``[height, width, 3]``.
     """
-    return resize_to(image, size, size, pillow)
-
-
-def resize_to(
-    image: torch.Tensor, height: int, width: int, pillow: tuple[int, int]
-) -> torch.Tensor:
-    """As :func:`resize`, to ``[height, width, 3]``."""
     in_height, in_width, _ = image.shape
     if vertical_pass_first(in_height, in_width, height, width, pillow):
         return _filter_axis(_filter_axis(image, height, dim=0), width, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class RaggedImages:
 
     @classmethod
     def gather(cls, images: Sequence[torch.Tensor]) -> RaggedImages:
-        """Copy uint8 ``[h_i, w_i, 3]`` tensors, at least one, into one buffer on their device."""
+        """Copy uint8 ``[h_i, w_i, 3]`` tensors into one buffer on their device (none: the CPU)."""
         for i, image in enumerate(images):
             if image.dtype != torch.uint8:
                 raise TypeError(f"images[{i}]: expected torch.uint8, got {image.dtype}")
@@ -60,14 +61,10 @@ class RaggedImages:
                 raise ValueError(
                     f"images[{i}]: expected all on {images[0].device}, got {image.device}"
                 )
-        data = torch.cat([image.reshape(-1) for image in images])
-        offsets, end = [], 0
-        for image in images:
-            offsets.append(end)
-            end += image.numel()
+        flat = [image.reshape(-1) for image in images]
         return cls(
-            data=data,
-            offsets=offsets,
+            data=torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8),
+            offsets=list(itertools.accumulate(map(len, flat), initial=0))[: len(flat)],
             shapes=[(image.shape[0], image.shape[1]) for image in images],
         )
 
@@ -76,6 +73,17 @@ class RaggedImages:
         height, width = self.shapes[i]
         start = self.offsets[i]
         return self.data[start : start + height * width * 3].view(height, width, 3)
+
+    def cut(self, crop: Crop) -> torch.Tensor:
+        """The pixels of a crop, a view."""
+        return self.image(crop.image)[crop.top : crop.bottom, crop.left : crop.right]
+
+    def whole(self) -> list[Crop]:
+        """Every picture as a crop."""
+        return [
+            Crop(image=i, left=0, top=0, right=width, bottom=height)
+            for i, (height, width) in enumerate(self.shapes)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

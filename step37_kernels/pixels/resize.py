@@ -14,14 +14,12 @@ from step37_kernels.pixels.normalize import (
     CLIP_STD,
     check_constants,
     kernel_constants,
-    look_up,
-    normalize_table,
+    normalize_torch,
 )
-from step37_kernels.pixels.pillow import vertical_pass_first
 from step37_kernels.pixels.ragged import Crop, RaggedImages, check_crop
 
 if TYPE_CHECKING:
-    from step37_kernels.ops.normalize import ScaleAndOffset
+    from step37_kernels.ops.resize import ResizeJob
 
 
 def resize_clip_normalize(
@@ -59,58 +57,52 @@ def resize_clip_normalize(
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
     if not isinstance(images, RaggedImages):
-        if len(images) == 0:
-            images = RaggedImages(data=torch.empty(0, dtype=torch.uint8), offsets=(), shapes=())
-        else:
-            images = RaggedImages.gather(images)
+        images = RaggedImages.gather(images)
     if crops is None:
-        crops = [
-            Crop(image=i, left=0, top=0, right=width, bottom=height)
-            for i, (height, width) in enumerate(images.shapes)
-        ]
+        crops = images.whole()
     for i, crop in enumerate(crops):
         check_crop(i, crop, images)
     device = images.data.device
     triton = use_triton(impl, device)
-    check_constants(mean, std, dtype)
+    mean, std = check_constants(mean, std, dtype)
     order = resample.installed_pillow() if pillow is None else pillow
-    if not crops:
-        return torch.empty((0, 3, size, size), dtype=dtype, device=device)
-    if triton:
-        results = kernel_constants(mean, std, dtype, device)
-        return _resize_normalize_triton(images, crops, size, results, dtype, order)
+    if triton and crops:
+        from step37_kernels.ops import resize as ops
+
+        out = torch.empty((len(crops), 3, size, size), dtype=dtype, device=device)
+        jobs = [
+            _job(images, crop, (size, size), (i * 3 * size * size, size, size * size), order)
+            for i, crop in enumerate(crops)
+        ]
+        ops.resize(images.data, jobs, out, kernel_constants(mean, std, dtype))
+        return out
     resized = torch.empty((len(crops), size, size, 3), dtype=torch.uint8, device=device)
     for i, crop in enumerate(crops):
-        source = images.image(crop.image)[crop.top : crop.bottom, crop.left : crop.right]
-        resized[i] = resample.resize(source, size, order)
-    return look_up(resized, normalize_table(mean, std, dtype, device))
+        resized[i] = resample.resize(images.cut(crop), size, size, order)
+    return normalize_torch(resized, mean, std, dtype)
 
 
-def _resize_normalize_triton(
+def _job(
     images: RaggedImages,
-    crops: Sequence[Crop],
-    size: int,
-    results: torch.Tensor | ScaleAndOffset,
-    dtype: torch.dtype,
+    crop: Crop,
+    size: tuple[int, int],
+    target: tuple[int, int, int],
     order: tuple[int, int],
-) -> torch.Tensor:
-    from step37_kernels.ops import resize as ops
+) -> ResizeJob:
+    from step37_kernels.ops.resize import ResizeJob
 
-    jobs, tables = [], []
-    for crop in crops:
-        pitch = images.shapes[crop.image][1] * 3
-        height, width = crop.bottom - crop.top, crop.right - crop.left
-        jobs.append(
-            ops.ResizeJob(
-                source=images.offsets[crop.image] + crop.top * pitch + crop.left * 3,
-                pitch=pitch,
-                height=height,
-                width=width,
-                vertical_first=vertical_pass_first(height, width, size, size, order),
-            )
-        )
-        tables.append((resample.axis_table(height, size), resample.axis_table(width, size)))
-    return ops.resize(images.data, jobs, tables, results, dtype, size)
+    height, width = crop.bottom - crop.top, crop.right - crop.left
+    pitch = images.shapes[crop.image][1] * 3
+    rows = True, resample.axis_table(height, size[0])
+    columns = False, resample.axis_table(width, size[1])
+    vertical_first = resample.vertical_pass_first(height, width, *size, order)
+    return ResizeJob(
+        source=(images.offsets[crop.image] + crop.top * pitch + crop.left * 3, pitch),
+        height=height,
+        width=width,
+        target=target,
+        passes=(rows, columns) if vertical_first else (columns, rows),
+    )
 
 
 def resize_uint8(
@@ -167,40 +159,16 @@ def resize_uint8(
         data=make(end, dtype=torch.uint8, device=device), offsets=offsets, shapes=list(padded_sizes)
     )
     if triton and len(images):
-        _resize_uint8_triton(images, sizes, result, order)
+        from step37_kernels.ops import resize as ops
+
+        targets = [
+            (offset, width * 3, 1) for offset, (_, width) in zip(offsets, padded_sizes, strict=True)
+        ]
+        jobs = [
+            _job(images, *each, order) for each in zip(images.whole(), sizes, targets, strict=True)
+        ]
+        ops.resize(images.data, jobs, result.data)
         return result
     for i, (height, width) in enumerate(sizes):
-        resized = resample.resize_to(images.image(i), height, width, order)
-        result.image(i)[:height, :width] = resized
+        result.image(i)[:height, :width] = resample.resize(images.image(i), height, width, order)
     return result
-
-
-def _resize_uint8_triton(
-    images: RaggedImages,
-    sizes: Sequence[tuple[int, int]],
-    result: RaggedImages,
-    order: tuple[int, int],
-) -> None:
-    from step37_kernels.ops import resize_uint8 as ops
-
-    jobs, tables = [], []
-    for i, ((height, width), (out_height, out_width)) in enumerate(
-        zip(images.shapes, sizes, strict=True)
-    ):
-        jobs.append(
-            ops.Uint8Job(
-                source=images.offsets[i],
-                source_pitch=width * 3,
-                height=height,
-                width=width,
-                target=result.offsets[i],
-                target_pitch=result.shapes[i][1] * 3,
-                out_height=out_height,
-                out_width=out_width,
-                vertical_first=vertical_pass_first(height, width, out_height, out_width, order),
-            )
-        )
-        tables.append(
-            (resample.axis_table(height, out_height), resample.axis_table(width, out_width))
-        )
-    ops.resize(images.data, jobs, tables, result.data)

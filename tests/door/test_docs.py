@@ -97,6 +97,28 @@ def test_local_links_of_what_is_read_on_the_repositorys_page_lead_somewhere() ->
     assert missing == []
 
 
+def test_every_test_that_the_page_on_reliability_names_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    promises = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [line for line in promises if "::" not in line] == ["| fault | promise | test |"] * 5
+    named = re.findall(r"`(tests/[^`]+\.py)::([^`]+)`", text)
+    assert text.count("::") == sum(1 + name.count("::") for _, name in named)
+    missing = []
+    for file, name in named:
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("::"):
+            found = [
+                node
+                for node in body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part
+            ]
+            if not found:
+                missing.append(f"{file}::{name}")
+                break
+            body = found[0].body
+    assert missing == []
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 

@@ -47,7 +47,7 @@ def test_every_level_of_every_channel_is_bit_exact(impl, dtype):
     assert torch.equal(got.cpu(), expected)
 
 
-def test_arithmetic_serves_where_it_gives_every_result_and_a_table_elsewhere():
+def test_one_product_and_sum_serve_where_they_give_every_result_and_nowhere_else():
     for dtype in (torch.bfloat16, torch.float16):
         assert pixels_module._line(CLIP_MEAN, CLIP_STD, dtype) is not None
     assert pixels_module._line(CLIP_MEAN, CLIP_STD, torch.float32) is None
@@ -58,7 +58,7 @@ def test_arithmetic_serves_where_it_gives_every_result_and_a_table_elsewhere():
     std=st.lists(st.floats(2**-10, 1, width=32), min_size=3, max_size=3),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_constants_are_bit_exact_by_arithmetic_or_by_table(mean, std, dtype):
+def test_any_constants_are_bit_exact_by_product_and_sum_or_by_division(mean, std, dtype):
     pixels = every_level()
     got = clip_normalize(pixels.to(DEVICE), mean=mean, std=std, dtype=dtype, impl="triton")
     wanted = reference_pixels.clip_normalize(pixels, mean=mean, std=std, dtype=dtype)
@@ -67,7 +67,7 @@ def test_any_constants_are_bit_exact_by_arithmetic_or_by_table(mean, std, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_table_is_exact_where_arithmetic_would_be_too(monkeypatch, dtype):
+def test_division_is_exact_where_product_and_sum_would_be_too(monkeypatch, dtype):
     monkeypatch.setattr(pixels_module, "_line", lambda *_: None)
     pixels = random_pixels(2, 9, 16, 3)
     got = clip_normalize(pixels, dtype=dtype, impl="triton")
@@ -117,7 +117,7 @@ def test_more_than_one_block_a_row(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_other_constants_have_a_table_of_their_own(impl):
+def test_other_constants_give_other_values(impl):
     pixels = random_pixels(1, 4, 5, 3)
     mean, std = (0.1, 0.2, 0.3), (0.5, -0.25, 3.0)
     got = clip_normalize(pixels, mean=mean, std=std, dtype=torch.float32, impl=impl)
@@ -203,7 +203,7 @@ def test_more_than_two_to_the_31_values():
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.4177, 0.3211), (0.5139, 0.5069)])
-def test_arithmetic_that_is_exact_only_fused_or_only_apart_is_not_used(mean, std):
+def test_product_and_sum_that_are_exact_only_fused_or_only_apart_are_not_used(mean, std):
     # In bf16 the first pair is exact fused, the second in two roundings.
     constants = {"mean": (mean,) * 3, "std": (std,) * 3}
     assert pixels_module._line((mean,) * 3, (std,) * 3, torch.bfloat16) is None

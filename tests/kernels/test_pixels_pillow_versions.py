@@ -33,7 +33,7 @@ for height, width in shapes:
     expected = reference_pixels.clip_normalize(torch.from_numpy(resized)[None])
     got = resize_clip_normalize([torch.from_numpy(image)], size)
     assert torch.equal(got, expected), (height, width, size)
-    vertical += reference_pixels.vertical_pass_first(height, width, size, size, order)
+    vertical += reference_pixels.passes_of((height, width), (size, size), order) == (0, 1)
 print(vertical)
 """
 

@@ -13,7 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_kernels.ops import filter as filter_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import pillow as resample
@@ -36,9 +35,8 @@ def interpreted_tiles(rows: int, columns: int, lines: int):
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            for name in ("FIRST_PASS", "SECOND_PASS"):
-                patch.setattr(f"step37_kernels.ops.resize.{name}_TILE", (rows, columns))
-                patch.setattr(f"step37_kernels.ops.resize.{name}_LINES", lines)
+            patch.setattr("step37_kernels.ops.resize.TILE", (rows, columns))
+            patch.setattr("step37_kernels.ops.resize.LINES", (lines, lines))
         yield
 
 
@@ -232,7 +230,7 @@ def test_no_images_give_no_results(impl):
 def test_no_sum_passes_255_where_it_is_not_clamped(in_size, out_size):
     table = resample.axis_table(in_size, out_size)
     coefficients = table[1:].sum(axis=0, dtype=np.int64)
-    clamped = filter_ops.needs_clamp([(table, table)])
+    clamped = resize_ops.needs_clamp([table])
     assert clamped == (len(table) > 16_000)
     assert clamped or (255 * coefficients.max() + 2**21) >> 22 <= 255
 

@@ -520,18 +520,3 @@ def test_a_pipeline_gives_the_losses_of_one_process(one_stage, pipelines, name):
     assert first[name] == []
     torch.testing.assert_close(torch.tensor(last[name]), torch.tensor(one_stage))
     assert one_stage[-1] < one_stage[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_host_waits_for_nothing_on_cuda(packs):
-    step = ForwardStep(device="cuda")
-    model, iterator = Recorder(), rerun.RerunDataIterator(iter(packs))
-    step(State(), iterator, model)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(State(), iterator, model)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        step.close()
-    assert model.seen[1]["images"][0].images.is_cuda

@@ -1,0 +1,153 @@
+"""Shards through Energon are the folder: the same packs, tokens and pixels, each sample once."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from step37_data.preprocess import preprocess_packed_batch
+from step37_data.provider import Step37Flickr8kSFTDataProvider
+from tests.energon.conftest import SAMPLES, TOKENIZER
+
+energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+
+from step37_data.energon import Step37TaskEncoder
+
+TENSORS = ("tokens", "labels", "loss_masks", "cu_seqlens", "max_seq_len", "position_id")
+Build = Callable[..., Any]
+
+
+def packs_of(dataset: Any, count: int | None = None) -> list[dict[str, Any]]:
+    loader = iter(energon.get_loader(dataset))
+    return [next(loader) for _ in range(count)] if count is not None else list(loader)
+
+
+def keys_of(packs: list[dict[str, Any]]) -> Counter[str]:
+    return Counter(key for pack in packs for key in pack["__key__"])
+
+
+def pixels_of(pack: dict[str, Any], encoder: Step37TaskEncoder) -> dict[str, Any]:
+    return preprocess_packed_batch(
+        pack,
+        img_start_token_id=encoder.template.img_start_token_id,
+        patch_start_token_id=encoder.template.patch_start_token_id,
+        image_size=56,
+        patch_image_size=42,
+        encoder_patch_size=14,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    ("packing", "buffer", "multicrop"),
+    [("next_fit", SAMPLES, False), ("best_fit", 16, False), ("best_fit", 20, True)],
+)
+def test_packs_tokens_and_pixels_are_those_of_the_folders_provider_bit_for_bit(
+    folder: Path, shards: Path, in_order: Build, packing: Any, buffer: int, multicrop: bool
+) -> None:
+    length = 1700 if multicrop else 700
+    provider = Step37Flickr8kSFTDataProvider(
+        tokenizer_path=TOKENIZER,
+        cache_dir=str(folder),
+        sample_count=None,
+        dataset_sampling="sequential",
+        max_packing_seqlen=length,
+        packing=packing,
+        packing_window=buffer,
+        multicrop=multicrop,
+    )
+    of_folder, _, _ = provider.build_datasets(None)
+    encoder = Step37TaskEncoder(
+        TOKENIZER, max_packing_seqlen=length, packing=packing, multicrop=multicrop
+    )
+    of_shards = packs_of(in_order(shards, encoder, packing_buffer_size=buffer))
+    assert len(of_shards) == len(of_folder) > 5
+    most_groups = 0
+    for left, right in zip(of_folder, of_shards, strict=True):
+        for name in TENSORS:
+            assert left[name].dtype == right[name].dtype
+            assert torch.equal(left[name], right[name]), name
+        left, right = pixels_of(left, encoder), pixels_of(right, encoder)
+        assert left.keys() == right.keys()
+        assert len(left["images"]) == len(right["images"])
+        most_groups = max(most_groups, len(right["images"]))
+        for one, other in zip(left["images"], right["images"], strict=True):
+            assert one.insert_start_token == other.insert_start_token
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.rope_cu_seqlens, other.rope_cu_seqlens)
+    assert most_groups == 1 + multicrop
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_two_workers_and_two_ranks_give_every_sample_once(
+    shards: Path, in_order: Build, batch_size: int | None
+) -> None:
+    packs = []
+    for rank in range(2):
+        encoder = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=700)
+        ranks = {"rank": rank, "world_size": 2, "num_workers": 2}
+        packs += packs_of(in_order(shards, encoder, batch_size=batch_size, **ranks))
+    assert keys_of(packs) == Counter(f"{number:09d}" for number in range(SAMPLES))
+    assert all(len(pack["tokens"]) % 64 == 0 for pack in packs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_state_saved_in_the_middle_of_a_buffer_loses_and_doubles_nothing(
+    shards: Path, in_order: Build, num_workers: int
+) -> None:
+    def loader() -> Any:
+        encoder = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=500, packing="best_fit")
+        dataset = in_order(shards, encoder, num_workers=num_workers, packing_buffer_size=9)
+        # Energon keeps its checkpoints by time; here every pack is one.
+        options = {"checkpoint_every_sec": 0, "checkpoint_every_min_n_samples": 1}
+        return energon.get_savable_loader(dataset, **options)
+
+    whole = list(loader())
+    assert len(whole) > 15
+    for stop in (1, 4, 6, 13):
+        first = loader()
+        taken = iter(first)
+        before = [next(taken) for _ in range(stop)]
+        state = pickle.loads(pickle.dumps(first.save_state_rank()))
+        second = loader()
+        second.restore_state_rank(state)
+        after = list(second)
+        assert [pack["__key__"] for pack in before + after] == [pack["__key__"] for pack in whole]
+        for left, right in zip(whole[stop:], after, strict=True):
+            assert all(torch.equal(left[name], right[name]) for name in TENSORS)
+            assert left["image_paths"] == right["image_paths"]
+
+
+def test_two_data_sets_are_blended_by_weight(
+    shards: Path, in_order: Build, tmp_path: Path, folder: Path
+) -> None:
+    from step37_data.inspect.cli import main
+
+    assert main(["shard", str(folder), str(tmp_path / "few"), "--sample-count", "6"]) == 0
+    (tmp_path / "blend.yaml").write_text(
+        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
+        f"    - {{path: '{shards}', weight: 3, subflavors: {{of: many}}}}\n"
+        f"    - {{path: '{tmp_path / 'few'}', weight: 1, subflavors: {{of: few}}}}\n"
+    )
+    encoder = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=700)
+    options = {"repeat": True, "packing_buffer_size": 8}
+    packs = packs_of(in_order(tmp_path / "blend.yaml", encoder, **options), 250)
+    drawn = Counter(flavor["of"] for pack in packs for flavor in pack["__subflavors__"])
+    assert drawn.total() > 500
+    # Energon draws by chance: four standard deviations.
+    share = drawn["many"] / drawn.total()
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / drawn.total()) ** 0.5
+
+
+def test_the_encoder_and_its_packs_can_be_pickled(shards: Path, in_order: Build) -> None:
+    encoder = pickle.loads(pickle.dumps(Step37TaskEncoder(TOKENIZER, max_packing_seqlen=700)))
+    (pack,) = packs_of(in_order(shards, encoder), 1)
+    other = pickle.loads(pickle.dumps(pack))
+    assert other["image_paths"] == pack["image_paths"]
+    assert repr(other["image_paths"][0][0]) == "EncodedImage(name='000000000.jpg')"

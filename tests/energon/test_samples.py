@@ -1,0 +1,174 @@
+"""What a WebDataset sample may hold, and what happens to one that is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.energon.conftest import TOKENIZER
+
+energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+
+from step37_data.energon import Step37TaskEncoder, cook_sample, prepare_shards
+from step37_data.images.decode import BrokenImageError
+from step37_data.images.encoded import EncodedImage
+from step37_data.preprocess import preprocess_packed_batch
+
+Build = Callable[..., Any]
+Parts = dict[str, bytes | str | dict[str, Any]]
+
+
+def picture(shade: int, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, shade, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def asking(count: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": "<image>" * count + " What is it?"},
+            {"role": "assistant", "content": "A square."},
+        ]
+    }
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Callable[[list[Parts]], Path]:
+    def write(samples: list[Parts]) -> Path:
+        (tmp_path / "train").mkdir()
+        with tarfile.open(tmp_path / "train" / "000000.tar", "w") as tar:
+            for number, parts in enumerate(samples):
+                for part, content in parts.items():
+                    if isinstance(content, dict):
+                        content = json.dumps(content)
+                    data = content.encode() if isinstance(content, str) else content
+                    member = tarfile.TarInfo(f"s{number}.{part}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        prepare_shards(tmp_path, {"train": ["train/000000.tar"]})
+        return tmp_path
+
+    return write
+
+
+def cooked(**parts: Any) -> list[Any]:
+    sample = {"__key__": "k", "__restore_key__": (), "__sources__": (), "__subflavors__": {}}
+    return cook_sample({**sample, **parts})["images"]
+
+
+def test_pictures_come_as_the_json_names_them_and_otherwise_in_the_order_of_their_names() -> None:
+    parts = {name: name.encode() for name in ("10.jpg", "2.png", "1.webp", "2.b.JPEG", "note.md")}
+    given = cooked(json=json.dumps(asking(4)).encode(), **parts)
+    assert [str(image) for image in given] == ["k.1.webp", "k.2.b.JPEG", "k.2.png", "k.10.jpg"]
+    body = {**asking(1), "images": [["10.jpg", 1], "1.webp"]}
+    crop, image = cooked(json=json.dumps(body).encode(), **parts)
+    assert crop == (EncodedImage("k.10.jpg", b"10.jpg"), 1)
+    assert image == EncodedImage("k.1.webp", b"1.webp")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"json": b"[]"}, "k.json: expected an object with messages"),
+        ({"json": b'{"messages": [], "images": ["a.jpg"]}'}, "images name 'a.jpg', its pictures"),
+        ({"jpg": b"", "md": b""}, r"expected json or txt, got the parts \['jpg', 'md'\]"),
+        ({"json": b"{"}, "Expecting property name"),
+    ],
+)
+def test_a_sample_of_another_form_is_refused_with_its_key(
+    parts: dict[str, bytes], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cooked(**parts)
+
+
+def test_what_cannot_be_told_is_skipped_by_energons_error_handling_and_counted(
+    shard: Callable[[list[Parts]], Path], in_order: Build
+) -> None:
+    path = shard(
+        [
+            {"jpg": picture(1), "txt": "A caption."},
+            {"jpg": picture(2), "json": asking(2)},  # one picture for two placeholders
+            {"0.jpg": picture(3), "1.png": picture(4, "PNG"), "json": asking(2)},
+            {"txt": "No picture."},
+            {"json": asking(0)},
+            {"jpg": picture(5), "json": "{"},
+            {"jpg": picture(6), "txt": "Reserved <im_patch> token."},
+            {"jpg": picture(7), "txt": "long " * 900},
+        ]
+    )
+    reported = []
+
+    def handler(error: Exception, *_: Any) -> None:
+        reported.append(str(error))
+
+    encoder = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=640)
+    dataset = in_order(path, encoder, packing_buffer_size=5, global_error_handler=handler)
+    packs = list(energon.get_loader(dataset))
+    assert [key for pack in packs for key in pack["__key__"]] == ["s0", "s2", "s4"]
+    assert sum(pack["skipped_samples"] for pack in packs) == 4
+    assert sum(pack["dropped_samples"] for pack in packs) == 1
+    assert [text.partition(":")[0] for text in reported] == [
+        "sample s1",
+        "sample s3",
+        "Expecting property name enclosed in double quotes",
+        "sample s6",
+    ]
+    assert "1 files of type image for 2 placeholders" in reported[0]
+
+
+@pytest.mark.parametrize("multicrop", [False, True])
+def test_a_broken_picture_follows_on_broken(
+    shard: Callable[[list[Parts]], Path], in_order: Build, multicrop: bool
+) -> None:
+    photograph = picture(200)
+    samples: list[Parts] = [{"jpg": photograph, "txt": "Whole."}]
+    samples += [{"jpg": photograph[:200], "txt": "Cut."}, {"jpg": b"no picture", "txt": "None."}]
+    path = shard(samples)
+
+    def prepared(on_broken: Any) -> dict[str, Any]:
+        encoder = Step37TaskEncoder(TOKENIZER, multicrop=multicrop, on_broken=on_broken)
+        (pack,) = energon.get_loader(in_order(path, encoder, packing_buffer_size=3))
+        return preprocess_packed_batch(
+            pack,
+            img_start_token_id=encoder.template.img_start_token_id,
+            patch_start_token_id=encoder.template.patch_start_token_id,
+            image_size=28,
+            patch_image_size=28,
+            encoder_patch_size=14,
+            device="cpu",
+        )
+
+    zero, skip = prepared("zero"), prepared("skip-loss")
+    images = zero["images"][-1].images
+    assert len(images) == 3
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[1], images[2])
+    first, second, third, end = zero["cu_seqlens"][:4].tolist()
+    assert zero["loss_masks"][0, second:third].sum() > 0
+    assert skip["loss_masks"][0, second:end].sum() == 0
+    kept = slice(first, second)
+    assert torch.equal(skip["loss_masks"][0, kept], zero["loss_masks"][0, kept])
+    with pytest.raises(BrokenImageError, match=r"image s1\.jpg could not be read"):
+        prepared("raise")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"packing": "worst_fit"}, "packing: expected one of next_fit, best_fit, balanced"),
+        ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
+    ],
+)
+def test_an_unknown_word_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Step37TaskEncoder(TOKENIZER, **given)

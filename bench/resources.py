@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
-from step37_kernels.ops import gradient, plan, project, tiles
+from step37_kernels.ops import gradient, pack, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.pixels.resize import resize_uint8
@@ -119,8 +119,8 @@ def insert_blank(
 def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
     view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
     apart = view.contiguous()[:, ::2]
-    yield f"{short} channels-first", functools.partial(project.pack_rows, [view])
-    yield f"{short} rows apart", functools.partial(project.pack_rows, [apart])
+    yield f"{short} channels-first", functools.partial(pack.pack_rows, [view])
+    yield f"{short} rows apart", functools.partial(pack.pack_rows, [apart])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
     variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
     for tile in entries:
@@ -165,7 +165,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan.plan_kernel, gradient.gradient_rows_kernel,
-    project.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
+    pack.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip
 

@@ -6,12 +6,11 @@ import contextlib
 import csv
 import functools
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.checks import checked_int
+from step37_data.hub_cache import NOTES, check_origin, flaw_of, path_inside, refuse_links
 from step37_data.images.crops import CropPlan, plan_file
-from step37_data.lengths import write_atomically
 from step37_data.rank_order import fill_cache_once
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
 from step37_data.threads import map_threads
@@ -28,9 +27,6 @@ from step37_data.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
-# What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
-_ORIGIN_FILE = ".cache/step37_origin.json"
-_NOTES = ".cache/huggingface/download"
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
 _GIVE_UP_AFTER_S = 30.0
@@ -163,13 +159,13 @@ def get_flickr8k_dataset_file(
         OSError: the download failed otherwise, or gave what does not fit its hash, twice.
     """
     root = Path(cache_dir).expanduser()
-    path = _path_inside(root, filename)
-    flaw = _flaw(root, path)
+    path = path_inside(root, filename)
+    flaw = flaw_of(root, path)
     for _ in range(2):
         if flaw is None:
             return path
         _download(filename, root, path, flaw, repo_id, revision, endpoint)
-        flaw = _flaw(root, path)
+        flaw = flaw_of(root, path)
     if flaw is None:
         return path
     raise OSError(f"{path} {flaw}, also after it was downloaded twice from {repo_id}")
@@ -187,7 +183,7 @@ def _download(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    _refuse_links(root, path, root / _NOTES)
+    refuse_links(root, path, root / NOTES)
     if path.exists():
         logger.warning("%s %s: downloading it again", path, flaw)
     # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
@@ -277,7 +273,7 @@ def prepare_flickr8k_samples(
     if sample_count is not None:
         checked_int("sample_count", sample_count)
     root = Path(cache_dir).expanduser()
-    metadata = _path_inside(root, f"{split}/metadata.csv")
+    metadata = path_inside(root, f"{split}/metadata.csv")
 
     def fetch(name: str) -> Path:
         return get_flickr8k_dataset_file(
@@ -293,7 +289,7 @@ def prepare_flickr8k_samples(
         from huggingface_hub import utils as hub
 
         root.mkdir(parents=True, exist_ok=True)
-        _check_origin(root, repo_id, revision)
+        check_origin(root, repo_id, revision)
         with contextlib.ExitStack() as undo:
             # huggingface_hub shows a bar for every file; our files together have one.
             if not hub.are_progress_bars_disabled():
@@ -309,13 +305,13 @@ def prepare_flickr8k_samples(
         """Images that are missing or damaged; what was found whole is not looked at again."""
         paths = list(dict.fromkeys(Path(sample.image_path) for sample in read()))
         paths = [path for path in paths if path not in whole]
-        flaws = map_threads(functools.partial(_flaw, root), paths, _HEADER_READERS)
+        flaws = map_threads(functools.partial(flaw_of, root), paths, _HEADER_READERS)
         found = dict(zip(paths, flaws, strict=True))
         whole.update(path for path, flaw in found.items() if flaw is None)
         return [path for path, flaw in found.items() if flaw is not None]
 
     def is_filled() -> bool:
-        return _flaw(root, metadata) is None and not flawed()
+        return flaw_of(root, metadata) is None and not flawed()
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
     samples = read()
@@ -354,7 +350,7 @@ def read_flickr8k_metadata(
             skipped += 1
             continue
         try:
-            path = _path_inside(metadata.parent, file_name)
+            path = path_inside(metadata.parent, file_name)
         except ValueError as error:
             problems.append(f"line {line}: {error}")
             continue
@@ -409,74 +405,6 @@ def _maybe_barrier() -> None:
     """Wait for all ranks, if there are several."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-
-
-def _path_inside(folder: Path, name: str) -> Path:
-    """``folder / name``, provided that ``name`` stays inside on every operating system."""
-    parts = PurePosixPath(name).parts
-    outside = not parts or name.startswith("/") or ".." in parts
-    if outside or any(character in name for character in "\\:\0"):
-        raise ValueError(f"file name {name!r} leaves the folder {str(folder)!r}")
-    return folder.joinpath(*parts)
-
-
-def _flaw(root: Path, path: Path) -> str | None:
-    """What is wrong with a file, as far as can be told without the hub; None if nothing is."""
-    if not path.is_file():
-        return "is missing" if not path.exists() else "is not a regular file"
-    try:
-        # huggingface_hub's own note: commit, hash, time.
-        note = (root / _NOTES / f"{path.relative_to(root)}.metadata").read_text().splitlines()
-    except (OSError, ValueError):
-        note = []
-    size = path.stat().st_size
-    expected = note[1].strip() if len(note) > 1 else ""
-    if len(expected) not in (40, 64):
-        return None if size else "is empty"
-    # The hash of a large file, or git's of a small one.
-    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() == expected:
-        return None
-    return f"is damaged: expected the hash {expected}, found {digest.hexdigest()} of {size} bytes"
-
-
-def _refuse_links(root: Path, *paths: Path) -> None:
-    """Raise ``ValueError`` where writing to a path would write outside of ``root``."""
-    for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"{path} leads by a link to {path.resolve()}, outside of {root}")
-
-
-def _check_origin(root: Path, repo_id: str, revision: str | None) -> None:
-    """Refuse a cache of another data set or revision; note down what a new one will hold."""
-    note = root / _ORIGIN_FILE
-    wanted = {"repo_id": repo_id, "revision": revision}
-    if note.is_file():
-        try:
-            found = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"cache_dir: {note} is damaged ({error}); remove it if the folder holds {wanted}"
-            ) from error
-        if found != wanted:
-            raise ValueError(
-                f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
-            )
-    elif any(entry.name != ".cache" for entry in root.iterdir()):
-        if revision is not None:
-            logger.warning(
-                "%s was not filled by this loader: its files are taken as they are, whether or "
-                "not they are those of revision %s",
-                root,
-                revision,
-            )
-    else:
-        _refuse_links(root, note)
-        note.parent.mkdir(exist_ok=True)
-        write_atomically(note, json.dumps(wanted).encode())
 
 
 def _fetch_all(

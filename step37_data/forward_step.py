@@ -258,9 +258,11 @@ def _may_be_read_ahead(data_iterator: Any) -> bool:
     """Whether all who take packs take them from this object, and none from what it wraps."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
-    return isinstance(data_iterator, RerunDataIterator) and not hasattr(
-        data_iterator.iterable, "save_state"
-    )
+    if not isinstance(data_iterator, RerunDataIterator):
+        return False
+    # A state of what was read is wrong, unless it can be told what was used.
+    packs = data_iterator.iterable
+    return hasattr(packs, "read_ahead_by") or not hasattr(packs, "save_state")
 
 
 def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:

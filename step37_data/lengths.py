@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -209,9 +209,12 @@ def _measure(
     """``(indices, lengths)`` chunk by chunk, in order."""
     if workers is None:
         workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
-    chunks = _Chunks(dataset, [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)])
     measured = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=workers if workers > 1 else 0, collate_fn=as_it_is
+        _Lengths(dataset),
+        _CHUNK,
+        sampler=indices,
+        num_workers=workers if workers > 1 else 0,
+        collate_fn=np.transpose,
     )
     with tqdm(total=len(indices), desc=description, unit="sample", disable=not progress) as bar:
         for chunk, lengths in measured:
@@ -219,38 +222,24 @@ def _measure(
             bar.update(len(chunk))
 
 
-class _Chunks(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]):
-    """Indices of samples and their lengths, many at a time, for a DataLoader."""
+class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
+    """Indices of samples and their lengths, for a DataLoader."""
 
-    def __init__(self, dataset: Any, chunks: Sequence[np.ndarray]) -> None:
-        self._dataset, self._chunks = dataset, chunks
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        chunk = self._chunks[number]
-        lengths = [
-            _length_of(index, item_at(self._dataset, index, "sample")) for index in chunk.tolist()
-        ]
-        return chunk, np.array(lengths, np.int64)
-
-
-def as_it_is(given: Any) -> Any:
-    """What a DataLoader is to make of what a data set gives: nothing else."""
-    return given
-
-
-def _length_of(index: int, sample: Any) -> int:
-    length = len(sample)
-    if isinstance(sample, Mapping) and "tokens" in sample:
-        expected = max(0, len(sample["tokens"]) - 1)
-        if length != expected:
-            raise ValueError(
-                f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
-                f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
-            )
-    return length
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        index = int(index)  # NumPy's, as it comes
+        sample = item_at(self._dataset, index, "sample")
+        length = len(sample)
+        if isinstance(sample, Mapping) and "tokens" in sample:
+            expected = max(0, len(sample["tokens"]) - 1)
+            if length != expected:
+                raise ValueError(
+                    f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
+                    f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
+                )
+        return index, length
 
 
 def _digest(payload: bytes) -> bytes:

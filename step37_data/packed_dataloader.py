@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,9 +17,10 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from step37_data.checks import checked_int, checked_state, item_at
-from step37_data.lengths import KeyedDataset, as_it_is, probe_lengths
+from step37_data.lengths import KeyedDataset, probe_lengths
 from step37_data.packing import (
     OversizePolicy,
+    PackingResult,
     PackRanges,
     pack,
     pack_balanced,
@@ -36,6 +38,41 @@ Sampling = Literal["sequential", "random"]
 Packing = Literal["next_fit", "best_fit", "balanced"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How full the packs of a packing are.
+
+    Attributes:
+        tokens: int64 ``[P]``, tokens in each pack, before padding.
+        samples: number of samples in the packs.
+        dropped: samples left out because they are longer than a pack.
+        capacity: tokens of a pack.
+    """
+
+    tokens: np.ndarray
+    samples: int
+    dropped: int
+    capacity: int
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
+        """Of samples of these ``sizes``, ``[N]``, which ``result`` packs."""
+        packs = result.packed_sample_ranges
+        bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        tokens = bounds[packs.starts + packs.counts] - bounds[packs.starts]
+        return cls(tokens, int(packs.counts.sum()), result.num_droped, capacity)
+
+    @property
+    def share(self) -> float:
+        """Of the capacity of all packs, in use; a pack of an oversize sample is full."""
+        return float(self.tokens.sum() / np.maximum(self.tokens, self.capacity).sum())
+
+    def __str__(self) -> str:
+        packs = f"{len(self.tokens)} packs of {self.capacity} tokens"
+        told = f"{100 * self.share:.1f} % filled, {self.dropped} dropped"
+        return f"{self.samples} samples in {packs}, {told}"
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
@@ -163,21 +200,13 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self._log_fill(packing)
 
     def _log_fill(self, packing: Packing) -> None:
-        sizes, result = self.pack_sizes(), self.packing_result
-        samples = int(result.packed_sample_ranges.counts.sum())
-        logger.info(
-            "%s: %d samples in %d packs of %d tokens, %.1f %% filled",
-            packing,
-            samples,
-            len(self),
-            self.max_length,
-            100.0 * float(sizes.sum() / np.maximum(sizes, self.max_length).sum()),
-        )
-        if result.num_droped:
+        fill = Fill.of(self.piece_sizes, self.packing_result, self.max_length)
+        logger.info("%s: %s", packing, fill)
+        if fill.dropped:
             logger.warning(
                 "%d of %d samples were dropped: longer than the %d tokens of a pack",
-                result.num_droped,
-                samples + result.num_droped,
+                fill.dropped,
+                fill.samples + fill.dropped,
                 self.max_length,
             )
 
@@ -226,10 +255,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def pack_sizes(self) -> np.ndarray:
         """int64 ``[packs]``: tokens in each pack, before padding."""
-        bounds = np.concatenate(([0], np.cumsum(self.piece_sizes, dtype=np.int64)))
-        starts = self._ranges.starts
-        sizes: np.ndarray = bounds[starts + self._ranges.counts] - bounds[starts]
-        return sizes
+        return Fill.of(self.piece_sizes, self.packing_result, self.max_length).tokens
 
     def iterate(
         self,
@@ -264,7 +290,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=as_it_is,
+            collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing_context if num_workers else None,
             prefetch_factor=prefetch_factor if num_workers else None,
         )
@@ -327,6 +353,10 @@ def draw_schedule(
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
+
+
+def _as_it_is(pack: Any) -> Any:
+    return pack
 
 
 class _Guarded(torch.utils.data.Dataset[Any]):

@@ -249,7 +249,9 @@ class ReadAhead(Iterator[Any]):
     what is left, unprepared: no pack is lost, none comes twice.
 
     Args:
-        packs: the iterator that is replaced; nobody may go on reading it.
+        packs: the iterator that is replaced; nobody may go on reading it. One that has
+            ``read_ahead_by``, as Energon's packs here, is told how many of its packs were given on,
+            and has its ``save_state`` here, too.
         prepare: turns a pack into the model's input.
         depth, device: see :class:`Prefetcher`.
     """
@@ -262,6 +264,10 @@ class ReadAhead(Iterator[Any]):
         self._left: deque[Any] = deque()
         self._index = -1
         self._turn = threading.Lock()
+        savable: Any = packs
+        if hasattr(savable, "read_ahead_by"):  # before the first is read
+            savable.read_ahead_by(lambda: self._index + 1)
+            self.save_state = savable.save_state
         self._ahead: Prefetcher[_Attempt] | None = Prefetcher(
             _Rest(packs), self._attempt, depth=depth, device=device
         )

@@ -25,8 +25,9 @@ import torch
 
 from step37_data.checks import checked_int
 from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.messages import check_encodable, checked_role, map_texts, strings, texts_of
+from step37_data.messages import checked_role, map_texts, strings, texts_of
 from step37_data.placeholders import Entry, SampleImages, token_runs
+from step37_data.reserved import ReservedTokens
 from step37_data.threads import within
 from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
@@ -153,11 +154,7 @@ class Step37MultimodalTemplate(ImageTokens):
         }
         reserved = control - set(THINK_TOKENS) | self._multicrop_markup
         reserved |= {self.image_token, IMAGE_PLACEHOLDER}
-        self._reserved = re.compile(
-            "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
-        )
-        vocabulary = self.tokenizer.get_vocab()
-        self._reserved_ids = {vocabulary[text]: text for text in reserved if text in vocabulary}
+        self._reserved = ReservedTokens(reserved, self.tokenizer.get_vocab(), self._encode)
         self._warned_about_length = False
 
     def __call__(self, data: Mapping[str, Any]) -> MultimodalSFTSample:
@@ -187,8 +184,7 @@ class Step37MultimodalTemplate(ImageTokens):
         entries = images.seen if self.multicrop else images.given
         text = self._render(messages, False)
         short_ids = self._encode(text)
-        if self._makes_reserved(text, short_ids):
-            raise ValueError(self._what_makes_reserved(messages))
+        self._reserved.refuse_made(messages, text, short_ids)
         repeats = self._repeats(short_ids, rows, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
@@ -292,22 +288,22 @@ class Step37MultimodalTemplate(ImageTokens):
             role = checked_role(number, original)
             message = dict(original)
             where = f"conversations[{number}] ({role})"
-            expand = self._refuse_reserved
+            expand = self._reserved.refuse
             if role != "assistant":
                 expand = functools.partial(self._expand, rows, images)
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key] = map_texts(value, expand, where)
-                    self._refuse_joined(texts_of(value), where)
+                    self._reserved.refuse_joined(texts_of(value), where)
                 else:
                     for text in strings(value):
-                        self._refuse_reserved(text, f"{where} {key}")
+                        self._reserved.refuse(text, f"{where} {key}")
             messages.append(message)
         return messages
 
     def _expand(self, rows: list[int], images: SampleImages, text: str, where: str) -> str:
         spelled_out = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
-        self._refuse_reserved(
+        self._reserved.refuse(
             text, where, self._multicrop_markup if spelled_out else _IMAGE_PLACEHOLDER_ONLY
         )
         if spelled_out:
@@ -322,45 +318,6 @@ class Step37MultimodalTemplate(ImageTokens):
             rows += [count for token, count in runs if token == self.image_token]
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
-
-    def _refuse_reserved(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
-        """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
-        check_encodable(text, where)
-        for match in self._reserved.finditer(text):
-            if match[0] not in allowed:
-                excerpt = text[max(0, match.start() - 20) : match.end() + 20]
-                raise ValueError(
-                    f"{where}: the text spells the reserved {match[0]!r} at character "
-                    f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
-                )
-        return text
-
-    def _refuse_joined(self, texts: Sequence[str], where: str) -> None:
-        apart = [token for text in texts for token in self._reserved.findall(text)]
-        if len(texts) > 1 and (joined := self._reserved.findall("".join(texts))) != apart:
-            raise ValueError(
-                f"{where}: its parts together spell the reserved {joined}, one after the other "
-                f"only {apart}; the chat template joins them: remove or rewrite it"
-            )
-
-    def _makes_reserved(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether ``ids`` hold a reserved token that ``text`` does not spell, as a normaliser that
-        knows of full-width letters makes it."""
-        made = [self._reserved_ids[token] for token in ids if token in self._reserved_ids]
-        known = self._reserved_ids.values()
-        return made != [token for token in self._reserved.findall(text) if token in known]
-
-    def _what_makes_reserved(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        where = [
-            f"conversations[{number}] ({message['role']}): {text!r}"
-            for number, message in enumerate(messages)
-            for text in strings(message)
-            if self._makes_reserved(text, self._encode(text))
-        ]
-        return (
-            f"{'; '.join(where) or 'conversations'}: the tokenizer makes a reserved token of text "
-            "that does not spell it (its normaliser changes characters); remove or rewrite it"
-        )
 
     def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
         if isinstance(images, str):

@@ -23,7 +23,7 @@ from step37_kernels.main_grad import MainGrad, check_has_main_grad, into_main_gr
 from step37_kernels.plan import InsertPlan
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_SOURCES = 4  # as in ops.project, which needs Triton to import
+MAX_SOURCES = 4  # as in ops.pack, which needs Triton to import
 """Contiguous tensors that one launch reads in place."""
 
 

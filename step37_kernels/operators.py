@@ -89,9 +89,9 @@ def _fake_pack_rows(features: list[Tensor]) -> Tensor:
 @_operator(_fake_pack_rows)
 def pack_rows(features: list[Tensor]) -> Tensor:
     """``[N, L, C]`` tensors of any strides → one contiguous ``[R, C]``."""
-    from step37_kernels.ops import project
+    from step37_kernels.ops import pack
 
-    return project.pack_rows(features)
+    return pack.pack_rows(features)
 
 
 def _fake_project_insert(embeddings: Tensor, *_: Any) -> Tensor:

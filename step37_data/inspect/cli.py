@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from step37_data.extras import how_to_get
+from step37_data.inspect import style
 
 if TYPE_CHECKING:
-    from step37_data.flickr8k_loader import Step37Flickr8kDataset
-    from step37_data.inspect.data_set import DataSetDescription
-    from step37_data.inspect.pack_picture import PackDescription
     from step37_data.packed_dataloader import MixedPackedDataloader, Packing
 
 
@@ -57,12 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", help="folder of the tokenizer")
     add("--picture", type=Path, metavar="FILE", help="show how multicrop sees this image file")
     add("--pack", type=int, metavar="N", help="show this pack instead of the data set")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="draw the data set, the --pack or the --picture into this file, such as p.png",
-    )
+    add("--out", type=Path, metavar="FILE", help="draw it into this file, such as p.png")
     add("--html", type=Path, metavar="FILE", help="write a page with tables, pictures and packs")
     add("--html-packs", type=int, default=12, metavar="N", help="packs to leaf through in it")
     add("--multicrop", action="store_true", help="see images in crops")
@@ -117,32 +110,32 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
         raise ValueError("--html: a page shows a whole data set, not one --pack or --picture")
     if options.picture is not None:
         yield from _describe_picture(str(options.picture), options.out)
-        return
-    if options.cache_dir is None or options.tokenizer is None:
+    elif options.cache_dir is None or options.tokenizer is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
-    dataset = _open(options)
-    describe = _describe_dataset if options.pack is None else _describe_pack
-    yield from describe(dataset, options)
+    elif options.pack is not None:
+        yield from _describe_pack(options)
+    else:
+        yield from _describe_data_set(options)
+
+
+def _save(out: Path | None, draw: Callable[..., Any], *described: Any) -> Iterator[str]:
+    if out is not None:
+        style.save(draw(*described), out)
+        yield f"drawing   {out}"
 
 
 def _describe_picture(path: str, out: Path | None) -> Iterator[str]:
     from step37_data.images.crops import picture_size
-    from step37_data.inspect import style
     from step37_data.inspect.crop_picture import describe_picture, draw_crops
 
-    try:
-        size = picture_size(path)
-        drawing = None if out is None else draw_crops(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'reason', error)}") from error
-    yield from describe_picture(path, size)
-    if drawing is not None and out is not None:
-        style.save(drawing, out)
-        yield f"drawing   {out}"
+    yield from describe_picture(path, picture_size(path))
+    yield from _save(out, draw_crops, path)
 
 
-def _open(options: argparse.Namespace) -> Step37Flickr8kDataset:
+def _load(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloader:
     from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
+    from step37_data.pack_transform import pack_samples
+    from step37_data.packed_dataloader import MixedPackedDataloader
     from step37_data.template import Step37MultimodalTemplate
 
     metadata = options.cache_dir / options.split / "metadata.csv"
@@ -154,17 +147,8 @@ def _open(options: argparse.Namespace) -> Step37Flickr8kDataset:
         max_sequence_length=options.max_length,
         multicrop=options.multicrop,
     )
-    return Step37Flickr8kDataset(samples, template, options.prompt)
-
-
-def _load(
-    dataset: Step37Flickr8kDataset, options: argparse.Namespace, packing: Packing
-) -> MixedPackedDataloader:
-    from step37_data.pack_transform import pack_samples
-    from step37_data.packed_dataloader import MixedPackedDataloader
-
     return MixedPackedDataloader(
-        [dataset],
+        [Step37Flickr8kDataset(samples, template, options.prompt)],
         [1.0],
         options.max_length,
         options.oversize,
@@ -176,90 +160,47 @@ def _load(
     )
 
 
-def _describe_dataset(dataset: Step37Flickr8kDataset, options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.inspect import style
-    from step37_data.inspect.data_set import data_set_lines, draw_data_set
+def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
+    from step37_data.inspect import data_set
 
-    data = _data_set(dataset, options)
-    yield from data_set_lines(data)
-    if options.out is not None:
-        style.save(draw_data_set(data), options.out)
-        yield f"picture   {options.out}"
-    if options.html is not None:
-        from step37_data.inspect.page import write_page
-
-        loader = _load(dataset, options, options.packing)
-        shown = range(min(options.html_packs, len(loader)))
-        packs = (_pack(dataset, loader, number, options) for number in shown)
-        write_page(options.html, data, packs, len(loader), progress=not options.quiet)
-        yield f"page      {options.html}, {len(shown)} of {len(loader)} packs"
-
-
-def _data_set(dataset: Step37Flickr8kDataset, options: argparse.Namespace) -> DataSetDescription:
-    from step37_data.inspect.data_set import (
-        DataSetDescription,
-        describe_fills,
-        find_broken_images,
-    )
-
-    # Lengths in the order drawn. Dropped samples are among them.
-    sizes = _load(dataset, options, "next_fit").piece_sizes.astype("int64")
-    paths = list(dict.fromkeys(sample.image_path for sample in dataset.samples))
-    return DataSetDescription(
+    # In the order drawn. Dropped samples are among them.
+    packs = _load(options, "next_fit")
+    sizes = packs.piece_sizes.astype("int64")
+    paths = list(dict.fromkeys(sample.image_path for sample in packs.datasets[0].samples))
+    data = data_set.DataSetDescription(
         name=f"{options.cache_dir}/{options.split}, {options.caption_key}",
         sizes=sizes,
         images=len(paths),
         capacity=options.max_length,
         oversize=options.oversize,
-        fills=describe_fills(sizes, options.max_length, options.oversize),
+        fills=data_set.describe_fills(sizes, options.max_length, options.oversize),
         broken=None
         if options.skip_images
-        else find_broken_images(paths, progress=not options.quiet),
+        else data_set.find_broken_images(paths, progress=not options.quiet),
     )
+    yield from data_set.data_set_lines(data)
+    yield from _save(options.out, data_set.draw_data_set, data)
+    if options.html is not None:
+        from step37_data.inspect.pack_picture import describe_pack
+        from step37_data.inspect.page import write_page
+
+        if options.packing != "next_fit":
+            packs = _load(options, options.packing)
+        shown = range(min(options.html_packs, len(packs)))
+        described = (describe_pack(packs, number) for number in shown)
+        write_page(options.html, data, described, len(packs), progress=not options.quiet)
+        yield f"page      {options.html}, {len(shown)} of {len(packs)} packs"
 
 
-def _describe_pack(dataset: Step37Flickr8kDataset, options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.inspect import style
-    from step37_data.inspect.pack_picture import draw_pack, pack_lines
+def _describe_pack(options: argparse.Namespace) -> Iterator[str]:
+    from step37_data.inspect.pack_picture import describe_pack, draw_pack, pack_lines
 
-    loader = _load(dataset, options, options.packing)
-    if not 0 <= options.pack < len(loader):
-        raise ValueError(f"--pack: expected 0 to {len(loader) - 1}, got {options.pack}")
-    pack, trained = _pack(dataset, loader, options.pack, options)
-    yield from pack_lines(pack, len(loader), trained)
-    if options.out is not None:
-        style.save(draw_pack(pack), options.out)
-        yield f"picture   {options.out}"
-
-
-def _pack(
-    dataset: Step37Flickr8kDataset,
-    loader: MixedPackedDataloader,
-    number: int,
-    options: argparse.Namespace,
-) -> tuple[PackDescription, list[str]]:
-    """A pack, and the text that each of its segments trains."""
-    from step37_data.inspect.pack_picture import describe_pack
-    from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
-
-    template = dataset.template
-    packed = loader[number]
-    description = describe_pack(
-        packed,
-        loader.pieces(number),
-        index=number,
-        capacity=options.max_length,
-        start_tokens={
-            IMAGE_ITEM_TYPE: (template.img_start_token_id, template.image_token_count),
-            PATCH_ITEM_TYPE: (template.patch_start_token_id, template.patch_token_count),
-        },
-    )
-    labels = packed["labels"]
-    trained = [
-        "".join(template.tokenizer.decode(labels[a:b].tolist()) for a, b in segment.loss)
-        for segment in description.segments
-    ]
-    return description, trained
+    packs = _load(options, options.packing)
+    if not 0 <= options.pack < len(packs):
+        raise ValueError(f"--pack: expected 0 to {len(packs) - 1}, got {options.pack}")
+    pack = describe_pack(packs, options.pack)
+    yield from pack_lines(pack)
+    yield from _save(options.out, draw_pack, pack)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import PureWindowsPath
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from step37_data.images.crop_pixels import canvas_image, cut, full_image
-from step37_data.images.crops import Window, plan_crops
+from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
-from step37_data.template import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.placeholders import ImageEntry
+from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "text": {"facecolor": style.TEXT},
@@ -31,264 +29,197 @@ _LOOKS: dict[str, dict[str, Any]] = {
 # All in inches. A line is 256 tokens: a caption of twelve is as wide as a finger.
 TOKENS_A_LINE = 256
 LEFT, TOP, LINE, GAP, WIDTH = 0.62, 0.92, 0.28, 0.09, 10.24
-_RIGHT, _THUMBNAIL, _CAPTION, _PIXELS = 0.16, 1.06, 0.22, 160
+_TOKEN = WIDTH / TOKENS_A_LINE
+_A_ROW, _THUMBNAIL, _PIXELS = 8, 1.06, 160
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageSpan:
-    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens.
-
-    Attributes:
-        window: of a picture seen in crops, else None.
-    """
+class ImageSpan(NamedTuple):
+    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens."""
 
     start: int
     end: int
-    path: str
-    kind: int
-    window: Window | None = None
+    entry: ImageEntry
+
+    @property
+    def name(self) -> str:
+        """Of the file, whatever system its path is of."""
+        return PureWindowsPath(str(self.entry.path)).name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(NamedTuple):
     """One sub-sequence of a pack: ``[start, end)`` in tokens.
 
     Attributes:
         source: ``(data set, index in it)``, None for padding.
         loss: ``[start, end)`` of every run of positions whose label is trained.
         images: its images and crops, in the order of their tokens.
+        text: what it trains.
     """
 
     start: int
     end: int
     source: tuple[int, int] | None
-    loss: tuple[tuple[int, int], ...]
-    images: tuple[ImageSpan, ...]
-
-    @property
-    def loss_tokens(self) -> int:
-        return sum(end - start for start, end in self.loss)
+    loss: list[tuple[int, int]]
+    images: list[ImageSpan]
+    text: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackDescription:
+class PackDescription(NamedTuple):
     """A pack: its segments, and how full it is.
 
     Attributes:
-        index: of the pack.
+        number: of the pack, among so many ``packs``.
         capacity: tokens that fit.
-        used: tokens of samples, without padding.
     """
 
-    index: int
+    number: int
+    packs: int
     capacity: int
-    used: int
-    segments: tuple[Segment, ...]
+    segments: list[Segment]
 
     @property
-    def fill(self) -> float:
-        """Share of the capacity in use; above 1 for an oversize sample kept alone."""
-        return self.used / self.capacity
+    def used(self) -> int:
+        """Tokens of samples, without padding."""
+        return max(segment.end for segment in self.segments if segment.source is not None)
+
+    @property
+    def title(self) -> str:
+        loss = sum(end - start for segment in self.segments for start, end in segment.loss)
+        full = f"{self.used} of {self.capacity} tokens ({self.used / self.capacity:.1%})"
+        rest = f"{self.segments[-1].end} with padding, {loss} trained"
+        return f"pack {self.number} of {self.packs}: {full}, {rest}"
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """The names of the columns, then a row for each segment."""
+        return [
+            ("segment", "sample", "tokens", "trained", "images", "text trained"),
+            *(
+                (
+                    str(number),
+                    "padding" if segment.source is None else str(segment.source[1]),
+                    f"{segment.start}–{segment.end}",
+                    " ".join(f"{a}–{b}" for a, b in segment.loss),
+                    ", ".join(f"{i.name} {i.start}–{i.end}" for i in segment.images),
+                    repr(segment.text)[1:-1],
+                )
+                for number, segment in enumerate(self.segments)
+            ),
+        ]
 
 
-def describe_pack(
-    packed: Mapping[str, Any],
-    pieces: Sequence[tuple[int, int]],
-    *,
-    index: int,
-    capacity: int,
-    start_tokens: Mapping[int, tuple[int, int]],
-) -> PackDescription:
-    """Find segments, trained positions and images in a packed dictionary.
+def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
+    """Find segments, trained positions and images in a pack.
 
     Args:
-        packed: what ``pack_samples`` gives.
-        pieces: ``(data set, index)`` of its samples, in order.
-        index, capacity: of the pack.
-        start_tokens: ``{item type: (start token id, rows)}``.
+        packs: of ``pack_samples``, from data sets that have a ``template``.
+        number: of the pack.
 
     Raises:
         ValueError: start tokens and image paths differ in number.
     """
-    tokens = packed["tokens"].numpy()
-    bounds = packed["cu_seqlens"].tolist()
+    packed, pieces, template = packs[number], packs.pieces(number), packs.datasets[0].template
     images: list[ImageSpan] = []
-    for kind, (token, rows) in start_tokens.items():
-        starts = np.flatnonzero(tokens == token) + 1
-        entries = [entry for entry in packed["image_paths"] if entry[1] == kind]
+    for kind, token, rows in (
+        (IMAGE_ITEM_TYPE, template.img_start_token_id, template.image_token_count),
+        (PATCH_ITEM_TYPE, template.patch_start_token_id, template.patch_token_count),
+    ):
+        starts = np.flatnonzero(packed["tokens"].numpy() == token) + 1
+        entries = [ImageEntry(*entry) for entry in packed["image_paths"] if entry[1] == kind]
         if len(starts) != len(entries):
             raise ValueError(
-                f"pack {index}: {len(starts)} start tokens {token} for {len(entries)} image paths"
+                f"pack {number}: {len(starts)} start tokens {token} for {len(entries)} image paths"
             )
-        images += [
-            ImageSpan(
-                start=start,
-                end=start + rows,
-                path=path,
-                kind=kind,
-                window=window[0] if window else None,
-            )
-            for start, (path, _, *window) in zip(starts.tolist(), entries, strict=True)
-        ]
+        images += map(ImageSpan, starts.tolist(), (starts + rows).tolist(), entries)
     images.sort(key=lambda image: image.start)
     segments = []
-    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+    bounds = itertools.pairwise(packed["cu_seqlens"].tolist())
+    for source, (start, end) in itertools.zip_longest(pieces, bounds):
         trained = packed["loss_masks"][start:end].numpy() > 0
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], trained, [False])).astype(int)))
-        segments.append(
-            Segment(
-                start=start,
-                end=end,
-                source=pieces[number] if number < len(pieces) else None,
-                loss=tuple((start + a, start + b) for a, b in edges.reshape(-1, 2).tolist()),
-                images=tuple(image for image in images if start <= image.start < end),
-            )
-        )
-    return PackDescription(
-        index=index,
-        capacity=capacity,
-        used=bounds[len(pieces)],
-        segments=tuple(segments),
-    )
+        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False)) + start
+        loss = [(a, b) for a, b in edges.reshape(-1, 2).tolist()]
+        labels = (packed["labels"][a:b].tolist() for a, b in loss)
+        text = "".join(map(template.tokenizer.decode, labels))
+        within = [image for image in images if start <= image.start < end]
+        segments.append(Segment(start, end, source, loss, within, text))
+    return PackDescription(number, len(packs), packs.max_length, segments)
 
 
-PACK_COLUMNS = ("segment", "sample", "tokens", "trained", "images", "text trained")
-
-
-def pack_rows(pack: PackDescription, trained: Sequence[str]) -> list[tuple[str, ...]]:
-    """A row of :data:`PACK_COLUMNS` for each segment; ``trained`` holds its text."""
-    return [
-        (
-            str(number),
-            "padding" if segment.source is None else str(segment.source[1]),
-            f"{segment.start}–{segment.end}",
-            " ".join(f"{a}–{b}" for a, b in segment.loss),
-            ", ".join(f"{_file_name(image)} {image.start}–{image.end}" for image in segment.images),
-            repr(text)[1:-1],
-        )
-        for number, (segment, text) in enumerate(zip(pack.segments, trained, strict=True))
-    ]
-
-
-def pack_title(pack: PackDescription, packs: int) -> str:
-    loss = sum(segment.loss_tokens for segment in pack.segments)
-    return (
-        f"pack {pack.index} of {packs}: {pack.used} of {pack.capacity} tokens "
-        f"({pack.fill:.1%}), {pack.segments[-1].end} with padding, {loss} trained"
-    )
-
-
-def pack_lines(pack: PackDescription, packs: int, trained: Sequence[str]) -> Iterator[str]:
+def pack_lines(pack: PackDescription) -> Iterator[str]:
     """The pack as a table, line by line."""
-    yield pack_title(pack, packs)
-    rows = [PACK_COLUMNS, *pack_rows(pack, trained)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(PACK_COLUMNS) - 1)]
-    for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)]
-        yield "  ".join([*cells, row[-1]]).rstrip()
+    yield pack.title
+    widths = [max(map(len, column)) for column in zip(*pack.table, strict=True)]
+    for row in pack.table:
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
-def draw_pack(pack: PackDescription) -> Figure:
+def draw_pack(pack: PackDescription) -> style.Figure:
     """The pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
 
     A black bar begins a sample, with its number; the thumbnails carry the same number.
     """
     length = max(pack.capacity, pack.segments[-1].end)
-    lines = -(-length // TOKENS_A_LINE)
-    images = [(n, image) for n, segment in enumerate(pack.segments) for image in segment.images]
-    a_row = int(WIDTH // (_THUMBNAIL + 0.09))
-    cell = _THUMBNAIL + _CAPTION
-    below = TOP + lines * (LINE + GAP) + 0.1
-    sheet, axes = style.figure(
-        LEFT + WIDTH + _RIGHT, below + -(-len(images) // a_row) * (cell + 0.06) + 0.04
-    )
-    samples = sum(segment.source is not None for segment in pack.segments)
-    title = f"Pack {pack.index}: {samples} samples, {pack.used} of {pack.capacity} tokens"
-    style.label(axes, LEFT, 0.24, f"{title} ({pack.fill:.1%})", 12, weight="bold")
+    lines = range(0, length, TOKENS_A_LINE)
+    below = TOP + len(lines) * (LINE + GAP) + 0.1
+    rows = -(-sum(len(segment.images) for segment in pack.segments) // _A_ROW)
+    sheet, axes = style.figure(LEFT + WIDTH + 0.16, below + rows * 1.34 + 0.04)
+    style.label(axes, LEFT, 0.24, pack.title.capitalize(), 12, WIDTH, weight="bold")
     style.legend(axes, LEFT, 0.56, list(_LOOKS.items()))
-
-    thumbnails = [_thumbnail(image) for _, image in images]
-    broken = {image.path for (_, image), small in zip(images, thumbnails, strict=True) if not small}
-    for line in range(lines):
-        style.label(
-            axes, LEFT - 0.1, cell_at(line * TOKENS_A_LINE)[1] + LINE / 2,
-            str(line * TOKENS_A_LINE), 8, ha="right", color=style.FRAME,
-        )  # fmt: skip
-    for start, end, kind, name in _spans(pack, length, broken):
-        pieces = list(_pieces(start, end))
-        longest = max(pieces, key=lambda piece: piece[2])
-        for x, y, width in pieces:
-            style.box(axes, x, y, width, LINE, **_LOOKS[kind])
-            if name and (x, y, width) == longest:
-                style.label(axes, x + 0.04, y + LINE / 2, style.fit(name, width - 0.08, 8), 8)
-    _number_samples(axes, pack)
-    for place, ((number, image), small) in enumerate(zip(images, thumbnails, strict=True)):
-        x = LEFT + place % a_row * (_THUMBNAIL + 0.09)
-        y = below + place // a_row * (cell + 0.06)
-        if small is None:
-            style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
-        else:
-            scale = _THUMBNAIL / max(small.size)
-            width, height = small.width * scale, small.height * scale
-            style.show(axes, small, x, y + _THUMBNAIL - height, width, height)
-        name = style.fit(f"{number}: {_file_name(image)}", _THUMBNAIL, 8)
-        style.label(axes, x, y + _THUMBNAIL + 0.11, name, 8)
-    return sheet
-
-
-def _spans(
-    pack: PackDescription, length: int, broken: set[str]
-) -> Iterator[tuple[int, int, str, str]]:
-    """``(start, end, look, name)``, later ones over earlier ones."""
-    yield 0, length, "padding or room", ""
-    kinds = {IMAGE_ITEM_TYPE: "image", PATCH_ITEM_TYPE: "crop"}
-    for segment in pack.segments:
-        if segment.source is not None:
-            yield segment.start, segment.end, "text", ""
-        for start, end in segment.loss:
-            yield start, end, "trained", ""
-        for image in segment.images:
-            kind = "unreadable" if image.path in broken else kinds[image.kind]
-            yield image.start, image.end, kind, "" if kind == "unreadable" else _file_name(image)
-
-
-def _number_samples(axes: Axes, pack: PackDescription) -> None:
+    for token in lines:
+        y = cell_at(token)[1] + LINE / 2
+        style.label(axes, LEFT - 0.1, y, str(token), 8, ha="right", color=style.FRAME)
+    _paint(axes, 0, length, "padding or room")
+    places = itertools.count()
     for number, segment in enumerate(pack.segments):
+        if segment.source is not None:
+            _paint(axes, segment.start, segment.end, "text")
+        for start, end in segment.loss:
+            _paint(axes, start, end, "trained")
         x, y = cell_at(segment.start)
         style.box(axes, x - 0.012, y - 0.05, 0.024, LINE + 0.1, facecolor=style.INK)
         # Between the bar and the first image there is room for a number, if the text is long.
-        first = segment.images[0].start if segment.images else segment.end
-        room = next(_pieces(segment.start, max(first, segment.start + 1)))[2]
-        if segment.source is not None and style.width_of(str(number), 8) < room - 0.06:
+        line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
+        text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
+        room = (text_end - segment.start) * _TOKEN - 0.06
+        if segment.source is not None and style.width_of(str(number), 8) < room:
             style.label(axes, x + 0.04, y + LINE / 2, str(number), 8, weight="bold")
+        for image in segment.images:
+            x, y = LEFT + (place := next(places)) % _A_ROW * 1.15, below + place // _A_ROW * 1.34
+            style.label(axes, x, y + _THUMBNAIL + 0.11, f"{number}: {image.name}", 8, _THUMBNAIL)
+            if (small := _thumbnail(image.entry)) is None:
+                style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
+                _paint(axes, image.start, image.end, "unreadable")
+                continue
+            kind = "crop" if image.entry.kind == PATCH_ITEM_TYPE else "image"
+            _paint(axes, image.start, image.end, kind, image.name)
+            width, height = (side * _THUMBNAIL / max(small.size) for side in small.size)
+            style.show(axes, small, x, y + _THUMBNAIL - height, width, height)
+    return sheet
 
 
-def _pieces(start: int, end: int) -> Iterator[tuple[float, float, float]]:
-    """Left, top and width of a span on each line that it lies on."""
-    while start < end:
-        stop = min(end, (start // TOKENS_A_LINE + 1) * TOKENS_A_LINE)
-        x, y = cell_at(start)
-        yield x, y, (stop - start) * WIDTH / TOKENS_A_LINE
-        start = stop
+def _paint(axes: style.Axes, start: int, end: int, look: str, name: str = "") -> None:
+    """A span on every line that it lies on, with its name where there is most room."""
+    breaks = range(start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE, end, TOKENS_A_LINE)
+    pieces = [(b - a, *cell_at(a)) for a, b in itertools.pairwise([start, *breaks, end])]
+    for tokens, x, y in pieces:
+        style.box(axes, x, y, tokens * _TOKEN, LINE, **_LOOKS[look])
+    tokens, x, y = max(pieces, key=lambda piece: piece[0])
+    style.label(axes, x + 0.04, y + LINE / 2, name, 8, tokens * _TOKEN - 0.08)
 
 
 def cell_at(token: int) -> tuple[float, float]:
     """Left and top of a token, in inches."""
     line, column = divmod(token, TOKENS_A_LINE)
-    return LEFT + column * WIDTH / TOKENS_A_LINE, TOP + line * (LINE + GAP)
+    return LEFT + column * _TOKEN, TOP + line * (LINE + GAP)
 
 
-def _file_name(image: ImageSpan) -> str:
-    return image.path.replace("\\", "/").rpartition("/")[2]
-
-
-def _thumbnail(image: ImageSpan) -> Image.Image | None:
+def _thumbnail(entry: ImageEntry) -> Image.Image | None:
     try:
-        picture = read_rgb(image.path)
+        picture = read_rgb(entry.path)
     except BrokenImageError:  # shown in the picture as unreadable
         return None
-    if image.kind == PATCH_ITEM_TYPE and image.window is not None:
+    if entry.kind == PATCH_ITEM_TYPE and entry.window is not None:
         plan = plan_crops(*picture.size)
-        picture = cut(canvas_image(full_image(picture, plan), plan), image.window)
+        picture = cut(canvas_image(full_image(picture, plan), plan), entry.window)
     picture.thumbnail((_PIXELS, _PIXELS))
     return picture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,14 @@ TEXT, TRAINED, IMAGE, CROP = "#d5d8de", "#f0c05a", "#56b4e9", "#cc9fbf"
 PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 DPI = 100
-_MARKS = dict(zip("\n\t\r", "↵⇥↵", strict=True))
+_MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
 def figure(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty sheet, and axes over all of it in inches, from the top left corner."""
     sheet = sheet_of(width, height)
-    axes = sheet.add_axes((0, 0, 1, 1))
+    axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
-    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     return sheet, axes
 
 
@@ -46,26 +46,26 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, **looks: An
     axes.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **looks}))
 
 
-def label(axes: Axes, x: float, y: float, text: str, size: float = 9, **looks: Any) -> None:
-    """Text as it is (no formulas), its middle at height ``y``."""
+def label(
+    axes: Axes, x: float, y: float, text: str, size: float = 9, width: float = 1e9, **looks: Any
+) -> None:
+    """Text as it is (no formulas), its middle at height ``y``, cut to fit ``width``."""
+    text = fit(text, width, size, looks.get("weight", "normal"))
     looks = {"color": INK, "va": "center", "fontsize": size, "parse_math": False, **looks}
-    axes.text(x, y, printable(text), **looks)
+    axes.text(x, y, text, **looks)
 
 
-def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, dict[str, Any]]]) -> float:
-    """A row of swatches with their names; returns where the row ends."""
+def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    """A row of swatches with their names."""
     for name, looks in entries:
         box(axes, x, y - 0.07, 0.16, 0.14, **{"edgecolor": FRAME, "linewidth": 0.6, **looks})
         label(axes, x + 0.22, y, name)
         x += 0.22 + width_of(name, 9) + 0.22
-    return x
 
 
 def show(axes: Axes, picture: Any, x: float, y: float, width: float, height: float) -> None:
     """A Pillow picture in that rectangle."""
-    limits = axes.get_xlim(), axes.get_ylim()
     axes.imshow(picture, extent=(x, x + width, y + height, y), aspect="auto", zorder=1)
-    axes.set(xlim=limits[0], ylim=limits[1])
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -78,27 +78,22 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
     from matplotlib.textpath import text_to_path
 
     font = FontProperties(size=size, weight=weight)
-    return (
-        1.06 * float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
-    )
+    points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return 1.06 / 72 * float(points)
 
 
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
     """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing."""
     text = printable(text)
-    if width_of(text, size, weight) <= width:
-        return text
-    while text and width_of(f"{text}…", size, weight) > width:
-        text = text[:-1]
-    return f"{text}…" if text else ""
+    cuts = (f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))
+    all_of_it = itertools.chain((text,), cuts)
+    return next((cut for cut in all_of_it if width_of(cut, size, weight) <= width), "")
 
 
 def printable(text: str) -> str:
     """Line ends as ↵, and what the font has no letter for as □."""
     known = _letters()
-    return "".join(
-        mark if ord(mark := _MARKS.get(letter, letter)) in known else "□" for letter in text
-    )
+    return "".join(mark if ord(mark) in known else "□" for mark in text.translate(_MARKS))
 
 
 @functools.lru_cache(maxsize=1)

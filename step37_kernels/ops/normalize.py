@@ -2,7 +2,7 @@
 
 A channel has 256 possible inputs, so whoever launches knows all results. Where one multiplication
 and one addition in fp32 give every one of them, fused or not (bf16 and fp16 with CLIP's constants),
-the kernel does just that; where not, it divides twice, as IEEE does. Both are exact.
+the kernel does just that; where not, it divides, as IEEE does. Both are exact by construction.
 """
 
 from __future__ import annotations

@@ -33,11 +33,12 @@ from step37_kernels.ops.normalize import Constants, normalized
 Table = npt.NDArray[np.int32]
 
 # Rows and columns of a program's tile, and how many rows it works on at a time in either pass: the
-# more, the more loads are on the way together. A warp stores whole vectors of normalised values,
-# and its 256 columns leave little room to spare in the usual sizes.
+# more, the more loads are on the way together. In the second pass of two warps each stores whole
+# 16-byte vectors of 16-bit values, and its 256 columns leave little room to spare in the usual
+# sizes; values that are divided, fp32 nearly always, need the registers of four.
 TILE = (16, 256)
 LINES = (4, 2)
-BYTES_WARPS, VALUES_WARPS = 4, 2
+WARPS, LINE_WARPS = 4, 2
 ROW_PAD = 16
 
 PRECISION_BITS = tl.constexpr(22)
@@ -190,7 +191,7 @@ def _filter_tile(
             tl.store(place + channel * target_channel, value.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["source_ptr", "tiles_ptr", "target_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["source_ptr", "target_ptr"])
 def resize_pass_kernel(
     source_ptr,
     jobs_ptr,
@@ -316,7 +317,7 @@ def resize(
                 COLUMNS=TILE[1],
                 LINES=LINES[number],
                 CLAMP=clamp,
-                num_warps=VALUES_WARPS if values else BYTES_WARPS,
+                num_warps=LINE_WARPS if line else WARPS,
             )
 
 

@@ -32,6 +32,7 @@ from step37_data.inspect.pack_picture import (
     draw_pack,
 )
 from step37_data.pack_transform import pack_samples
+from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
@@ -102,10 +103,12 @@ def test_a_data_set_is_described_with_lengths_fill_and_drops(
     assert lines[1].startswith("lengths   212 to 216 tokens, median 214")
     counts = [int(line.rsplit(" ", 1)[1]) for line in lines if re.match(r" +\d+ – \d+ ", line)]
     assert sum(counts) == 8
-    assert "          next_fit: 3 packs, 87.8% filled, 0 dropped" in lines
+    told = "          next_fit: 8 samples in 3 packs of 650 tokens, 87.8 % filled, 0 dropped"
+    assert told in lines
     assert lines[-1] == "images    0 of 8 files cannot be read"
     dropping = inspect(capsys, folder, "--max-length", "214")
-    assert "          best_fit: 4 packs, 99.5% filled, 4 dropped" in dropping
+    told = "          best_fit: 4 samples in 4 packs of 214 tokens, 99.5 % filled, 4 dropped"
+    assert told in dropping
 
 
 def test_broken_images_are_named_and_nothing_is_downloaded(
@@ -208,30 +211,29 @@ def test_the_module_runs_as_a_command(folder: Path) -> None:
     assert str(folder) not in run.stdout
 
 
-def pack_of(template: Step37MultimodalTemplate, paths: list[str]) -> tuple[dict[str, Any], Any]:
-    samples = [
-        template(
-            {
-                "conversations": [
-                    {"role": "user", "content": f"{CROPS} what?"},
-                    {"role": "assistant", "content": "one"},
-                    {"role": "tool", "content": "result"},
-                    {"role": "assistant", "content": "two"},
-                ],
-                "images": [(path, 0), (path, 1)],
-            }
-        )
-        for path in paths
-    ]
-    packed = pack_samples(samples)
-    starts = {
-        0: (template.img_start_token_id, 169),
-        1: (template.patch_start_token_id, 81),
-    }
-    description = describe_pack(
-        packed, [(0, 10), (0, 11)], index=3, capacity=1024, start_tokens=starts
-    )
-    return packed, description
+class Samples(list[Any]):
+    """A data set of these images and their crops, each with a question and two answers."""
+
+    def __init__(self, template: Step37MultimodalTemplate, paths: list[str]) -> None:
+        self.template = template
+        for path in paths:
+            conversations = [
+                {"role": "user", "content": f"{CROPS} what?"},
+                {"role": "assistant", "content": "one"},
+                {"role": "tool", "content": "result"},
+                {"role": "assistant", "content": "two"},
+            ]
+            images = [(path, 0), (path, 1)]
+            self.append(template({"conversations": conversations, "images": images}))
+
+
+def packs_of(
+    template: Step37MultimodalTemplate, paths: list[str], capacity: int = 1024
+) -> MixedPackedDataloader:
+    return MixedPackedDataloader(
+        [Samples(template, paths)], [1.0], capacity, "extend", pack_samples, "sequential",
+        progress=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -242,23 +244,27 @@ def template() -> Step37MultimodalTemplate:
 def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_are(
     template: Step37MultimodalTemplate,
 ) -> None:
-    packed, pack = pack_of(template, ["a.jpg", "b.jpg"])
+    packs = packs_of(template, ["c.jpg", "d.jpg", "a.jpg", "b.jpg"], 700)
+    packed, pack = packs[1], describe_pack(packs, 1)
     assert [(s.start, s.end) for s in pack.segments] == list(
         zip(packed["cu_seqlens"][:-1].tolist(), packed["cu_seqlens"][1:].tolist(), strict=True)
     )
-    assert [segment.source for segment in pack.segments] == [(0, 10), (0, 11), None]
+    assert [segment.source for segment in pack.segments] == [(0, 2), (0, 3), None]
     assert pack.used == pack.segments[1].end
-    assert pack.fill == pack.used / 1024
     trained = np.zeros(len(packed["tokens"]), dtype=bool)
     for segment in pack.segments:
         assert len(segment.loss) == (2 if segment.source else 0)
         for start, end in segment.loss:
             trained[start:end] = True
+        labels = packed["labels"][segment.start : segment.end]
+        within = labels[torch.from_numpy(trained[segment.start : segment.end])]
+        assert segment.text == template.tokenizer.decode(within)
     assert torch.equal(torch.from_numpy(trained), packed["loss_masks"] > 0)
-    assert sum(segment.loss_tokens for segment in pack.segments) == int(trained.sum())
+    told = f"pack 1 of 2: {pack.used} of 700 tokens ({pack.used / 7:.1f}%)"
+    assert pack.title == f"{told}, {len(trained)} with padding, {trained.sum()} trained"
     is_row = packed["tokens"] == template.tokenizer.convert_tokens_to_ids("<im_patch>")
     for segment, path in zip(pack.segments, ["a.jpg", "b.jpg"], strict=False):
-        assert [(image.path, image.kind) for image in segment.images] == [(path, 0), (path, 1)]
+        assert [image.entry for image in segment.images] == [(path, 0, None), (path, 1, None)]
         for image in segment.images:
             assert is_row[image.start : image.end].all()
             assert not is_row[image.start - 1]
@@ -268,15 +274,15 @@ def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_ar
 def test_a_description_needs_as_many_images_as_start_tokens(
     template: Step37MultimodalTemplate,
 ) -> None:
-    packed, _ = pack_of(template, ["a.jpg", "b.jpg"])
-    packed["image_paths"].pop()
-    with pytest.raises(ValueError, match="pack 3: 2 start tokens 6 for 1 image paths"):
-        describe_pack(packed, [], index=3, capacity=1024, start_tokens={1: (6, 81)})
+    packs = packs_of(template, ["a.jpg", "b.jpg"])
+    packs.datasets[0][1]["image_paths"].pop()
+    with pytest.raises(ValueError, match="pack 0: 2 start tokens 6 for 1 image paths"):
+        describe_pack(packs, 0)
 
 
 def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate) -> None:
     good = str(EXAMPLES / "flickr8k_mini/train/coffee.jpg")
-    _, pack = pack_of(template, [good, "missing.jpg"])
+    pack = describe_pack(packs_of(template, [good, "missing.jpg"]), 0)
     sheet = draw_pack(pack)
     check_lettering(sheet)
     pixels = drawn(sheet)
@@ -305,10 +311,8 @@ def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate)
 def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
     template: Step37MultimodalTemplate,
 ) -> None:
-    packed, _ = pack_of(template, ["a.jpg", "b.jpg"])
-    starts = {0: (template.img_start_token_id, 169)}
-    oversize = describe_pack(packed, [(0, 0), (0, 1)], index=0, capacity=100, start_tokens=starts)
-    assert oversize.fill > 1
+    oversize = describe_pack(packs_of(template, ["a.jpg"], 100), 0)
+    assert oversize.used > oversize.capacity
     last = oversize.segments[-1].end - 1
     assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
 
@@ -319,12 +323,8 @@ def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
 def test_labels_of_packs_neither_overlap_nor_are_cut(
     template: Step37MultimodalTemplate, names: list[str]
 ) -> None:
-    packed, _ = pack_of(template, names)
-    pieces = [(0, number) for number in range(len(names))]
-    starts = {0: (template.img_start_token_id, 169), 1: (template.patch_start_token_id, 81)}
     for capacity in (256, 2048, 8192):
-        pack = describe_pack(packed, pieces, index=0, capacity=capacity, start_tokens=starts)
-        check_lettering(draw_pack(pack))
+        check_lettering(draw_pack(describe_pack(packs_of(template, names, capacity), 0)))
 
 
 @pytest.mark.parametrize("longest", [220, 100_000])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from step37_kernels.ops import gradient as gradient_ops
-from step37_kernels.ops import project
+from step37_kernels.ops import pack, project
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
@@ -64,7 +64,7 @@ def test_features_are_packed_in_whole_vectors_or_along_their_rows(tensors):
     channels_first = torch.zeros(3, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
     for features in (sliced, channels_first):
         with recorded() as launches:
-            project.pack_rows([features] * tensors)
+            pack.pack_rows([features] * tensors)
         launch = one(launches, "pack_rows_kernel")
         assert launch.stores.keys() == {16}
         if features is sliced:

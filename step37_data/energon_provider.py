@@ -1,0 +1,148 @@
+"""A provider of packs from shards, for Megatron-Bridge and for a loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, get_train_dataset
+
+from step37_data.energon import Step37TaskEncoder
+from step37_data.images.decode import OnBroken
+from step37_data.packed_dataloader import Packing
+from step37_data.provider import _Base
+
+
+class EnergonPacks(Iterator[dict[str, Any]]):
+    """Packs without end from Energon's savable loader, for a training loop that keeps its state.
+
+    A state is about the packs that were *used*: those that somebody has read ahead, and said so by
+    :meth:`read_ahead_by`, are given once more by whoever restores it.
+    """
+
+    def __init__(self, loader: SavableDataLoader[dict[str, Any]]) -> None:
+        self._loader = loader
+        self._packs: Iterator[dict[str, Any]] | None = None
+        self._again: deque[dict[str, Any]] = deque()
+        self._unused: deque[Any] = deque()  # restore keys of packs handed out, oldest first
+        self._used = 0
+        self._count_used: Callable[[], int] | None = None
+        self._lock = threading.Lock()  # a thread reads ahead while another saves
+
+    def __next__(self) -> dict[str, Any]:
+        with self._lock:
+            if self._again:
+                pack = self._again.popleft()
+            else:
+                if self._packs is None:
+                    self._packs = iter(self._loader)
+                pack = next(self._packs)
+            self._unused.append(pack["__restore_key__"])
+            self._forget_used()
+            return pack
+
+    def read_ahead_by(self, count_used: Callable[[], int]) -> None:
+        """From now on ``count_used()`` tells how many of the packs handed out since are used."""
+        with self._lock:
+            self._forget_used()
+            self._used, self._count_used = 0, count_used
+
+    def _forget_used(self) -> None:
+        if self._count_used is None:
+            self._unused.clear()
+            return
+        used = self._count_used()
+        for _ in range(used - self._used):
+            self._unused.popleft()
+        self._used = used
+
+    def save_state(self) -> dict[str, Any]:
+        """For :meth:`restore_state`; Megatron-Bridge writes it into its checkpoints."""
+        with self._lock:
+            self._forget_used()
+            keys = [*self._unused, *(pack["__restore_key__"] for pack in self._again)]
+            # Energon goes on changing the lists in it.
+            return {"loader": copy.deepcopy(self._loader.save_state_rank()), "unused": keys}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the packs that were used when ``state`` was saved; before the first pack."""
+        self._loader.restore_state_rank(copy.deepcopy(state["loader"]))
+        self._again = deque(map(self._loader.restore_sample, state["unused"]))
+
+
+@dataclass(kw_only=True)
+class Step37EnergonSFTDataProvider(_Base):
+    """Shards for supervised fine-tuning of Step-3.7: the folder provider's counterpart.
+
+    Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, whose checkpoints then hold the state of
+    the data, or take the packs of ``build_datasets(None)`` in a loop of your own.
+    """
+
+    path: str
+    """Folder or URL of shards that are prepared for Energon, or of a blend of several."""
+    tokenizer_path: str
+    split: str = "train"
+    max_packing_seqlen: int = 2048
+    seqlen_divisible_by: int = 64
+    packing: Packing = "next_fit"
+    packing_buffer_size: int = 256
+    """Samples that a worker packs together; it holds their encoded pictures."""
+    multicrop: bool = False
+    prompt: str | None = None
+    on_broken: OnBroken = "zero"
+    shuffle_buffer_size: int | None = 100
+    """Samples that Energon draws from; None draws in the order of the slices."""
+    max_samples_per_sequence: int | None = 100
+    """Samples of a shard that are read in a row; None reads whole shards."""
+
+    img_start_token_id: int = -1
+    """-1 takes it from the tokenizer when the data set is built."""
+    patch_start_token_id: int = -1
+    image_size: int = 728
+    patch_image_size: int = 504
+    encoder_patch_size: int = 14
+
+    seq_length: int = 2048
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
+    skip_getting_attention_mask_from_dataset: bool = True
+    global_data_keys: list[str] = field(default_factory=lambda: ["cu_seqlens", "position_id"])
+
+    def build_datasets(self, context: Any) -> tuple[EnergonPacks, None, None]:
+        """The packs of this data-parallel rank, and two None: there is no other split.
+
+        Args:
+            context: Megatron-Bridge's build context. Where it has no groups, they are Megatron's,
+                if it is in use, and else all of ``torch.distributed``.
+        """
+        encoder = Step37TaskEncoder(
+            self.tokenizer_path,
+            max_packing_seqlen=self.max_packing_seqlen,
+            seqlen_divisible_by=self.seqlen_divisible_by,
+            packing=self.packing,
+            multicrop=self.multicrop,
+            prompt=self.prompt,
+            on_broken=self.on_broken,
+        )
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(self, name) < 0:
+                setattr(self, name, getattr(encoder.template, name))
+        group = getattr(getattr(context, "pg_collection", None), "dp", None)
+        parallel_state = sys.modules.get("megatron.core.parallel_state")
+        if group is None and parallel_state is not None and parallel_state.is_initialized():
+            group = parallel_state.get_data_parallel_group()
+        dataset = get_train_dataset(
+            self.path,
+            split_part=self.split,
+            worker_config=WorkerConfig.default_worker_config(self.num_workers, group),
+            batch_size=1,
+            packing_buffer_size=self.packing_buffer_size,
+            shuffle_buffer_size=self.shuffle_buffer_size,
+            max_samples_per_sequence=self.max_samples_per_sequence,
+            task_encoder=encoder,
+        )
+        return EnergonPacks(get_savable_loader(dataset)), None, None

@@ -1,0 +1,157 @@
+"""The provider: endless packs whose saved state is about those that were used."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.energon.conftest import SAMPLES, TOKENIZER
+
+energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+
+from step37_data.energon_provider import EnergonPacks, Step37EnergonSFTDataProvider
+from step37_data.forward_step import ForwardStep
+from step37_data.prefetch import Prefetcher
+
+
+def packs_of(shards: Path, **fields: Any) -> EnergonPacks:
+    defaults = {
+        "path": str(shards),
+        "tokenizer_path": TOKENIZER,
+        "max_packing_seqlen": 500,
+        "packing": "best_fit",
+        "packing_buffer_size": 10,
+        "num_workers": 0,
+    }
+    packs, valid, test = Step37EnergonSFTDataProvider(**(defaults | fields)).build_datasets(None)
+    assert valid is None
+    assert test is None
+    return packs
+
+
+def keys(packs: Any, count: int) -> list[list[str]]:
+    return [next(packs)["__key__"] for _ in range(count)]
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save({"dataloader_state_dict": state}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)["dataloader_state_dict"]
+
+
+def test_it_shuffles_without_end_and_the_start_tokens_come_from_the_tokenizer(
+    shards: Path,
+) -> None:
+    provider = Step37EnergonSFTDataProvider(
+        path=str(shards), tokenizer_path=TOKENIZER, num_workers=0
+    )
+    assert provider.dataloader_type == "external"
+    packs, _, _ = provider.build_datasets(None)
+    assert min(provider.img_start_token_id, provider.patch_start_token_id) >= 0
+    drawn = Counter(key for of_pack in keys(packs, 40) for key in of_pack)
+    assert len(drawn) == SAMPLES
+    assert max(drawn.values()) - min(drawn.values()) <= 20
+    first_keys = keys(packs_of(shards), 3)
+    assert first_keys != sorted(first_keys)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packs_that_were_read_ahead_of_their_use_are_given_again(
+    shards: Path, num_workers: int
+) -> None:
+    whole = keys(packs_of(shards, num_workers=num_workers), 14)
+    packs = packs_of(shards, num_workers=num_workers)
+    used = 0
+    packs.read_ahead_by(lambda: used)
+    handed = keys(packs, 6)
+    used = 4
+    state = through_a_file(packs.save_state())
+    assert len(state["unused"]) == 2
+    resumed = packs_of(shards, num_workers=num_workers)
+    resumed.restore_state(state)
+    assert handed[:4] + keys(resumed, 10) == whole
+    # Saved again before the packs that are given again were taken.
+    again = packs_of(shards, num_workers=num_workers)
+    again.restore_state(state)
+    second = through_a_file(again.save_state())
+    last = packs_of(shards, num_workers=num_workers)
+    last.restore_state(second)
+    assert keys(last, 10) == whole[4:]
+
+
+def test_a_pack_given_again_is_the_same_bit_for_bit(shards: Path) -> None:
+    packs = packs_of(shards)
+    packs.read_ahead_by(lambda: 0)
+    first = next(packs)
+    resumed = packs_of(shards)
+    resumed.restore_state(packs.save_state())
+    second = next(resumed)
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name])
+        elif name == "image_paths":  # torch's pinning makes lists of tuples
+            assert list(map(list, value)) == list(map(list, second[name]))
+        elif name not in ("skipped_samples", "dropped_samples", "__restore_key__"):
+            assert value == second[name], name
+
+
+def test_without_a_reader_ahead_every_pack_handed_out_counts_as_used(shards: Path) -> None:
+    whole = keys(packs_of(shards), 9)
+    packs = packs_of(shards)
+    assert keys(packs, 5) == whole[:5]
+    state = packs.save_state()
+    assert state["unused"] == []
+    resumed = packs_of(shards)
+    resumed.restore_state(state)
+    assert keys(resumed, 4) == whole[5:]
+
+
+def test_the_forward_step_reads_ahead_and_bridge_saves_what_it_has_used(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rerun = pytest.importorskip(
+        "megatron.core.rerun_state_machine", reason="megatron-core is not installed"
+    )
+    whole = keys(packs_of(shards), 8)
+    module = "step37_data.forward_step"
+    monkeypatch.setattr(f"{module}._stage_of", lambda _model: None)
+    monkeypatch.setattr(f"{module}.model_inputs", lambda batch, **_: batch["__key__"])
+    provider = Step37EnergonSFTDataProvider(
+        path=str(shards), tokenizer_path=TOKENIZER, img_start_token_id=1, patch_start_token_id=2
+    )
+    packs = packs_of(shards)
+    step, iterator = ForwardStep(prefetch_depth=2, device="cpu"), rerun.RerunDataIterator(packs)
+    assert [step._next(provider, iterator, None) for _ in range(2)] == whole[:2]
+    assert iterator.iterable is not packs
+    assert next(iterator)["__key__"] == whole[2]  # as Bridge skips a step
+    state = iterator.iterable.save_state()
+    step.close()
+    assert [step._next(provider, iterator, None) for _ in range(2)] == whole[3:5]
+    step.close()
+    resumed = packs_of(shards)
+    resumed.restore_state(state)
+    assert keys(resumed, 5) == whole[3:]
+
+
+def test_a_state_may_be_saved_while_a_thread_reads_ahead(shards: Path) -> None:
+    whole = keys(packs_of(shards), 30)
+    packs = packs_of(shards)
+    made: list[Prefetcher[list[str]]] = []
+    states = []
+    packs.read_ahead_by(lambda: made[0].state_dict()["next_pack"] if made else 0)
+    with Prefetcher(packs, lambda pack: pack["__key__"], device="cpu", depth=3) as prefetcher:
+        made.append(prefetcher)
+        for used in range(1, 12):
+            assert next(prefetcher) == whole[used - 1]
+            states.append(packs.save_state())
+    # Energon reads with one loader at a time in a process.
+    for used, state in enumerate(states, 1):
+        resumed = packs_of(shards)
+        resumed.restore_state(state)
+        assert keys(resumed, 5) == whole[used : used + 5]

@@ -205,11 +205,15 @@ class Prefetcher(Iterator[_Input]):
 
     def close(self) -> list[_Input]:
         """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
+        return self._close(None)
+
+    def _close(self, wait_s: float | None) -> list[_Input]:
         self._closed = True
         for future in tuple(self._pending):
             future.cancel()
-        _end(self._work, self._thread)
-        done = [f.result() for f in self._pending if not (f.cancelled() or f.exception())]
+        _end(self._work, self._thread, wait_s)
+        ended = [f for f in self._pending if f.done() and not f.cancelled()]
+        done = [f.result() for f in ended if f.exception() is None]
         self._pending.clear()
         return [made.value for made in done if isinstance(made, _Prepared)]
 
@@ -222,10 +226,11 @@ class Prefetcher(Iterator[_Input]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # On the way out of an error nobody waits for a pack that may be stuck.
+        self._close(None if kind is None else _LAST_WAIT_S)
 
 
-def _end(work: Work, thread: threading.Thread, wait_s: float | None = None) -> None:
+def _end(work: Work, thread: threading.Thread, wait_s: float | None) -> None:
     """Drop what has not begun, and wait for what has."""
     with contextlib.suppress(queue.Empty):
         while True:

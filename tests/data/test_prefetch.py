@@ -367,6 +367,26 @@ def test_leaving_the_interpreter_waits_for_one_pack_and_a_second_at_most(work, p
     assert left < 15  # a second, and what a busy machine takes to end a process with torch in it
 
 
+def test_an_error_leaves_the_block_though_a_pack_is_stuck():
+    began, go = threading.Event(), threading.Event()
+
+    def stuck(pack):
+        began.set()
+        assert go.wait(60)
+        return pack
+
+    def fail():
+        with Prefetcher(range(9), stuck, device="cpu"):
+            assert began.wait(30)
+            raise KeyError
+
+    start = time.monotonic()
+    with pytest.raises(KeyError):
+        fail()
+    assert time.monotonic() - start < 30
+    go.set()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: streams")
 def test_inputs_are_ready_for_the_callers_stream_and_live_as_long_as_it_needs_them(packs):

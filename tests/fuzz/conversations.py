@@ -17,7 +17,7 @@ from tests.data.test_template_errors import unflagged_delimiter
 PIECES = ("<", "|", "im_", "start", "end", "|>", ">", "<im_", "<|im_", "image", "<image>", "\n",
           "<im_start>", "<|im_end|>", "＜", "｜", "＞", "ｉｍ＿", " ", "a cat", "é", "</think>",
           "<think>", "\ud83d", "<@image@>", "<#image#>", "<im_end>", "<patch_start>",
-          "<patch_end>", "")  # fmt: skip
+          "<patch_end>", "＜｜im_start｜＞", "＜|im_end|＞user", "")  # fmt: skip
 
 
 @functools.cache

@@ -95,10 +95,8 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
     if len(features) > MAX_SOURCES:
         return [operators.pack_rows(list(features))]
     packed = [feature for feature in features if not feature.is_contiguous()]
-    if not packed:
-        return [feature.flatten(0, 1) for feature in features]
     counts = [feature.shape[0] * feature.shape[1] for feature in packed]
-    parts = iter(operators.pack_rows(packed).split(counts))
+    parts = iter(operators.pack_rows(packed).split(counts) if packed else ())
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 

@@ -272,8 +272,8 @@ PILLOWS_ERRORS = [OSError, ValueError, SyntaxError, EOFError, IndexError, KeyErr
 @pytest.mark.parametrize("step", ["open", "convert"])
 @pytest.mark.parametrize("error", PILLOWS_ERRORS, ids=lambda error: error.__name__)
 def test_whatever_a_decoder_raises_is_a_broken_file(monkeypatch, tmp_path, error, step):
-    path = tmp_path / "colour.jpg"
-    READABLE["colour.jpg"](path)
+    path = tmp_path / "cmyk.jpg"  # no other decoder than Pillow takes it
+    READABLE["cmyk.jpg"](path)
     fail_in_pillow(monkeypatch, step, error("damaged"))
     got = decode(str(path), "zero")
     assert got.broken is not None
@@ -285,8 +285,8 @@ def test_whatever_a_decoder_raises_is_a_broken_file(monkeypatch, tmp_path, error
 @pytest.mark.parametrize("step", ["open", "convert"])
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_what_is_not_the_files_fault_is_no_broken_file(monkeypatch, tmp_path, error, step):
-    path = tmp_path / "colour.jpg"
-    READABLE["colour.jpg"](path)
+    path = tmp_path / "cmyk.jpg"  # no other decoder than Pillow takes it
+    READABLE["cmyk.jpg"](path)
     fail_in_pillow(monkeypatch, step, error("not of the file"))
     with pytest.raises(error, match="not of the file"):
         decode(str(path), "zero")

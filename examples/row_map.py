@@ -46,7 +46,7 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
     tokens, loss = pack["tokens"].tolist(), pack["loss_masks"].tolist()
     bounds = pack["cu_seqlens"].tolist()
     row_at = plan.row_at[:, 0].tolist()
-    counts = [count for rows in plan.row_counts for count in rows]
+    counts = [rows for _, group in plan.runs for n, rows in group for _ in range(n)]
     feature_of_row = [k for k, count in enumerate(counts) for _ in range(count)]
     photographs = [entry[0] for entry in pack["image_paths"]]
     # Padding is a sub-sequence that counts in no loss.

@@ -209,8 +209,7 @@ class ImageInsertEmbedding(nn.Module):
             f"strict={self.strict}",
             f"text_only_gradient={self.text_only_gradient}",
         ]
-        if self.gradient_accumulation_fusion:
-            parts.append("gradient_accumulation_fusion=True")
+        parts += ["gradient_accumulation_fusion=True"] * self.gradient_accumulation_fusion
         if self.layout is not None:
             parts.append(f"layout={_layout_name(self.layout)}")
         return ", ".join(parts)

@@ -95,10 +95,8 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
     if len(features) > MAX_SOURCES:
         return [operators.pack_rows(list(features))]
     packed = [feature for feature in features if not feature.is_contiguous()]
-    if not packed:
-        return [feature.flatten(0, 1) for feature in features]
     counts = [feature.shape[0] * feature.shape[1] for feature in packed]
-    parts = iter(operators.pack_rows(packed).split(counts))
+    parts = iter(operators.pack_rows(packed).split(counts) if packed else ())
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 
@@ -227,9 +225,8 @@ class FeatureRows:
             for tensor in features
             if math.prod(tensor.shape[:-1])
         ]
-        if not (triton and tensors):
-            return cls(tensors, None)
-        return cls(tensors, contiguous_rows([tensor.detach() for tensor in tensors]))
+        detached = [tensor.detach() for tensor in tensors]
+        return cls(tensors, contiguous_rows(detached) if triton and tensors else None)
 
 
 def _validate(
@@ -361,8 +358,8 @@ def insert_projected(
                 f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
                 f"{tensor.dtype}; pass impl='torch'"
             )
-    if not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
-        after_plan = False  # a copy is launched in between
+    # No copy is launched in between.
+    after_plan &= weight.is_contiguous() and (bias is None or bias.is_contiguous())
     return _ProjectAndInsert.apply(
         embeddings,
         weight.contiguous(),

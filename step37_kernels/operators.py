@@ -81,12 +81,11 @@ def plan(
     return tensors
 
 
-def _fake_pack_rows(features: list[Tensor]) -> Tensor:
-    total = sum(feature.shape[0] * feature.shape[1] for feature in features)
-    return features[0].new_empty(total, features[0].shape[2])
-
-
-@_operator(_fake_pack_rows)
+@_operator(
+    lambda features: features[0].new_empty(
+        sum(feature.shape[0] * feature.shape[1] for feature in features), features[0].shape[2]
+    )
+)
 def pack_rows(features: list[Tensor]) -> Tensor:
     """``[N, L, C]`` tensors of any strides → one contiguous ``[R, C]``."""
     from step37_kernels.ops import pack
@@ -94,11 +93,7 @@ def pack_rows(features: list[Tensor]) -> Tensor:
     return pack.pack_rows(features)
 
 
-def _fake_project_insert(embeddings: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-
-
-@_operator(_fake_project_insert)
+@_operator(lambda embeddings, *_: embeddings.new_empty(embeddings.shape))
 def project_insert(
     embeddings: Tensor,
     sources: list[Tensor],
@@ -155,11 +150,7 @@ def gradient_rows(
     )
 
 
-def _fake_add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -> None:
-    del rows, x, main_grad, add
-
-
-@_operator(_fake_add_weight_gradient, mutates=("main_grad",))
+@_operator(lambda *_: None, mutates=("main_grad",))
 def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -> None:
     """``main_grad`` (+)= ``rowsᵀ @ x``, accumulated in the wider of the two dtypes.
 

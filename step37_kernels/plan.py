@@ -89,14 +89,6 @@ class InsertPlan:
         return [sum(features for features, _ in group) for _, group in self.runs]
 
     @property
-    def row_counts(self) -> tuple[tuple[int, ...], ...]:
-        """Rows of each feature, by group."""
-        return tuple(
-            tuple(rows for features, rows in group for _ in range(features))
-            for _, group in self.runs
-        )
-
-    @property
     def seq_len(self) -> int:
         """S."""
         return self.row_at.shape[self.batch_first]
@@ -118,8 +110,7 @@ class InsertPlan:
 
         Returns:
             A plan for ``[S_local, B, H]``: ``row_at``, ``destinations`` and ``local_rows`` are this
-            rank's; ``starts`` and ``start_counts``
-            stay those of the whole.
+            rank's; ``starts`` and ``start_counts`` stay those of the whole.
 
         Raises:
             ValueError: ``positions`` is not one-dimensional, or this plan is a shard already.
@@ -162,8 +153,8 @@ class InsertPlan:
             raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
         starts = iter(self.starts.tolist())
         spans: dict[int, list[tuple[int, int, str]]] = {}
-        for (token, _), rows in zip(self.runs, self.row_counts, strict=True):
-            for k, count in enumerate(rows):
+        for token, group in self.runs:
+            for k, count in enumerate(rows for n, rows in group for _ in range(n)):
                 position = next(starts)
                 if position < 0:
                     continue

@@ -149,6 +149,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     pages = {
         "step37_kernels": "api-kernels",
         "step37_kernels.megatron": "api-kernels",
+        "step37_kernels.automodel": "api-kernels",
         "step37_kernels.reference": "api-kernels",
         "step37_data": "api-data",
     }

@@ -31,7 +31,7 @@ def flaw_of(root: Path, path: Path) -> str | None:
         return "is missing" if not path.exists() else "is not a regular file"
     try:
         # huggingface_hub's own note: commit, hash, time.
-        note = (root / NOTES / f"{path.relative_to(root)}.metadata").read_text().splitlines()
+        note = (root / NOTES / f"{path.relative_to(root)}.metadata").read_text("utf-8").splitlines()
     except (OSError, ValueError):
         note = []
     size = path.stat().st_size
@@ -39,7 +39,8 @@ def flaw_of(root: Path, path: Path) -> str | None:
     if len(expected) not in (40, 64):
         return None if size else "is empty"
     # The hash of a large file, or git's of a small one.
-    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    digest = hashlib.new("sha256" if len(expected) == 64 else "sha1", usedforsecurity=False)
+    digest.update(b"" if len(expected) == 64 else b"blob %d\0" % size)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

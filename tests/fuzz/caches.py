@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from step37_data.flickr8k_loader import _check_origin, _flaw
+from step37_data.hub_cache import check_origin, flaw_of
 from step37_data.lengths import LengthCache, probe_lengths
 from tests.fuzz.images import damaged
 
@@ -83,11 +83,11 @@ def _downloads(rng: np.random.Generator, folder: Path) -> None:
     note.write_text(f"{'0' * 40}\n{digest}\n1.5\n")
     found = damaged(rng, content)
     path.write_bytes(found)
-    flaw = _flaw(folder, path)
+    flaw = flaw_of(folder, path)
     assert (flaw is None) == (found == content), flaw
     # A note that is damaged itself may ask for another download; it must not raise.
     note.write_bytes(damaged(rng, note.read_bytes()))
-    _flaw(folder, path)
+    flaw_of(folder, path)
 
 
 def _origin(rng: np.random.Generator, folder: Path) -> None:
@@ -98,7 +98,7 @@ def _origin(rng: np.random.Generator, folder: Path) -> None:
     note.write_bytes(damaged(rng, whole))
     told = None
     try:
-        _check_origin(folder, "a/b", None)
+        check_origin(folder, "a/b", None)
     except ValueError as error:
         told = str(error)
     if told is None:

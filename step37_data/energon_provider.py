@@ -67,7 +67,12 @@ class EnergonPacks(Iterator[dict[str, Any]]):
             self._forget_used()
             keys = [*self._unused, *(pack["__restore_key__"] for pack in self._again)]
             # Energon goes on changing the lists in it.
-            return {"loader": copy.deepcopy(self._loader.save_state_rank()), "unused": keys}
+            state = copy.deepcopy(self._loader.save_state_rank())
+            for worker in getattr(state, "worker_states", ()):
+                # Of a worker that has not begun, Energon 7.4 says that a pack was taken.
+                if getattr(worker, "offset", 0) == 1 and worker.state is None:
+                    worker.offset = 0
+            return {"loader": state, "unused": keys}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Go on behind the packs that were used when ``state`` was saved; before the first pack."""

@@ -155,3 +155,18 @@ def test_a_state_may_be_saved_while_a_thread_reads_ahead(shards: Path) -> None:
         resumed = packs_of(shards)
         resumed.restore_state(state)
         assert keys(resumed, 5) == whole[used : used + 5]
+
+
+def test_a_state_saved_before_a_worker_has_begun_loses_none_of_its_packs(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = keys(packs_of(shards, num_workers=2), 6)
+    packs = packs_of(shards, num_workers=2)
+    assert keys(packs, 1) == whole[:1]
+    state = packs._loader.save_state_rank()
+    # What Energon says if it is asked before the second worker has begun.
+    state.worker_states[1] = type(state.worker_states[1])(state=None, offset=1)
+    monkeypatch.setattr(packs._loader, "save_state_rank", lambda: state)
+    resumed = packs_of(shards, num_workers=2)
+    resumed.restore_state(packs.save_state())
+    assert keys(resumed, 5) == whole[1:]

@@ -105,7 +105,8 @@ BROKEN = {
 def test_a_readable_file_gives_what_pillow_gives(tmp_path, name):
     path = tmp_path / name
     READABLE[name](path)
-    expected = np.asarray(Image.open(path).convert("RGB"))
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
     got = decode(str(path), "raise")
     assert got.broken is None
     assert got.pixels.dtype == np.uint8

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.balance import CAPACITY, draw_mix, pack_loads, packings, wait
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.packing import pack_balanced, pack_best_fit
 from step37_data.provider import Step37Flickr8kSFTDataProvider
+from tools.balance import CAPACITY, draw_mix, pack_loads, packings, wait
 
 TOKENIZER = str(Path(__file__).parents[2] / "examples" / "tokenizer")
 SAMPLES = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9)), max_size=60)

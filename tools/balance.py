@@ -1,6 +1,6 @@
 """How long the slowest rank of a step is waited for, by packing: a simulation, no device needed.
 
-``python -m bench.balance`` draws a mix of samples (a third without a picture, photographs of
+``python -m tools.balance`` draws a mix of samples (a third without a picture, photographs of
 log-normal size seen in crops, texts of log-normal length), packs it in each way, deals the packs
 out to ranks as Megatron's sampler does, and takes a pack's vision tokens for its time.
 """

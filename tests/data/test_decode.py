@@ -112,7 +112,8 @@ def test_a_readable_file_gives_what_pillow_gives(tmp_path, name):
     assert got.pixels.dtype == np.uint8
     np.testing.assert_array_equal(got.pixels, expected)
     ((loaded, _),) = load_images([(str(path), 0)], image_size=20, patch_image_size=20)
-    whole = Image.open(path).convert("RGB").resize((20, 20), Image.Resampling.BILINEAR)
+    with Image.open(path) as image:
+        whole = image.convert("RGB").resize((20, 20), Image.Resampling.BILINEAR)
     wanted = clip_normalize(torch.tensor(np.asarray(whole))[None], dtype=torch.float32)
     assert torch.equal(loaded, wanted[0])
 

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, get_train_dataset
@@ -15,7 +15,7 @@ from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from step37_data.energon import Step37TaskEncoder
 from step37_data.images.decode import OnBroken
 from step37_data.packed_dataloader import Packing
-from step37_data.provider import _Base
+from step37_data.provider import PackProvider
 
 
 class EnergonPacks(Iterator[dict[str, Any]]):
@@ -81,7 +81,7 @@ class EnergonPacks(Iterator[dict[str, Any]]):
 
 
 @dataclass(kw_only=True)
-class Step37EnergonSFTDataProvider(_Base):
+class Step37EnergonSFTDataProvider(PackProvider):
     """Shards for supervised fine-tuning of Step-3.7: the folder provider's counterpart.
 
     Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, whose checkpoints then hold the state of
@@ -105,17 +105,7 @@ class Step37EnergonSFTDataProvider(_Base):
     max_samples_per_sequence: int | None = 100
     """Samples of a shard that are read in a row; None reads whole shards."""
 
-    img_start_token_id: int = -1
-    """-1 takes it from the tokenizer when the data set is built."""
-    patch_start_token_id: int = -1
-    image_size: int = 728
-    patch_image_size: int = 504
-    encoder_patch_size: int = 14
-
-    seq_length: int = 2048
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
-    skip_getting_attention_mask_from_dataset: bool = True
-    global_data_keys: list[str] = field(default_factory=lambda: ["cu_seqlens", "position_id"])
 
     def build_datasets(self, context: Any) -> tuple[EnergonPacks, None, None]:
         """The packs of this data-parallel rank, and two None: there is no other split.
@@ -133,9 +123,7 @@ class Step37EnergonSFTDataProvider(_Base):
             prompt=self.prompt,
             on_broken=self.on_broken,
         )
-        for name in ("img_start_token_id", "patch_start_token_id"):
-            if getattr(self, name) < 0:
-                setattr(self, name, getattr(encoder.template, name))
+        self._resolve_special_token_ids(encoder.template)
         group = getattr(getattr(context, "pg_collection", None), "dp", None)
         parallel_state = sys.modules.get("megatron.core.parallel_state")
         if group is None and parallel_state is not None and parallel_state.is_initialized():

@@ -87,7 +87,30 @@ class _FixedPackDataset(torch.utils.data.Dataset[Any]):
 
 
 @dataclass(kw_only=True)
-class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
+class PackProvider(_Base):
+    """What providers of packs share: token ids and sizes, and what Bridge asks of a data set."""
+
+    img_start_token_id: int = -1
+    """Id of the image's start token; -1 takes it from the tokenizer when the data set is built."""
+    patch_start_token_id: int = -1
+    """Id of the crop's; -1 as above."""
+    image_size: int = 728
+    patch_image_size: int = 504
+    encoder_patch_size: int = 14
+
+    seq_length: int = 2048
+    skip_getting_attention_mask_from_dataset: bool = True
+    global_data_keys: list[str] = field(default_factory=lambda: ["cu_seqlens", "position_id"])
+    """Batch keys that every pipeline stage needs."""
+
+    def _resolve_special_token_ids(self, template: Step37MultimodalTemplate) -> None:
+        for name in ("img_start_token_id", "patch_start_token_id"):
+            if getattr(self, name) < 0:
+                setattr(self, name, getattr(template, name))
+
+
+@dataclass(kw_only=True)
+class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Packed Flickr8k for supervised fine-tuning of Step-3.7.
 
     Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, or call ``build_datasets(None)`` and hand
@@ -134,19 +157,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
     probe_workers: int | None = None
     """Processes that measure lengths; None decides by the size of the data set."""
 
-    img_start_token_id: int = -1
-    """Id of ``image_start_token``; -1 takes it from the tokenizer when the data set is built."""
-    patch_start_token_id: int = -1
-    """Id of ``patch_start_token``; -1 as above."""
-    image_size: int = 728
-    patch_image_size: int = 504
-    encoder_patch_size: int = 14
-
-    seq_length: int = 2048
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
-    skip_getting_attention_mask_from_dataset: bool = True
-    global_data_keys: list[str] = field(default_factory=lambda: ["cu_seqlens", "position_id"])
-    """Batch keys that every pipeline stage needs."""
 
     def build_datasets(self, context: Any) -> tuple[Any, None, None]:  # noqa: ARG002
         """Prepare the data and return ``(train, None, None)``: there is no other split.
@@ -172,11 +183,6 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, _Base):
             multicrop=self.multicrop,
             **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
         )
-
-    def _resolve_special_token_ids(self, template: Step37MultimodalTemplate) -> None:
-        for name in ("img_start_token_id", "patch_start_token_id"):
-            if getattr(self, name) < 0:
-                setattr(self, name, getattr(template, name))
 
     def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
         # First, because it is quick: a wrong tokenizer is reported before an hour of download.

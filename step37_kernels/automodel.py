@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from step37_kernels.count_watch import count_watch
 from step37_kernels.dispatch import Impl, check_impl
-from step37_kernels.insert import insert_rows, project_and_insert
+from step37_kernels.insert import insert_rows, join_rows, project_and_insert
 from step37_kernels.patching import ClassPatch, chunks_of
 from step37_kernels.plan import InsertPlan, plan_placeholders
-from step37_kernels.projector import is_plain, run_forward_pre_hooks, warn_unfused
+from step37_kernels.projector import allow_unfused, is_plain, run_forward_pre_hooks
 
 __all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
 
@@ -192,15 +192,8 @@ class FusedMerge:
             finally:
                 del projector.forward
             return output
-        kind = type(projector).__name__
-        if impl == "triton":
-            raise ValueError(
-                f"impl='triton': vit_large_projector ({kind}) is more than a weight and a bias; "
-                "pass impl='auto' or 'torch' to have it called"
-            )
-        if not torch.compiler.is_compiling():
-            warn_unfused(kind, "vit_large_projector")
-        rows = projector(torch.cat([tensor.flatten(0, 1) for tensor in features]))
+        allow_unfused(projector, "vit_large_projector", impl)
+        rows = projector(join_rows(features))
         return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
 
 

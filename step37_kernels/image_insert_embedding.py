@@ -27,10 +27,10 @@ from step37_kernels.parallel import Layout, SequenceLayout, auto_layout, check_l
 from step37_kernels.plan import Runs, plan_runs
 from step37_kernels.projector import (
     ZeroGradient,
+    allow_unfused,
     input_width,
     is_plain,
     run_forward_pre_hooks,
-    warn_unfused,
 )
 
 logger = logging.getLogger(__name__)
@@ -417,14 +417,7 @@ class ImageInsertEmbedding(nn.Module):
         """
         plain = is_plain(self.align_projector)
         if not plain:
-            kind = type(self.align_projector).__name__
-            if self.impl == "triton":
-                raise ValueError(
-                    f"impl='triton': align_projector ({kind}) is more than a weight and a bias; "
-                    "pass impl='auto' or 'torch' to have it called"
-                )
-            if not torch.compiler.is_compiling():
-                warn_unfused(kind)
+            allow_unfused(self.align_projector, "align_projector", self.impl)
         return plain
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:

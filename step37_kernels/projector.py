@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from step37_kernels.dispatch import Impl
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,8 +77,24 @@ def input_width(projector: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
+def allow_unfused(projector: nn.Module, name: str, impl: Impl) -> None:
+    """See to it that a projector that is not plain may be called, and say so in the log once.
+
+    Raises:
+        ValueError: ``impl="triton"`` asks for a kernel that knows no other.
+    """
+    kind = type(projector).__name__
+    if impl == "triton":
+        raise ValueError(
+            f"impl='triton': {name} ({kind}) is more than a weight and a bias; "
+            "pass impl='auto' or 'torch' to have it called"
+        )
+    if not torch.compiler.is_compiling():
+        warn_unfused(name, kind)
+
+
 @functools.cache
-def warn_unfused(kind: str, name: str = "align_projector") -> None:
+def warn_unfused(name: str, kind: str) -> None:
     logger.warning(
         "%s (%s) is more than a weight and a bias (an adapter, a hook, a shard): it "
         "is called, and its rows are inserted by PyTorch",

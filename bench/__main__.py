@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, report, step, tune
+from bench import harness, report
 from bench.harness import DTYPES, LATE, Ceilings, Row, Settings
 from bench.shapes import SHAPES, shapes_named
+from bench.subjects import step, tune
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,20 @@ class Subject:
 
 
 SUBJECTS = {
-    "plan": Subject("bench.plan", shapes=tuple(SHAPES), needs_gpu=True),
-    "step": Subject("bench.step", shapes=step.SHAPES, needs_gpu=True),
-    "insert": Subject("bench.insert", shapes=tuple(SHAPES), needs_gpu=True),
-    "automodel": Subject("bench.automodel", needs_gpu=True),
-    "normalize": Subject("bench.pixel_kernels", needs_gpu=True),
-    "resize": Subject("bench.pixel_kernels", needs_gpu=True),
-    "host": Subject("bench.host", program=True, quick=("--rounds", "5")),
-    "pixels": Subject("bench.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")),
-    "multicrop": Subject("bench.multicrop", program=True, quick=("--budget", "0.5")),
-    "data": Subject("bench.data", program=True, quick=("--quick",)),
+    "plan": Subject("bench.subjects.plan", shapes=tuple(SHAPES), needs_gpu=True),
+    "step": Subject("bench.subjects.step", shapes=step.SHAPES, needs_gpu=True),
+    "insert": Subject("bench.subjects.insert", shapes=tuple(SHAPES), needs_gpu=True),
+    "automodel": Subject("bench.subjects.automodel", needs_gpu=True),
+    "normalize": Subject("bench.subjects.pixel_kernels", needs_gpu=True),
+    "resize": Subject("bench.subjects.pixel_kernels", needs_gpu=True),
+    "host": Subject("bench.subjects.host", program=True, quick=("--rounds", "5")),
+    "pixels": Subject(
+        "bench.subjects.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")
+    ),
+    "multicrop": Subject("bench.subjects.multicrop", program=True, quick=("--budget", "0.5")),
+    "data": Subject("bench.subjects.data", program=True, quick=("--quick",)),
     "predict": Subject("bench.predict", program=True, on_request=True),
-    "tune": Subject("bench.tune", shapes=tune.SHAPES, needs_gpu=True, on_request=True),
+    "tune": Subject("bench.subjects.tune", shapes=tune.SHAPES, needs_gpu=True, on_request=True),
 }
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.insert import work_of
 from bench.shapes import SHAPES, Shape, shapes_named
+from bench.subjects.insert import work_of
 from step37_kernels.ops import tiles as table
 from step37_kernels.ops.common import ceil_div
 from step37_kernels.ops.tiles import Tile

@@ -38,7 +38,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from examples.row_map import draw_row_map
-from step37_data.extras import how_to_get
+from step37_data.common.extras import how_to_get
 from step37_data.inspect import style
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider

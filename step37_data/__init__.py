@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     except ModuleNotFoundError as error:
-        from step37_data.extras import how_to_get
+        from step37_data.common.extras import how_to_get
 
         needed = how_to_get(error)
         if needed is None:

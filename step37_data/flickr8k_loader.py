@@ -17,13 +17,13 @@ import numpy as np
 import torch.distributed as dist
 from tqdm.contrib.concurrent import thread_map
 
-from step37_data.checks import checked_int
-from step37_data.hub_cache import NOTES, check_origin, flaw_of, path_inside, refuse_links
+from step37_data.caches.hub_cache import NOTES, check_origin, flaw_of, path_inside, refuse_links
+from step37_data.caches.rank_order import fill_cache_once
+from step37_data.common.checks import checked_int
+from step37_data.common.threads import map_threads
 from step37_data.images.crops import CropPlan, plan_file
-from step37_data.rank_order import fill_cache_once
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.threads import map_threads
-from step37_data.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from step37_data.preprocess import RopeArgs as RopeArgsFn
 from step37_data.preprocess import build_image_for_insert, compute_rope_args
-from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 
 __all__ = [

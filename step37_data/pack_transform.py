@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from step37_data.checks import checked_int
+from step37_data.common.checks import checked_int
 
 _INT32_MAX = 2**31 - 1
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch._utils import ExceptionWrapper
 
-from step37_data.checks import checked_int, checked_state, item_at
-from step37_data.lengths import KeyedDataset, probe_lengths
+from step37_data.caches.lengths import KeyedDataset, probe_lengths
+from step37_data.common.checks import checked_int, checked_state, item_at
 from step37_data.packing import (
     OversizePolicy,
     PackingResult,

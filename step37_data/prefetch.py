@@ -17,10 +17,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from step37_data.checks import item_at
+from step37_data.common.checks import item_at
+from step37_data.common.threads import Work, start_thread
 from step37_data.images.decode import BrokenImages
 from step37_data.images.device import Device, resolve_device
-from step37_data.threads import Work, start_thread
 
 _Input = TypeVar("_Input")
 

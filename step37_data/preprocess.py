@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from step37_data.checks import checked_int
+from step37_data.common.checks import checked_int
 from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.decode import BrokenImages, OnBroken, decode
 from step37_data.images.device import Device, resolve_device, to_device
 from step37_data.images.encoded import EncodedImage
 from step37_data.images.stacks import ImageReader
-from step37_data.placeholders import Entry, ImageEntry
-from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.text.placeholders import Entry, ImageEntry
+from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
 from step37_kernels.pixels.normalize import CLIP_STD as _CLIP_STD  # noqa: F401

@@ -13,7 +13,7 @@ from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
-from step37_data.tokens import ImageTokens
+from step37_data.text.tokens import ImageTokens
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from step37_data.checks import checked_int, checked_state
+from step37_data.common.checks import checked_int, checked_state
 
 
 class _Sampler(Iterator[int]):

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from step37_data.checks import checked_int
+from step37_data.common.checks import checked_int
+from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.messages import checked_role, map_texts, strings, texts_of
-from step37_data.placeholders import Entry, SampleImages, token_runs
-from step37_data.reserved import ReservedTokens
-from step37_data.threads import within
-from step37_data.tokens import (  # noqa: F401  all of the constants are offered here, too
+from step37_data.text.messages import checked_role, map_texts, strings, texts_of
+from step37_data.text.placeholders import Entry, SampleImages, token_runs
+from step37_data.text.reserved import ReservedTokens
+from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
     IMAGE_PLACEHOLDER,

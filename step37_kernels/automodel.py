@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from step37_kernels.count_watch import count_watch
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.insert import insert_rows, join_rows, project_and_insert
-from step37_kernels.patching import ClassPatch, chunks_of
+from step37_kernels.integration.patching import ClassPatch, chunks_of
+from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
 from step37_kernels.plan import InsertPlan, plan_placeholders
-from step37_kernels.projector import allow_unfused, is_plain, run_forward_pre_hooks
 
 __all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
 

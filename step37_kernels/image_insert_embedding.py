@@ -23,15 +23,15 @@ from step37_kernels.insert import (
     join_rows,
     pick_rows,
 )
-from step37_kernels.parallel import Layout, SequenceLayout, auto_layout, check_layout
-from step37_kernels.plan import Runs, plan_runs
-from step37_kernels.projector import (
+from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout, check_layout
+from step37_kernels.integration.projector import (
     ZeroGradient,
     allow_unfused,
     input_width,
     is_plain,
     run_forward_pre_hooks,
 )
+from step37_kernels.plan import Runs, plan_runs
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class ImageInsertEmbedding(nn.Module):
             overlapping spans are taken as they are.
         layout: which rows of the sequence this rank holds, under sequence or context parallelism;
             None for all. ``forward`` takes the whole ``input_ids`` all the same. ``"auto"`` reads
-            Megatron's state in each forward (:func:`step37_kernels.parallel.auto_layout`); a
+            Megatron's state in each forward (:func:`.auto_layout`); a
             function is called with the language embedding and returns a layout or None.
         gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
             fp32, by Megatron-Core's conventions, instead of handing it to autograd.

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from step37_kernels import operators
 from step37_kernels.dispatch import Impl, use_triton
-from step37_kernels.main_grad import MainGrad, check_has_main_grad, into_main_grad
+from step37_kernels.integration.main_grad import MainGrad, check_has_main_grad, into_main_grad
 from step37_kernels.plan import InsertPlan
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
-from step37_kernels.parallel import Layout, check_layout, sequence_layout
-from step37_kernels.patching import ClassPatch, chunks_of
+from step37_kernels.integration.parallel import Layout, check_layout, sequence_layout
+from step37_kernels.integration.patching import ClassPatch, chunks_of
 
 __all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
@@ -145,7 +145,7 @@ def patch_step37(
         impl, strict, text_only_gradient, gradient_accumulation_fusion: see
             :class:`ImageInsertEmbedding`. ``text_only_gradient`` is on here, because Megatron
             reduces gradients while backward runs.
-        layout: ``"auto"`` (see :func:`step37_kernels.parallel.auto_layout`): under sequence
+        layout: ``"auto"`` (see :func:`.auto_layout`): under sequence
             parallelism each rank embeds its own ``[S / TP, B, H]``, without it the whole. Context
             parallelism is an error in the first forward then: it needs a layout from
             :func:`sequence_layout`. None: the whole sequence on every rank, as the stock class has

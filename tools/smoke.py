@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.insert import LAYOUTS, Inputs, check_results, insertion
 from bench.oracle import Oracle
 from bench.peers import Peer, step37
 from bench.shapes import Shape, make_batch, make_case, shapes_named
+from bench.subjects.insert import LAYOUTS, Inputs, check_results, insertion
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.dispatch import Impl
 

@@ -20,7 +20,7 @@ import logging
 from dataclasses import dataclass
 
 from step37_data.images.encoded import ImageFile
-from step37_data.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
+from step37_data.text.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from step37_data.common.threads import map_threads
 from step37_data.images.crop_pixels import (
     PIXEL_ORDERS,
     PixelOrder,
@@ -39,9 +40,8 @@ from step37_data.images.decode import (
 )
 from step37_data.images.device import to_device, upload
 from step37_data.images.encoded import ImageFile
-from step37_data.placeholders import ImageEntry
-from step37_data.threads import map_threads
-from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.text.placeholders import ImageEntry
+from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.resize import resize_clip_normalize

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from step37_data.extras import how_to_get
+from step37_data.common.extras import how_to_get
 from step37_data.inspect import style
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shard(options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.energon import prepare_shards
-    from step37_data.shards import write_shards
+    from step37_data.energon.shards import write_shards
+    from step37_data.energon.task_encoder import prepare_shards
 
     shards = write_shards(
         options.folder,

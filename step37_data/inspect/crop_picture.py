@@ -11,8 +11,8 @@ from step37_data.images.crop_pixels import canvas_image, full_image
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
 from step37_data.images.decode import read_rgb
 from step37_data.inspect import style
-from step37_data.placeholders import token_runs
-from step37_data.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
+from step37_data.text.placeholders import token_runs
+from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
 
 # In inches.
 MARGIN, TOP, LONG_SIDE = 0.16, 0.72, 9.6

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from step37_data.common.threads import default_threads
 from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
-from step37_data.threads import default_threads
 
 _BARS, _BAR_WIDTH = 16, 40
 

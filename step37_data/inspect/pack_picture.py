@@ -15,8 +15,8 @@ from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packed_dataloader import MixedPackedDataloader
-from step37_data.placeholders import ImageEntry
-from step37_data.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.text.placeholders import ImageEntry
+from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "text": {"facecolor": style.TEXT},

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import plan, report, shapes, step
+from bench import report, shapes
 from bench.harness import Settings
 from bench.shapes import Shape
+from bench.subjects import plan, step
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def measured_here(*modules: str, settings: Settings) -> report.Record:
 def test_rows_are_measured_written_and_compared(
     here: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.finish(measured_here("bench.plan", settings=here), tmp_path, None)
+    assert command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, None)
     (path,) = tmp_path.glob("*.json")
     earlier = report.read(path)
     assert [row["implementation"] for row in earlier["rows"]] == [
@@ -115,7 +116,7 @@ def test_rows_are_measured_written_and_compared(
     table = path.with_suffix(".md").read_text()
     assert table.startswith("# Benchmark")
     assert "- while multiplying, before tiny: clocks.sm not reported, clocks.mem not" in table
-    assert command.finish(measured_here("bench.plan", settings=here), tmp_path, earlier)
+    assert command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, earlier)
     assert "of 3 rows changed by more than 3%" in capsys.readouterr().out
 
 
@@ -132,7 +133,7 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
         return dataclasses.replace(made, destinations=made.destinations.flip(0))
 
     monkeypatch.setattr(plan, "plan_insert", wrong)
-    assert not command.finish(measured_here("bench.plan", settings=here), tmp_path, None)
+    assert not command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, None)
     out = capsys.readouterr().out
     assert "FAILED: step37" in out
     (path,) = tmp_path.glob("*.json")
@@ -149,9 +150,9 @@ def test_an_error_ends_its_subject_and_no_other(
         raise RuntimeError("illegal access")
 
     monkeypatch.setattr(step, "run", crash)
-    results = measured_here("bench.step", "bench.plan", settings=here)
+    results = measured_here("bench.subjects.step", "bench.subjects.plan", settings=here)
     assert not command.finish(results, tmp_path, None)
-    assert "FAILED: bench.step: RuntimeError: illegal access" in capsys.readouterr().out
+    assert "FAILED: bench.subjects.step: RuntimeError: illegal access" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     assert len(report.read(path)["rows"]) == 3
 
@@ -173,7 +174,7 @@ def test_each_shape_has_a_process_and_one_that_dies_costs_only_its_rows(
         assert options.no_compile
         if options.shapes == ["long"]:
             return subprocess.CompletedProcess(arguments, -11)
-        results = measured_here("bench.plan", settings=here)
+        results = measured_here("bench.subjects.plan", settings=here)
         options.part.write_text(json.dumps(results))
         return subprocess.CompletedProcess(arguments, 0)
 

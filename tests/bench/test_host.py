@@ -6,7 +6,7 @@ from tests.kernels.checks import run_compiling
 
 
 def test_launches_are_counted_and_every_operation_has_a_time():
-    done = run_compiling("-m", "bench.host", "--rounds", "1")
+    done = run_compiling("-m", "bench.subjects.host", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[4:]]
     assert [(name, int(launches)) for name, launches, *_ in rows] == [

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import insert, oracle, peers, plan, step
+from bench import oracle, peers
 from bench.harness import Settings
 from bench.oracle import Oracle
 from bench.shapes import IM_PATCH, SHAPES, Shape, make_batch, make_case, shapes_named
+from bench.subjects import insert, plan, step
 from step37_kernels import ImageInsertEmbedding, reference
 from step37_kernels.testing import expected
 

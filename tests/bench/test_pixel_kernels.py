@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from bench import harness, pixel_kernels, report
+from bench import harness, report
 from bench.harness import Row, Settings
+from bench.subjects import pixel_kernels
 
 EVERYTHING = [
     ("normalize", "normalize", "1 × 40×40"),

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from bench import pixel_kernels, report, targets
+from bench import report, targets
 from bench.harness import Kind
-from bench.pixel_kernels import BATCHES
 from bench.shapes import SHAPES
+from bench.subjects import pixel_kernels
+from bench.subjects.pixel_kernels import BATCHES
 
 
 def record(name: str, kind: Kind, microseconds: float, **fields: Any) -> report.Record:

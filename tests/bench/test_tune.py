@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from bench import tune
 from bench.harness import Key, Row, Settings, Work
 from bench.resources import SHARED_LIMIT, only
 from bench.shapes import Shape
+from bench.subjects import tune
 from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile

@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from step37_data import flickr8k_loader, rank_order
+from step37_data import flickr8k_loader
+from step37_data.caches import rank_order
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
     get_flickr8k_dataset_file,

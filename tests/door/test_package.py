@@ -211,7 +211,7 @@ def test_a_name_of_the_door_that_needs_an_extra_says_which(installed: Run) -> No
 
 
 def test_every_extra_that_a_message_names_exists() -> None:
-    from step37_data.extras import EXTRA_OF
+    from step37_data.common.extras import EXTRA_OF
 
     extras = importlib.metadata.metadata("step37").get_all("Provides-Extra") or []
     text = (ROOT / "pyproject.toml").read_text()

@@ -14,7 +14,7 @@ from tests.energon.conftest import SAMPLES, TOKENIZER
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
-from step37_data.energon_provider import EnergonPacks, Step37EnergonSFTDataProvider
+from step37_data.energon.provider import EnergonPacks, Step37EnergonSFTDataProvider
 from step37_data.forward_step import ForwardStep
 from step37_data.prefetch import Prefetcher
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from step37_data.energon.shards import write_shards
 from step37_data.inspect.cli import main
-from step37_data.shards import write_shards
 from tests.energon.conftest import SAMPLES
 
 pytest.importorskip("megatron.energon", reason="the extra energon is not installed")

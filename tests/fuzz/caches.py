@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from step37_data.hub_cache import check_origin, flaw_of
-from step37_data.lengths import LengthCache, probe_lengths
+from step37_data.caches.hub_cache import check_origin, flaw_of
+from step37_data.caches.lengths import LengthCache, probe_lengths
 from tests.fuzz.images import damaged
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from step37_data.template import Step37MultimodalTemplate
-from tests.data.test_template import TOKENIZER, slow_template
-from tests.data.test_template_errors import unflagged_delimiter
+from tests.data.text.test_template import TOKENIZER, slow_template
+from tests.data.text.test_template_errors import unflagged_delimiter
 
 PIECES = ("<", "|", "im_", "start", "end", "|>", ">", "<im_", "<|im_", "image", "<image>", "\n",
           "<im_start>", "<|im_end|>", "＜", "｜", "＞", "ｉｍ＿", " ", "a cat", "é", "</think>",

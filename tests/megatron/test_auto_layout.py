@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from step37_kernels import ImageInsertEmbedding
-from step37_kernels.parallel import auto_layout
+from step37_kernels.integration.parallel import auto_layout
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 

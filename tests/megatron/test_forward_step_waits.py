@@ -1,6 +1,6 @@
 """The forward step on a GPU machine, where Bridge may not be: it waits for nothing on the device.
 
-Everything else about it: tests/real/test_forward_step.py, on Bridge's own classes.
+Everything else about it: tests/real/bridge/test_forward_step.py, on Bridge's own classes.
 """
 
 from __future__ import annotations

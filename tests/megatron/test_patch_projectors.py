@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
-from step37_kernels.parallel import SequenceLayout
-from step37_kernels.projector import warn_unfused
+from step37_kernels.integration.parallel import SequenceLayout
+from step37_kernels.integration.projector import warn_unfused
 
 IDS = torch.tensor([[7, 1, 2, 3, 7, 4, 5]])
 HIDDEN, WIDTH = 4, 6

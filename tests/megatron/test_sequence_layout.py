@@ -83,7 +83,7 @@ def one_rank(
     from megatron.core import parallel_state
 
     from step37_kernels import ImageForInsert
-    from step37_kernels.parallel import sequence_layout
+    from step37_kernels.integration.parallel import sequence_layout
 
     del rank
     layout = sequence_layout(sequence_parallel=sequence_parallel, cu_seqlens=cu_seqlens)

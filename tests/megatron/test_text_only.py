@@ -1,6 +1,6 @@
 """Microbatches without an image: the projector's gradient of zeros.
 
-Under Megatron's DDP, on Bridge's own model: tests/real/test_text_only.py.
+Under Megatron's DDP, on Bridge's own model: tests/real/bridge/test_text_only.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _skipped: list[str] = []
 @pytest.fixture
 def bridge() -> Iterator[None]:
     """Megatron-Bridge with its Step-3.7 not imported yet; whatever is patched is undone."""
-    from tests.real.bridge_model import PACKAGE
+    from tests.real.bridge.bridge_model import PACKAGE
 
     before = _below(PACKAGE)
     for name in before:

@@ -22,7 +22,7 @@ from step37_data import preprocess, provider
 from step37_data.flickr8k_loader import read_flickr8k_metadata
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.pp_media import VLM_PP_MEDIA_KEY, prepare_vlm_media_for_pp
-from tests.real.bridge_model import MODEL, PACKAGE, build
+from tests.real.bridge.bridge_model import MODEL, PACKAGE, build
 
 STEPFUN = "megatron.bridge.models.stepfun"
 NEEDED = [

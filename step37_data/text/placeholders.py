@@ -1,0 +1,109 @@
+"""What stands for pictures in the text of a sample, and which file each of it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from step37_data.images.crops import CropPlan, Window, plan_file
+from step37_data.images.encoded import ImageFile
+from step37_data.text.tokens import (
+    DEFAULT_TOKENS,
+    IMAGE_ITEM_TYPE,
+    PATCH_ITEM_TYPE,
+    PATCH_NEWLINE_TOKEN,
+    ImageTokens,
+)
+
+Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]
+
+
+class ImageEntry(NamedTuple):
+    """One entry of ``image_paths``, which holds them as plain tuples, without a window of None.
+
+    Attributes:
+        path: of the file, or the file itself.
+        kind: ``IMAGE_ITEM_TYPE`` or ``PATCH_ITEM_TYPE``.
+        window: of a picture that is seen in crops: that of a crop lies on the canvas, that of the
+            full image is ``CropPlan.full_window``. None is the whole file, as it is.
+    """
+
+    path: ImageFile
+    kind: int
+    window: Window | None = None
+
+    @property
+    def file(self) -> tuple[ImageFile, bool]:
+        """What is decoded for it: a file, as it is or to be seen in crops."""
+        return self.path, self.window is not None
+
+
+def token_runs(
+    newline_mask: Sequence[bool], names: ImageTokens = DEFAULT_TOKENS
+) -> list[tuple[str, int]]:
+    """What stands for a picture in the text: its crops row by row, then the full image.
+
+    Args:
+        newline_mask: of the picture's plan.
+        names: the tokens, and how many rows an image has.
+
+    Returns:
+        ``(token, how often in a row)``; two crops side by side, without the end, are
+        ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
+    """
+    crop = [
+        (names.patch_start_token, 1),
+        (names.image_token, names.patch_token_count),
+        (names.patch_end_token, 1),
+    ]
+    runs: list[tuple[str, int]] = []
+    for newline in newline_mask:
+        runs += [*crop, (PATCH_NEWLINE_TOKEN, 1)] if newline else crop
+    return [
+        *runs,
+        (names.image_start_token, 1),
+        (names.image_token, names.image_token_count),
+        (names.image_end_token, 1),
+    ]
+
+
+def token_layout(plan: CropPlan) -> list[str]:
+    """The names of the ``plan.num_tokens`` tokens that stand for a picture, one after the other."""
+    return [token for token, count in token_runs(plan.newline_mask) for _ in range(count)]
+
+
+class SampleImages:
+    """The images of a sample, dealt out to its placeholders in their order.
+
+    Attributes:
+        given: ``(path, item type)`` of the sample.
+    """
+
+    def __init__(self, given: Sequence[tuple[ImageFile, int]]) -> None:
+        self.given: list[Entry] = list(given)
+        self._left = {
+            wanted: [path for path, kind in reversed(given) if kind == wanted]
+            for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
+        }
+        self._dealt: list[Entry] = []
+
+    @property
+    def seen(self) -> list[Entry]:
+        """What the placeholders stand for, and images that no placeholder was left for."""
+        surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
+        return [*self._dealt, *surplus]
+
+    def see_whole(self, kind: int) -> None:
+        """Deal out the next file of ``kind`` as it is; where none is left, none."""
+        if self._left[kind]:
+            self._dealt.append((self._left[kind].pop(), kind))
+
+    def see_in_crops(self) -> tuple[bool, ...]:
+        """Deal out the windows of the next image, where one is left; the mask of its newlines."""
+        if not self._left[IMAGE_ITEM_TYPE]:
+            return ()
+        path = self._left[IMAGE_ITEM_TYPE].pop()
+        plan = plan_file(path)
+        self._dealt += [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
+        self._dealt.append((path, IMAGE_ITEM_TYPE, plan.full_window))
+        return plan.newline_mask

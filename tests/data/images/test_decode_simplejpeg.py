@@ -1,0 +1,127 @@
+"""simplejpeg gives Pillow's pixels, picture by picture, or leaves the file to Pillow."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from step37_data.images import decode as module
+from step37_data.images.decode import BrokenImageError, read_rgb
+from step37_data.images.encoded import EncodedImage
+
+simplejpeg = pytest.importorskip("simplejpeg", reason="the extra jpeg is not installed")
+
+PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "examples" / "flickr8k_mini").rglob("*.jpg"))
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def saved(picture: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what simplejpeg has decoded."""
+    shapes: list[tuple[int, ...]] = []
+    original = simplejpeg.decode_jpeg
+
+    def counting(*args: Any, **options: Any) -> np.ndarray:
+        pixels = original(*args, **options)
+        shapes.append(pixels.shape)
+        return pixels
+
+    assert module._simplejpeg() is simplejpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counting)
+    return shapes
+
+
+def test_photographs_in_every_way_to_save_them_are_the_same_bit_for_bit(
+    decoded: list[tuple[int, ...]],
+) -> None:
+    ways = list(itertools.product((30, 75, 95), (0, 1, 2), (False, True)))
+    for number, path in enumerate(PHOTOGRAPHS):
+        data = path.read_bytes()
+        assert np.array_equal(read_rgb(str(path)), by_pillow(data))
+        with Image.open(path) as photograph:
+            small = photograph.convert("RGB").resize((200 + number, 133 - number))
+        for quality, subsampling, progressive in ways:
+            data = saved(small, quality=quality, subsampling=subsampling, progressive=progressive)
+            assert np.array_equal(read_rgb(EncodedImage("a", data)), by_pillow(data))
+    assert len(decoded) >= len(PHOTOGRAPHS) * len(ways) > 100
+
+
+@given(
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    quality=st.integers(1, 100),
+    subsampling=st.integers(0, 2),
+    progressive=st.booleans(),
+    seed=st.integers(0, 999),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    keep_rgb=st.booleans(),
+    restart=st.integers(0, 3),
+)
+def test_generated_pictures_of_any_size_and_mode_are_the_same_bit_for_bit(
+    width: int,
+    height: int,
+    quality: int,
+    subsampling: int,
+    progressive: bool,
+    seed: int,
+    mode: str,
+    keep_rgb: bool,
+    restart: int,
+) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    options: dict[str, Any] = {"quality": quality, "progressive": progressive}
+    if mode == "RGB":
+        options["subsampling"] = 0 if keep_rgb else subsampling
+        options["keep_rgb"] = keep_rgb
+    if restart:
+        options["restart_marker_blocks"] = restart
+    data = saved(Image.fromarray(noise).convert(mode), **options)
+    assert np.array_equal(read_rgb(EncodedImage("a", data)), by_pillow(data))
+
+
+@given(place=st.integers(20, 3000), value=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_file_is_what_pillow_makes_of_it(place: int, value: int, cut: bool) -> None:
+    data = bytearray(PHOTOGRAPHS[0].read_bytes())
+    if cut:
+        data = data[: place * 4]
+    else:
+        data[place] = value
+    try:
+        expected = by_pillow(bytes(data))
+    except Exception:
+        with pytest.raises(BrokenImageError):
+            read_rgb(EncodedImage("a", bytes(data)))
+    else:
+        assert np.array_equal(read_rgb(EncodedImage("a", bytes(data))), expected)
+
+
+def test_a_simplejpeg_that_decodes_otherwise_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data, **_: original(data) ^ 1)
+    module._simplejpeg.cache_clear()
+    try:
+        data = PHOTOGRAPHS[0].read_bytes()
+        assert np.array_equal(read_rgb(EncodedImage("a", data)), by_pillow(data))
+        assert "decode to different pixels" in caplog.text
+    finally:
+        module._simplejpeg.cache_clear()

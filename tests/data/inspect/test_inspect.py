@@ -1,0 +1,362 @@
+"""What the inspect command says about packs and data sets is what is in them."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from step37_data.inspect import style
+from step37_data.inspect.cli import main
+from step37_data.inspect.data_set import (
+    DataSetDescription,
+    describe_fills,
+    draw_data_set,
+    find_broken_images,
+)
+from step37_data.inspect.pack_picture import (
+    LINE,
+    TOKENS_A_LINE,
+    WIDTH,
+    cell_at,
+    describe_pack,
+    draw_pack,
+)
+from step37_data.pack_transform import pack_samples
+from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.template import Step37MultimodalTemplate
+
+pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+TOKENIZER = str(EXAMPLES / "tokenizer")
+CROPS = "<im_start><@image@><im_end><patch_start><#image#><patch_end>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(EXAMPLES / "flickr8k_mini" / "train", tmp_path / "data" / "train")
+    return tmp_path / "data"
+
+
+def rgb(name: str) -> tuple[int, ...]:
+    red, green, blue = (int(name[at : at + 2], 16) for at in (1, 3, 5))
+    return red, green, blue
+
+
+def drawn(sheet: Any) -> np.ndarray:
+    """Pixels ``[h, w, 3]`` of a sheet, at 100 an inch."""
+    with Image.open(io.BytesIO(style.png_of(sheet))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def check_lettering(sheet: Any) -> None:
+    """No label is cut by the edge, none lies on another."""
+    from matplotlib.text import Text
+
+    drawn(sheet)
+    # Matplotlib keeps labels of ticks beyond the ends of an axis, and does not draw them.
+    beyond = set()
+    for axes in sheet.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            shown = set(axis._update_ticks()) if axes.axison else set()
+            for tick in set(axis.get_major_ticks()) - shown:
+                beyond |= {tick.label1, tick.label2}
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in sheet.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and text not in beyond
+    ]
+    assert boxes
+    for number, (name, box) in enumerate(boxes):
+        assert box.x0 >= 0, name
+        assert box.y0 >= 0, name
+        assert box.x1 <= sheet.bbox.width + 0.5, name
+        assert box.y1 <= sheet.bbox.height + 0.5, name
+        for other, behind in boxes[number + 1 :]:
+            apart = (
+                min(box.x1, behind.x1) - max(box.x0, behind.x0) < 1
+                or min(box.y1, behind.y1) - max(box.y0, behind.y0) < 1
+            )
+            assert apart, (name, other)
+
+
+def inspect(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> list[str]:
+    assert main(["inspect", str(folder), "--tokenizer", TOKENIZER, *options]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_data_set_is_described_with_lengths_fill_and_drops(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    lines = inspect(capsys, folder, "--max-length", "650")
+    assert lines[0].endswith("train, caption_0: 8 samples, 8 image files")
+    assert lines[1].startswith("lengths   212 to 216 tokens, median 214")
+    counts = [int(line.rsplit(" ", 1)[1]) for line in lines if re.match(r" +\d+ – \d+ ", line)]
+    assert sum(counts) == 8
+    told = "          next_fit: 8 samples in 3 packs of 650 tokens, 87.8 % filled, 0 dropped"
+    assert told in lines
+    assert lines[-1] == "images    0 of 8 files cannot be read"
+    dropping = inspect(capsys, folder, "--max-length", "214")
+    told = "          best_fit: 4 samples in 4 packs of 214 tokens, 99.5 % filled, 4 dropped"
+    assert told in dropping
+
+
+def test_broken_images_are_named_and_nothing_is_downloaded(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "train" / "coffee.jpg").write_bytes(b"not a jpeg")
+    (folder / "train" / "retina.jpg").unlink()
+    whole = (folder / "train" / "rocket.jpg").read_bytes()
+    (folder / "train" / "rocket.jpg").write_bytes(whole[: len(whole) // 2])
+    lines = inspect(capsys, folder)
+    first = lines.index("images    3 of 8 files cannot be read")
+    names = [re.search(r"(\w+)\.jpg: (\w+)", line) for line in lines[first + 1 :]]
+    assert [match.groups() for match in names if match] == [
+        ("coffee", "UnidentifiedImageError"),
+        ("retina", "FileNotFoundError"),
+        ("rocket", "OSError"),
+    ]
+    assert inspect(capsys, folder, "--skip-images")[-1] == "images    not read (--skip-images)"
+
+
+def test_long_work_shows_its_progress_unless_it_is_to_be_quiet(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER]
+    main(command)
+    shown = capsys.readouterr().err
+    assert "Probing data set 0: 100%" in shown
+    assert "Reading images: 100%" in shown
+    main([*command, "--quiet"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pack_is_shown_as_a_table_and_a_picture(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pack.png"
+    lines = inspect(
+        capsys, folder, "--pack", "1", "--max-length", "450", "--sampling", "sequential",
+        "--out", str(out),
+    )  # fmt: skip
+    assert lines[0].startswith("pack 1 of 4: 430 of 450 tokens (95.6%), 448 with padding")
+    cells = [re.split(r"  +", line) for line in lines[1:-1]]
+    assert cells[0] == ["segment", "sample", "tokens", "trained", "images", "text trained"]
+    assert [row[1] for row in cells[1:]] == ["2", "3", "padding"]
+    assert [row[2] for row in cells[1:]] == ["0–215", "215–430", "430–448"]
+    assert cells[1][4] == "chelsea.jpg 6–175"
+    assert "A tabby cat with green eyes" in cells[1][5]
+    with Image.open(out) as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_pack_that_is_not_there_or_a_folder_without_metadata_is_an_error(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    command = ["--tokenizer", TOKENIZER, "--quiet"]
+    assert main(["inspect", str(folder), *command, "--pack", "7"]) == 1
+    assert "step37-data: --pack: expected 0 to 0, got 7" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none"), *command]) == 1
+    assert "metadata.csv" in capsys.readouterr().err
+    assert main(["inspect", str(folder), *command, "--caption-key", "caption_7"]) == 1
+    assert "no row has a file_name and a caption_7" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_an_error_of_one_line(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    def error_of(*options: str) -> str:
+        assert main(["inspect", str(folder), "--quiet", *options]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("step37-data: ")
+        assert error.count("\n") == 1
+        return error
+
+    broken = tmp_path / "broken"
+    shutil.copytree(TOKENIZER, broken)
+    (broken / "chat_template.jinja").write_text("{% for m in %}")
+    assert "TemplateSyntaxError" in error_of("--tokenizer", str(broken))
+    assert "there is no folder" in error_of("--tokenizer", str(tmp_path / "none"))
+    good = ("--tokenizer", TOKENIZER)
+    for count in ("0", "-3"):
+        message = f"sample_count: expected at least 1, got {count}"
+        assert message in error_of(*good, "--sample-count", count)
+    both = (*good, "--html", "p.html", "--pack", "0")
+    assert "--html: a page shows a whole data set" in error_of(*both)
+    metadata = folder / "train" / "metadata.csv"
+    metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
+    assert f"{metadata}: expected text in UTF-8" in error_of(*good)
+    metadata.write_bytes(b"file_name,caption_0\na.jpg," + b"x" * 200_000)
+    assert f"{metadata}, line 2: field larger than" in error_of(*good)
+
+
+def test_the_module_runs_as_a_command(folder: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "step37_data.inspect.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: step37-data inspect" in run.stdout
+    assert str(folder) not in run.stdout
+
+
+class Samples(list[Any]):
+    """A data set of these images and their crops, each with a question and two answers."""
+
+    def __init__(self, template: Step37MultimodalTemplate, paths: list[str]) -> None:
+        self.template = template
+        for path in paths:
+            conversations = [
+                {"role": "user", "content": f"{CROPS} what?"},
+                {"role": "assistant", "content": "one"},
+                {"role": "tool", "content": "result"},
+                {"role": "assistant", "content": "two"},
+            ]
+            images = [(path, 0), (path, 1)]
+            self.append(template({"conversations": conversations, "images": images}))
+
+
+def packs_of(
+    template: Step37MultimodalTemplate, paths: list[str], capacity: int = 1024
+) -> MixedPackedDataloader:
+    return MixedPackedDataloader(
+        [Samples(template, paths)], [1.0], capacity, "extend", pack_samples, "sequential",
+        progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def template() -> Step37MultimodalTemplate:
+    return Step37MultimodalTemplate(tokenizer_path=TOKENIZER)
+
+
+def test_a_description_has_every_segment_loss_span_and_image_where_the_tokens_are(
+    template: Step37MultimodalTemplate,
+) -> None:
+    packs = packs_of(template, ["c.jpg", "d.jpg", "a.jpg", "b.jpg"], 700)
+    packed, pack = packs[1], describe_pack(packs, 1)
+    assert [(s.start, s.end) for s in pack.segments] == list(
+        zip(packed["cu_seqlens"][:-1].tolist(), packed["cu_seqlens"][1:].tolist(), strict=True)
+    )
+    assert [segment.source for segment in pack.segments] == [(0, 2), (0, 3), None]
+    assert pack.used == pack.segments[1].end
+    trained = np.zeros(len(packed["tokens"]), dtype=bool)
+    for segment in pack.segments:
+        assert len(segment.loss) == (2 if segment.source else 0)
+        for start, end in segment.loss:
+            trained[start:end] = True
+        labels = packed["labels"][segment.start : segment.end]
+        within = labels[torch.from_numpy(trained[segment.start : segment.end])]
+        assert segment.text == template.tokenizer.decode(within)
+    assert torch.equal(torch.from_numpy(trained), packed["loss_masks"] > 0)
+    told = f"pack 1 of 2: {pack.used} of 700 tokens ({pack.used / 7:.1f}%)"
+    assert pack.title == f"{told}, {len(trained)} with padding, {trained.sum()} trained"
+    is_row = packed["tokens"] == template.tokenizer.convert_tokens_to_ids("<im_patch>")
+    for segment, path in zip(pack.segments, ["a.jpg", "b.jpg"], strict=False):
+        assert [image.entry for image in segment.images] == [(path, 0, None), (path, 1, None)]
+        for image in segment.images:
+            assert is_row[image.start : image.end].all()
+            assert not is_row[image.start - 1]
+            assert not is_row[image.end]
+
+
+def test_a_description_needs_as_many_images_as_start_tokens(
+    template: Step37MultimodalTemplate,
+) -> None:
+    packs = packs_of(template, ["a.jpg", "b.jpg"])
+    packs.datasets[0][1]["image_paths"].pop()
+    with pytest.raises(ValueError, match="pack 0: 2 start tokens 6 for 1 image paths"):
+        describe_pack(packs, 0)
+
+
+def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate) -> None:
+    good = str(EXAMPLES / "flickr8k_mini/train/coffee.jpg")
+    pack = describe_pack(packs_of(template, [good, "missing.jpg"]), 0)
+    sheet = draw_pack(pack)
+    check_lettering(sheet)
+    pixels = drawn(sheet)
+
+    def colour(token: int) -> tuple[int, ...]:
+        x, y = cell_at(token)
+        # Low in the line: no label is written there.
+        column = round(style.DPI * (x + WIDTH / TOKENS_A_LINE / 2))
+        return tuple(pixels[round(style.DPI * (y + LINE)) - 3, column].tolist())
+
+    first, second, padding = pack.segments
+    image, crop = first.images
+    assert colour(image.start) == colour(image.end - 1) == rgb(style.IMAGE)
+    assert colour(crop.start) == colour(crop.end - 1) == rgb(style.CROP)
+    assert colour(image.end) == colour(first.start + 1) == rgb(style.TEXT)
+    for start, end in first.loss:
+        assert colour(start) == colour(end - 2) == rgb(style.TRAINED)
+    broken = [colour(t) for t in range(second.images[0].start, second.images[0].end)]
+    assert {rgb(style.BROKEN)} < set(broken)
+    assert not {rgb(style.IMAGE), rgb(style.TEXT)} & set(broken)
+    room = [colour(token) for token in (padding.start + 1, *range(padding.end, 1024))]
+    assert rgb(style.PADDING) in room
+    assert rgb(style.TEXT) not in room
+
+
+def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
+    template: Step37MultimodalTemplate,
+) -> None:
+    oversize = describe_pack(packs_of(template, ["a.jpg"], 100), 0)
+    assert oversize.used > oversize.capacity
+    last = oversize.segments[-1].end - 1
+    assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg"], ["long_" * 20 + ".jpg", "猫$x_1$.jpg"], ["i.jpg"] * 9]
+)
+def test_labels_of_packs_neither_overlap_nor_are_cut(
+    template: Step37MultimodalTemplate, names: list[str]
+) -> None:
+    for capacity in (256, 2048, 8192):
+        check_lettering(draw_pack(describe_pack(packs_of(template, names, capacity), 0)))
+
+
+@pytest.mark.parametrize("longest", [220, 100_000])
+@pytest.mark.parametrize("broken", [None, {}, {"a.jpg": "OSError: cut"}])
+def test_a_data_set_is_drawn_with_legible_labels(
+    longest: int, broken: dict[str, str] | None
+) -> None:
+    sizes = np.random.default_rng(0).integers(200, longest, 5000)
+    data = DataSetDescription(
+        name="a/very/long/folder/" * 10, sizes=sizes, images=5000, capacity=2048, oversize="drop",
+        fills=describe_fills(sizes, 2048, "drop"), broken=broken,
+    )  # fmt: skip
+    sheet = draw_data_set(data)
+    check_lettering(sheet)
+    lengths, filled = sheet.axes
+    assert sum(bar.get_height() for bar in lengths.patches) == 5000
+    packs = sum(len(fill.tokens) for fill in data.fills.values())
+    assert sum(bar.get_height() for bar in filled.patches) == packs
+
+
+def test_fills_hold_the_tokens_of_every_pack() -> None:
+    fills = describe_fills(np.array([4, 3, 9, 2, 6]), 8, "drop")
+    assert fills["next_fit"].tokens.tolist() == [7, 8]
+    assert sorted(fills["best_fit"].tokens.tolist()) == [7, 8]
+    assert [fill.dropped for fill in fills.values()] == [1, 1]
+    assert fills["next_fit"].share == 15 / 16
+
+
+def test_broken_images_are_found_in_order(folder: Path) -> None:
+    broken = folder / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff")
+    paths = [str(folder / "train" / "coffee.jpg"), str(broken), str(folder / "none.jpg")]
+    found = find_broken_images(paths, progress=False)
+    assert list(found) == paths[1:]
+    assert found[paths[2]].startswith("FileNotFoundError")

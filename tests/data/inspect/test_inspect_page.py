@@ -1,0 +1,149 @@
+"""The page of a data set: whole in one file, and in a browser one pack at a time."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from step37_data.inspect.cli import main
+
+pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+class Outline(html.parser.HTMLParser):
+    """Elements still open at the end, packs, cells, and everything that is fetched."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.packs: list[str] = []
+        self.sources: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.packs.append(given["id"] or "")
+        if tag == "td":
+            self.cells.append("")
+        self.sources += [given[name] or "" for name in ("src", "href") if name in given]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["td"]:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight samples in packs of two, one picture broken, one caption that looks like markup."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(EXAMPLES / "flickr8k_mini" / "train", folder / "data" / "train")
+    metadata = folder / "data" / "train" / "metadata.csv"
+    text = metadata.read_text(encoding="utf-8")
+    metadata.write_text(text.replace("A tabby cat", "A <b>tabby</b> & cat"), encoding="utf-8")
+    (folder / "data" / "train" / "rocket.jpg").write_bytes(b"no picture")
+    out = folder / "made" / "page.html"
+    arguments = ["--tokenizer", str(EXAMPLES / "tokenizer"), "--quiet", "--max-length", "450"]
+    arguments += ["--sampling", "sequential", "--html", str(out), "--html-packs", "3"]
+    assert main(["inspect", str(folder / "data"), *arguments]) == 0
+    return out
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(page: Path) -> None:
+    outline = Outline()
+    text = page.read_text(encoding="utf-8")
+    outline.feed(text)
+    outline.close()
+    assert outline.open == []
+    assert outline.packs == ["pack-0", "pack-1", "pack-2"]
+    # The data set's picture and one of each pack, all of them inside.
+    assert len(outline.sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in outline.sources)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert any("A <b>tabby</b> & cat" in cell for cell in outline.cells)
+    assert any(cell.startswith("UnidentifiedImageError") for cell in outline.cells)
+    assert outline.cells[:2] == ["next_fit", "4"]
+
+
+def test_a_page_of_one_pack_cannot_be_asked_for(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["inspect", "folder", "--tokenizer", "t", "--html", str(page)]
+    assert main([*arguments, "--pack", "1"]) == 1
+    assert main([*arguments, "--picture", "a.jpg"]) == 1
+    assert "--html: a page shows a whole data set" in capsys.readouterr().err
+
+
+def browse(page: Path, *options: str, place: str = "") -> str:
+    assert BROWSER is not None
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--window-size=1160,2600",
+             "--virtual-time-budget=3000", *options, f"{page.as_uri()}{place}"],
+            capture_output=True, text=True, check=True, timeout=120,
+        )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here: the page is not looked at")
+def test_a_browser_shows_one_pack_and_leafs_to_the_next(page: Path, tmp_path: Path) -> None:
+    def shown(place: str, at: Path) -> list[str]:
+        dom = browse(at, "--dump-dom", place=place)
+        return re.findall(r'<section class="pack" id="([^"]*)">', dom)
+
+    assert shown("", page) == ["pack-0"]
+    assert shown("#pack-2", page) == ["pack-2"]
+    # As a reader does it: the button, then the key.
+    text = page.read_text(encoding="utf-8")
+    steps = "document.getElementById('on').click();"
+    steps += (
+        "setTimeout(() => dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'})), 99);"
+    )
+    clicked = tmp_path / "clicked.html"
+    clicked.write_text(text.replace("</script>", f"{steps}</script>"), encoding="utf-8")
+    assert shown("", clicked) == ["pack-2"]
+    assert "3 of 3" in browse(clicked, "--dump-dom")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here: the page is not looked at")
+def test_a_browser_draws_the_pictures_within_the_width_of_the_page(
+    page: Path, tmp_path: Path
+) -> None:
+    def pixels(source: Path, name: str) -> np.ndarray:
+        browse(source, f"--screenshot={tmp_path / name}")
+        with Image.open(io.BytesIO((tmp_path / name).read_bytes())) as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    whole = pixels(page, "whole.png")
+    # Blue of the images' rows, amber of what is trained: the pack's picture is drawn.
+    for colour in ((86, 180, 233), (240, 192, 90)):
+        assert (np.abs(whole - colour).max(-1) <= 2).sum() > 1000
+    assert (whole[:, -4:] == 255).all(), "something reaches the right edge"
+    measured = tmp_path / "measured.html"
+    script = "document.title = document.documentElement.scrollWidth + '/' + innerWidth;</script>"
+    text = page.read_text(encoding="utf-8").replace("</script>", script)
+    measured.write_text(text, encoding="utf-8")
+    title = re.search("<title>(.*)/(.*)</title>", browse(measured, "--dump-dom"))
+    assert title is not None
+    assert int(title[1]) <= int(title[2])

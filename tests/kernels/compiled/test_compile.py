@@ -1,0 +1,274 @@
+"""``torch.compile`` over the module: one graph, the same values, no recompile for new lengths."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    plan_insert,
+    plan_placeholders,
+)
+from step37_kernels.count_watch import count_watch
+from step37_kernels.integration.parallel import SequenceLayout
+from step37_kernels.plan import to_runs
+from step37_kernels.testing import make_insert_case
+from tests.kernels.strategies import FILLER, TOKENS
+
+HIDDEN, WIDTH = 32, 48
+IM_START, PATCH_START = TOKENS[0], TOKENS[1]
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, HIDDEN)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        del position_ids
+        embedded: Tensor = self.table(input_ids % 64)
+        return embedded.transpose(0, 1).contiguous()
+
+
+def make_module(device: str, impl: str) -> tuple[ImageInsertEmbedding, Words]:
+    torch.manual_seed(0)
+    words = Words().to(device)
+    module = ImageInsertEmbedding(words, WIDTH, HIDDEN, projector_bias=True, impl=impl)
+    return module.to(device), words
+
+
+def make_batch(device: str, pictures: int, crops: int, seq_len: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(pictures)
+    ids = torch.full((1, seq_len), FILLER)
+    ids[0, [9 * k for k in range(pictures)]] = IM_START
+    ids[0, [seq_len - 6 * (k + 1) for k in range(crops)]] = PATCH_START
+    picture_rows = torch.randn(pictures, WIDTH, 7, generator=generator).to(device)
+    crop_rows = torch.randn(crops, 5, WIDTH, generator=generator).to(device)
+    return ids.to(device), picture_rows.requires_grad_(), crop_rows.requires_grad_()
+
+
+def groups_of(pictures: Tensor, crops: Tensor) -> list[ImageForInsert]:
+    return [
+        ImageForInsert(insert_start_token=PATCH_START, image_features=crops),
+        ImageForInsert(insert_start_token=IM_START, image_features=pictures.transpose(1, 2)),
+    ]
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_one_graph_forward_and_backward_for_all_lengths(device, impl):
+    module, words = make_module(device, impl)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def step(ids: Tensor, pictures: Tensor, crops: Tensor) -> Tensor:
+        return module(ids, groups_of(pictures, crops))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    parameters = [*module.parameters(), words.table.weight]
+    for number, (pictures, crops, seq_len) in enumerate(
+        [(2, 2, 60), (3, 4, 90), (5, 3, 111), (7, 2, 128)]
+    ):
+        ids, *leaves = make_batch(device, pictures, crops, seq_len)
+        eager, traced = step(ids, *leaves), compiled(ids, *leaves)
+        assert torch.equal(eager, traced)
+        gradient = torch.randn_like(eager)
+        for one, other in zip(
+            torch.autograd.grad(eager, [*parameters, *leaves], gradient),
+            torch.autograd.grad(traced, [*parameters, *leaves], gradient),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        if number == 1:
+            dynamic = len(graphs)
+    assert dynamic <= 2
+    assert len(graphs) == dynamic
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize(("dynamic", "most"), [(True, 2), (None, 2), (False, 3)])
+def test_the_module_compiles_whole_whatever_is_dynamic(device, impl, dynamic, most):
+    module, words = make_module(device, impl)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    parameters = [*module.parameters(), words.table.weight]
+    # No two sizes of the first are equal, else the compiler takes them for one.
+    for pictures, crops, seq_len in ((3, 4, 60), (4, 6, 90), (6, 2, 111)):
+        ids, *leaves = make_batch(device, pictures, crops, seq_len)
+        eager, traced = module(ids, groups_of(*leaves)), compiled(ids, groups_of(*leaves))
+        assert torch.equal(eager, traced)
+        gradient = torch.randn_like(eager)
+        for one, other in zip(
+            torch.autograd.grad(eager, [*parameters, *leaves], gradient),
+            torch.autograd.grad(traced, [*parameters, *leaves], gradient),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= most
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("dynamic", [True, None, False])
+@pytest.mark.parametrize("of", ["plan_insert", "plan_placeholders", "shard"])
+def test_a_plan_is_traced_whole(device, impl, dynamic, of):
+    def planned(ids: Tensor) -> tuple[Tensor, ...]:
+        if of == "plan_placeholders":
+            plan = plan_placeholders(ids, IM_START, 4)
+        else:
+            plan = plan_insert(ids, [(PATCH_START, [3, 3, 2]), (IM_START, [7] * 4)], impl=impl)
+        if of == "shard":
+            plan = plan.shard(torch.arange(3, ids.shape[1], 2, device=device))
+        return plan.destinations, plan.row_at, plan.start_counts
+
+    torch._dynamo.reset()
+    compiled = torch.compile(planned, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seq_len in (60, 90, 111):
+        ids, _, _ = make_batch(device, 4, 3, seq_len)
+        for one, other in zip(planned(ids), compiled(ids), strict=True):
+            assert torch.equal(one, other)
+
+
+class Embedded(nn.Module):
+    """What is exported takes tensors, no groups."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.embedding, self.words = make_module(device, "torch")
+
+    def forward(self, ids: Tensor, pictures: Tensor, crops: Tensor) -> Tensor:
+        return self.embedding(ids, groups_of(pictures, crops))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_module_is_exported_with_dynamic_sizes(device, strict):
+    module = Embedded(device)
+    size = torch.export.Dim
+    sizes = {
+        "ids": {1: size("s", min=4, max=4096)},
+        "pictures": {0: size("p", min=2, max=100)},
+        "crops": {0: size("c", min=2, max=100)},
+    }
+    example = tuple(tensor.detach() for tensor in make_batch(device, 3, 4, 60))
+    exported = torch.export.export(module, example, dynamic_shapes=sizes, strict=strict)
+    for batch in (example, make_batch(device, 5, 2, 111)):
+        assert torch.equal(exported.module()(*batch), module(*batch))
+
+
+def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The compiler logs as well."""
+    name = "step37_kernels.count_watch"
+    return [record.getMessage() for record in caplog.records if record.name == name]
+
+
+def wait_for_counts(device: str) -> None:
+    """On CUDA they are read by a later forward, once they have arrived."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        count_watch.poll()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("layout", [None, SequenceLayout()], ids=["whole", "shard"])
+def test_a_count_mismatch_is_reported_out_of_a_compiled_graph(device, impl, layout, caplog):
+    module, _ = make_module(device, impl)
+    module.configure(impl=impl, layout=layout)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    ids, pictures, crops = make_batch(device, 3, 2, 60)
+    compiled(ids, groups_of(pictures, crops))
+    wait_for_counts(device)
+    assert our_warnings(caplog) == []
+    ids[0, 9] = FILLER
+    for _ in range(2):
+        compiled(ids, groups_of(pictures, crops)).sum().backward()
+    wait_for_counts(device)
+    sentence = f"start token {IM_START}: 2 in input_ids, 3 features; inserting 2"
+    first, second = our_warnings(caplog)
+    assert first == second
+    assert first.endswith(sentence)
+
+
+def test_insert_features_reports_it_too(device, caplog):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        ImageInsertEmbedding.insert_features, fullgraph=True, backend="aot_eager"
+    )
+    ids = torch.full((1, 8), FILLER, device=device)
+    ids[0, 1] = IM_START
+    compiled(torch.zeros(8, 1, 4, device=device), torch.ones(2, 2, 4, device=device), ids, IM_START)
+    wait_for_counts(device)
+    assert "1 in input_ids, 2 features; inserting 1" in caplog.text
+
+
+def test_strict_breaks_the_graph_and_says_so_where_it_may_not(device):
+    module, _ = make_module(device, "torch")
+    module.configure(strict=True)
+    ids, pictures, crops = make_batch(device, 3, 2, 60)
+    right = module(ids, groups_of(pictures, crops))
+    wrong = ids.clone()
+    wrong[0, 9] = FILLER
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, groups_of(pictures, crops)), right)
+    with pytest.raises(ValueError, match="2 in input_ids, 3 features"):
+        compiled(wrong, groups_of(pictures, crops))
+    torch._dynamo.reset()
+    whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"strict=True .* compile without fullgraph=True"):
+        whole(ids, groups_of(pictures, crops))
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_operators_keep_what_their_schemas_say(device, triton):
+    ids = torch.full((2, 20), FILLER)
+    ids[:, 3] = IM_START
+    case = make_insert_case(
+        ids,
+        [(IM_START, [(2, 6)])],
+        hidden=HIDDEN,
+        width=WIDTH,
+        seed=0,
+        dtype=torch.float32,
+        layout="channels-first",
+        bias=True,
+        device=device,
+    )
+    (token, ((features, rows),)) = to_runs(case.plan_groups)[0]
+    arguments = (case.input_ids, [token], [features], [features], [rows], triton)
+    operators = torch.ops.step37
+    for watch in (True, False):
+        torch.library.opcheck(operators.plan.default, (*arguments, watch))
+    if not triton:
+        return
+    destinations, row_at, _, _ = operators.plan(*arguments, False)
+    weight, bias = case.weight.detach(), case.bias.detach()
+    pictures = [case.features[0].detach()]
+    torch.library.opcheck(operators.pack_rows.default, (pictures,))
+    x = operators.pack_rows(pictures)
+    words = case.embeddings.detach()
+    torch.library.opcheck(
+        operators.project_insert.default,
+        (words, [x], weight, bias, destinations, row_at, None, False),
+    )
+    for wanted in itertools.product((True, False), repeat=3):
+        torch.library.opcheck(
+            operators.gradient_rows.default,
+            (case.grad_output, row_at, destinations, torch.float16, *wanted),
+        )
+    asked = (case.grad_output, row_at, destinations, torch.float32, False, True, False)
+    _, grad_rows, _ = operators.gradient_rows(*asked)
+    for add in (True, False):
+        torch.library.opcheck(
+            operators.add_weight_gradient.default,
+            (grad_rows, x, torch.ones(HIDDEN, WIDTH, device=device), add),
+        )

@@ -1,0 +1,208 @@
+"""NeMo Automodel's own Step-3.7, stock against ours over several steps."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from nemo_automodel.components.models.step3p7 import model as step3p7
+from torch import Tensor
+
+from step37_kernels.automodel import FusedMerge, patch_step3p7, replace_in, unpatch_step3p7
+from step37_kernels.testing import FP32_UNIT
+from tests.real.automodel.automodel_model import IMAGE, LENGTH, ROWS, WIDTH, batch, build, loss_of
+
+STEPS = 3
+SCENARIOS: dict[str, list[list[int] | None]] = {
+    "with crops": [[2, 0, 1], [1, 3, 0], [0, 0, 4]],
+    "without crops": [[0, 0], [0, 0, 0], [0]],
+    "text only": [None, None, None],
+    "mixed": [[3, 1], None, [0, 0]],
+}
+Step = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def automodel() -> Iterator[None]:
+    yield
+    unpatch_step3p7()
+
+
+def make(how: str, impl: str = "torch", **options: Any) -> Any:
+    if how == "patched":
+        patch_step3p7(impl=impl, strict=True)
+    model = build(**options)
+    if how == "patched":
+        unpatch_step3p7()
+    elif how == "replaced":
+        assert replace_in(model, impl=impl, strict=True) == ("model",)
+    assert isinstance(model.model, FusedMerge) == (how != "stock")
+    return model
+
+
+def train(model: Any, scenario: str, dtype: torch.dtype = torch.float32) -> list[Step]:
+    """Loss and all gradients of some steps of SGD with momentum."""
+    model.to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    steps = []
+    for number, crops in enumerate(SCENARIOS[scenario]):
+        optimizer.zero_grad()
+        inputs = batch(number, crops)
+        logits = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+        )
+        loss.backward()
+        optimizer.step()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        steps.append({**gradients, "loss": loss.detach()})
+    return steps
+
+
+def assert_within_stocks_rounding(ours: list[Step], stock: list[Step], exact: list[Step]) -> None:
+    """As near to fp64 as stock is, up to another order of the sums: so each may be off as much."""
+    for number, (mine, theirs, wanted) in enumerate(zip(ours, stock, exact, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            largest = wanted[name].abs().max()
+            bound = 2 * (theirs[name] - wanted[name]).abs().max() + 8 * FP32_UNIT * largest
+            error = (value - wanted[name]).abs().max()
+            assert error <= bound, f"step {number}, {name}: off by {error:.3g}, not {bound:.3g}"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_steps_give_stocks_losses_and_gradients(scenario, bias):
+    stock = train(make("stock", projector_bias=bias), scenario)
+    exact = train(make("stock", projector_bias=bias), scenario, torch.float64)
+    for how, impl in itertools.product(("patched", "replaced"), ("torch", "triton")):
+        ours = train(make(how, impl, projector_bias=bias), scenario)
+        assert_within_stocks_rounding(ours, stock, exact)
+    if scenario != "text only":
+        assert stock[0]["model.vit_large_projector.weight"].abs().sum() > 0
+        assert stock[0]["model.vision_model.conv1.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+def test_state_dicts_go_both_ways_and_the_model_can_be_copied(how):
+    stock, ours = make("stock", seed=1), make(how, seed=2)
+    saved, own = (copy.deepcopy(m.state_dict()) for m in (stock, ours))
+    assert own.keys() == saved.keys()
+    ours.load_state_dict(saved, strict=True)
+    stock.load_state_dict(own, strict=True)
+    copied = copy.deepcopy(ours)
+    assert isinstance(copied.model, FusedMerge)
+    inputs = batch(0, [1, 2])
+    assert torch.equal(copied(**inputs), ours(**inputs))
+
+
+@pytest.mark.parametrize("how", ["stock", "patched"])
+def test_features_that_are_projected_already_go_in_as_they_are(how):
+    model = make(how).model
+    inputs = batch(0, [0, 0])
+    rows = torch.randn(2, ROWS, 32)
+    given = model.get_multimodal_embeddings(image_embeds=rows)
+    for embeddings in (given, list(rows)):
+        out = model.prepare_inputs_embeds(inputs["input_ids"], embeddings)
+        mask = inputs["input_ids"] == IMAGE
+        assert torch.equal(out[mask], rows.flatten(0, 1))
+        assert torch.equal(out[~mask], model.embed_tokens(inputs["input_ids"])[~mask])
+
+
+def test_other_numbers_of_rows_than_placeholders_are_told(caplog):
+    inputs = batch(0, [0, 0])
+    inputs["input_ids"][0, 0] = IMAGE
+    with pytest.raises(ValueError, match=r"image token mismatch: got 8 .* for 9 placeholders"):
+        make("stock")(**inputs)
+    strict = make("replaced")
+    with pytest.raises(ValueError, match=r"9 placeholders \(token 9\) for 8 rows"):
+        strict(**inputs)
+    replace_in(strict)
+    with caplog.at_level(logging.WARNING):
+        strict(**inputs)
+    assert "token 9: 9 in input_ids, 8 features; inserting 8" in caplog.text
+
+
+def test_crops_that_do_not_fit_the_images_are_told():
+    model = make("patched")
+    inputs = batch(0, [1, 2])
+    with pytest.raises(
+        ValueError, match="num_patches: expected one of each of the 2 images, got 1"
+    ):
+        model(**inputs | {"num_patches": [1]})
+    with pytest.raises(ValueError, match="asks for 3 crops, but patch_pixel_values is missing"):
+        model(**inputs | {"patch_pixel_values": None})
+
+
+@pytest.mark.parametrize("counts", [[1, 0], [0, 0], [3, 2], [0, 3]])
+def test_crops_that_no_image_has_and_crops_too_few_are_as_in_stock(counts):
+    """Stock drops the crops left over, and takes as many as there are."""
+    inputs = batch(0, [1, 2]) | {"num_patches": torch.tensor(counts)}
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = 10
+    used = min(sum(counts), 3)
+    inputs["input_ids"].view(-1)[3 : 3 + used + 2 * ROWS] = IMAGE
+    stock, ours = make("stock"), make("patched")
+    replace_in(ours)
+    torch.testing.assert_close(ours(**inputs), stock(**inputs))
+
+
+def test_a_projector_with_a_hook_is_called(caplog):
+    inputs = batch(0, [1, 2])
+    outputs = []
+    for how in ("stock", "patched"):
+        model = make(how)
+        replace_in(model) if how != "stock" else None
+        model.model.vit_large_projector.register_forward_hook(lambda _m, _a, output: 2 * output)
+        outputs.append(model(**inputs))
+    torch.testing.assert_close(*outputs)
+    assert "vit_large_projector (Linear) is more than a weight and a bias" in caplog.text
+    replace_in(model, impl="triton")
+    with pytest.raises(ValueError, match=r"impl='triton': vit_large_projector \(Linear\) is more"):
+        model(**inputs)
+
+
+def test_patching_and_back(caplog):
+    stock = step3p7.Step3p7Model
+    before = build()
+    with caplog.at_level(logging.WARNING):
+        names = patch_step3p7(impl="torch")
+    assert names == ("nemo_automodel.components.models.step3p7.model.Step3p7Model",)
+    assert "stock Step3p7Model had been built" in caplog.text
+    assert issubclass(step3p7.Step3p7Model, stock)
+    assert not isinstance(before.model, FusedMerge)
+    model = build()
+    assert model.model.step37_options.impl == "torch"
+    assert patch_step3p7() == names
+    assert model.model.step37_options.impl == "torch"
+    assert build().model.step37_options.impl == "auto"
+    assert unpatch_step3p7() == names
+    assert step3p7.Step3p7Model is stock
+    assert unpatch_step3p7() == ()
+    assert replace_in([torch.nn.Linear(1, 1), before]) == ("1.model",)
+
+
+def test_a_missing_name_is_an_import_error_that_names_it(monkeypatch):
+    monkeypatch.delattr(step3p7, "Step3p7Model")
+    message = (
+        r"step3p7\.model\.Step3p7Model: no such name.*NeMo Automodel 0\.7\.0; installed: nemo-a"
+    )
+    with pytest.raises(ImportError, match=message):
+        patch_step3p7()
+
+
+def test_the_vision_tower_hands_its_rows_over_channels_first():
+    """So the rows are packed: what the benchmark counts."""
+    (features,) = (
+        make("patched")
+        .model.get_multimodal_embeddings(pixel_values=batch(0, [0])["pixel_values"])
+        .tensors
+    )
+    assert features.shape == (1, ROWS, WIDTH)
+    assert features.stride()[1:] == (1, ROWS)
+    assert LENGTH > ROWS
+    assert loss_of(torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.int64)) > 0

@@ -10,7 +10,6 @@ The example has no chat template, no loss mask and no check of anything.
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import multiprocessing
 import os
@@ -139,8 +138,7 @@ def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tup
         memory, cpu = of_workers()
         cost = (cpu - cpu_before) / drawn * 1e6
         yield drawn, packs, drawn / seconds, packs / seconds, cost, memory
-    del loader, dataset
-    gc.collect()  # ends the workers
+    loader.close()  # ends the workers
 
 
 def main() -> int:

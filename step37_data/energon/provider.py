@@ -14,7 +14,7 @@ from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 
 from step37_data.energon import Step37TaskEncoder
 from step37_data.images.decode import OnBroken
-from step37_data.packed_dataloader import Packing
+from step37_data.packing import Packing
 from step37_data.provider import PackProvider
 
 

@@ -116,14 +116,10 @@ def of_workers() -> tuple[list[int], float]:
 
 def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tuple[Any, ...]]:
     """Samples, packs, samples a second, packs a second, µs of CPU a sample, and MiB by worker."""
+    ranks = energon.WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    sizes = {"batch_size": 1, "packing_buffer_size": BUFFER, "shuffle_buffer_size": 100}
     dataset = energon.get_train_dataset(
-        folder,
-        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=workers),
-        batch_size=1,
-        packing_buffer_size=BUFFER,
-        shuffle_buffer_size=100,
-        max_samples_per_sequence=100,
-        task_encoder=encoder,
+        folder, worker_config=ranks, task_encoder=encoder, max_samples_per_sequence=100, **sizes
     )
     loader = iter(energon.get_savable_loader(dataset))
     next(loader)  # the workers have started
@@ -134,8 +130,7 @@ def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tup
         while drawn < samples * part // REPORTS:
             drawn += len(next(loader)["__key__"])
             packs += 1
-        seconds = time.perf_counter() - start
-        memory, cpu = of_workers()
+        seconds, (memory, cpu) = time.perf_counter() - start, of_workers()
         cost = (cpu - cpu_before) / drawn * 1e6
         yield drawn, packs, drawn / seconds, packs / seconds, cost, memory
     loader.close()  # ends the workers
@@ -155,11 +150,9 @@ def main() -> int:
         print("\n| encoder | samples | packs | samples/s | packs/s | µs of CPU a sample | MiB |")
         print("|---|---|---|---|---|---|---|")
         for name, encoder in (("Step37TaskEncoder", ours), ("example", ExampleEncoder())):
-            for *counts, cost, memory in draw(
-                Path(folder), encoder, options.samples, options.workers
-            ):
-                cells = [name, *(f"{count:.0f}" for count in counts), f"{cost:.0f}"]
-                print("|", " | ".join([*cells, ", ".join(map(str, memory))]), "|", flush=True)
+            for row in draw(Path(folder), encoder, options.samples, options.workers):
+                cells = [name, *(f"{figure:.0f}" for figure in row[:-1]), f"{row[-1]}"[1:-1]]
+                print("|", " | ".join(cells), "|", flush=True)
     return 0
 
 

@@ -115,6 +115,9 @@ class Step37MultimodalTemplate(ImageTokens):
         ValueError: no tokenizer or chat template under the path, a special token missing from the
             tokenizer, a chat template that is broken or in another layout, or a token count that
             is no integer of at least 1.
+
+    Attributes:
+        rows_after: ``{id of the start token: rows of its image or crop}``.
     """
 
     tokenizer_path: str
@@ -135,6 +138,7 @@ class Step37MultimodalTemplate(ImageTokens):
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
+        self.rows_after = {ids[1]: self.image_token_count, ids[2]: self.patch_token_count}
         placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
         self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
@@ -343,13 +347,9 @@ class Step37MultimodalTemplate(ImageTokens):
                 f"conversations: the chat template renders {len(places)} of the {len(rows)} image "
                 "and crop placeholders"
             )
-        rows_after = {
-            self.img_start_token_id: self.image_token_count,
-            self.patch_start_token_id: self.patch_token_count,
-        }
         before = [ids[place - 1] if place else -1 for place in places]
         for start, row_count in zip(before, rows, strict=True):
-            if rows_after.get(start) != row_count:
+            if self.rows_after.get(start) != row_count:
                 found = self.tokenizer.convert_ids_to_tokens(start) if start >= 0 else "nothing"
                 raise ValueError(
                     f"conversations: a placeholder of {row_count} {self.image_token!r} follows "

@@ -132,7 +132,7 @@ class ForwardStep:
             asked for.
         device: where the model is; None is the CUDA device, or the CPU where there is none.
         dtype: of the images.
-        on_broken, threads, max_pixels: see ``preprocess_packed_batch``.
+        on_broken, threads, max_pixels, decode_scaled: see ``preprocess_packed_batch``.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative.
@@ -147,6 +147,7 @@ class ForwardStep:
         on_broken: OnBroken | None = None,
         threads: int | None = None,
         max_pixels: int | None = None,
+        decode_scaled: bool = False,
     ) -> None:
         if prefetch_depth < 0:
             raise ValueError(f"prefetch_depth: expected at least 0, got {prefetch_depth}")
@@ -155,7 +156,7 @@ class ForwardStep:
         self._dtype = dtype
         self._on_broken: OnBroken | None = on_broken
         self._threads = threads
-        self._max_pixels = max_pixels
+        self._max_pixels, self._decode_scaled = max_pixels, decode_scaled
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -234,6 +235,7 @@ class ForwardStep:
             on_broken=self._on_broken,
             threads=self._threads,
             max_pixels=self._max_pixels,
+            decode_scaled=self._decode_scaled,
         )
 
 

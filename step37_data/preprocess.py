@@ -77,8 +77,9 @@ def load_images(
             179 million, 1.3 GB.
         decode_scaled: whether a JPEG of at least twice the side that is wanted, both ways, is
             decoded by libjpeg at a half, a quarter or an eighth of its size, never below that side,
-            and resized from there: faster, and other pixels. Of photographs of 1456 to 2912 pixels
-            a side @@. Files of other formats and pictures in crops are decoded whole.
+            and resized from there: faster, and other pixels. Photographs, enlarged to 2…5 times
+            the side, came out 2.2 of 255 levels apart on average at most, 65 at an edge. Files of
+            other formats and pictures in crops are decoded whole.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from step37_data.caches.lengths import LengthCache, probe_lengths
 from step37_data.images import stacks
-from step37_data.images.crop_pixels import normalize_then_resize
+from step37_data.images.crop_pixels import normalize_then_resize, padded_image
 from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, BrokenImages
 from step37_data.images.stacks import ImageReader
@@ -321,6 +321,35 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
             )
     whole = [why is None for why, entry in zip(broken, wanted, strict=True) if entry.kind == 0]
     assert whole == [False, False] + [True] * 10
+
+
+def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own(
+    picture, monkeypatch
+):
+    """Pinned where there is CUDA: what is uploaded is that memory itself."""
+    given: list[torch.Tensor] = []
+    uploaded: list[torch.Tensor] = []
+
+    def allocated(height: int, width: int) -> torch.Tensor:
+        given.append(unpinned(height, width).fill_(77))
+        return given[-1]
+
+    def upload(pictures: list[torch.Tensor], _: torch.device) -> RaggedImages:
+        uploaded.extend(pictures)
+        return RaggedImages.gather([one.to(DEVICE) for one in pictures])
+
+    monkeypatch.setattr(stacks, "pinned", allocated)
+    monkeypatch.setattr(stacks, "upload", upload)
+    sizes = [(500, 333), (500, 375), (40, 9), (1920, 1080)]
+    wanted = [ImageEntry(*entry) for size in sizes for entry in entries_of(picture(*size))]
+    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=1)
+    reader._on_device(wanted)
+    assert [memory.data_ptr() for memory in given] == [sent.data_ptr() for sent in uploaded]
+    for size, sent in zip(sizes, uploaded, strict=True):
+        plan = plan_crops(*size)
+        with Image.open(picture(*size)) as image:
+            expected = padded_image(image.convert("RGB"), plan)
+        assert np.array_equal(sent.numpy(), np.asarray(expected))
 
 
 def run(template: Any, packed: dict[str, Any], **options: Any) -> dict[str, Any]:

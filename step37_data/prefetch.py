@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import queue
 import threading
@@ -12,8 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -53,16 +54,8 @@ class PackDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared(Generic[_Input]):
-    """A model input, and the event after which a CUDA device has it."""
-
-    value: _Input
-    ready: torch.cuda.Event | None
-
-
-class _End:
-    """What comes after the last pack."""
+# A model input, and the event after which a CUDA device has it; None comes after the last pack.
+_Prepared = tuple[_Input, torch.cuda.Event | None] | None
 
 
 class Prefetcher(Iterator[_Input]):
@@ -127,7 +120,7 @@ class Prefetcher(Iterator[_Input]):
         self._work: Work = queue.SimpleQueue()
         self._thread = start_thread(self._work, "step37-prefetch")
         weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
-        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque()
+        self._pending: deque[Future[_Prepared[_Input]]] = deque()
         for _ in range(depth):
             self._begin()
 
@@ -163,36 +156,32 @@ class Prefetcher(Iterator[_Input]):
             self._next_pack += 1
             raise PackError(self._next_pack - 1, error)
         prepared = future.result()
-        if isinstance(prepared, _End):
+        if prepared is None:
             self.close()
             if self._broken is not None:
                 self._broken.report()
             raise StopIteration
         self._begin()
         self._next_pack += 1
-        if prepared.ready is not None:
+        value, ready = prepared
+        if ready is not None:
             stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(prepared.ready)
-            for tensor in _cuda_tensors(prepared.value):
+            stream.wait_event(ready)
+            for tensor in _cuda_tensors(value):
                 # Allocated on the prefetcher's stream, used on this one.
                 tensor.record_stream(stream)
-        return prepared.value
+        return value
 
-    def _make(self) -> _Prepared[_Input] | _End:
-        if self._stream is None:
-            pack = next(self._packs, _End())
-            return (
-                pack if isinstance(pack, _End) else _Prepared(value=self._prepare(pack), ready=None)
-            )
-        # The current device belongs to the thread.
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pack = next(self._packs, _End())
-            if isinstance(pack, _End):
-                return pack
-            value = self._prepare(pack)
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-            return _Prepared(value=value, ready=ready)
+    def _make(self) -> _Prepared[_Input]:
+        with contextlib.ExitStack() as on_device:
+            if self._stream is not None:
+                # The current device belongs to the thread.
+                on_device.enter_context(torch.cuda.device(self._device))
+                on_device.enter_context(torch.cuda.stream(self._stream))
+            for pack in self._packs:
+                value = self._prepare(pack)
+                return value, None if self._stream is None else self._stream.record_event()
+        return None
 
     @property
     def waited_s(self) -> float:
@@ -215,17 +204,12 @@ class Prefetcher(Iterator[_Input]):
         ended = [f for f in self._pending if f.done() and not f.cancelled()]
         done = [f.result() for f in ended if f.exception() is None]
         self._pending.clear()
-        return [made.value for made in done if isinstance(made, _Prepared)]
+        return [made[0] for made in done if made is not None]
 
     def __enter__(self) -> Prefetcher[_Input]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # On the way out of an error nobody waits for a pack that may be stuck.
         self._close(None if kind is None else _LAST_WAIT_S)
 
@@ -268,8 +252,9 @@ class ReadAhead(Iterator[Any]):
         if hasattr(savable, "read_ahead_by"):  # before the first is read
             savable.read_ahead_by(lambda: self._index + 1)
             self.save_state = savable.save_state
+        rest = map(next, itertools.repeat(packs))  # Megatron's iterators have no __iter__
         self._ahead: Prefetcher[_Attempt] | None = Prefetcher(
-            _Rest(packs), self._attempt, depth=depth, device=device
+            rest, self._attempt, depth=depth, device=device
         )
 
     def __next__(self) -> Any:
@@ -310,43 +295,17 @@ class ReadAhead(Iterator[Any]):
 
     def _attempt(self, pack: Any) -> _Attempt:
         try:
-            return _Attempt(pack=pack, value=self._prepare(pack), error=None)
+            return _Attempt(pack, self._prepare(pack), None)
         except Exception as error:
-            return _Attempt(pack=pack, value=None, error=error)
+            return _Attempt(pack, None, error)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
+class _Attempt(NamedTuple):
     """A pack, and its model input or why there is none."""
 
     pack: Any
     value: Any
     error: Exception | None
-
-
-class _Rest(Iterator[Any]):
-    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
-
-    def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
-
-    def __next__(self) -> Any:
-        return next(self._iterator)
-
-
-class _Indexed(Iterator[Any]):
-    """Packs by index: an error leaves the iterator usable, which a generator would not be."""
-
-    def __init__(self, packs: PackDataset, start: int) -> None:
-        self._packs = packs
-        self._index = start
-        self._count = len(packs)
-
-    def __next__(self) -> Any:
-        if self._index >= self._count:
-            raise StopIteration
-        self._index += 1
-        return item_at(self._packs, self._index - 1)
 
 
 class _Skipping(Iterator[Any]):
@@ -377,7 +336,8 @@ def _from(packs: PackDataset | Iterable[Any], start: int) -> Iterator[Any]:
         raise ValueError(
             f"start: expected at most {len(dataset)}, the packs there are, got {start}"
         )
-    return _Indexed(dataset, start)
+    # Unlike a generator, a map goes on behind an error.
+    return map(functools.partial(item_at, dataset), range(start, len(dataset)))
 
 
 def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:

@@ -36,7 +36,6 @@ NEEDS = (
     "nvidia-modelopt==0.47.0",  # its training loop imports distillation
     "omegaconf==2.3.1",
     "tensorboard==2.21.0",
-    "torchao==0.18.0",  # Automodel's recipe imports its float8
     "torchdata==0.11.0",
     "transformers==5.18.0",  # what Automodel 0.7.0 asks for; Bridge 0.6.2 does with it, too
 )

@@ -19,16 +19,23 @@ import torch
 
 STUBS = {
     "transformer_engine": (
+        "megatron.bridge",
         "is built against CUDA. Bridge imports it at the top of modules of other models and names "
         "it in annotations; nothing that runs here calls it. For Bridge alone: megatron-core has "
-        "layers of its own for a machine without it, and builds no GPTModel with a stub"
+        "layers of its own for a machine without it, and builds no GPTModel with a stub",
+    ),
+    "torchao": (
+        "nemo_automodel",
+        "has its float8 for CUDA alone, and its release of today and the diffusers that Bridge "
+        "imports do not import each other. Automodel's recipe imports it; nothing here is in fp8",
     ),
     "nemo_automodel.components._peft.lora_kernel": (
+        "nemo_automodel",
         "names an argument for its autotuner that the kernel has not, which Triton 3.9 refuses. "
-        "Automodel's recipe imports it for LoRA, which nothing here trains"
+        "Automodel's recipe imports it for LoRA, which nothing here trains",
     ),
 }
-"""Package or module by name, and why."""
+"""Package or module by name: who is given a stub of it, and why."""
 
 DECLARED = {
     "torchvision::nms": (
@@ -51,7 +58,6 @@ BORROWED = {
 }
 """What a Python before 3.12 lacks, and why it is needed."""
 
-_FOR = "megatron.bridge"
 _LORA = "nemo_automodel.components._peft.lora_kernel"
 _import = builtins.__import__
 
@@ -83,7 +89,7 @@ def _import_with_stubs(
 ) -> types.ModuleType:
     top, *rest = name.split(".")
     importer = str((globals or {}).get("__name__", ""))
-    if level or top not in _stubs or not f"{importer}.".startswith(f"{_FOR}."):
+    if level or top not in _stubs or not f"{importer}.".startswith(f"{STUBS[top][0]}."):
         return _import(name, globals, locals, fromlist or (), level)
     module: Any = _stubs[top]
     for part in rest if fromlist else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,15 +104,16 @@ def pipelines(rank: int) -> dict[str, list[dict[str, Tensor]]]:
     """Gradients of this rank's stage, and the loss on the last, step by step."""
     del rank
     results = {}
-    for how in HOWS:
-        for media in MEDIA:
-            with automodel_recipe.our_media(media == "our media"):
-                for schedule in SCHEDULES:
-                    results[f"{schedule}, {how}, {media}"] = _train_in_stages(how, schedule)
+    for media in MEDIA:
+        with automodel_recipe.our_media(media == "our media"):
+            batches = automodel_recipe.batches(MICROBATCHES)
+            for schedule, how in itertools.product(SCHEDULES, HOWS):
+                name = f"{schedule}, {how}, {media}"
+                results[name] = _train_in_stages(how, schedule, batches)
     return results
 
 
-def _train_in_stages(how: str, schedule: str) -> list[dict[str, Tensor]]:
+def _train_in_stages(how: str, schedule: str, batches: list[Any]) -> list[dict[str, Tensor]]:
     mesh = automodel_recipe.mesh(pp=2)
     pp = AutoPipeline(
         world_mesh=mesh,
@@ -132,7 +134,7 @@ def _train_in_stages(how: str, schedule: str) -> list[dict[str, Tensor]]:
     (part,) = pp.parts
     optimizer = torch.optim.SGD(part.parameters(), lr=RATE)
     steps = []
-    for inputs in automodel_recipe.batches(MICROBATCHES):
+    for inputs in batches:
         loss = automodel_recipe.step(recipe, inputs, labels=1)
         steps.append({n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None})
         if pp.info.has_last_stage:

@@ -324,7 +324,7 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
 
 
 def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(picture, monkeypatch):
-    def full(*_: object, **options: object) -> torch.Tensor:
+    def full(*_: object, **_options: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
     reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=2)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from step37_data.common.checks import item_at
+from step37_data.common.checks import checked_int, item_at
 from step37_data.common.threads import Work, start_thread
 from step37_data.images.decode import BrokenImages
 from step37_data.images.device import Device, resolve_device
@@ -103,10 +103,8 @@ class Prefetcher(Iterator[_Input]):
         device: Device = None,
         broken: BrokenImages | None = None,
     ) -> None:
-        if depth < 1:
-            raise ValueError(f"depth: expected at least 1, got {depth}")
-        if start < 0:
-            raise ValueError(f"start: expected at least 0, got {start}")
+        checked_int("depth", depth)
+        checked_int("start", start, 0)
         self._prepare = prepare
         self._broken = broken
         self._next_pack = start
@@ -134,43 +132,40 @@ class Prefetcher(Iterator[_Input]):
                 "which was forked from it; make a Prefetcher there"
             )
         with self._turn:
-            return self._next()
+            if self._closed:
+                raise StopIteration
+            began = time.perf_counter()
+            future = self._pending[0]
+            error = future.exception()
+            self._waited_s += time.perf_counter() - began
+            # Only now: an interrupt while waiting must not lose the pack.
+            self._pending.popleft()
+            if error is not None:
+                self._begin()
+                if isinstance(error, _SkippedPackError):
+                    raise error
+                self._next_pack += 1
+                raise PackError(self._next_pack - 1, error)
+            prepared = future.result()
+            if prepared is None:
+                self.close()
+                if self._broken is not None:
+                    self._broken.report()
+                raise StopIteration
+            self._begin()
+            self._next_pack += 1
+            value, ready = prepared
+            if ready is not None:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(ready)
+                for tensor in _cuda_tensors(value):
+                    # Allocated on the prefetcher's stream, used on this one.
+                    tensor.record_stream(stream)
+            return value
 
     def _begin(self) -> None:
         self._pending.append(Future())
         self._work.put((self._pending[-1], self._make))
-
-    def _next(self) -> _Input:
-        if self._closed:
-            raise StopIteration
-        began = time.perf_counter()
-        future = self._pending[0]
-        error = future.exception()
-        self._waited_s += time.perf_counter() - began
-        # Only now: an interrupt while waiting must not lose the pack.
-        self._pending.popleft()
-        if error is not None:
-            self._begin()
-            if isinstance(error, _SkippedPackError):
-                raise error
-            self._next_pack += 1
-            raise PackError(self._next_pack - 1, error)
-        prepared = future.result()
-        if prepared is None:
-            self.close()
-            if self._broken is not None:
-                self._broken.report()
-            raise StopIteration
-        self._begin()
-        self._next_pack += 1
-        value, ready = prepared
-        if ready is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(ready)
-            for tensor in _cuda_tensors(value):
-                # Allocated on the prefetcher's stream, used on this one.
-                tensor.record_stream(stream)
-        return value
 
     def _make(self) -> _Prepared[_Input]:
         with contextlib.ExitStack() as on_device:
@@ -192,11 +187,12 @@ class Prefetcher(Iterator[_Input]):
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
         return {"next_pack": self._next_pack}
 
-    def close(self) -> list[_Input]:
-        """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
-        return self._close(None)
+    def close(self, wait_s: float | None = None) -> list[_Input]:
+        """End the thread: wait for the pack in the making, return what is ready. Idempotent.
 
-    def _close(self, wait_s: float | None) -> list[_Input]:
+        Args:
+            wait_s: seconds to wait at most; None waits until it is made.
+        """
         self._closed = True
         for future in tuple(self._pending):
             future.cancel()
@@ -211,7 +207,7 @@ class Prefetcher(Iterator[_Input]):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # On the way out of an error nobody waits for a pack that may be stuck.
-        self._close(None if kind is None else _LAST_WAIT_S)
+        self.close(None if kind is None else _LAST_WAIT_S)
 
 
 def _end(work: Work, thread: threading.Thread, wait_s: float | None) -> None:

@@ -285,13 +285,11 @@ def preprocess_packed_batch(
             ``image_paths`` are not what ``multicrop`` says.
     """
     starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
-    for name, token in zip(
-        ("patch_start_token_id", "img_start_token_id"), starts.values(), strict=True
-    ):
+    for kind, token in starts.items():
         if token < 0:
             raise ValueError(
-                f"{name}: not resolved, got {token}; the provider's build_datasets() takes it from "
-                "the tokenizer"
+                f"{('img', 'patch')[kind]}_start_token_id: not resolved, got {token}; the "
+                "provider's build_datasets() takes it from the tokenizer"
             )
     checked_int("encoder_patch_size", encoder_patch_size)
     _check_shapes(batch)
@@ -314,12 +312,7 @@ def preprocess_packed_batch(
     loss_masks = batch["loss_masks"]
     given = _entries(batch.get("image_paths", ()))
     _check_multicrop(given, multicrop)
-    entries: list[ImageEntry] = []
-    positions: list[int] = []
-    for kind, start in starts.items():
-        of_kind, places = _used_images(given, tokens, kind, start)
-        entries += of_kind
-        positions += places
+    entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
         stacks, reasons = reader.load_stacks(entries)
@@ -365,23 +358,23 @@ def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> N
 
 
 def _used_images(
-    given: Sequence[ImageEntry], tokens: torch.Tensor, kind: int, start_token: int
+    given: Sequence[ImageEntry], tokens: torch.Tensor, starts: Mapping[int, int]
 ) -> tuple[list[ImageEntry], list[int]]:
-    """The images of type ``kind`` and the places of their start tokens, up to the smaller count."""
-    entries = [entry for entry in given if entry.kind == kind]
-    places = (tokens == start_token).nonzero().flatten().tolist()
-    used = min(len(entries), len(places))
-    if len(entries) != len(places):
-        logger.warning(
-            "the pack holds %d images of type %d and %d start tokens %d for them; the first %d of "
-            "each are used",
-            len(entries),
-            kind,
-            len(places),
-            start_token,
-            used,
-        )
-    return entries[:used], places[:used]
+    """The images and the places of their start tokens, type by type, up to the smaller count."""
+    entries: list[ImageEntry] = []
+    positions: list[int] = []
+    for kind, start in starts.items():
+        of_kind = [entry for entry in given if entry.kind == kind]
+        places = (tokens == start).nonzero().flatten().tolist()
+        used = min(len(of_kind), len(places))
+        if len(of_kind) != len(places):
+            logger.warning(
+                f"the pack holds {len(of_kind)} images of type {kind} and {len(places)} start "
+                f"tokens {start} for them; the first {used} of each are used"
+            )
+        entries += of_kind[:used]
+        positions += places[:used]
+    return entries, positions
 
 
 def _without_samples(
@@ -396,9 +389,8 @@ def _without_samples(
     for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
     logger.warning(
-        "samples %s of a pack of %d take no part in the loss: an image of theirs is unreadable",
-        samples,
-        len(cu_seqlens) - 1,
+        f"samples {samples} of a pack of {len(cu_seqlens) - 1} take no part in the loss: an image "
+        "of theirs is unreadable"
     )
     return loss_masks
 
@@ -408,7 +400,5 @@ def _is_first_pipeline_stage() -> bool:
 
     Megatron is looked up, not imported: if nobody imported it, there is no pipeline.
     """
-    parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is None or not parallel_state.is_initialized():
-        return True
-    return bool(parallel_state.is_pipeline_first_stage())
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state is None or not state.is_initialized() or bool(state.is_pipeline_first_stage())

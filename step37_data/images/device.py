@@ -34,8 +34,14 @@ def pinned(height: int, width: int) -> torch.Tensor:
     """Memory for one picture, uint8 ``[height, width, 3]``, that a CUDA device copies from.
 
     PyTorch's pinned allocator hands it out again once the copy is done.
+
+    Raises:
+        MemoryError: in place of CUDA's error, which no picture is at fault for.
     """
-    return torch.empty((height, width, 3), dtype=torch.uint8, device="cpu", pin_memory=True)
+    try:
+        return torch.empty((height, width, 3), dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise MemoryError(f"pinned memory for {width}×{height} pixels: {error}") from error
 
 
 def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImages:

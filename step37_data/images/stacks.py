@@ -147,7 +147,6 @@ class ImageReader:
         Returns:
             What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
         """
-        decode: Callable[..., Any] = _staged if staged else _decoded
         numbers_of: dict[tuple[ImageFile, bool], list[int]] = {}
         for number, entry in enumerate(entries):
             numbers_of.setdefault(entry.file, []).append(number)
@@ -157,19 +156,17 @@ class ImageReader:
             reason = None
             try:
                 with open_image(path, self.max_pixels) as image:
-                    if in_crops:
-                        plan = _plan_of(path, image.size, [entries[i] for i in numbers])
-                    else:
-                        if self.decode_scaled:
-                            side = max(self.sides[entries[i].kind] for i in numbers)
-                            image.draft(image.mode, (side, side))
-                        plan = plan_whole(*image.size)
-                    pixels = decode(image, plan)
+                    if self.decode_scaled and not in_crops:
+                        side = max(self.sides[entries[i].kind] for i in numbers)
+                        image.draft(image.mode, (side, side))
+                    shown = [entries[i] for i in numbers]
+                    plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
+                    pixels = _staged(image, plan) if staged else rgb_image(image)
                 windows = {i: entries[i].window or plan.full_window for i in numbers}
             except BrokenImageError as error:
                 reason = pass_over(error, self.on_broken)
-                plan = plan_whole(1, 1)
-                pixels = decode(Image.new("RGB", plan.size), plan)
+                plan, pixels = plan_whole(1, 1), Image.new("RGB", (1, 1))
+                pixels = _staged(pixels, plan) if staged else pixels
                 windows = dict.fromkeys(numbers, plan.full_window)
             return use(_Picture(pixels, plan, windows)), reason
 
@@ -194,13 +191,12 @@ class ImageReader:
 
         def show(picture: _Picture) -> None:
             """Cut, resize and normalise every window, each to its place in the stacks."""
-            full = full_image(picture.pixels, picture.plan)
-            sources = {IMAGE_ITEM_TYPE: full}
+            sources = {IMAGE_ITEM_TYPE: full_image(picture.pixels, picture.plan)}
             for number, window in picture.windows.items():
-                kind = kinds[number]
+                kind, side = kinds[number], self.sides[kinds[number]]
                 if kind not in sources:
-                    sources[kind] = canvas_image(full, picture.plan)
-                image, side = cut(sources[kind], window), self.sides[kind]
+                    sources[kind] = canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+                image = cut(sources[kind], window)
                 if self.pixel_order == "pillow":
                     image = image.resize((side, side), Image.Resampling.BILINEAR)
                     normalize_into(places[number], np.asarray(image))
@@ -235,10 +231,10 @@ class ImageReader:
         return stacks, reasons
 
 
-def _plan_of(path: ImageFile, size: tuple[int, int], entries: Sequence[ImageEntry]) -> CropPlan:
+def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
     """The plan of a picture in crops, whose windows are checked to be those of its ``entries``."""
     try:
-        plan = plan_crops(*size)
+        plan = plan_crops(width, height)
     except ValueError as error:
         reason = str(error)
     else:
@@ -247,10 +243,10 @@ def _plan_of(path: ImageFile, size: tuple[int, int], entries: Sequence[ImageEntr
         if not stray:
             return plan
         reason = (
-            f"it has {size[0]}×{size[1]} pixels, of which {stray[-1]} is no window: it was planned "
+            f"it has {width}×{height} pixels, of which {stray[-1]} is no window: it was planned "
             "from another size, or was unreadable then"
         )
-    raise BrokenImageError(f"image {path} could not be shown: {reason}", reason)
+    raise BrokenImageError(f"image {entries[0].path} could not be shown: {reason}", reason)
 
 
 def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
@@ -261,7 +257,3 @@ def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
     else:
         memory.numpy()[:] = np.asarray(padded_image(rgb_image(image), plan))
     return memory
-
-
-def _decoded(image: Image.Image, plan: CropPlan) -> Image.Image:  # noqa: ARG001
-    return rgb_image(image)

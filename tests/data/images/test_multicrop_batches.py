@@ -323,6 +323,16 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
     assert whole == [False, False] + [True] * 10
 
 
+def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(picture, monkeypatch):
+    def full(*_: object, **_options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=2)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match="pinned memory for 500×333 pixels: CUDA error: out"):
+        reader._on_device([ImageEntry(picture(500, 333), 0)])
+
+
 def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own(
     picture, monkeypatch
 ):

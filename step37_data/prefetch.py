@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -44,14 +44,6 @@ class PackError(RuntimeError):
 
 class _SkippedPackError(PackError):
     """Of a pack before ``start``, which was read only to get past it."""
-
-
-class PackDataset(Protocol):
-    """A dataset of packs that are asked for by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 # A model input, and the event after which a CUDA device has it; None comes after the last pack.
@@ -95,7 +87,7 @@ class Prefetcher(Iterator[_Input]):
 
     def __init__(
         self,
-        packs: PackDataset | Iterable[Any],
+        packs: torch.utils.data.Dataset[Any] | Iterable[Any],
         prepare: Callable[[Any], _Input],
         *,
         depth: int = 2,
@@ -323,17 +315,13 @@ class _Skipping(Iterator[Any]):
         return next(self._iterator)
 
 
-def _from(packs: PackDataset | Iterable[Any], start: int) -> Iterator[Any]:
-    is_dataset = hasattr(packs, "__getitem__") and hasattr(packs, "__len__")
-    if not is_dataset:
-        return _Skipping(packs, start)  # type: ignore[arg-type]
-    dataset: PackDataset = packs  # type: ignore[assignment]
-    if start > len(dataset):
-        raise ValueError(
-            f"start: expected at most {len(dataset)}, the packs there are, got {start}"
-        )
+def _from(packs: Any, start: int) -> Iterator[Any]:
+    if not (hasattr(packs, "__getitem__") and hasattr(packs, "__len__")):
+        return _Skipping(packs, start)
+    if start > len(packs):
+        raise ValueError(f"start: expected at most {len(packs)}, the packs there are, got {start}")
     # Unlike a generator, a map goes on behind an error.
-    return map(functools.partial(item_at, dataset), range(start, len(dataset)))
+    return map(functools.partial(item_at, packs), range(start, len(packs)))
 
 
 def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:

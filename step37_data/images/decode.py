@@ -1,10 +1,11 @@
-"""Image files to RGB pictures by Pillow, and what happens to broken files."""
+"""Image files to RGB pictures by Pillow, or as Pillow does it, and what happens to broken files."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import threading
@@ -205,14 +206,12 @@ def _simplejpeg() -> Any:
     except ModuleNotFoundError:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    for subsampling in (0, 1, 2):
-        for progressive in (False, True):
-            file = io.BytesIO()
-            picture = Image.fromarray(noise).resize((151, 83), Image.Resampling.BICUBIC)
-            picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
-            with Image.open(file) as image:
-                expected = np.asarray(image)
-            if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), expected):
+    picture = Image.fromarray(noise).resize((151, 83), Image.Resampling.BICUBIC)
+    for subsampling, progressive in itertools.product((0, 1, 2), (False, True)):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+        with Image.open(file) as image:
+            if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), np.asarray(image)):
                 logger.warning(
                     "the installed simplejpeg and Pillow decode to different pixels: Pillow "
                     "decodes everything, which is slower"

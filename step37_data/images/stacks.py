@@ -137,10 +137,7 @@ class ImageReader:
         return self._read(entries, False, lambda _: None)[1]
 
     def _read(
-        self,
-        entries: Sequence[ImageEntry],
-        staged: bool,
-        use: Callable[[_Picture], Any],
+        self, entries: Sequence[ImageEntry], staged: bool, use: Callable[[_Picture], Any]
     ) -> tuple[list[Any], list[str | None]]:
         """Decode and ``use`` every picture, in the decoding threads; ``staged`` for a device.
 

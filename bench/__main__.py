@@ -2,8 +2,8 @@
 
 Subjects: plan, step, insert, automodel, normalize, resize, host, pixels, multicrop, data; all of
 them by default. Every shape is measured by a process of its own, so that a fault ends one shape.
-On request only: tune, and predict, which needs no GPU. From host on they are programs; one that is
-named alone takes options of its own (``python -m bench predict --help``).
+On request only: tune, and predict and shards, which need no GPU. From host on they are programs;
+one that is named alone takes options of its own (``python -m bench predict --help``).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ SUBJECTS = {
     ),
     "multicrop": Subject("bench.subjects.multicrop", program=True, quick=("--budget", "0.5")),
     "data": Subject("bench.subjects.data", program=True, quick=("--quick",)),
+    "shards": Subject("bench.subjects.shards", program=True, on_request=True),
     "predict": Subject("bench.predict", program=True, on_request=True),
     "tune": Subject("bench.subjects.tune", shapes=tune.SHAPES, needs_gpu=True, on_request=True),
 }

@@ -6,6 +6,7 @@ Megatron is imported inside the functions that need it, so that importing this m
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -15,13 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from step37_data.images.decode import OnBroken
+from step37_data.common.checks import checked_int
 from step37_data.prefetch import ReadAhead
 from step37_data.preprocess import Device, preprocess_packed_batch
 
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
+_OF_DATA_SET = (
+    "img_start_token_id",
+    "patch_start_token_id",
+    "image_size",
+    "patch_image_size",
+    "encoder_patch_size",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,11 +139,12 @@ class ForwardStep:
         prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
             asked for.
         device: where the model is; None is the CUDA device, or the CPU where there is none.
-        dtype: of the images.
-        on_broken, threads, max_pixels: see ``preprocess_packed_batch``.
+        options: of ``preprocess_packed_batch``: ``dtype``, ``on_broken``, ``threads``,
+            ``max_pixels`` and so on.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative.
+        TypeError: ``preprocess_packed_batch`` has no such option, or the data set decides it.
     """
 
     def __init__(
@@ -143,19 +152,13 @@ class ForwardStep:
         *,
         prefetch_depth: int = 2,
         device: Device = None,
-        dtype: torch.dtype = torch.bfloat16,
-        on_broken: OnBroken | None = None,
-        threads: int | None = None,
-        max_pixels: int | None = None,
+        **options: Any,
     ) -> None:
-        if prefetch_depth < 0:
-            raise ValueError(f"prefetch_depth: expected at least 0, got {prefetch_depth}")
-        self._depth = prefetch_depth
+        self._depth = checked_int("prefetch_depth", prefetch_depth, least=0)
         self._device = device
-        self._dtype = dtype
-        self._on_broken: OnBroken | None = on_broken
-        self._threads = threads
-        self._max_pixels = max_pixels
+        self._options = {"only_pp_first_stage": True, "device": device, **options}
+        of_data_set = dict.fromkeys(_OF_DATA_SET)
+        inspect.signature(preprocess_packed_batch).bind({}, **of_data_set, **self._options)
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -221,20 +224,8 @@ class ForwardStep:
                     f"cfg.dataset.{name}: not resolved, got {getattr(dataset, name)}; "
                     "build_datasets() takes it from the tokenizer"
                 )
-        return functools.partial(
-            preprocess_packed_batch,
-            img_start_token_id=dataset.img_start_token_id,
-            patch_start_token_id=dataset.patch_start_token_id,
-            image_size=dataset.image_size,
-            patch_image_size=dataset.patch_image_size,
-            encoder_patch_size=dataset.encoder_patch_size,
-            only_pp_first_stage=True,
-            device=self._device,
-            dtype=self._dtype,
-            on_broken=self._on_broken,
-            threads=self._threads,
-            max_pixels=self._max_pixels,
-        )
+        of_data_set = {name: getattr(dataset, name) for name in _OF_DATA_SET}
+        return functools.partial(preprocess_packed_batch, **of_data_set, **self._options)
 
 
 def _stage_of(model: Any) -> Stage:

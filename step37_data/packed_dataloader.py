@@ -10,22 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch._utils import ExceptionWrapper
 
 from step37_data.caches.lengths import KeyedDataset, probe_lengths
-from step37_data.common.checks import checked_int, checked_state, item_at
-from step37_data.packing import (
-    OversizePolicy,
-    PackingResult,
-    PackRanges,
-    pack,
-    pack_balanced,
-    pack_best_fit,
-)
+from step37_data.common.checks import checked_choice, checked_int, checked_state, item_at
+from step37_data.packing import OversizePolicy, Packing, PackingResult, PackRanges, pack_as
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -35,7 +27,6 @@ from step37_data.samplers import (
 logger = logging.getLogger(__name__)
 
 Sampling = Literal["sequential", "random"]
-Packing = Literal["next_fit", "best_fit", "balanced"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
 
@@ -133,9 +124,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             raise ValueError("datasets: expected at least one, got none")
         if len(datasets) != len(epochs):
             raise ValueError(f"epochs: {len(epochs)} values for {len(datasets)} datasets")
-        if packing not in get_args(Packing):
-            known = ", ".join(get_args(Packing))
-            raise ValueError(f"packing: expected one of {known}, got {packing!r}")
+        checked_choice("packing", packing, Packing)
         strategies = _strategies(dataset_sampling, len(datasets))
         counts = [len(dataset) for dataset in datasets]
         weights = _weights(counts, epochs)
@@ -168,25 +157,17 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
             lengths.append(measured)
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
-        if packing == "next_fit":
-            self.packing_result = pack(sizes, max_length, oversize_policy)
-        else:
-            rest = (max_length, oversize_policy, packing_window)
-            if packing == "best_fit":
-                order, self.packing_result = pack_best_fit(sizes, *rest)
-            else:
-                loads = np.empty(len(sizes), dtype=np.int64)
-                for number, dataset in enumerate(datasets):
-                    if not hasattr(dataset, "vision_tokens"):
-                        raise ValueError(
-                            f"packing: 'balanced' needs vision_tokens() of datasets[{number}], "
-                            f"which {type(dataset).__name__} has not"
-                        )
-                    places = domains == number
-                    loads[places] = dataset.vision_tokens()[indices[places]]
-                order, self.packing_result = pack_balanced(sizes, loads, *rest, balance_group)
-            # Reordered in place of the draws, so that pack ranges are slices in both cases.
-            domains, indices, sizes = domains[order], indices[order], sizes[order]
+        order, self.packing_result = pack_as(
+            packing,
+            sizes,
+            max_length,
+            oversize_policy,
+            packing_window,
+            balance_group,
+            loads=lambda: self._vision_tokens(domains, indices),
+        )
+        # Reordered in place of the draws, so that pack ranges are slices in every case.
+        domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
             raise ValueError(
                 f"nothing was packed: all {self.packing_result.num_droped} samples are longer than "
@@ -198,6 +179,18 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         self._fingerprint = digest.hexdigest()
         self._log_fill(packing)
+
+    def _vision_tokens(self, domains: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        loads = np.empty(len(domains), dtype=np.int64)
+        for number, dataset in enumerate(self.datasets):
+            if not hasattr(dataset, "vision_tokens"):
+                raise ValueError(
+                    f"packing: 'balanced' needs vision_tokens() of datasets[{number}], "
+                    f"which {type(dataset).__name__} has not"
+                )
+            places = domains == number
+            loads[places] = dataset.vision_tokens()[indices[places]]
+        return loads
 
     def _log_fill(self, packing: Packing) -> None:
         fill = Fill.of(self.piece_sizes, self.packing_result, self.max_length)
@@ -286,7 +279,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
         load = functools.partial(
             torch.utils.data.DataLoader,
-            _Guarded(self),
+            self,
             batch_size=None,
             num_workers=num_workers,
             # torch's own conversion would turn the (path, item type) tuples into lists.
@@ -359,23 +352,6 @@ def _as_it_is(pack: Any) -> Any:
     return pack
 
 
-class _Guarded(torch.utils.data.Dataset[Any]):
-    """The packs, for a DataLoader whose own errors are to be told from theirs."""
-
-    def __init__(self, packs: MixedPackedDataloader) -> None:
-        self._packs = packs
-
-    def __getitem__(self, idx: int) -> Any:
-        try:
-            return self._packs[idx]
-        except Exception:
-            worker = torch.utils.data.get_worker_info()
-            if worker is None:
-                raise
-            # In place of the pack: to be raised where it is asked for.
-            return ExceptionWrapper(where=f"in worker process {worker.id}")
-
-
 class _Stream(Iterator[Any]):
     """What ``iterate`` gives: an error leaves it usable, which a generator would not be."""
 
@@ -403,8 +379,6 @@ class _Stream(Iterator[Any]):
                 self._advance()
             raise
         self._advance()
-        if isinstance(packed, ExceptionWrapper):
-            packed.reraise()
         return packed
 
     def close(self) -> None:
@@ -420,12 +394,7 @@ def _strategies(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sam
     strategies: list[Sampling] = [sampling] * count if isinstance(sampling, str) else list(sampling)
     if len(strategies) != count:
         raise ValueError(f"dataset_sampling: {len(strategies)} values for {count} datasets")
-    for strategy in strategies:
-        if strategy not in ("sequential", "random"):
-            raise ValueError(
-                f"dataset_sampling: expected 'sequential' or 'random', got {strategy!r}"
-            )
-    return strategies
+    return [checked_choice("dataset_sampling", strategy, Sampling) for strategy in strategies]
 
 
 def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:

@@ -9,13 +9,16 @@ touches a sample.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import numpy as np
 
+from step37_data.common.checks import checked_choice, checked_int
+
 OversizePolicy = Literal["drop", "extend"]
+Packing = Literal["next_fit", "best_fit", "balanced"]
 
 # Samples worked on at a time: bounds the temporary arrays, which would else be most of the memory.
 _BLOCK = 1 << 18
@@ -75,14 +78,46 @@ class PackingResult:
     """What a packing decided.
 
     Attributes:
-        num_packed_samples: number of packs.
         num_droped: oversize samples left out (the spelling is Megatron-Bridge's).
         packed_sample_ranges: ``(first index, count)`` per pack.
     """
 
-    num_packed_samples: int
     num_droped: int
     packed_sample_ranges: PackRanges
+
+    @property
+    def num_packed_samples(self) -> int:
+        """Number of packs (the name is Megatron-Bridge's)."""
+        return len(self.packed_sample_ranges)
+
+
+def pack_as(
+    packing: Packing,
+    sizes: Sequence[int] | np.ndarray,
+    max_len: int,
+    oversize_policy: OversizePolicy,
+    window: int,
+    group: int = 1,
+    *,
+    loads: Callable[[], Sequence[int] | np.ndarray],
+) -> tuple[np.ndarray | slice, PackingResult]:
+    """Pack by the name of the packing.
+
+    Args:
+        packing: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
+            ``"balanced"`` :func:`pack_balanced`.
+        sizes, max_len, oversize_policy, window, group: see there.
+        loads: gives the loads of ``"balanced"``; not called for the others.
+
+    Returns:
+        The order in which ``sizes`` have to be put, and the ranges, which are over that order.
+    """
+    checked_choice("packing", packing, Packing)
+    if packing == "next_fit":
+        return slice(None), pack(sizes, max_len, oversize_policy)
+    if packing == "best_fit":
+        return pack_best_fit(sizes, max_len, oversize_policy, window)
+    return pack_balanced(sizes, loads(), max_len, oversize_policy, window, group)
 
 
 def pack(
@@ -122,11 +157,8 @@ def pack(
     if oversize_policy == "drop":
         kept = lengths[starts] <= max_len
         starts, counts = starts[kept], counts[kept]
-    return PackingResult(
-        num_packed_samples=len(starts),
-        num_droped=int(np.count_nonzero(lengths > max_len)) if oversize_policy == "drop" else 0,
-        packed_sample_ranges=PackRanges(starts, counts),
-    )
+    dropped = int(np.count_nonzero(lengths > max_len)) if oversize_policy == "drop" else 0
+    return PackingResult(dropped, PackRanges(starts, counts))
 
 
 def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
@@ -173,8 +205,7 @@ def pack_best_fit(
         ValueError: as for :func:`pack`, or ``window`` below 1.
     """
     lengths = _checked_lengths(sizes, max_len, oversize_policy)
-    if window < 1:
-        raise ValueError(f"window: expected at least 1 sample, got {window}")
+    checked_int("window", window)
     packs: list[list[int]] = []
     for first in range(0, len(lengths), window):
         packs += _best_fit_window(lengths[first : first + window], max_len, oversize_policy, first)
@@ -184,11 +215,8 @@ def pack_best_fit(
 def _as_result(packs: list[list[int]], total: int) -> tuple[np.ndarray, PackingResult]:
     counts = np.array([len(members) for members in packs], dtype=np.int64)
     order = np.array([index for members in packs for index in members], dtype=np.int64)
-    return order, PackingResult(
-        num_packed_samples=len(packs),
-        num_droped=total - len(order),
-        packed_sample_ranges=PackRanges(np.cumsum(counts) - counts, counts),
-    )
+    ranges = PackRanges(np.cumsum(counts) - counts, counts)
+    return order, PackingResult(total - len(order), ranges)
 
 
 def _best_fit_window(
@@ -251,8 +279,7 @@ def pack_balanced(
     lengths, work = np.asarray(sizes), np.asarray(loads, dtype=np.int64)
     if work.shape != lengths.shape:
         raise ValueError(f"loads: expected {lengths.shape[0]} values, got shape {work.shape}")
-    if group < 1:
-        raise ValueError(f"group: expected at least 1 pack, got {group}")
+    checked_int("group", group)
     by_window: dict[int, list[list[int]]] = {}
     for first, count in best.packed_sample_ranges:
         members = order[first : first + count].tolist()
@@ -325,10 +352,8 @@ def _deal(
 def _checked_lengths(
     sizes: Sequence[int] | np.ndarray, max_len: int, oversize_policy: str
 ) -> np.ndarray:
-    if oversize_policy not in ("drop", "extend"):
-        raise ValueError(f"oversize_policy: expected 'drop' or 'extend', got {oversize_policy!r}")
-    if max_len < 1:
-        raise ValueError(f"max_len: expected at least 1 token, got {max_len}")
+    checked_choice("oversize_policy", oversize_policy, OversizePolicy)
+    checked_int("max_len", max_len)
     given = np.asarray(sizes)
     # An empty list is a float array for NumPy.
     if given.size and given.dtype.kind not in "iu":

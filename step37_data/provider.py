@@ -45,12 +45,13 @@ def _provider_base() -> Any:
 
 
 def _allow_in_configurations() -> None:
-    """Let Bridge instantiate this module's provider when it reads a configuration back."""
+    """Let Bridge instantiate the providers when it reads a configuration back."""
     try:
         from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     except ImportError:
         return  # A Bridge without a list of what is allowed.
-    register_allowed_target_prefix(f"{__name__}.")
+    for module in (__name__, "step37_data.energon.provider"):
+        register_allowed_target_prefix(f"{module}.")
 
 
 def _require_megatron_missing(error: ModuleNotFoundError) -> None:

@@ -81,7 +81,8 @@ class LoopedSequentialSampler(_Sampler):
 
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` draws, int64 ``[count]``; consumes them."""
-        draws = np.arange(self.data_idx, self.data_idx + _checked_count(count)) % self.size
+        checked_int("count", count, least=0)
+        draws = np.arange(self.data_idx, self.data_idx + count) % self.size
         self.data_idx += count
         return draws
 
@@ -114,7 +115,7 @@ class LoopedShuffleSampler(_Sampler):
 
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` draws, int64 ``[count]``; consumes them."""
-        draws = np.empty(_checked_count(count), dtype=np.int64)
+        draws = np.empty(checked_int("count", count, least=0), dtype=np.int64)
         filled = 0
         while filled < count:
             epoch, position = divmod(self.data_idx, self.size)
@@ -193,7 +194,7 @@ class WeightedRandomSampler(_Sampler):
         The draws of one index come at its scores ``s, s + step, (s + step) + step, …``; the next
         ``count`` draws over all indices are the ``count`` lowest of these scores in order.
         """
-        if _checked_count(count) == 0:
+        if checked_int("count", count, least=0) == 0:
             return np.empty(0, dtype=np.int64)
         # A score no lower than that of the last draw: at this level the indices together have had
         # at least `count` draws. The extra draws cover rounding; the check below covers the rest.
@@ -262,9 +263,3 @@ class WeightedRandomSampler(_Sampler):
     def _settings(self) -> dict[str, Any]:
         # Not the seed: no draw depends on it.
         return {**super()._settings(), "weights": self._weights}
-
-
-def _checked_count(count: int) -> int:
-    if count < 0:
-        raise ValueError(f"count: expected 0 or more, got {count}")
-    return count

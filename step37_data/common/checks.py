@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 
 def checked_int(name: str, value: Any, least: int = 1) -> int:
@@ -20,6 +20,18 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
+
+
+def checked_choice(name: str, value: Any, choices: Any) -> Any:
+    """``value`` itself, one of a ``Literal``.
+
+    Raises:
+        ValueError: it is another; the message has ``name``.
+    """
+    if value not in get_args(choices):
+        *some, last = map(repr, get_args(choices))
+        raise ValueError(f"{name}: expected {', '.join(some)} or {last}, got {value!r}")
+    return value
 
 
 def checked_state(state: Any, *keys: str) -> Mapping[str, Any]:

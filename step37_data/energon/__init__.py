@@ -1,5 +1,13 @@
 """Packs from WebDataset shards, through Megatron-Energon (extra ``energon``)."""
 
-from step37_data.energon.task_encoder import Step37TaskEncoder
+from typing import Any
 
 __all__ = ["Step37TaskEncoder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from step37_data.energon import task_encoder  # shards are written without Energon
+
+    return task_encoder.Step37TaskEncoder

@@ -6,7 +6,7 @@ import copy
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 
 from step37_data.energon import Step37TaskEncoder
 from step37_data.images.decode import OnBroken
-from step37_data.packed_dataloader import Packing
+from step37_data.packing import Packing
 from step37_data.provider import PackProvider
 
 
@@ -27,7 +27,7 @@ class EnergonPacks(Iterator[dict[str, Any]]):
 
     def __init__(self, loader: SavableDataLoader[dict[str, Any]]) -> None:
         self._loader = loader
-        self._packs: Iterator[dict[str, Any]] | None = None
+        self._packs: Generator[dict[str, Any], None, None] | None = None
         self._again: deque[dict[str, Any]] = deque()
         self._unused: deque[Any] = deque()  # restore keys of packs handed out, oldest first
         self._used = 0
@@ -45,6 +45,12 @@ class EnergonPacks(Iterator[dict[str, Any]]):
             self._unused.append(pack["__restore_key__"])
             self._forget_used()
             return pack
+
+    def __del__(self) -> None:
+        # Energon's loader and iterator hold each other. The garbage collector would find their
+        # workers' queues first and close them, and then wait for every worker for five seconds.
+        if self._packs is not None:
+            self._packs.close()
 
     def read_ahead_by(self, count_used: Callable[[], int]) -> None:
         """From now on ``count_used()`` tells how many of the packs handed out since are used."""

@@ -23,7 +23,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +41,12 @@ except ModuleNotFoundError as error:
     # By its full name: other parts of megatron come with other extras.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 
+from step37_data.common.checks import checked_choice
 from step37_data.common.threads import default_threads
-from step37_data.images.decode import ON_BROKEN, OnBroken
+from step37_data.images.decode import OnBroken
 from step37_data.images.encoded import PICTURE_SUFFIXES, EncodedImage
 from step37_data.pack_transform import pack_samples
-from step37_data.packed_dataloader import Packing
-from step37_data.packing import PackRanges, pack, pack_balanced, pack_best_fit
+from step37_data.packing import Packing, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
 from step37_data.text.tokens import IMAGE_ITEM_TYPE, IMAGE_PLACEHOLDER, PATCH_ITEM_TYPE
@@ -150,13 +150,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         on_broken: OnBroken = "zero",
     ) -> None:
         super().__init__()
-        if packing not in get_args(Packing):
-            known = ", ".join(get_args(Packing))
-            raise ValueError(f"packing: expected one of {known}, got {packing!r}")
-        if on_broken not in ON_BROKEN:
-            raise ValueError(
-                f"on_broken: expected one of {', '.join(ON_BROKEN)}, got {on_broken!r}"
-            )
+        checked_choice("packing", packing, Packing)
+        checked_choice("on_broken", on_broken, OnBroken)
         self.template = Step37MultimodalTemplate(
             tokenizer_path=tokenizer_path,
             max_sequence_length=max_packing_seqlen,
@@ -210,16 +205,14 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     ) -> list[list[MultimodalSFTSample]]:
         """Deal a buffer out to packs; samples that are longer than a pack are left out."""
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
-        order = np.arange(len(samples))
-        if self.packing == "next_fit":
-            result = pack(sizes, self.max_packing_seqlen, "drop")
-        elif self.packing == "best_fit":
-            order, result = pack_best_fit(sizes, self.max_packing_seqlen, "drop", len(samples))
-        else:
-            loads = [self._vision_tokens(sample) for sample in samples]
-            order, result = pack_balanced(
-                sizes, loads, self.max_packing_seqlen, "drop", len(samples)
-            )
+        order, result = pack_as(
+            self.packing,
+            sizes,
+            self.max_packing_seqlen,
+            "drop",
+            window=len(samples),
+            loads=lambda: [self._vision_tokens(sample) for sample in samples],
+        )
         if result.num_droped:
             self._dropped += result.num_droped
             logger.warning(
@@ -228,8 +221,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
                 len(samples),
                 self.max_packing_seqlen,
             )
-        ranges: PackRanges = result.packed_sample_ranges
-        return [[samples[i] for i in order[at : at + count]] for at, count in ranges]
+        ordered = [samples[index] for index in np.arange(len(samples))[order]]
+        return [ordered[at : at + count] for at, count in result.packed_sample_ranges]
 
     def _vision_tokens(self, sample: MultimodalSFTSample) -> int:
         rows = {

@@ -215,7 +215,7 @@ def test_a_folder_copied_from_elsewhere_works_offline_and_is_not_written_to(
 
 
 def test_several_files_are_downloaded_at_a_time(hub: Hub, tmp_path: Path) -> None:
-    hub.slow = 0.1
+    hub.slow = 0.3
     prepare(hub, tmp_path, max_workers=4)
     assert hub.most_at_once == 4
 

@@ -343,7 +343,10 @@ def test_a_start_reads_the_metadata_once_and_hashes_every_caption_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for owner, name in ((flickr8k_loader, "_rows"), (Step37Flickr8kDataset, "sample_keys")):
+    for owner, name in (
+        (flickr8k_loader, "read_flickr8k_metadata"),
+        (Step37Flickr8kDataset, "sample_keys"),
+    ):
         real = getattr(owner, name)
 
         def counted(*arguments: Any, real: Any = real, name: str = name) -> Any:
@@ -353,7 +356,7 @@ def test_a_start_reads_the_metadata_once_and_hashes_every_caption_once(
         monkeypatch.setattr(owner, name, counted)
     packs, _, _ = provider_of(folder).build_datasets(None)
     packs.load_state_dict(packs.state_dict())
-    assert sorted(calls) == ["_rows", "sample_keys"]
+    assert sorted(calls) == ["read_flickr8k_metadata", "sample_keys"]
 
 
 def test_a_fixed_pack_counts_modulo_the_number_of_packs() -> None:

@@ -6,6 +6,7 @@ import datetime
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_every_path_that_the_map_names_exists_and_the_map_is_short() -> None:
     assert len(named) > 20
     missing = [path for path in named if not (ROOT / path).exists()]
     assert missing == []
+
+
+def test_no_room_holds_more_than_twelve_files() -> None:
+    tops = ("step37_kernels", "step37_data", "bench", "tests", "tools", "examples")
+    rooms = Counter(file.parent for top in tops for file in (ROOT / top).rglob("*.py"))
+    assert {str(room): count for room, count in rooms.items() if count > 12} == {}
 
 
 def test_the_hooks_run_what_make_lint_runs() -> None:

@@ -14,7 +14,7 @@ from tests.energon.conftest import TOKENIZER
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
-moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+moto = pytest.importorskip("moto.server", reason="the server of moto is not installed")
 
 from step37_data.energon import Step37TaskEncoder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +26,9 @@ Build = Callable[..., Any]
 
 
 def packs_of(dataset: Any, count: int | None = None) -> list[dict[str, Any]]:
-    loader = iter(energon.get_loader(dataset))
-    return [next(loader) for _ in range(count)] if count is not None else list(loader)
+    # Closed: a garbage collection, of some other test, would wait for the workers of its loader.
+    with contextlib.closing(iter(energon.get_loader(dataset))) as loader:
+        return list(itertools.islice(loader, count))
 
 
 def keys_of(packs: list[dict[str, Any]]) -> Counter[str]:
@@ -114,9 +117,9 @@ def test_a_state_saved_in_the_middle_of_a_buffer_loses_and_doubles_nothing(
     # mends that.
     for stop in (2, 4, 6, 13):
         first = loader()
-        taken = iter(first)
-        before = [next(taken) for _ in range(stop)]
-        state = pickle.loads(pickle.dumps(first.save_state_rank()))
+        with contextlib.closing(iter(first)) as taken:
+            before = list(itertools.islice(taken, stop))
+            state = pickle.loads(pickle.dumps(first.save_state_rank()))
         second = loader()
         second.restore_state_rank(state)
         after = list(second)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import multiprocessing
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,25 @@ def test_packs_that_were_read_ahead_of_their_use_are_given_again(
     last = packs_of(shards, num_workers=num_workers)
     last.restore_state(second)
     assert keys(last, 10) == whole[4:]
+
+
+def test_workers_end_at_once_when_their_packs_are_let_go(shards: Path) -> None:
+    before = set(multiprocessing.active_children())
+    packs = packs_of(shards, num_workers=2)
+    keys(packs, 3)
+    packs.save_state()
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    assert gc.isenabled()
+    gc.disable()  # nothing is left to it
+    try:
+        start = time.perf_counter()
+        del packs
+        # Torch waits for five seconds for a worker that was not told to end.
+        assert time.perf_counter() - start < 5
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
 
 
 def test_a_pack_given_again_is_the_same_bit_for_bit(shards: Path) -> None:

@@ -11,10 +11,10 @@ from tests import ptx
 if ptx.ARCHITECTURE:  # these run in processes of their own, or launch nothing: as without it
     collect_ignore = [
         "test_imports.py",
-        "test_launch.py",
-        "test_pixels_pillow_versions.py",
+        "compiled/test_launch.py",
+        "pixels/test_pixels_pillow_versions.py",
         "test_reference.py",
-        "test_resources.py",
+        "compiled/test_resources.py",
     ]
 
 

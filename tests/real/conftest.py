@@ -13,7 +13,7 @@ from tests.megatron.conftest import megatron  # noqa: F401
 from tests.real import INSTALLED
 
 # Elsewhere than in the environment of ``make real`` there is nothing to test.
-collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
+collect_ignore_glob = [] if INSTALLED else ["*test_*.py"]
 
 _skipped: list[str] = []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("preprocess_pipeline.py")
-ROOT = SCRIPT.parents[2]
+ROOT = SCRIPT.parents[3]
 PHOTO = ROOT / "examples" / "flickr8k_mini" / "train" / "coffee.jpg"
 WHOLE, WITHOUT_SECOND = [1.0] * 6, [1.0] * 3 + [0.0] * 3
 

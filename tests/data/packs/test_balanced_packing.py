@@ -77,7 +77,7 @@ def test_steps_are_no_ramp_from_little_to_much() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"loads: expected 2 values, got shape \(3,\)"):
         pack_balanced([1, 2], [1, 2, 3], 8, "drop")
-    with pytest.raises(ValueError, match="group: expected at least 1 pack, got 0"):
+    with pytest.raises(ValueError, match="group: expected at least 1, got 0"):
         pack_balanced([1, 2], [1, 2], 8, "drop", group=0)
 
 

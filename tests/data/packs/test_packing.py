@@ -127,13 +127,13 @@ def test_best_fit_fills_long_tailed_lengths_much_better_than_next_fit() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="oversize_policy: expected 'drop' or 'extend', got 'cut'"):
         pack([1], 8, "cut")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_len: expected at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="max_len: expected at least 1, got 0"):
         pack([1], 0, "drop")
     with pytest.raises(ValueError, match="sample 1 has the negative length -2"):
         pack([1, -2], 8, "drop")
     with pytest.raises(ValueError, match="sizes: expected integers, got float64"):
         pack([4.9, 4.9], 8, "drop")  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="window: expected at least 1 sample, got 0"):
+    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         pack_best_fit([1], 8, "drop", 0)
 
 

@@ -204,7 +204,7 @@ def test_wrong_sizes_counts_and_weights_are_refused() -> None:
         LoopedShuffleSampler(0)
     with pytest.raises(ValueError, match=r"size: expected an integer, got 2\.7"):
         LoopedSequentialSampler(2.7)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="count: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="count: expected at least 0, got -1"):
         LoopedSequentialSampler(2).take(-1)
     with pytest.raises(ValueError, match=r"weights: expected one per index, 2, got \(3,\)"):
         WeightedRandomSampler(2, weights=[1.0, 2.0, 3.0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("pp_media_pipeline.py")
-REPOSITORY = SCRIPT.parents[2]
+REPOSITORY = SCRIPT.parents[3]
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 LAYOUTS = ("grid", "step3")
 WORLD_SIZE = 2

@@ -410,6 +410,8 @@ def test_what_cannot_run_is_an_error(step, packs):
         step(State(unresolved), iter(packs), Recorder())
     with pytest.raises(ValueError, match="prefetch_depth: expected at least 0, got -1"):
         ForwardStep(prefetch_depth=-1)
+    with pytest.raises(TypeError, match="thread"):
+        ForwardStep(thread=2)
 
 
 def test_bridge_sees_the_state_as_the_first_parameter():

@@ -1,0 +1,160 @@
+"""Drawing from shards: memory of the workers, samples and packs a second, beside a plain encoder.
+
+``python -m bench shards --samples 1000000`` writes as many samples (16 small pictures in turn, a
+caption of 1 to 40 words each) and draws them all, shuffled, from two workers: through
+``Step37TaskEncoder``, and through what Energon's documentation shows as its example, in words of
+our own: pictures decoded by Energon, captions tokenised, samples sorted by length and concatenated.
+The example has no chat template, no loss mask and no check of anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import random
+import re
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron import energon
+from PIL import Image
+
+from bench.harness import environment
+from step37_data.energon.task_encoder import Step37TaskEncoder, prepare_shards
+from step37_data.text.tokens import IMAGE_TOKEN_COUNT, load_tokenizer
+
+TOKENIZER = str(Path(__file__).resolve().parents[2] / "examples" / "tokenizer")
+WORDS = ["a", "dog", "runs", "over", "green", "grass", "while", "children", "look", "on"]
+SHARD, PICTURES, BUFFER, LENGTH, REPORTS = 10_000, 16, 256, 2048, 10
+
+
+def write(folder: Path, samples: int) -> None:
+    draw = random.Random(0)
+    pictures = []
+    for _ in range(PICTURES):
+        pictures.append(io.BytesIO())
+        Image.effect_noise((24, 16), 60).convert("RGB").save(pictures[-1], "JPEG", quality=60)
+    (folder / "train").mkdir()
+    names = []
+    for first in range(0, samples, SHARD):
+        names.append(f"train/{first // SHARD:06d}.tar")
+        with tarfile.open(folder / names[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(first, min(samples, first + SHARD)):
+                words = draw.choices(WORDS, k=draw.randint(1, 40))
+                picture = pictures[number % PICTURES].getvalue()
+                for part, content in (("jpg", picture), ("txt", " ".join(words).encode())):
+                    member = tarfile.TarInfo(f"{number:09d}.{part}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    prepare_shards(folder, {"train": names})
+
+
+@energon.stateless
+def cook(sample: dict[str, Any]) -> dict[str, Any]:
+    return {**energon.basic_sample_keys(sample), "image": sample["jpg"], "text": sample["txt"]}
+
+
+class ExampleEncoder(energon.TaskEncoder[Any, Any, Any, Any]):
+    """What Energon's documentation shows, with packs as long as ours."""
+
+    cookers = (energon.Cooker(cook),)
+    decoder = energon.SampleDecoder(image_decode="torchrgb")
+
+    def __init__(self) -> None:
+        self.tokenizer = load_tokenizer(TOKENIZER)
+
+    @energon.stateless
+    def encode_sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**sample, "tokens": torch.tensor(self.tokenizer(sample["text"])["input_ids"])}
+
+    def select_samples_to_pack(self, samples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        packs: list[list[dict[str, Any]]] = []
+        room = 0
+        for sample in sorted(samples, key=lambda sample: len(sample["tokens"])):
+            length = len(sample["tokens"]) + IMAGE_TOKEN_COUNT
+            if length > room:
+                packs.append([])
+                room = LENGTH
+            packs[-1].append(sample)
+            room -= length
+        return packs
+
+    @energon.stateless
+    def pack_selected_samples(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "__key__": [sample["__key__"] for sample in samples],
+            "__restore_key__": (),
+            "tokens": torch.cat([sample["tokens"] for sample in samples]),
+            "images": torch.stack([sample["image"] for sample in samples]),
+        }
+
+    @energon.stateless
+    def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return samples[0]
+
+
+def of_workers() -> tuple[list[int], float]:
+    """MiB that every worker has in memory, and the CPU seconds of all of them."""
+    memory, ticks = [], 0
+    for pid in sorted(child.pid or 0 for child in multiprocessing.active_children()):
+        status = Path(f"/proc/{pid}/status").read_text()
+        memory.append(int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) // 1024)
+        ticks += sum(
+            map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+        )
+    return memory, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tuple[Any, ...]]:
+    """Samples, packs, samples a second, packs a second, µs of CPU a sample, and MiB by worker."""
+    ranks = energon.WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    sizes = {"batch_size": 1, "packing_buffer_size": BUFFER, "shuffle_buffer_size": 100}
+    dataset = energon.get_train_dataset(
+        folder, worker_config=ranks, task_encoder=encoder, max_samples_per_sequence=100, **sizes
+    )
+    loader = iter(energon.get_savable_loader(dataset))
+    next(loader)  # the workers have started
+    _, cpu_before = of_workers()
+    start = time.perf_counter()
+    drawn = packs = 0
+    for part in range(1, REPORTS + 1):
+        while drawn < samples * part // REPORTS:
+            drawn += len(next(loader)["__key__"])
+            packs += 1
+        seconds, (memory, cpu) = time.perf_counter() - start, of_workers()
+        cost = (cpu - cpu_before) / drawn * 1e6
+        yield drawn, packs, drawn / seconds, packs / seconds, cost, memory
+    loader.close()  # ends the workers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    where = environment(torch.device("cpu")) | {"megatron-energon": version("megatron-energon")}
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value))
+    print(f"{options.samples} samples, {options.workers} workers, {os.cpu_count()} cores")
+    ours = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=LENGTH, packing="best_fit")
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), options.samples)
+        print("\n| encoder | samples | packs | samples/s | packs/s | µs of CPU a sample | MiB |")
+        print("|---|---|---|---|---|---|---|")
+        for name, encoder in (("Step37TaskEncoder", ours), ("example", ExampleEncoder())):
+            for row in draw(Path(folder), encoder, options.samples, options.workers):
+                cells = [name, *(f"{figure:.0f}" for figure in row[:-1]), f"{row[-1]}"[1:-1]]
+                print("|", " | ".join(cells), "|", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

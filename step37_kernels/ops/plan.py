@@ -14,6 +14,9 @@ back, and the claims: some 350 instructions a warp, 16 warps, about 1.1 µs, whi
 next chunk are on the way. Predicted on an H100, one group, the launch's 2.3 µs included: 3.4 µs for
 2048 positions, 7 for 8192, 20 for 32768; behind the product's first tiles, none of it shows.
 
+A placeholder is a token whose feature is one row that lands on it, not after it; of ``[B, S, H]``
+positions are numbered otherwise. Both are numbers of the launch, so one binary serves them all.
+
 What the host knows of the layout (tokens, counts) travels in the launch itself where it is small,
 as it nearly always is, and in a table in device memory where it is not.
 """

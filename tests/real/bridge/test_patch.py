@@ -122,7 +122,8 @@ def test_unpatching_leaves_alone_what_somebody_else_has_put_there(caplog):
 def test_the_log_says_what_is_patched_and_what_is_not(caplog, channels_last):
     with caplog.at_level(logging.INFO, "step37_kernels.megatron"):
         names = patch_step37(impl="torch", channels_last=channels_last)
-    (record,) = caplog.records
+    # Modules that hold the stock tower by name have a warning of their own.
+    (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
     done, left = record.getMessage().split("Not patched: ")
     for part in (*BOTH, *names, "impl='torch'"):
         assert part in done

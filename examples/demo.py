@@ -320,10 +320,7 @@ def draw(batch: dict[str, Any], packs: Any, path: Path) -> str:
     try:
         style.save(draw_row_map(packs[0], plan, packs.datasets[0].template.tokenizer), path)
     except ModuleNotFoundError as error:
-        needed = how_to_get(error)
-        if needed is None:
-            raise
-        return f"not drawn, {needed}"
+        return f"not drawn, {how_to_get(error)}"
     return str(path)
 
 

@@ -41,10 +41,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from step37_data.common.extras import how_to_get
 
-        needed = how_to_get(error)
-        if needed is None:
-            raise
-        raise ModuleNotFoundError(f"{__name__}.{name} {needed}", name=error.name) from error
+        needed = f"{__name__}.{name} {how_to_get(error)}"
+        raise ModuleNotFoundError(needed, name=error.name) from error
 
 
 def __dir__() -> list[str]:

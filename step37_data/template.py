@@ -26,7 +26,7 @@ import torch
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.text.messages import checked_role, map_texts, strings, texts_of
+from step37_data.text.messages import checked_role, map_texts, strings
 from step37_data.text.placeholders import Entry, SampleImages, token_runs
 from step37_data.text.reserved import ReservedTokens
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
@@ -51,10 +51,11 @@ logger = logging.getLogger(__name__)
 
 THINK_TOKENS = ("<think>", "</think>")
 
-_IMAGE_PLACEHOLDER_ONLY = frozenset({IMAGE_PLACEHOLDER})
-_MULTICROP_PLACEHOLDERS = re.compile(
-    f"{re.escape(MULTICROP_IMAGE_PLACEHOLDER)}|{re.escape(MULTICROP_PATCH_PLACEHOLDER)}"
-)
+_KIND_OF = {
+    MULTICROP_IMAGE_PLACEHOLDER: IMAGE_ITEM_TYPE,
+    MULTICROP_PATCH_PLACEHOLDER: PATCH_ITEM_TYPE,
+}
+_MULTICROP_PLACEHOLDERS = re.compile("|".join(map(re.escape, _KIND_OF)))
 # Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
 _TEMPLATE_VERSION = 1
 _MULTICROP_VERSION = 1
@@ -139,8 +140,12 @@ class Step37MultimodalTemplate(ImageTokens):
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
         self.rows_after = {ids[1]: self.image_token_count, ids[2]: self.patch_token_count}
-        placeholders = (MULTICROP_IMAGE_PLACEHOLDER, MULTICROP_PATCH_PLACEHOLDER)
-        self._multicrop_markup = frozenset({*placeholders, *starts, *ends, PATCH_NEWLINE_TOKEN})
+        # Of each item type its name, start token and rows.
+        self._kinds = {
+            IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),
+            PATCH_ITEM_TYPE: ("crop", self.patch_start_token_id, self.patch_token_count),
+        }
+        self._multicrop_markup = frozenset({*_KIND_OF, *starts, *ends, PATCH_NEWLINE_TOKEN})
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
         try:
             within(_RENDER_S, functools.partial(self._generation_prompt, None))
@@ -178,18 +183,18 @@ class Step37MultimodalTemplate(ImageTokens):
         """
         if "conversations" not in data:
             raise ValueError(f"data: expected conversations, got only {sorted(data)}")
-        rows: list[int] = []
         images = SampleImages(self._image_items(data.get("images")))
-        messages = self._expand_messages(data["conversations"], rows, images)
-        if not messages or messages[-1]["role"] != "assistant":
+        messages = self._expand_messages(data["conversations"], images)
+        roles = [message["role"] for message in messages]
+        if roles[-1:] != ["assistant"]:
             raise ValueError("conversations: a sample must end with an assistant message")
-        if all(message["role"] != "user" for message in messages):
+        if "user" not in roles:
             raise ValueError("conversations: a sample needs a user message, found none")
         entries = images.seen if self.multicrop else images.given
         text = self._render(messages, False)
         short_ids = self._encode(text)
         self._reserved.refuse_made(messages, text, short_ids)
-        repeats = self._repeats(short_ids, rows, entries)
+        repeats = self._repeats(short_ids, images.wanted, entries)
         short_mask = np.zeros(len(short_ids), dtype=np.float32)
         for start, end in self._loss_spans(short_ids, messages):
             short_mask[start:end] = 1.0
@@ -236,17 +241,14 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer.is_fast:
-            ids: list[int] = self.tokenizer.backend_tokenizer.encode(
-                text, add_special_tokens=False
-            ).ids
-            return ids
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         first = messages[0]
         effort = first.get("reasoning_effort")
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=first.get("tool_schemas") or None,
                 tokenize=False,
@@ -259,7 +261,6 @@ class Step37MultimodalTemplate(ImageTokens):
                 f"the chat template in {self.tokenizer_path!r} cannot render the turns {roles} "
                 f"({type(error).__name__}: {error})"
             ) from error
-        return text
 
     def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
         """Token ids of the generation prompt, and of its beginning up to the role's name."""
@@ -280,9 +281,9 @@ class Step37MultimodalTemplate(ImageTokens):
         return self._generation_prompts[reasoning_effort]
 
     def _expand_messages(
-        self, conversations: Sequence[Mapping[str, Any]], rows: list[int], images: SampleImages
+        self, conversations: Sequence[Mapping[str, Any]], images: SampleImages
     ) -> list[dict[str, Any]]:
-        """Messages with one ``<im_patch>`` per placeholder; ``rows`` gets the number it stands for.
+        """Messages with one ``<im_patch>`` for each image and crop, all of which ``images`` notes.
 
         One token in place of 169 makes rendering and tokenising several times faster; special
         tokens are tokenised apart from their neighbours, so repeating the id gives the same ids.
@@ -294,32 +295,28 @@ class Step37MultimodalTemplate(ImageTokens):
             where = f"conversations[{number}] ({role})"
             expand = self._reserved.refuse
             if role != "assistant":
-                expand = functools.partial(self._expand, rows, images)
+                expand = functools.partial(self._expand, images)
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
-                    message[key] = map_texts(value, expand, where)
-                    self._reserved.refuse_joined(texts_of(value), where)
+                    message[key], texts = map_texts(value, expand, where)
+                    self._reserved.refuse_joined(texts, where)
                 else:
                     for text in strings(value):
                         self._reserved.refuse(text, f"{where} {key}")
             messages.append(message)
         return messages
 
-    def _expand(self, rows: list[int], images: SampleImages, text: str, where: str) -> str:
-        spelled_out = MULTICROP_IMAGE_PLACEHOLDER in text or MULTICROP_PATCH_PLACEHOLDER in text
-        self._reserved.refuse(
-            text, where, self._multicrop_markup if spelled_out else _IMAGE_PLACEHOLDER_ONLY
-        )
+    def _expand(self, images: SampleImages, text: str, where: str) -> str:
+        spelled_out = _MULTICROP_PLACEHOLDERS.findall(text)
+        allowed = self._multicrop_markup if spelled_out else frozenset({IMAGE_PLACEHOLDER})
+        self._reserved.refuse(text, where, allowed)
         if spelled_out:
-            for placeholder in _MULTICROP_PLACEHOLDERS.findall(text):
-                of_image = placeholder == MULTICROP_IMAGE_PLACEHOLDER
-                rows.append(self.image_token_count if of_image else self.patch_token_count)
-                images.see_whole(IMAGE_ITEM_TYPE if of_image else PATCH_ITEM_TYPE)
+            for placeholder in spelled_out:
+                images.see(_KIND_OF[placeholder])
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
         expanded, *pieces = text.split(IMAGE_PLACEHOLDER)
         for piece in pieces:
-            runs = token_runs(images.see_in_crops() if self.multicrop else (), self)
-            rows += [count for token, count in runs if token == self.image_token]
+            runs = token_runs(images.see(IMAGE_ITEM_TYPE, self.multicrop), self)
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
 
@@ -339,32 +336,30 @@ class Step37MultimodalTemplate(ImageTokens):
             items.append((file, int(kind)))
         return items
 
-    def _repeats(self, ids: list[int], rows: list[int], images: Sequence[Entry]) -> np.ndarray:
+    def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
         places = [place for place, token in enumerate(ids) if token == self._image_id]
-        if len(places) != len(rows):
+        if len(places) != len(wanted):
             raise ValueError(
-                f"conversations: the chat template renders {len(places)} of the {len(rows)} image "
-                "and crop placeholders"
+                f"conversations: the chat template renders {len(places)} of the {len(wanted)} "
+                "image and crop placeholders"
             )
-        before = [ids[place - 1] if place else -1 for place in places]
-        for start, row_count in zip(before, rows, strict=True):
-            if self.rows_after.get(start) != row_count:
-                found = self.tokenizer.convert_ids_to_tokens(start) if start >= 0 else "nothing"
+        for place, kind in zip(places, wanted, strict=True):
+            start = ids[place - 1] if place else -1
+            _, expected, rows = self._kinds[kind]
+            if start != expected:
+                found = self.tokenizer.convert_ids_to_tokens(start) if place else "nothing"
                 raise ValueError(
-                    f"conversations: a placeholder of {row_count} {self.image_token!r} follows "
+                    f"conversations: a placeholder of {rows} {self.image_token!r} follows "
                     f"{found!r}; an image ({self.image_token_count}) must follow "
                     f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
                     f"{self.patch_start_token!r}"
                 )
-        for kind, name, start_id in (
-            (IMAGE_ITEM_TYPE, "image", self.img_start_token_id),
-            (PATCH_ITEM_TYPE, "crop", self.patch_start_token_id),
-        ):
-            count = before.count(start_id)
-            if ids.count(start_id) != count:
+        for kind, (name, start, _) in self._kinds.items():
+            count = wanted.count(kind)
+            if ids.count(start) != count:
                 raise ValueError(
-                    f"conversations: {ids.count(start_id)} start tokens of type {name} for {count} "
+                    f"conversations: {ids.count(start)} start tokens of type {name} for {count} "
                     "placeholders"
                 )
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
@@ -374,7 +369,7 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"conversation: {paths}"
                 )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = rows
+        repeats[places] = [self._kinds[kind][2] for kind in wanted]
         return repeats
 
     def _loss_spans(
@@ -387,34 +382,27 @@ class Step37MultimodalTemplate(ImageTokens):
             for start, end in itertools.pairwise([*turns, len(ids)])
             if ids[start : start + len(header)] == header
         ]
-        expected = sum(message["role"] == "assistant" for message in messages)
-        if len(answers) != expected:
+        roles = [message["role"] for message in messages]
+        numbers = [number for number, role in enumerate(roles) if role == "assistant"]
+        if len(answers) != len(numbers):
             raise ValueError(
-                f"conversations: {expected} assistant messages, but the chat template renders "
+                f"conversations: {len(numbers)} assistant messages, but the chat template renders "
                 f"{len(answers)} assistant turns"
             )
-        for number in range(len(messages) - 1, -1, -1):
-            role = messages[number]["role"]
-            if role == "user":
-                return
-            if role != "assistant":
+        last_user = max(number for number, role in enumerate(roles) if role == "user")
+        for number, (start, end) in zip(numbers, answers, strict=True):
+            if number < last_user or messages[number].get("loss_mask", 1) != 1:
                 continue
-            start, end = answers.pop()
-            if messages[number].get("loss_mask", 1) != 1:
-                continue
-            if messages[number - 1]["role"] != "assistant":
-                self._check_prompt(ids, start, prompt, number)
+            if roles[number - 1] != "assistant":
+                self._check_prompt(ids[start : start + len(prompt)], prompt, number)
                 start += len(prompt)
             yield start, end
 
-    def _check_prompt(self, ids: list[int], start: int, prompt: list[int], number: int) -> None:
-        found = ids[start : start + len(prompt)]
-        if found == prompt:
-            return
-        convert = self.tokenizer.convert_ids_to_tokens
-        if found[:-1] == prompt[:-1] and convert(found[-1]).startswith(convert(prompt[-1])):
-            return
-        raise ValueError(
-            f"conversations[{number}] (assistant): the chat template renders the turn as "
-            f"{convert(found)}, which does not begin with its generation prompt {convert(prompt)}"
-        )
+    def _check_prompt(self, found: list[int], prompt: list[int], number: int) -> None:
+        """The last token of the prompt may have merged with what follows it."""
+        told, expected = map(self.tokenizer.convert_ids_to_tokens, (found, prompt))
+        if found[:-1] != prompt[:-1] or not told[-1].startswith(expected[-1]):
+            raise ValueError(
+                f"conversations[{number}] (assistant): the chat template renders the turn as "
+                f"{told}, which does not begin with its generation prompt {expected}"
+            )

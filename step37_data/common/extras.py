@@ -14,10 +14,15 @@ EXTRA_OF = {
 }
 
 
-def how_to_get(error: ModuleNotFoundError) -> str | None:
-    """What to install, or None if the module belongs to no extra."""
+def how_to_get(error: ModuleNotFoundError) -> str:
+    """What to install.
+
+    Raises:
+        ModuleNotFoundError: ``error`` itself, where the module belongs to no extra.
+    """
     module = error.name or ""
     if module not in EXTRA_OF:
         module = module.partition(".")[0]
-    extra = EXTRA_OF.get(module)
-    return extra and f"needs {module}: pip install 'step37[{extra}]'"
+    if module not in EXTRA_OF:
+        raise error
+    return f"needs {module}: pip install 'step37[{EXTRA_OF[module]}]'"

@@ -29,27 +29,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for line in _shard(options) if options.command == "shard" else _describe(options):
             print(line)
+        return 0
     except (OSError, ValueError) as error:
         print(f"step37-data: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
-        needed = how_to_get(error)
-        if needed is None:
-            raise
-        print(f"step37-data: {options.command} {needed}", file=sys.stderr)
-        return 1
-    return 0
+        print(f"step37-data: {options.command} {how_to_get(error)}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--sample-count", type=int, metavar="N", help="the first N samples of a split only")
+    add("--caption-key", default="caption_0", metavar="COLUMN")
+    add("--quiet", action="store_true", help="no progress bars")
     parser = argparse.ArgumentParser(prog="step37-data")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser(
-        "inspect",
-        help="show the packs of a cache folder",
-        description=(__doc__ or "").partition("\n\n")[2],
+    command = functools.partial(
+        parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser,
+        parents=[common],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    told = (__doc__ or "").partition("\n\n")[2]
+    inspect = command("inspect", help="show the packs of a cache folder", description=told)
     add = inspect.add_argument
     add("cache_dir", type=Path, nargs="?", help="folder in the layout of the data set")
     add("--tokenizer", help="folder of the tokenizer")
@@ -60,8 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--html-packs", type=int, default=12, metavar="N", help="packs to leaf through in it")
     add("--multicrop", action="store_true", help="see images in crops")
     add("--split", default="train")
-    add("--sample-count", type=int, metavar="N", help="look at the first N samples only")
-    add("--caption-key", default="caption_0", metavar="COLUMN")
     add("--prompt", default="Describe this image in one sentence.")
     add("--max-length", type=int, default=2048, metavar="TOKENS", help="capacity of a pack")
     add("--divisible-by", type=int, default=64, metavar="TOKENS", help="multiple padded to")
@@ -70,21 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--packing", choices=("next_fit", "best_fit"), default="next_fit")
     add("--lengths-cache", type=Path, metavar="FOLDER", help="keep lengths here between runs")
     add("--skip-images", action="store_true", help="do not read every image to find broken ones")
-    add("--quiet", action="store_true", help="no progress bars")
-    shard = commands.add_parser(
+    shard = command(
         "shard",
         help="write a cache folder as WebDataset shards for Megatron-Energon",
         description="Every split of FOLDER as shards in OUT, pictures as they are, with Energon's "
         "metadata. An interrupted run goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = shard.add_argument
     add("folder", type=Path, help="folder in the layout of the data set")
     add("out", type=Path, help="folder for the shards")
-    add("--caption-key", default="caption_0", metavar="COLUMN")
-    add("--sample-count", type=int, metavar="N", help="the first N samples of a split only")
     add("--samples-per-shard", type=int, default=1000, metavar="N")
-    add("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -109,7 +103,10 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
     if options.html is not None and (options.pack is not None or options.picture is not None):
         raise ValueError("--html: a page shows a whole data set, not one --pack or --picture")
     if options.picture is not None:
-        yield from _describe_picture(str(options.picture), options.out)
+        from step37_data.inspect.crop_picture import describe_picture, draw_crops
+
+        yield from describe_picture(str(options.picture))
+        yield from _save(options.out, draw_crops, str(options.picture))
     elif options.cache_dir is None or options.tokenizer is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
     elif options.pack is not None:
@@ -122,14 +119,6 @@ def _save(out: Path | None, draw: Callable[..., Any], *described: Any) -> Iterat
     if out is not None:
         style.save(draw(*described), out)
         yield f"drawing   {out}"
-
-
-def _describe_picture(path: str, out: Path | None) -> Iterator[str]:
-    from step37_data.images.crops import picture_size
-    from step37_data.inspect.crop_picture import describe_picture, draw_crops
-
-    yield from describe_picture(path, picture_size(path))
-    yield from _save(out, draw_crops, path)
 
 
 def _load(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloader:
@@ -165,15 +154,13 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
 
     # In the order drawn. Dropped samples are among them.
     packs = _load(options, "next_fit")
-    sizes = packs.piece_sizes.astype("int64")
     paths = list(dict.fromkeys(sample.image_path for sample in packs.datasets[0].samples))
     data = data_set.DataSetDescription(
         name=f"{options.cache_dir}/{options.split}, {options.caption_key}",
-        sizes=sizes,
+        sizes=packs.piece_sizes,
         images=len(paths),
         capacity=options.max_length,
         oversize=options.oversize,
-        fills=data_set.describe_fills(sizes, options.max_length, options.oversize),
         broken=None
         if options.skip_images
         else data_set.find_broken_images(paths, progress=not options.quiet),

@@ -8,7 +8,7 @@ from pathlib import PureWindowsPath
 import numpy as np
 
 from step37_data.images.crop_pixels import canvas_image, full_image
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, picture_size, plan_crops
 from step37_data.images.decode import read_rgb
 from step37_data.inspect import style
 from step37_data.text.placeholders import token_runs
@@ -18,9 +18,9 @@ from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
 MARGIN, TOP, LONG_SIDE = 0.16, 0.72, 9.6
 
 
-def describe_picture(path: str, size: tuple[int, int]) -> Iterator[str]:
-    """Full image, canvas, windows and token layout of a picture of ``size``, line by line."""
-    plan = plan_crops(*size)
+def describe_picture(path: str) -> Iterator[str]:
+    """Full image, canvas, windows and token layout of a picture file, line by line."""
+    plan = plan_crops(*picture_size(path))
     yield f"picture   {path}: {_size(plan.size)} pixels"
     if plan.padded_size != plan.size:
         yield f"padded    {_size(plan.padded_size)}, the picture at the top left"

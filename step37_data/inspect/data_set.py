@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import BrokenImageError, read_rgb
@@ -20,17 +20,16 @@ from step37_data.packing import OversizePolicy, pack, pack_best_fit
 _BARS, _BAR_WIDTH = 16, 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataSetDescription:
     """A data set: what it holds and what packing makes of it.
 
     Attributes:
         name: folder, split and column of the captions.
-        sizes: int64 ``[N]``, tokens of every sample in the order drawn, dropped ones included.
+        sizes: integers ``[N]``, tokens of every sample in the order drawn, dropped ones included.
         images: number of image files.
         capacity: tokens of a pack.
         oversize: what happens to longer samples.
-        fills: by the name of the packing.
         broken: the reason by path; None where images were not read.
     """
 
@@ -39,8 +38,17 @@ class DataSetDescription:
     images: int
     capacity: int
     oversize: OversizePolicy
-    fills: Mapping[str, Fill]
     broken: Mapping[str, str] | None
+
+    @functools.cached_property
+    def fills(self) -> dict[str, Fill]:
+        """By the name of the packing, of both that need sizes only."""
+        order, best = pack_best_fit(self.sizes, self.capacity, self.oversize)
+        next_fit = pack(self.sizes, self.capacity, self.oversize)
+        return {
+            "next_fit": Fill.of(self.sizes, next_fit, self.capacity),
+            "best_fit": Fill.of(self.sizes[order], best, self.capacity),
+        }
 
     @property
     def lengths(self) -> str:
@@ -59,15 +67,6 @@ class DataSetDescription:
         return f"{len(self.broken)} of {self.images} files cannot be read"
 
 
-def describe_fills(sizes: np.ndarray, capacity: int, oversize: OversizePolicy) -> dict[str, Fill]:
-    """Both packings of samples of these ``sizes``, int64 ``[N]``."""
-    order, best = pack_best_fit(sizes, capacity, oversize)
-    return {
-        "next_fit": Fill.of(sizes, pack(sizes, capacity, oversize), capacity),
-        "best_fit": Fill.of(sizes[order], best, capacity),
-    }
-
-
 def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[str, str]:
     """Decode every file; the ones that cannot be read, each with the reason, in order."""
 
@@ -78,10 +77,9 @@ def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[s
             return error.reason
         return None
 
-    with ThreadPoolExecutor(default_threads()) as pool:
-        bar = tqdm(paths, desc="Reading images", unit="file", disable=not progress)
-        found = pool.map(reason, paths)
-        return {path: why for path, why in zip(bar, found, strict=True) if why is not None}
+    bar = {"desc": "Reading images", "unit": "file", "disable": not progress}
+    found = thread_map(reason, paths, max_workers=default_threads(), **bar)
+    return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
 
 
 def data_set_lines(data: DataSetDescription) -> Iterator[str]:

@@ -1,24 +1,382 @@
-"""Media of a pipeline-parallel model, which follow their samples into the microbatches.
+"""Pipeline-parallel media: each microbatch gets the images and videos of its own samples.
 
-:mod:`~step37_data.pp_media.chunks` cuts them, :mod:`~step37_data.pp_media.stage` puts them where
-the model looks for them.
+PyTorch's pipeline schedules cut every tensor of a batch along dimension 0 with
+`torch.tensor_split`. That is right for `input_ids` and wrong for pixels, whose rows count images,
+crops or patches. So the media leave the batch where it is made (`prepare_vlm_media_for_pp`), cut at
+the same samples as `input_ids`, and meet the first stage again around the schedule's step
+(`stage_vlm_media_for_pp`):
+
+    collate = wrap_vlm_collate_for_pp(collate, n_microbatches)
+    ...
+    with stage_vlm_media_for_pp(pp, model_parts, batch):
+        pp.info.schedule.step(batch.pop("input_ids"), target=target, losses=losses, **batch)
+
+Chunks are views of their inputs. Counts and grids are read on the host: where they lie on an
+accelerator that waits for it, so prepare a batch before it is moved there.
 """
 
-from step37_data.pp_media.chunks import (
-    _VLM_MEDIA_KEYS,  # noqa: F401
-    _select_image_grid,  # noqa: F401
-    chunk_step3_media,
-    chunk_vlm_media,
-    prepare_vlm_media_for_pp,
-    wrap_vlm_collate_for_pp,
-)
-from step37_data.pp_media.stage import VLM_PP_MEDIA_KEY, stage_vlm_media_for_pp
+from __future__ import annotations
 
-__all__ = [
-    "VLM_PP_MEDIA_KEY",
-    "chunk_step3_media",
-    "chunk_vlm_media",
-    "prepare_vlm_media_for_pp",
-    "stage_vlm_media_for_pp",
-    "wrap_vlm_collate_for_pp",
-]
+import functools
+import logging
+import operator
+from collections.abc import Callable, MutableMapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from step37_data.common.checks import checked_int
+from step37_data.pp_media.stage import VLM_PP_MEDIA_KEY, stage_vlm_media_for_pp  # noqa: F401
+
+logger = logging.getLogger(__name__)
+
+Counts = torch.Tensor | Sequence[int]
+
+_GRID_KEYS = ("image_grid_hws", "image_grid_thw", "image_sizes", "image_position_ids")
+_CROP_KEYS = ("num_patches", "patch_pixel_values", "patch_newline_mask")
+# Pixels first, then what speaks of them.
+_IMAGE_KEYS = ("pixel_values", *_CROP_KEYS, *_GRID_KEYS, "n_images_per_sample")
+_VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "n_videos_per_sample")
+_VLM_MEDIA_KEYS = (*_IMAGE_KEYS, *_VIDEO_KEYS)
+_COUNT_KEYS = ("num_patches", "n_images_per_sample", "n_videos_per_sample")
+
+
+def microbatch_limits(batch_size: int, n_microbatches: int) -> list[int]:
+    """Return the `n_microbatches + 1` sample limits of the cut that `torch.tensor_split` makes.
+
+    Microbatch k holds samples `limits[k]` to `limits[k + 1]`: the first `batch_size %
+    n_microbatches` hold one more than the others, and none is left out where there are too few.
+
+    >>> microbatch_limits(6, 4)
+    [0, 2, 4, 5, 6]
+    """
+    checked_int("n_microbatches", n_microbatches)
+    quotient, remainder = divmod(checked_int("batch_size", batch_size, least=0), n_microbatches)
+    return [k * quotient + min(k, remainder) for k in range(n_microbatches + 1)]
+
+
+def chunk_vlm_media(
+    pixel_values: torch.Tensor | list[torch.Tensor],
+    image_grid: torch.Tensor | None,
+    batch_size: int,
+    n_microbatches: int,
+    n_images_per_sample: Counts | None = None,
+) -> tuple[list[torch.Tensor | list[torch.Tensor]], list[torch.Tensor] | None]:
+    """Split images (or videos) and their grids at the samples where `tensor_split` cuts the batch.
+
+    The counts decide which images belong to which sample; the layout follows from the number of
+    rows of `pixel_values`:
+
+    1. `[images, C, H, W]`: one full image a row.
+    2. `[images, max_patches, D]`: one image a row, its patches padded.
+    3. `[patches, ...]`, patches = sum over images of the product of the grid's row, with
+       `n_images_per_sample`.
+    4. The same without counts, where there are as many images as samples: one image a sample.
+
+    A list of `images` tensors of any shapes is split like 1.
+
+    Args:
+        pixel_values: one of the layouts above.
+        image_grid: `[images, 2]` (h, w) or `[images, 3]` (t, h, w), in patches, or any
+            `[images, ...]` that goes with layouts 1 and 2, or None with those.
+        batch_size: samples in the batch, B.
+        n_microbatches: microbatches of the schedule.
+        n_images_per_sample: `[B]` integers, tensor or sequence. None: one image a sample.
+
+    Returns:
+        Pixel chunks and grid chunks (None without a grid), one a microbatch, in order. Microbatches
+        without images, and those beyond the last sample, get chunks of no rows.
+
+    Raises:
+        ValueError: the rows, the grid and the counts do not fit together (all are named).
+    """
+    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
+    limits = microbatch_limits(batch_size, n_microbatches)
+    if not isinstance(pixel_values, list):
+        _check_has_rows("pixel_values", pixel_values)
+    if image_grid is not None:
+        _check_has_rows("image_grid", image_grid)
+
+    n_rows = len(pixel_values)
+    n_images = n_rows if image_grid is None else len(image_grid)
+    counts = _images_of_samples(n_images_per_sample, batch_size, misaligned)
+    if sum(counts) != n_images and n_images_per_sample is None:
+        raise misaligned(f"{n_images} images without n_images_per_sample are not one a sample")
+    if sum(counts) != n_images:
+        raise misaligned(f"n_images_per_sample sums to {sum(counts)}, there are {n_images} images")
+
+    image_limits = _limits_of(counts, limits)
+    patch_counts = None if isinstance(pixel_values, list) else _patch_counts(image_grid)
+    # Where both hold, every image is one patch and the two cuts are the same.
+    if patch_counts is not None and sum(patch_counts) == n_rows:
+        pixel_limits = _limits_of(patch_counts, image_limits)
+    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    elif n_rows == n_images and (
+        image_grid is None or isinstance(pixel_values, list) or pixel_values.ndim >= 3
+    ):
+        pixel_limits = image_limits
+    else:
+        raise misaligned(f"{n_rows} rows are neither the {n_images} images nor their patches")
+
+    return (
+        _cut(pixel_values, pixel_limits),
+        None if image_grid is None else _cut(image_grid, image_limits),
+    )
+
+
+def chunk_step3_media(
+    pixel_values: torch.Tensor,
+    batch_size: int,
+    n_microbatches: int,
+    num_patches: Counts | None = None,
+    patch_pixel_values: torch.Tensor | None = None,
+    patch_newline_mask: torch.Tensor | None = None,
+    n_images_per_sample: Counts | None = None,
+) -> dict[str, list[torch.Tensor]]:
+    """Split full images, their crops ("patches") and the crops' marks for the microbatches.
+
+    `pixel_values` holds one full image a sample, `patch_pixel_values` the crops of all samples one
+    after the other. In the flat layout there are no full images: `pixel_values` itself holds the
+    `sum(num_patches)` crops. A `pixel_values` that fits both ways follows the counts: it is flat
+    where no `patch_pixel_values` hold the crops that `num_patches` counts, and `num_patches` then
+    counts by sample if it has one entry a sample.
+
+    Args:
+        pixel_values: `[B, ...]`, or `[sum(n_images_per_sample), ...]`, or flat
+            `[sum(num_patches), ...]`.
+        batch_size: samples in the batch, B.
+        n_microbatches: microbatches of the schedule.
+        num_patches: `[B]` integers, tensor or sequence: crops of each sample. With
+            `n_images_per_sample` it may count the crops of each image instead. None: no crops.
+        patch_pixel_values: `[sum(num_patches), ...]`.
+        patch_newline_mask: `[sum(num_patches)]`, marks the crops that end a row.
+        n_images_per_sample: `[B]` integers: full images of each sample. None: one a sample.
+
+    Returns:
+        Lists with a tensor for each microbatch under `pixel_values` and `num_patches` (int64), and
+        under `patch_pixel_values` and `patch_newline_mask` where these were given.
+
+    Raises:
+        ValueError: rows and counts do not fit together, or fit in two ways (all are named).
+    """
+    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
+    limits = microbatch_limits(batch_size, n_microbatches)
+    _check_has_rows("pixel_values", pixel_values)
+
+    images = _images_of_samples(n_images_per_sample, batch_size, misaligned)
+    image_limits = _limits_of(images, limits)
+
+    # A count may stand for a sample or for an image: their number tells, or both cut alike.
+    readings = [image_limits]
+    if num_patches is None:
+        num_patches = torch.zeros(sum(images), dtype=torch.long, device=pixel_values.device)
+        crops = [0] * sum(images)
+    else:
+        crops = _as_counts("num_patches", num_patches)
+        by_what = ((batch_size, limits), (sum(images), image_limits))
+        readings = [cut for n_entries, cut in by_what if len(crops) == n_entries]
+    if not readings:
+        raise misaligned(f"num_patches has {len(crops)} entries, not one a sample or image")
+    # Flat, as NeMo Automodel's collate makes it: that counts by sample, if it may be either.
+    flat = patch_pixel_values is None and any(crops)
+    if not flat and readings[0] != readings[-1]:
+        raise misaligned("num_patches may count the crops of samples or of images")
+    crop_limits = _limits_of(crops, readings[0])
+    n_crops = sum(crops)
+
+    chunks = {"num_patches": _cut(torch.as_tensor(num_patches).reshape(-1).long(), readings[0])}
+    of_crops = {"patch_pixel_values": patch_pixel_values, "patch_newline_mask": patch_newline_mask}
+    for name, rows in of_crops.items():
+        if rows is not None:
+            _check_has_rows(name, rows)
+            if len(rows) != n_crops:
+                raise misaligned(f"{name} has {len(rows)} rows, num_patches sums to {n_crops}")
+            chunks[name] = _cut(rows, crop_limits)
+
+    if not flat and len(pixel_values) == sum(images):
+        chunks["pixel_values"] = _cut(pixel_values, image_limits)
+    elif (flat or n_crops == 0) and len(pixel_values) == n_crops:
+        chunks["pixel_values"] = _cut(pixel_values, crop_limits)
+    else:
+        raise misaligned(
+            f"the {len(pixel_values)} rows of pixel_values are neither the {sum(images)} full "
+            f"images nor the {n_crops} crops"
+        )
+    return chunks
+
+
+def prepare_vlm_media_for_pp(
+    batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
+) -> MutableMapping[str, Any]:
+    """Take the media out of a batch and put them back, split, under `VLM_PP_MEDIA_KEY`.
+
+    Grids decide the way: pixels with one of `image_grid_hws`, `image_grid_thw`, `image_sizes` or
+    `image_position_ids` (the first that is there) go through `chunk_vlm_media`, pixels with crops
+    through `chunk_step3_media`, videos with `video_grid_thw` through `chunk_vlm_media`. The image
+    grid is stored as `image_grid_hws`, whichever it was. Media keys that are None count as absent.
+
+    Args:
+        batch: what the collate function returns; changed in place, but not where this raises.
+        batch_size: samples in the batch: rows of `input_ids`.
+        n_microbatches: microbatches of the schedule.
+
+    Returns:
+        `batch`, without media keys; without `VLM_PP_MEDIA_KEY` where it held no pixels.
+
+    Raises:
+        ValueError: media that cannot be aligned with the samples, or that lack their pixels.
+    """
+    microbatch_limits(batch_size, n_microbatches)
+    media = {key: batch[key] for key in _VLM_MEDIA_KEYS if batch.get(key) is not None}
+    input_ids = batch.get("input_ids")
+    if media and input_ids is not None and len(input_ids) != batch_size:
+        raise ValueError(f"batch_size is {batch_size}, but input_ids has {len(input_ids)} rows")
+
+    for pixels, *others in (_IMAGE_KEYS, _VIDEO_KEYS):
+        for key in media if pixels not in media else ():
+            # Counts of zero and no rows are fine.
+            if key in others and _number_of_media(key, media[key]):
+                raise ValueError(f"{key} {_described(media[key])} comes without {pixels}")
+    chunks: dict[str, Any] = {}
+    if "pixel_values" in media:
+        chunks |= _image_chunks(media, batch_size, n_microbatches)
+    if "pixel_values_videos" in media:
+        chunks |= _video_chunks(media, batch_size, n_microbatches)
+    if chunks and batch.get(VLM_PP_MEDIA_KEY) is not None:
+        raise ValueError(f"batch already holds {VLM_PP_MEDIA_KEY!r}: it was prepared before")
+    for key in _VLM_MEDIA_KEYS:
+        batch.pop(key, None)
+    if chunks:
+        batch[VLM_PP_MEDIA_KEY] = {key: cut for key, cut in chunks.items() if cut is not None}
+    return batch
+
+
+def wrap_vlm_collate_for_pp(
+    collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int
+) -> Callable[[Any], MutableMapping[str, Any]]:
+    """Return `collate_fn` followed by `prepare_vlm_media_for_pp`; picklable if `collate_fn` is.
+
+    The batch size is the number of rows of `input_ids`. What is not a mapping, or holds no media,
+    passes unchanged.
+
+    Raises:
+        ValueError: `n_microbatches` below 1; at the call: media without `input_ids`.
+    """
+    microbatch_limits(0, n_microbatches)
+    return functools.partial(_collate_and_prepare, collate_fn, n_microbatches)
+
+
+def _collate_and_prepare(
+    collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
+) -> MutableMapping[str, Any]:
+    batch = collate_fn(examples)
+    is_batch = isinstance(batch, MutableMapping)
+    found = [key for key in _VLM_MEDIA_KEYS if is_batch and key in batch]
+    if not found:
+        return batch
+    if batch.get("input_ids") is None:
+        raise ValueError(f"the batch has media ({', '.join(found)}) but no input_ids to count")
+    return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
+
+
+def _number_of_media(key: str, value: Any) -> int:
+    return sum(_as_counts(key, value)) if key in _COUNT_KEYS else len(value)
+
+
+def _image_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -> dict[str, Any]:
+    pixel_values, counts = media["pixel_values"], media.get("n_images_per_sample")
+    grids = [key for key in _GRID_KEYS if key in media]
+    crops = {key: media[key] for key in _CROP_KEYS if key in media}
+    if not grids and not isinstance(pixel_values, list):
+        return chunk_step3_media(
+            pixel_values, batch_size, n_microbatches, n_images_per_sample=counts, **crops
+        )
+    if crops:
+        raise ValueError(
+            f"pixel_values {_described(pixel_values)} come with crops ({', '.join(crops)}) and "
+            f"with {', '.join(grids) or 'a list of images'}: no layout has both"
+        )
+    if len(grids) > 1:
+        logger.warning("pixel_values come with several grids: using %s of %s", grids[0], grids)
+    grid = _select_image_grid(*map(media.get, _GRID_KEYS))
+    chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+    return dict(zip(("pixel_values", "image_grid_hws"), chunks, strict=True))
+
+
+def _select_image_grid(
+    image_grid_hws: Any, image_grid_thw: Any, image_sizes: Any, image_position_ids: Any
+) -> Any:
+    """The first that there is."""
+    grids = (image_grid_hws, image_grid_thw, image_sizes, image_position_ids)
+    return next((grid for grid in grids if grid is not None), None)
+
+
+def _video_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -> dict[str, Any]:
+    pixels, grid = media["pixel_values_videos"], media.get("video_grid_thw")
+    if grid is None and isinstance(pixels, torch.Tensor):
+        raise ValueError(f"pixel_values_videos {_described(pixels)} come without video_grid_thw")
+    counts = media.get("n_videos_per_sample")
+    chunks = chunk_vlm_media(pixels, grid, batch_size, n_microbatches, counts)
+    return dict(zip(("pixel_values_videos", "video_grid_thw"), chunks, strict=True))
+
+
+def _images_of_samples(
+    counts: Counts | None, batch_size: int, misaligned: Callable[[str], ValueError]
+) -> list[int]:
+    images = [1] * batch_size if counts is None else _as_counts("n_images_per_sample", counts)
+    if len(images) != batch_size:
+        raise misaligned(f"n_images_per_sample has {len(images)} entries, not one a sample")
+    return images
+
+
+def _limits_of(counts: Sequence[int], limits: Sequence[int]) -> list[int]:
+    """Turn limits in entries into limits in what the entries count."""
+    running = [0, *accumulate(counts)]
+    return [running[limit] for limit in limits]
+
+
+def _cut(rows: Any, limits: Sequence[int]) -> list[Any]:
+    return [rows[start:end] for start, end in pairwise(limits)]
+
+
+def _as_counts(name: str, counts: Counts) -> list[int]:
+    if isinstance(counts, torch.Tensor):
+        if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
+            raise ValueError(f"{name} must hold integers, got {counts.dtype}")
+        values = counts.reshape(-1).tolist()
+    else:
+        try:
+            values = [operator.index(count) for count in counts]
+        except TypeError as error:
+            raise ValueError(f"{name} must hold integers, got {counts!r}") from error
+    if any(value < 0 for value in values):
+        raise ValueError(f"{name} must not be negative, got {values}")
+    return values
+
+
+def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
+    """Return the patches of each image, or None where the grid does not count patches."""
+    if image_grid is None or image_grid.ndim != 2 or image_grid.is_floating_point():
+        return None
+    counts = image_grid.prod(dim=1).tolist()
+    return counts if all(count > 0 for count in counts) else None
+
+
+def _check_has_rows(name: str, rows: Any) -> None:
+    if not isinstance(rows, torch.Tensor) or rows.ndim == 0:
+        raise TypeError(f"{name} must be a tensor with rows, got {_described(rows)}")
+
+
+def _misaligned(named: dict[str, Any], reason: str) -> ValueError:
+    got = ", ".join(f"{name}={_described(value)}" for name, value in named.items())
+    return ValueError(f"cannot align the media with the samples: {reason}; got {got}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        is_counts = value.ndim <= 1 and not value.is_floating_point() and value.numel() <= 64
+        return f"{tuple(value.shape)}" + (f" {value.tolist()}" if is_counts else "")
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return f"list of {[tuple(row.shape) for row in value]}"
+    return repr(value)

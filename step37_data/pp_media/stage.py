@@ -79,7 +79,11 @@ def stage_vlm_media_for_pp(
         if hasattr(first_stage, "forward_one_chunk"):
             _follow_stage(model, first_stage, undo)
         else:
-            _follow_forwards(model, undo)
+            numbers = itertools.count()
+            hook = model.register_forward_pre_hook(
+                lambda *_: setattr(model, _CURSOR, next(numbers))
+            )
+            undo.callback(hook.remove)
         yield
 
 
@@ -90,43 +94,27 @@ def _follow_stage(model: torch.nn.Module, stage: Any, undo: ExitStack) -> None:
     """
     lock = threading.Lock()
     in_forward = False
-    run_forward = stage.forward_one_chunk
 
-    def forward_one_chunk(fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal in_forward
-        with lock:
-            in_forward = True
-            setattr(model, _CURSOR, fwd_chunk_id)
-        try:
-            return run_forward(fwd_chunk_id, *args, **kwargs)
-        finally:
-            in_forward = False
-
-    def following(run_backward: Callable[..., Any]) -> Callable[..., Any]:
-        def backward(bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+    def following(run: Callable[..., Any], forward: bool) -> Callable[..., Any]:
+        def run_one_chunk(chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+            nonlocal in_forward
             with lock:
-                if not in_forward:
-                    setattr(model, _CURSOR, bwd_chunk_id)
-            return run_backward(bwd_chunk_id, *args, **kwargs)
+                if forward or not in_forward:
+                    setattr(model, _CURSOR, chunk_id)
+                in_forward |= forward
+            try:
+                return run(chunk_id, *args, **kwargs)
+            finally:
+                if forward:
+                    in_forward = False
 
-        return backward
+        return run_one_chunk
 
-    methods = {"forward_one_chunk": forward_one_chunk}
-    for name in ("backward_one_chunk", "backward_weight_one_chunk"):
+    for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
         if hasattr(stage, name):
-            methods[name] = following(getattr(stage, name))
-    for name, method in methods.items():
-        # vars, because removing the instance's attribute lets the class's method show again.
-        _set_attribute(stage, name, method, vars(stage).get(name, _MISSING), undo)
-
-
-def _follow_forwards(model: torch.nn.Module, undo: ExitStack) -> None:
-    numbers = itertools.count()
-
-    def before(_module: torch.nn.Module, _args: Any) -> None:
-        setattr(model, _CURSOR, next(numbers))
-
-    undo.callback(model.register_forward_pre_hook(before).remove)
+            method = following(getattr(stage, name), forward=name == "forward_one_chunk")
+            # vars: removing the instance's attribute lets the class's method show again.
+            _set_attribute(stage, name, method, vars(stage).get(name, _MISSING), undo)
 
 
 def _set_attribute(owner: Any, name: str, value: Any, before: Any, undo: ExitStack) -> None:

@@ -25,53 +25,35 @@ def checked_role(number: int, message: Any) -> str:
     return role
 
 
-def check_encodable(text: str, where: str) -> None:
-    """Raise ValueError if ``text`` holds half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: character {error.start} of the text is {text[error.start]!r}, half of a "
-            "surrogate pair; remove or replace it"
-        ) from error
+def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> tuple[Any, list[str]]:
+    """``content`` with ``change`` applied to its texts, and the texts as they were.
 
-
-def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> Any:
-    """``content`` with ``change`` applied to its text: a string, or the text parts of a list.
+    The text is a string, or the text parts of a list.
 
     Raises:
         ValueError: it is neither of the two, and not None; or a part is no string and no mapping.
     """
     if isinstance(content, str):
-        return change(content, where)
+        return change(content, where), [content]
     if content is None:
-        return None
+        return None, []
     if not isinstance(content, list):
         raise ValueError(f"{where}: expected a string or a list of parts, got {content!r}")
     parts: list[Any] = []
+    texts: list[str] = []
     for number, part in enumerate(content):
         spot = f"{where} part {number}"
         if isinstance(part, str):
             parts.append(change(part, spot))
+            texts.append(part)
         elif not isinstance(part, Mapping):
             raise ValueError(f"{spot}: expected a string or a mapping, got {part!r}")
         else:
             keys = ("text", "value") if part.get("type") == "text" else ()
-            texts = {key: change(part[key], spot) for key in keys if isinstance(part.get(key), str)}
-            parts.append({**part, **texts})
-    return parts
-
-
-def texts_of(content: Any) -> list[str]:
-    """The text parts of a content that :func:`map_texts` takes."""
-    texts: list[str] = []
-
-    def keep(text: str, _where: str) -> str:
-        texts.append(text)
-        return text
-
-    map_texts(content, keep, "")
-    return texts
+            of_part = {key: part[key] for key in keys if isinstance(part.get(key), str)}
+            parts.append({**part, **{key: change(text, spot) for key, text in of_part.items()}})
+            texts += of_part.values()
+    return parts, texts
 
 
 def strings(value: Any) -> Iterator[str]:

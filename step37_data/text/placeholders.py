@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from step37_data.images.crops import CropPlan, Window, plan_file
+from step37_data.images.crops import Window, plan_file
 from step37_data.images.encoded import ImageFile
 from step37_data.text.tokens import (
     DEFAULT_TOKENS,
@@ -67,20 +67,17 @@ def token_runs(
     ]
 
 
-def token_layout(plan: CropPlan) -> list[str]:
-    """The names of the ``plan.num_tokens`` tokens that stand for a picture, one after the other."""
-    return [token for token, count in token_runs(plan.newline_mask) for _ in range(count)]
-
-
 class SampleImages:
     """The images of a sample, dealt out to its placeholders in their order.
 
     Attributes:
         given: ``(path, item type)`` of the sample.
+        wanted: the item type of every ``<im_patch>`` of the placeholders so far.
     """
 
     def __init__(self, given: Sequence[tuple[ImageFile, int]]) -> None:
         self.given: list[Entry] = list(given)
+        self.wanted: list[int] = []
         self._left = {
             wanted: [path for path, kind in reversed(given) if kind == wanted]
             for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
@@ -93,17 +90,23 @@ class SampleImages:
         surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
         return [*self._dealt, *surplus]
 
-    def see_whole(self, kind: int) -> None:
-        """Deal out the next file of ``kind`` as it is; where none is left, none."""
-        if self._left[kind]:
-            self._dealt.append((self._left[kind].pop(), kind))
+    def see(self, kind: int, in_crops: bool = False) -> tuple[bool, ...]:
+        """Deal out the next file of ``kind``, where one is left: as it is, or its windows.
 
-    def see_in_crops(self) -> tuple[bool, ...]:
-        """Deal out the windows of the next image, where one is left; the mask of its newlines."""
-        if not self._left[IMAGE_ITEM_TYPE]:
+        Returns:
+            The mask of the crops' newlines, empty without crops.
+        """
+        if not self._left[kind]:
+            self.wanted.append(kind)
             return ()
-        path = self._left[IMAGE_ITEM_TYPE].pop()
-        plan = plan_file(path)
-        self._dealt += [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
-        self._dealt.append((path, IMAGE_ITEM_TYPE, plan.full_window))
-        return plan.newline_mask
+        path = self._left[kind].pop()
+        dealt: list[Entry] = [(path, kind)]
+        newline_mask: tuple[bool, ...] = ()
+        if in_crops:
+            plan = plan_file(path)
+            newline_mask = plan.newline_mask
+            dealt = [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
+            dealt.append((path, kind, plan.full_window))
+        self.wanted += [entry[1] for entry in dealt]
+        self._dealt += dealt
+        return newline_mask

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from step37_data.text.messages import check_encodable, strings
+from step37_data.text.messages import strings
 
 
 class ReservedTokens:
@@ -31,7 +31,13 @@ class ReservedTokens:
 
     def refuse(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
-        check_encodable(text, where)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: character {error.start} of the text is {text[error.start]!r}, half of a "
+                "surrogate pair, which no tokenizer takes; remove or replace it"
+            ) from error
         for match in self._pattern.finditer(text):
             if match[0] not in allowed:
                 excerpt = text[max(0, match.start() - 20) : match.end() + 20]

@@ -25,11 +25,12 @@ from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
-from step37_data.text.placeholders import ImageEntry, token_layout
+from step37_data.text.placeholders import ImageEntry
 from step37_kernels import ImageInsertEmbedding, reference
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.ragged import RaggedImages
 from tests.data.images.multicrop_oracle import BILINEAR, see
+from tests.data.images.test_multicrop import token_layout
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PHOTOS = EXAMPLES / "flickr8k_mini" / "train"

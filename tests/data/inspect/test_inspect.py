@@ -19,7 +19,6 @@ from step37_data.inspect import style
 from step37_data.inspect.cli import main
 from step37_data.inspect.data_set import (
     DataSetDescription,
-    describe_fills,
     draw_data_set,
     find_broken_images,
 )
@@ -335,7 +334,7 @@ def test_a_data_set_is_drawn_with_legible_labels(
     sizes = np.random.default_rng(0).integers(200, longest, 5000)
     data = DataSetDescription(
         name="a/very/long/folder/" * 10, sizes=sizes, images=5000, capacity=2048, oversize="drop",
-        fills=describe_fills(sizes, 2048, "drop"), broken=broken,
+        broken=broken,
     )  # fmt: skip
     sheet = draw_data_set(data)
     check_lettering(sheet)
@@ -346,7 +345,9 @@ def test_a_data_set_is_drawn_with_legible_labels(
 
 
 def test_fills_hold_the_tokens_of_every_pack() -> None:
-    fills = describe_fills(np.array([4, 3, 9, 2, 6]), 8, "drop")
+    fills = DataSetDescription(
+        name="", sizes=np.array([4, 3, 9, 2, 6]), images=5, capacity=8, oversize="drop", broken=None
+    ).fills
     assert fills["next_fit"].tokens.tolist() == [7, 8]
     assert sorted(fills["best_fit"].tokens.tolist()) == [7, 8]
     assert [fill.dropped for fill in fills.values()] == [1, 1]

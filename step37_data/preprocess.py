@@ -91,9 +91,16 @@ def load_images(
     """
     entries = _entries(image_paths)
     reader = ImageReader(
-        _sides(image_size, patch_image_size), resolve_device(device), dtype, on_broken, broken,
-        threads, pixel_order, max_pixels, decode_scaled,
-    )  # fmt: skip
+        sides=_sides(image_size, patch_image_size),
+        device=resolve_device(device),
+        dtype=dtype,
+        on_broken=on_broken,
+        broken=broken,
+        threads=threads,
+        pixel_order=pixel_order,
+        max_pixels=max_pixels,
+        decode_scaled=decode_scaled,
+    )
     stacks, _ = reader.load_stacks(entries)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
@@ -295,9 +302,16 @@ def preprocess_packed_batch(
     _check_shapes(batch)
     on_broken = on_broken or batch.get("on_broken", "zero")
     reader = ImageReader(
-        _sides(image_size, patch_image_size), resolve_device(device), dtype, on_broken, broken,
-        threads, pixel_order, max_pixels, decode_scaled,
-    )  # fmt: skip
+        sides=_sides(image_size, patch_image_size),
+        device=resolve_device(device),
+        dtype=dtype,
+        on_broken=on_broken,
+        broken=broken,
+        threads=threads,
+        pixel_order=pixel_order,
+        max_pixels=max_pixels,
+        decode_scaled=decode_scaled,
+    )
     target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {

@@ -51,20 +51,16 @@ def token_runs(
         ``(token, how often in a row)``; two crops side by side, without the end, are
         ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
     """
-    crop = [
-        (names.patch_start_token, 1),
-        (names.image_token, names.patch_token_count),
-        (names.patch_end_token, 1),
-    ]
+
+    def framed(start: str, rows: int, end: str) -> list[tuple[str, int]]:
+        return [(start, 1), (names.image_token, rows), (end, 1)]
+
+    image = framed(names.image_start_token, names.image_token_count, names.image_end_token)
+    crop = framed(names.patch_start_token, names.patch_token_count, names.patch_end_token)
     runs: list[tuple[str, int]] = []
     for newline in newline_mask:
         runs += [*crop, (PATCH_NEWLINE_TOKEN, 1)] if newline else crop
-    return [
-        *runs,
-        (names.image_start_token, 1),
-        (names.image_token, names.image_token_count),
-        (names.image_end_token, 1),
-    ]
+    return runs + image
 
 
 class SampleImages:

@@ -185,7 +185,7 @@ class Step37MultimodalTemplate(ImageTokens):
             raise ValueError("conversations: a sample must end with an assistant message")
         if "user" not in roles:
             raise ValueError("conversations: a sample needs a user message, found none")
-        entries = images.seen if self.multicrop else images.given
+        entries = images.seen() if self.multicrop else images.given
         text = self._render(messages, False)
         short_ids = self._encode(text)
         self._reserved.refuse_made(messages, text, short_ids)

@@ -349,17 +349,12 @@ class Step37MultimodalTemplate(ImageTokens):
                 )
         for kind, (name, start, _) in self._kinds.items():
             count = wanted.count(kind)
+            told = f"of type {name} for {count} placeholders"
             if ids.count(start) != count:
-                raise ValueError(
-                    f"conversations: {ids.count(start)} start tokens of type {name} for {count} "
-                    "placeholders"
-                )
+                raise ValueError(f"conversations: {ids.count(start)} start tokens {told}")
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
-                raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
-                    f"conversation: {paths}"
-                )
+                raise ValueError(f"images: {len(paths)} files {told} in the conversation: {paths}")
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[places] = [self._kinds[kind][2] for kind in wanted]
         return repeats

@@ -13,16 +13,14 @@ def checked_role(number: int, message: Any) -> str:
     Raises:
         ValueError: it is no mapping, has no role, or a ``loss_mask`` other than 0 and 1.
     """
+    where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
-        raise ValueError(f"conversations[{number}]: expected a message, got {message!r}")
-    role = message.get("role")
+        raise ValueError(f"{where}: expected a message, got {message!r}")
+    role, loss_mask = message.get("role"), message.get("loss_mask", 1)
     if not isinstance(role, str):
-        raise ValueError(f"conversations[{number}]: expected a role, got {role!r}")
-    loss_mask = message.get("loss_mask", 1)
+        raise ValueError(f"{where}: expected a role, got {role!r}")
     if loss_mask not in (0, 1):
-        raise ValueError(
-            f"conversations[{number}] ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}"
-        )
+        raise ValueError(f"{where} ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}")
     return role
 
 
@@ -88,11 +86,11 @@ class ReservedTokens:
     def refuse(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
         """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
         try:
-            text.encode()
+            text.encode()  # No tokenizer takes what UTF-8 cannot hold.
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{where}: character {error.start} of the text is {text[error.start]!r}, half of a "
-                "surrogate pair, which no tokenizer takes; remove or replace it"
+                "surrogate pair; remove or replace it"
             ) from error
         for match in self._pattern.finditer(text):
             if match[0] not in allowed:

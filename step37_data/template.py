@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,9 +26,8 @@ import torch
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.text.messages import checked_role, map_texts, strings
+from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
 from step37_data.text.placeholders import Entry, SampleImages, token_runs
-from step37_data.text.reserved import ReservedTokens
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -190,14 +189,12 @@ class Step37MultimodalTemplate(ImageTokens):
             raise ValueError("conversations: a sample must end with an assistant message")
         if "user" not in roles:
             raise ValueError("conversations: a sample needs a user message, found none")
-        entries = images.seen if self.multicrop else images.given
+        entries = images.seen() if self.multicrop else images.given
         text = self._render(messages, False)
         short_ids = self._encode(text)
         self._reserved.refuse_made(messages, text, short_ids)
         repeats = self._repeats(short_ids, images.wanted, entries)
-        short_mask = np.zeros(len(short_ids), dtype=np.float32)
-        for start, end in self._loss_spans(short_ids, messages):
-            short_mask[start:end] = 1.0
+        loss_mask = np.repeat(self._loss_mask(short_ids, messages), repeats)
         ids = np.repeat(np.array(short_ids, dtype=np.int64), repeats)
         if len(ids) > self.max_sequence_length + 1 and not self._warned_about_length:
             self._warned_about_length = True
@@ -209,7 +206,7 @@ class Step37MultimodalTemplate(ImageTokens):
             )
         return MultimodalSFTSample(
             tokens=torch.from_numpy(ids),
-            loss_mask=torch.from_numpy(np.repeat(short_mask, repeats)),
+            loss_mask=torch.from_numpy(loss_mask),
             image_paths=entries,
         )
 
@@ -289,13 +286,12 @@ class Step37MultimodalTemplate(ImageTokens):
         tokens are tokenised apart from their neighbours, so repeating the id gives the same ids.
         """
         messages = []
+        expand_question = functools.partial(self._expand, images)
         for number, original in enumerate(conversations):
             role = checked_role(number, original)
             message = dict(original)
             where = f"conversations[{number}] ({role})"
-            expand = self._reserved.refuse
-            if role != "assistant":
-                expand = functools.partial(self._expand, images)
+            expand = self._reserved.refuse if role == "assistant" else expand_question
             for key, value in original.items():
                 if key in ("content", "reasoning_content"):
                     message[key], texts = map_texts(value, expand, where)
@@ -357,24 +353,17 @@ class Step37MultimodalTemplate(ImageTokens):
                 )
         for kind, (name, start, _) in self._kinds.items():
             count = wanted.count(kind)
+            told = f"of type {name} for {count} placeholders"
             if ids.count(start) != count:
-                raise ValueError(
-                    f"conversations: {ids.count(start)} start tokens of type {name} for {count} "
-                    "placeholders"
-                )
+                raise ValueError(f"conversations: {ids.count(start)} start tokens {told}")
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
-                raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
-                    f"conversation: {paths}"
-                )
+                raise ValueError(f"images: {len(paths)} files {told} in the conversation: {paths}")
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[places] = [self._kinds[kind][2] for kind in wanted]
         return repeats
 
-    def _loss_spans(
-        self, ids: list[int], messages: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[int, int]]:
+    def _loss_mask(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
         prompt, header = self._generation_prompt(messages[0].get("reasoning_effort"))
         turns = [place for place, token in enumerate(ids) if token == prompt[0]]
         answers = [
@@ -390,13 +379,15 @@ class Step37MultimodalTemplate(ImageTokens):
                 f"{len(answers)} assistant turns"
             )
         last_user = max(number for number, role in enumerate(roles) if role == "user")
+        mask = np.zeros(len(ids), dtype=np.float32)
         for number, (start, end) in zip(numbers, answers, strict=True):
             if number < last_user or messages[number].get("loss_mask", 1) != 1:
                 continue
             if roles[number - 1] != "assistant":
                 self._check_prompt(ids[start : start + len(prompt)], prompt, number)
                 start += len(prompt)
-            yield start, end
+            mask[start:end] = 1.0
+        return mask
 
     def _check_prompt(self, found: list[int], prompt: list[int], number: int) -> None:
         """The last token of the prompt may have merged with what follows it."""

@@ -168,14 +168,12 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
     yield from data_set.data_set_lines(data)
     yield from _save(options.out, data_set.draw_data_set, data)
     if options.html is not None:
-        from step37_data.inspect.pack_picture import describe_pack
         from step37_data.inspect.page import write_page
 
         if options.packing != "next_fit":
             packs = _load(options, options.packing)
         shown = range(min(options.html_packs, len(packs)))
-        described = (describe_pack(packs, number) for number in shown)
-        write_page(options.html, data, described, len(packs), progress=not options.quiet)
+        write_page(options.html, data, packs, shown, progress=not options.quiet)
         yield f"page      {options.html}, {len(shown)} of {len(packs)} packs"
 
 

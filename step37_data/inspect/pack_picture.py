@@ -90,22 +90,15 @@ class PackDescription(NamedTuple):
         return f"pack {self.number} of {self.packs}: {full}, {rest}"
 
     @property
-    def table(self) -> list[tuple[str, ...]]:
+    def table(self) -> list[tuple[str, str, str, str, str, str]]:
         """The names of the columns, then a row for each segment."""
-        return [
-            ("segment", "sample", "tokens", "trained", "images", "text trained"),
-            *(
-                (
-                    str(number),
-                    "padding" if segment.source is None else str(segment.source[1]),
-                    f"{segment.start}–{segment.end}",
-                    " ".join(f"{a}–{b}" for a, b in segment.loss),
-                    ", ".join(f"{i.name} {i.start}–{i.end}" for i in segment.images),
-                    repr(segment.text)[1:-1],
-                )
-                for number, segment in enumerate(self.segments)
-            ),
-        ]
+        rows = [("segment", "sample", "tokens", "trained", "images", "text trained")]
+        for number, (start, end, source, loss, images, text) in enumerate(self.segments):
+            sample = "padding" if source is None else str(source[1])
+            trained = " ".join(f"{a}–{b}" for a, b in loss)
+            shown = ", ".join(f"{image.name} {image.start}–{image.end}" for image in images)
+            rows.append((str(number), sample, f"{start}–{end}", trained, shown, repr(text)[1:-1]))
+        return rows
 
 
 def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
@@ -127,9 +120,8 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
         starts = np.flatnonzero(packed["tokens"].numpy() == token) + 1
         entries = [ImageEntry(*entry) for entry in packed["image_paths"] if entry[1] == kind]
         if len(starts) != len(entries):
-            raise ValueError(
-                f"pack {number}: {len(starts)} start tokens {token} for {len(entries)} image paths"
-            )
+            told = f"{len(starts)} start tokens {token} for {len(entries)} image paths"
+            raise ValueError(f"pack {number}: {told}")
         images += map(ImageSpan, starts.tolist(), (starts + rows).tolist(), entries)
     images.sort(key=lambda image: image.start)
     segments = []
@@ -160,16 +152,16 @@ def draw_pack(pack: PackDescription) -> style.Figure:
     """
     length = max(pack.capacity, pack.segments[-1].end)
     lines = range(0, length, TOKENS_A_LINE)
+    images = [(number, i) for number, segment in enumerate(pack.segments) for i in segment.images]
     below = TOP + len(lines) * (LINE + GAP) + 0.1
-    rows = -(-sum(len(segment.images) for segment in pack.segments) // _A_ROW)
-    sheet, axes = style.figure(LEFT + WIDTH + 0.16, below + rows * 1.34 + 0.04)
+    height = below + -(-len(images) // _A_ROW) * 1.34 + 0.04
+    sheet, axes = style.figure(LEFT + WIDTH + 0.16, height)
     style.label(axes, LEFT, 0.24, pack.title.capitalize(), 12, WIDTH, weight="bold")
     style.legend(axes, LEFT, 0.56, list(_LOOKS.items()))
     for token in lines:
         y = cell_at(token)[1] + LINE / 2
         style.label(axes, LEFT - 0.1, y, str(token), 8, ha="right", color=style.FRAME)
     _paint(axes, 0, length, "padding or room")
-    places = itertools.count()
     for number, segment in enumerate(pack.segments):
         if segment.source is not None:
             _paint(axes, segment.start, segment.end, "text")
@@ -183,13 +175,13 @@ def draw_pack(pack: PackDescription) -> style.Figure:
         room = (text_end - segment.start) * _TOKEN - 0.06
         if segment.source is not None and style.width_of(str(number), 8) < room:
             style.label(axes, x + 0.04, y + LINE / 2, str(number), 8, weight="bold")
-        for image in segment.images:
-            x, y = LEFT + (place := next(places)) % _A_ROW * 1.15, below + place // _A_ROW * 1.34
-            style.label(axes, x, y + _THUMBNAIL + 0.11, f"{number}: {image.name}", 8, _THUMBNAIL)
-            if (small := _thumbnail(image.entry)) is None:
-                style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
-                _paint(axes, image.start, image.end, "unreadable")
-                continue
+    for place, (number, image) in enumerate(images):
+        x, y = LEFT + place % _A_ROW * 1.15, below + place // _A_ROW * 1.34
+        style.label(axes, x, y + _THUMBNAIL + 0.11, f"{number}: {image.name}", 8, _THUMBNAIL)
+        if (small := _thumbnail(image.entry)) is None:
+            style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
+            _paint(axes, image.start, image.end, "unreadable")
+        else:
             kind = "crop" if image.entry.kind == PATCH_ITEM_TYPE else "image"
             _paint(axes, image.start, image.end, kind, image.name)
             width, height = (side * _THUMBNAIL / max(small.size) for side in small.size)

@@ -7,7 +7,6 @@ One file that fetches nothing, so that it can be mailed and opened offline. Its 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -15,34 +14,31 @@ from tqdm import tqdm
 
 from step37_data.inspect import style
 from step37_data.inspect.data_set import DataSetDescription, draw_data_set
-from step37_data.inspect.pack_picture import PackDescription, draw_pack
+from step37_data.inspect.pack_picture import describe_pack, draw_pack
+from step37_data.packed_dataloader import MixedPackedDataloader
 
 
 def write_page(
-    path: Path,
-    data: DataSetDescription,
-    packs: Iterable[PackDescription],
-    total: int,
-    *,
-    progress: bool = True,
+    path: Path, data: DataSetDescription, packs: MixedPackedDataloader, shown: range, progress: bool
 ) -> None:
     """Write the page of a data set.
 
     Args:
         path: of the HTML file; its folder is made.
         data: described data set.
-        packs: the packs to leaf through.
-        total: number of packs in all.
+        packs: of the data set.
+        shown: the packs to leaf through.
         progress: show a bar while packs are drawn.
     """
-    drawn = tqdm(packs, desc="Drawing packs", unit="pack", disable=not progress)
+    numbers = tqdm(shown, desc="Drawing packs", unit="pack", disable=not progress)
+    described = (describe_pack(packs, number) for number in numbers)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
     text = page.render(
         data=data,
-        total=total,
+        total=len(packs),
         picture=_encoded(draw_data_set(data)),
-        packs=[(pack, _encoded(draw_pack(pack))) for pack in drawn],
+        packs=[(pack, _encoded(draw_pack(pack))) for pack in described],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

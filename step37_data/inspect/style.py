@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,17 +82,14 @@ def width_of(text: str, size: float, weight: str = "normal") -> float:
 
 
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing."""
-    text = printable(text)
-    cuts = (f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))
-    all_of_it = itertools.chain((text,), cuts)
-    return next((cut for cut in all_of_it if width_of(cut, size, weight) <= width), "")
+    """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing.
 
-
-def printable(text: str) -> str:
-    """Line ends as ↵, and what the font has no letter for as □."""
+    Line ends become ↵, and what the font has no letter for □.
+    """
     known = _letters()
-    return "".join(mark if ord(mark) in known else "□" for mark in text.translate(_MARKS))
+    text = "".join(mark if ord(mark) in known else "□" for mark in text.translate(_MARKS))
+    cuts = [text, *(f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))]
+    return next((cut for cut in cuts if width_of(cut, size, weight) <= width), "")
 
 
 @functools.lru_cache(maxsize=1)

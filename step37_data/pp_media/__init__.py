@@ -271,12 +271,11 @@ def _collate_and_prepare(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int, examples: Any
 ) -> MutableMapping[str, Any]:
     batch = collate_fn(examples)
-    is_batch = isinstance(batch, MutableMapping)
-    found = [key for key in _VLM_MEDIA_KEYS if is_batch and key in batch]
-    if not found:
+    if not isinstance(batch, MutableMapping) or batch.keys().isdisjoint(_VLM_MEDIA_KEYS):
         return batch
     if batch.get("input_ids") is None:
-        raise ValueError(f"the batch has media ({', '.join(found)}) but no input_ids to count")
+        found = ", ".join(key for key in _VLM_MEDIA_KEYS if key in batch)
+        raise ValueError(f"the batch has media ({found}) but no input_ids to count")
     return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
 
 

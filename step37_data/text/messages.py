@@ -1,8 +1,9 @@
-"""The messages of a conversation: what each may hold, and the texts in it."""
+"""The messages of a conversation: what each may hold, and what no text in it may spell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -12,16 +13,14 @@ def checked_role(number: int, message: Any) -> str:
     Raises:
         ValueError: it is no mapping, has no role, or a ``loss_mask`` other than 0 and 1.
     """
+    where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
-        raise ValueError(f"conversations[{number}]: expected a message, got {message!r}")
-    role = message.get("role")
+        raise ValueError(f"{where}: expected a message, got {message!r}")
+    role, loss_mask = message.get("role"), message.get("loss_mask", 1)
     if not isinstance(role, str):
-        raise ValueError(f"conversations[{number}]: expected a role, got {role!r}")
-    loss_mask = message.get("loss_mask", 1)
+        raise ValueError(f"{where}: expected a role, got {role!r}")
     if loss_mask not in (0, 1):
-        raise ValueError(
-            f"conversations[{number}] ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}"
-        )
+        raise ValueError(f"{where} ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}")
     return role
 
 
@@ -61,9 +60,75 @@ def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from strings(key)
-            yield from strings(inner)
+        yield from strings(list(value.items()))
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from strings(inner)
+
+
+class ReservedTokens:
+    """Finds reserved tokens in texts and in their ids: those that delimit turns and pictures.
+
+    Args:
+        reserved: the tokens as text.
+        vocabulary: ids of the tokenizer.
+        encode: text → ids.
+    """
+
+    def __init__(
+        self, reserved: set[str], vocabulary: dict[str, int], encode: Callable[[str], list[int]]
+    ) -> None:
+        tokens = sorted(reserved, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens)))
+        self._of_id = {vocabulary[text]: text for text in tokens if text in vocabulary}
+        self._encode = encode
+
+    def refuse(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
+        """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
+        try:
+            text.encode()  # No tokenizer takes what UTF-8 cannot hold.
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: character {error.start} of the text is {text[error.start]!r}, half of a "
+                "surrogate pair; remove or replace it"
+            ) from error
+        for match in self._pattern.finditer(text):
+            if match[0] not in allowed:
+                excerpt = text[max(0, match.start() - 20) : match.end() + 20]
+                raise ValueError(
+                    f"{where}: the text spells the reserved {match[0]!r} at character "
+                    f"{match.start()} (…{excerpt!r}…); remove or rewrite it"
+                )
+        return text
+
+    def refuse_joined(self, texts: Sequence[str], where: str) -> None:
+        """Raise ``ValueError`` where parts that will be joined spell more together than apart."""
+        apart = [token for text in texts for token in self._pattern.findall(text)]
+        if len(texts) > 1 and (joined := self._pattern.findall("".join(texts))) != apart:
+            raise ValueError(
+                f"{where}: its parts together spell the reserved {joined}, one after the other "
+                f"only {apart}; the chat template joins them: remove or rewrite it"
+            )
+
+    def refuse_made(
+        self, messages: Sequence[Mapping[str, Any]], text: str, ids: Sequence[int]
+    ) -> None:
+        """Raise ``ValueError`` where ``ids`` hold a reserved token that their ``text`` does not
+        spell, as a normaliser that knows of full-width letters makes it."""
+        if not self._made(text, ids):
+            return
+        where = [
+            f"conversations[{number}] ({message['role']}): {part!r}"
+            for number, message in enumerate(messages)
+            for part in strings(message)
+            if self._made(part, self._encode(part))
+        ]
+        raise ValueError(
+            f"{'; '.join(where) or 'conversations'}: the tokenizer makes a reserved token of text "
+            "that does not spell it (its normaliser changes characters); remove or rewrite it"
+        )
+
+    def _made(self, text: str, ids: Sequence[int]) -> bool:
+        made = [self._of_id[token] for token in ids if token in self._of_id]
+        known = self._of_id.values()
+        return made != [token for token in self._pattern.findall(text) if token in known]

@@ -51,20 +51,16 @@ def token_runs(
         ``(token, how often in a row)``; two crops side by side, without the end, are
         ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
     """
-    crop = [
-        (names.patch_start_token, 1),
-        (names.image_token, names.patch_token_count),
-        (names.patch_end_token, 1),
-    ]
+
+    def framed(start: str, rows: int, end: str) -> list[tuple[str, int]]:
+        return [(start, 1), (names.image_token, rows), (end, 1)]
+
+    image = framed(names.image_start_token, names.image_token_count, names.image_end_token)
+    crop = framed(names.patch_start_token, names.patch_token_count, names.patch_end_token)
     runs: list[tuple[str, int]] = []
     for newline in newline_mask:
         runs += [*crop, (PATCH_NEWLINE_TOKEN, 1)] if newline else crop
-    return [
-        *runs,
-        (names.image_start_token, 1),
-        (names.image_token, names.image_token_count),
-        (names.image_end_token, 1),
-    ]
+    return runs + image
 
 
 class SampleImages:
@@ -79,15 +75,14 @@ class SampleImages:
         self.given: list[Entry] = list(given)
         self.wanted: list[int] = []
         self._left = {
-            wanted: [path for path, kind in reversed(given) if kind == wanted]
+            wanted: iter([path for path, kind in given if kind == wanted])
             for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
         }
         self._dealt: list[Entry] = []
 
-    @property
     def seen(self) -> list[Entry]:
         """What the placeholders stand for, and images that no placeholder was left for."""
-        surplus = [(path, kind) for kind, paths in self._left.items() for path in reversed(paths)]
+        surplus = ((path, kind) for kind, paths in self._left.items() for path in paths)
         return [*self._dealt, *surplus]
 
     def see(self, kind: int, in_crops: bool = False) -> tuple[bool, ...]:
@@ -96,17 +91,14 @@ class SampleImages:
         Returns:
             The mask of the crops' newlines, empty without crops.
         """
-        if not self._left[kind]:
-            self.wanted.append(kind)
-            return ()
-        path = self._left[kind].pop()
-        dealt: list[Entry] = [(path, kind)]
-        newline_mask: tuple[bool, ...] = ()
-        if in_crops:
+        path = next(self._left[kind], None)
+        if in_crops and path is not None:
             plan = plan_file(path)
-            newline_mask = plan.newline_mask
-            dealt = [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
-            dealt.append((path, kind, plan.full_window))
-        self.wanted += [entry[1] for entry in dealt]
-        self._dealt += dealt
-        return newline_mask
+            crops = [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
+            self._dealt += [*crops, (path, kind, plan.full_window)]
+            self.wanted += [PATCH_ITEM_TYPE] * len(crops) + [kind]
+            return plan.newline_mask
+        if path is not None:
+            self._dealt.append((path, kind))
+        self.wanted.append(kind)
+        return ()

@@ -27,12 +27,18 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 @dataclass(kw_only=True)
 class ImageTokens:
-    """Names and counts of the tokens: ``image_token`` stands for each row of an image."""
+    """Names and counts of the tokens.
+
+    Attributes:
+        image_token_count: rows of a full image.
+        patch_token_count: rows of a crop.
+        image_token: stands for each row of an image or a crop.
+        image_start_token, image_end_token: around a full image.
+        patch_start_token, patch_end_token: around a crop.
+    """
 
     image_token_count: int = IMAGE_TOKEN_COUNT
-    """Rows of a full image."""
     patch_token_count: int = PATCH_TOKEN_COUNT
-    """Rows of a crop."""
     image_token: str = IMAGE_TOKEN
     image_start_token: str = IMAGE_START_TOKEN
     image_end_token: str = IMAGE_END_TOKEN

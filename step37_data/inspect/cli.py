@@ -155,15 +155,14 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
     # In the order drawn. Dropped samples are among them.
     packs = _load(options, "next_fit")
     paths = list(dict.fromkeys(sample.image_path for sample in packs.datasets[0].samples))
+    broken = None if options.skip_images else data_set.find_broken_images(paths, options.quiet)
     data = data_set.DataSetDescription(
         name=f"{options.cache_dir}/{options.split}, {options.caption_key}",
         sizes=packs.piece_sizes,
         images=len(paths),
         capacity=options.max_length,
         oversize=options.oversize,
-        broken=None
-        if options.skip_images
-        else data_set.find_broken_images(paths, progress=not options.quiet),
+        broken=broken,
     )
     yield from data_set.data_set_lines(data)
     yield from _save(options.out, data_set.draw_data_set, data)

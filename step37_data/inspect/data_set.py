@@ -67,7 +67,7 @@ class DataSetDescription:
         return f"{len(self.broken)} of {self.images} files cannot be read"
 
 
-def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[str, str]:
+def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
     """Decode every file; the ones that cannot be read, each with the reason, in order."""
 
     def reason(path: str) -> str | None:
@@ -77,7 +77,7 @@ def find_broken_images(paths: Sequence[str], *, progress: bool = True) -> dict[s
             return error.reason
         return None
 
-    bar = {"desc": "Reading images", "unit": "file", "disable": not progress}
+    bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
     found = thread_map(reason, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
 

@@ -101,11 +101,12 @@ def _follow_stage(model: torch.nn.Module, stage: Any, undo: ExitStack) -> None:
             with lock:
                 if forward or not in_forward:
                     setattr(model, _CURSOR, chunk_id)
-                in_forward |= forward
+                if forward:
+                    in_forward = True
             try:
                 return run(chunk_id, *args, **kwargs)
             finally:
-                if forward:
+                if forward:  # A backward never writes it: the other thread's forward may run.
                     in_forward = False
 
         return run_one_chunk

@@ -358,6 +358,6 @@ def test_broken_images_are_found_in_order(folder: Path) -> None:
     broken = folder / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff")
     paths = [str(folder / "train" / "coffee.jpg"), str(broken), str(folder / "none.jpg")]
-    found = find_broken_images(paths, progress=False)
+    found = find_broken_images(paths, quiet=True)
     assert list(found) == paths[1:]
     assert found[paths[2]].startswith("FileNotFoundError")

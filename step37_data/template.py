@@ -208,15 +208,12 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def fingerprint(self) -> str:
         """Hex digest of everything but the conversation that decides its tokens."""
-        if self.tokenizer.is_fast:
-            vocabulary = self.tokenizer.backend_tokenizer.to_str()
-        else:
-            vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        tokenizer = self.tokenizer
         parts = [
             _TEMPLATE_VERSION,
-            vocabulary,
-            self.tokenizer.chat_template,
-            self.tokenizer.special_tokens_map,
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
             [getattr(self, field.name) for field in fields(ImageTokens)],
             _MULTICROP_VERSION if self.multicrop else None,
         ]
@@ -349,12 +346,16 @@ class Step37MultimodalTemplate(ImageTokens):
                 )
         for kind, (name, start, _) in self._kinds.items():
             count = wanted.count(kind)
-            told = f"of type {name} for {count} placeholders"
-            if ids.count(start) != count:
-                raise ValueError(f"conversations: {ids.count(start)} start tokens {told}")
+            if (found := ids.count(start)) != count:
+                raise ValueError(
+                    f"conversations: {found} start tokens of type {name} for {count} placeholders"
+                )
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
-                raise ValueError(f"images: {len(paths)} files {told} in the conversation: {paths}")
+                raise ValueError(
+                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
+                    f"conversation: {paths}"
+                )
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[places] = [self._kinds[kind][2] for kind in wanted]
         return repeats

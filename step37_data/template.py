@@ -27,7 +27,7 @@ from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
-from step37_data.text.placeholders import Entry, SampleImages, token_runs
+from step37_data.text.placeholders import Entry, SampleImages
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -305,7 +305,7 @@ class Step37MultimodalTemplate(ImageTokens):
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
         expanded, *pieces = text.split(IMAGE_PLACEHOLDER)
         for piece in pieces:
-            runs = token_runs(images.see(IMAGE_ITEM_TYPE, self.multicrop), self)
+            runs = self.token_runs(images.see(IMAGE_ITEM_TYPE, self.multicrop))
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
 

@@ -135,8 +135,8 @@ class Step37MultimodalTemplate(ImageTokens):
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
-        # Of each item type its name, start token and rows.
-        self._kinds = {
+        # Of each item type its name, the id of its start token, and its rows.
+        self.kinds = {
             IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),
             PATCH_ITEM_TYPE: ("crop", self.patch_start_token_id, self.patch_token_count),
         }
@@ -335,7 +335,7 @@ class Step37MultimodalTemplate(ImageTokens):
             )
         for place, kind in zip(places, wanted, strict=True):
             start = ids[place - 1] if place else -1
-            _, expected, rows = self._kinds[kind]
+            _, expected, rows = self.kinds[kind]
             if start != expected:
                 found = self.tokenizer.convert_ids_to_tokens(start) if place else "nothing"
                 raise ValueError(
@@ -344,7 +344,7 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
                     f"{self.patch_start_token!r}"
                 )
-        for kind, (name, start, _) in self._kinds.items():
+        for kind, (name, start, _) in self.kinds.items():
             count = wanted.count(kind)
             if (found := ids.count(start)) != count:
                 raise ValueError(
@@ -357,7 +357,7 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"conversation: {paths}"
                 )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = [self._kinds[kind][2] for kind in wanted]
+        repeats[places] = [self.kinds[kind][2] for kind in wanted]
         return repeats
 
     def _loss_mask(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> np.ndarray:

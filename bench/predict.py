@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.shapes import SHAPES, Shape, shapes_named
+from bench.subjects.automodel import SHAPE as PLACEHOLDERS
 from bench.subjects.insert import work_of
 from step37_kernels.ops import tiles as table
 from step37_kernels.ops.common import ceil_div
@@ -25,6 +26,8 @@ from step37_kernels.ops.tiles import Tile
 
 PROCESSORS = 132
 COMMAND = "python -m bench predict"
+MOVES = 26
+"""PyTorch operations that number the rows of crops and images as Automodel's model has them."""
 # low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
 RATES: dict[str, tuple[float, float, float, str, str]] = {
     "peak": (989, 989, 989, "TFLOP/s", "data sheet, dense bf16"),
@@ -144,10 +147,15 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     project = own(rates, tile, [n * each for n, each in groups if n], shape)
     # The product starts beside the plan, and waits for it in its epilogue.
     late = max(rates["dependent"], planning - project.us)
+    launches = [plan, project]
+    if shape is PLACEHOLDERS:  # or behind the operations that move the plan's rows
+        moving = MOVES * (rates["dependent"] + rates["start"])
+        launches.insert(1, Launch(f"{MOVES} small operations", "", 0, 0, "launch", moving))
+        late = planning + moving + rates["dependent"]
     # Multiprocessors without a tile in the last wave copy text rows; what is left then, all.
     beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
     left = max(2 * text / 1e6 - beside, 0) / rates["memory"]
-    return [plan, project], late + project.us + left
+    return launches, late + project.us + left
 
 
 def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
@@ -202,7 +210,9 @@ measured**, but in the last column. × product: over the predicted cuBLAS produc
 gaps between; × floor: over FLOP by peak or bytes by bandwidth. Ranges: all rates at their slow or
 fast end. Why some forwards are above 1.05 ×: up to four pictures make fewer tiles than there are
 multiprocessors, so parts of the reduction go through L2 to a second launch, or small tiles do; and
-from the second wave on, each wave's store and the next one's filling are not hidden.
+from the second wave on, each wave's store and the next one's filling are not hidden. `automodel`
+is NeMo Automodel's merge into placeholders, crops among its pictures: PyTorch operations put the
+plan's rows in its order, and the product follows them.
 
 | assumed | low | nominal | high | unit | source |
 |---|---|---|---|---|---|
@@ -230,12 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, or one JSON object."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help='print {"rows": […]}')
-    every = ",".join([*SHAPES, *(f"images-{k}" for k in range(1, 17))])
+    special = {PLACEHOLDERS.name: [PLACEHOLDERS]}
+    every = ",".join([*SHAPES, *special, *(f"images-{k}" for k in range(1, 17))])
     parser.add_argument("--shapes", default=every, help="comma-separated")
     parser.add_argument("--measured", type=Path, nargs="*", default=[], help="JSON of benchmarks")
     options = parser.parse_args(arguments)
     try:
-        shapes = shapes_named(options.shapes.split(","))
+        named = options.shapes.split(",")
+        shapes = [one for name in named for one in special.get(name) or shapes_named([name])]
     except ValueError as error:
         parser.error(f"--shapes: {error}")
     both = ("forward", "forward+backward")

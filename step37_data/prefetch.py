@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import queue
 import threading
@@ -12,12 +14,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from step37_data.common.checks import item_at
+from step37_data.common.checks import checked_int, item_at
 from step37_data.common.threads import Work, start_thread
 from step37_data.images.decode import BrokenImages
 from step37_data.images.device import Device, resolve_device
@@ -45,24 +46,8 @@ class _SkippedPackError(PackError):
     """Of a pack before ``start``, which was read only to get past it."""
 
 
-class PackDataset(Protocol):
-    """A dataset of packs that are asked for by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared(Generic[_Input]):
-    """A model input, and the event after which a CUDA device has it."""
-
-    value: _Input
-    ready: torch.cuda.Event | None
-
-
-class _End:
-    """What comes after the last pack."""
+# A model input, and the event after which a CUDA device has it; None comes after the last pack.
+_Prepared = tuple[_Input, torch.cuda.Event | None] | None
 
 
 class Prefetcher(Iterator[_Input]):
@@ -102,7 +87,7 @@ class Prefetcher(Iterator[_Input]):
 
     def __init__(
         self,
-        packs: PackDataset | Iterable[Any],
+        packs: torch.utils.data.Dataset[Any] | Iterable[Any],
         prepare: Callable[[Any], _Input],
         *,
         depth: int = 2,
@@ -110,10 +95,8 @@ class Prefetcher(Iterator[_Input]):
         device: Device = None,
         broken: BrokenImages | None = None,
     ) -> None:
-        if depth < 1:
-            raise ValueError(f"depth: expected at least 1, got {depth}")
-        if start < 0:
-            raise ValueError(f"start: expected at least 0, got {start}")
+        checked_int("depth", depth)
+        checked_int("start", start, 0)
         self._prepare = prepare
         self._broken = broken
         self._next_pack = start
@@ -127,7 +110,7 @@ class Prefetcher(Iterator[_Input]):
         self._work: Work = queue.SimpleQueue()
         self._thread = start_thread(self._work, "step37-prefetch")
         weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
-        self._pending: deque[Future[_Prepared[_Input] | _End]] = deque()
+        self._pending: deque[Future[_Prepared[_Input]]] = deque()
         for _ in range(depth):
             self._begin()
 
@@ -141,58 +124,51 @@ class Prefetcher(Iterator[_Input]):
                 "which was forked from it; make a Prefetcher there"
             )
         with self._turn:
-            return self._next()
+            if self._closed:
+                raise StopIteration
+            began = time.perf_counter()
+            future = self._pending[0]
+            error = future.exception()
+            self._waited_s += time.perf_counter() - began
+            # Only now: an interrupt while waiting must not lose the pack.
+            self._pending.popleft()
+            if error is not None:
+                self._begin()
+                if isinstance(error, _SkippedPackError):
+                    raise error
+                self._next_pack += 1
+                raise PackError(self._next_pack - 1, error)
+            prepared = future.result()
+            if prepared is None:
+                self.close()
+                if self._broken is not None:
+                    self._broken.report()
+                raise StopIteration
+            self._begin()
+            self._next_pack += 1
+            value, ready = prepared
+            if ready is not None:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(ready)
+                for tensor in _cuda_tensors(value):
+                    # Allocated on the prefetcher's stream, used on this one.
+                    tensor.record_stream(stream)
+            return value
 
     def _begin(self) -> None:
         self._pending.append(Future())
         self._work.put((self._pending[-1], self._make))
 
-    def _next(self) -> _Input:
-        if self._closed:
-            raise StopIteration
-        began = time.perf_counter()
-        future = self._pending[0]
-        error = future.exception()
-        self._waited_s += time.perf_counter() - began
-        # Only now: an interrupt while waiting must not lose the pack.
-        self._pending.popleft()
-        if error is not None:
-            self._begin()
-            if isinstance(error, _SkippedPackError):
-                raise error
-            self._next_pack += 1
-            raise PackError(self._next_pack - 1, error)
-        prepared = future.result()
-        if isinstance(prepared, _End):
-            self.close()
-            if self._broken is not None:
-                self._broken.report()
-            raise StopIteration
-        self._begin()
-        self._next_pack += 1
-        if prepared.ready is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(prepared.ready)
-            for tensor in _cuda_tensors(prepared.value):
-                # Allocated on the prefetcher's stream, used on this one.
-                tensor.record_stream(stream)
-        return prepared.value
-
-    def _make(self) -> _Prepared[_Input] | _End:
-        if self._stream is None:
-            pack = next(self._packs, _End())
-            return (
-                pack if isinstance(pack, _End) else _Prepared(value=self._prepare(pack), ready=None)
-            )
-        # The current device belongs to the thread.
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pack = next(self._packs, _End())
-            if isinstance(pack, _End):
-                return pack
-            value = self._prepare(pack)
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-            return _Prepared(value=value, ready=ready)
+    def _make(self) -> _Prepared[_Input]:
+        with contextlib.ExitStack() as on_device:
+            if self._stream is not None:
+                # The current device belongs to the thread.
+                on_device.enter_context(torch.cuda.device(self._device))
+                on_device.enter_context(torch.cuda.stream(self._stream))
+            for pack in self._packs:
+                value = self._prepare(pack)
+                return value, None if self._stream is None else self._stream.record_event()
+        return None
 
     @property
     def waited_s(self) -> float:
@@ -203,11 +179,12 @@ class Prefetcher(Iterator[_Input]):
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
         return {"next_pack": self._next_pack}
 
-    def close(self) -> list[_Input]:
-        """End the thread: wait for the pack in the making, return what is ready. Idempotent."""
-        return self._close(None)
+    def close(self, wait_s: float | None = None) -> list[_Input]:
+        """End the thread: wait for the pack in the making, return what is ready. Idempotent.
 
-    def _close(self, wait_s: float | None) -> list[_Input]:
+        Args:
+            wait_s: seconds to wait at most; None waits until it is made.
+        """
         self._closed = True
         for future in tuple(self._pending):
             future.cancel()
@@ -215,19 +192,14 @@ class Prefetcher(Iterator[_Input]):
         ended = [f for f in self._pending if f.done() and not f.cancelled()]
         done = [f.result() for f in ended if f.exception() is None]
         self._pending.clear()
-        return [made.value for made in done if isinstance(made, _Prepared)]
+        return [made[0] for made in done if made is not None]
 
     def __enter__(self) -> Prefetcher[_Input]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # On the way out of an error nobody waits for a pack that may be stuck.
-        self._close(None if kind is None else _LAST_WAIT_S)
+        self.close(None if kind is None else _LAST_WAIT_S)
 
 
 def _end(work: Work, thread: threading.Thread, wait_s: float | None) -> None:
@@ -268,8 +240,9 @@ class ReadAhead(Iterator[Any]):
         if hasattr(savable, "read_ahead_by"):  # before the first is read
             savable.read_ahead_by(lambda: self._index + 1)
             self.save_state = savable.save_state
+        rest = map(next, itertools.repeat(packs))  # Megatron's iterators have no __iter__
         self._ahead: Prefetcher[_Attempt] | None = Prefetcher(
-            _Rest(packs), self._attempt, depth=depth, device=device
+            rest, self._attempt, depth=depth, device=device
         )
 
     def __next__(self) -> Any:
@@ -310,43 +283,17 @@ class ReadAhead(Iterator[Any]):
 
     def _attempt(self, pack: Any) -> _Attempt:
         try:
-            return _Attempt(pack=pack, value=self._prepare(pack), error=None)
+            return _Attempt(pack, self._prepare(pack), None)
         except Exception as error:
-            return _Attempt(pack=pack, value=None, error=error)
+            return _Attempt(pack, None, error)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
+class _Attempt(NamedTuple):
     """A pack, and its model input or why there is none."""
 
     pack: Any
     value: Any
     error: Exception | None
-
-
-class _Rest(Iterator[Any]):
-    """What is left of an iterator that may have no ``__iter__``, as Megatron's has none."""
-
-    def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
-
-    def __next__(self) -> Any:
-        return next(self._iterator)
-
-
-class _Indexed(Iterator[Any]):
-    """Packs by index: an error leaves the iterator usable, which a generator would not be."""
-
-    def __init__(self, packs: PackDataset, start: int) -> None:
-        self._packs = packs
-        self._index = start
-        self._count = len(packs)
-
-    def __next__(self) -> Any:
-        if self._index >= self._count:
-            raise StopIteration
-        self._index += 1
-        return item_at(self._packs, self._index - 1)
 
 
 class _Skipping(Iterator[Any]):
@@ -368,16 +315,13 @@ class _Skipping(Iterator[Any]):
         return next(self._iterator)
 
 
-def _from(packs: PackDataset | Iterable[Any], start: int) -> Iterator[Any]:
-    is_dataset = hasattr(packs, "__getitem__") and hasattr(packs, "__len__")
-    if not is_dataset:
-        return _Skipping(packs, start)  # type: ignore[arg-type]
-    dataset: PackDataset = packs  # type: ignore[assignment]
-    if start > len(dataset):
-        raise ValueError(
-            f"start: expected at most {len(dataset)}, the packs there are, got {start}"
-        )
-    return _Indexed(dataset, start)
+def _from(packs: Any, start: int) -> Iterator[Any]:
+    if not (hasattr(packs, "__getitem__") and hasattr(packs, "__len__")):
+        return _Skipping(packs, start)
+    if start > len(packs):
+        raise ValueError(f"start: expected at most {len(packs)}, the packs there are, got {start}")
+    # Unlike a generator, a map goes on behind an error.
+    return map(functools.partial(item_at, packs), range(start, len(packs)))
 
 
 def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:

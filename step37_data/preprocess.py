@@ -46,6 +46,7 @@ def load_images(
     threads: int | None = None,
     pixel_order: PixelOrder = "pillow",
     max_pixels: int | None = None,
+    decode_scaled: bool = False,
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
@@ -74,6 +75,11 @@ def load_images(
         max_pixels: a picture of more counts as unreadable, before it is decoded: that takes seven
             bytes a pixel and thread. None is Pillow's own limit, twice ``Image.MAX_IMAGE_PIXELS``:
             179 million, 1.3 GB.
+        decode_scaled: whether a JPEG of at least twice the side that is wanted, both ways, is
+            decoded by libjpeg at a half, a quarter or an eighth of its size, never below that side,
+            and resized from there: faster, and other pixels. Photographs, enlarged to 2…5 times
+            the side, came out 2.2 of 255 levels apart on average at most, 65 at an edge. Files of
+            other formats and pictures in crops are decoded whole.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
@@ -83,12 +89,12 @@ def load_images(
             two, a side below 1, ``on_broken`` none of the three, or ``pixel_order`` neither of the
             two.
     """
-    sides = _sides(image_size, patch_image_size)
     entries = _entries(image_paths)
     reader = ImageReader(
-        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
-    )
-    stacks, _ = reader.load_stacks(entries, sides)
+        _sides(image_size, patch_image_size), resolve_device(device), dtype, on_broken, broken,
+        threads, pixel_order, max_pixels, decode_scaled,
+    )  # fmt: skip
+    stacks, _ = reader.load_stacks(entries)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
 
@@ -239,6 +245,7 @@ def preprocess_packed_batch(
     multicrop: bool | None = None,
     pixel_order: PixelOrder = "pillow",
     max_pixels: int | None = None,
+    decode_scaled: bool = False,
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
 
@@ -264,7 +271,7 @@ def preprocess_packed_batch(
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True and False refuse a pack that was made
             otherwise.
-        pixel_order, max_pixels: see :func:`load_images`.
+        pixel_order, max_pixels, decode_scaled: see :func:`load_images`.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -278,21 +285,19 @@ def preprocess_packed_batch(
             ``image_paths`` are not what ``multicrop`` says.
     """
     starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
-    for name, token in zip(
-        ("patch_start_token_id", "img_start_token_id"), starts.values(), strict=True
-    ):
+    for kind, token in starts.items():
         if token < 0:
             raise ValueError(
-                f"{name}: not resolved, got {token}; the provider's build_datasets() takes it from "
-                "the tokenizer"
+                f"{('img', 'patch')[kind]}_start_token_id: not resolved, got {token}; the "
+                "provider's build_datasets() takes it from the tokenizer"
             )
     checked_int("encoder_patch_size", encoder_patch_size)
-    sides = _sides(image_size, patch_image_size)
     _check_shapes(batch)
     on_broken = on_broken or batch.get("on_broken", "zero")
     reader = ImageReader(
-        resolve_device(device), dtype, on_broken, broken, threads, pixel_order, max_pixels
-    )
+        _sides(image_size, patch_image_size), resolve_device(device), dtype, on_broken, broken,
+        threads, pixel_order, max_pixels, decode_scaled,
+    )  # fmt: skip
     target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {
@@ -307,15 +312,10 @@ def preprocess_packed_batch(
     loss_masks = batch["loss_masks"]
     given = _entries(batch.get("image_paths", ()))
     _check_multicrop(given, multicrop)
-    entries: list[ImageEntry] = []
-    positions: list[int] = []
-    for kind, start in starts.items():
-        of_kind, places = _used_images(given, tokens, kind, start)
-        entries += of_kind
-        positions += places
+    entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
-        stacks, reasons = reader.load_stacks(entries, sides)
+        stacks, reasons = reader.load_stacks(entries)
         for kind, images in stacks.items():
             if len(images):
                 group = ImageForInsert(starts[kind], images)
@@ -358,23 +358,23 @@ def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> N
 
 
 def _used_images(
-    given: Sequence[ImageEntry], tokens: torch.Tensor, kind: int, start_token: int
+    given: Sequence[ImageEntry], tokens: torch.Tensor, starts: Mapping[int, int]
 ) -> tuple[list[ImageEntry], list[int]]:
-    """The images of type ``kind`` and the places of their start tokens, up to the smaller count."""
-    entries = [entry for entry in given if entry.kind == kind]
-    places = (tokens == start_token).nonzero().flatten().tolist()
-    used = min(len(entries), len(places))
-    if len(entries) != len(places):
-        logger.warning(
-            "the pack holds %d images of type %d and %d start tokens %d for them; the first %d of "
-            "each are used",
-            len(entries),
-            kind,
-            len(places),
-            start_token,
-            used,
-        )
-    return entries[:used], places[:used]
+    """The images and the places of their start tokens, type by type, up to the smaller count."""
+    entries: list[ImageEntry] = []
+    positions: list[int] = []
+    for kind, start in starts.items():
+        of_kind = [entry for entry in given if entry.kind == kind]
+        places = (tokens == start).nonzero().flatten().tolist()
+        used = min(len(of_kind), len(places))
+        if len(of_kind) != len(places):
+            logger.warning(
+                f"the pack holds {len(of_kind)} images of type {kind} and {len(places)} start "
+                f"tokens {start} for them; the first {used} of each are used"
+            )
+        entries += of_kind[:used]
+        positions += places[:used]
+    return entries, positions
 
 
 def _without_samples(
@@ -389,9 +389,8 @@ def _without_samples(
     for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
     logger.warning(
-        "samples %s of a pack of %d take no part in the loss: an image of theirs is unreadable",
-        samples,
-        len(cu_seqlens) - 1,
+        f"samples {samples} of a pack of {len(cu_seqlens) - 1} take no part in the loss: an image "
+        "of theirs is unreadable"
     )
     return loss_masks
 
@@ -401,7 +400,5 @@ def _is_first_pipeline_stage() -> bool:
 
     Megatron is looked up, not imported: if nobody imported it, there is no pipeline.
     """
-    parallel_state = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is None or not parallel_state.is_initialized():
-        return True
-    return bool(parallel_state.is_pipeline_first_stage())
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state is None or not state.is_initialized() or bool(state.is_pipeline_first_stage())

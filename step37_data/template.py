@@ -115,6 +115,9 @@ class Step37MultimodalTemplate(ImageTokens):
         ValueError: no tokenizer or chat template under the path, a special token missing from the
             tokenizer, a chat template that is broken or in another layout, or a token count that
             is no integer of at least 1.
+
+    Attributes:
+        rows_after: ``{id of the start token: rows of its image or crop}``.
     """
 
     tokenizer_path: str
@@ -135,6 +138,7 @@ class Step37MultimodalTemplate(ImageTokens):
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
+        self.rows_after = {ids[1]: self.image_token_count, ids[2]: self.patch_token_count}
         # Of each item type its name, the id of its start token, and its rows.
         self.kinds = {
             IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),

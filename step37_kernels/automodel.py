@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step37_kernels.count_watch import count_watch
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.insert import insert_rows, join_rows, project_and_insert
 from step37_kernels.integration.patching import ClassPatch, chunks_of
 from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
-from step37_kernels.plan import InsertPlan, plan_placeholders
+from step37_kernels.plan import InsertPlan, plan_runs
 
 __all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
 
@@ -137,8 +136,7 @@ class FusedMerge:
             tensors = list(projected) if isinstance(projected, (list, tuple)) else [projected]
             place = None
         num_rows = sum(math.prod(tensor.shape[:-1]) for tensor in tensors)
-        plan = plan_placeholders(input_ids, self.config.image_token_id, num_rows, batch_first=True)
-        self._look_at_counts(plan)
+        plan = self._plan(input_ids, num_rows)
         if place is not None:
             plan = with_rows_moved(plan, place)
         if isinstance(multimodal_embeddings, _Features):
@@ -158,17 +156,26 @@ class FusedMerge:
         features: Tensor = downsample(tower, self.vision_model(pixels))
         return features
 
-    def _look_at_counts(self, plan: InsertPlan) -> None:
-        if self.step37_options.strict:
+    def _plan(self, input_ids: Tensor, num_rows: int) -> InsertPlan:
+        """A row to each placeholder; numbers that differ are told."""
+        options = self.step37_options
+        plan = plan_runs(
+            input_ids,
+            ((self.config.image_token_id, ((num_rows, 1),)),),
+            shift=0,
+            batch_first=True,
+            impl=options.impl,
+            # A graph keeps what the plan's operator does, and drops a copy that nobody reads.
+            watch=not options.strict,
+        )
+        if options.strict:
             placeholders = plan.start_counts.item()
             if placeholders != plan.num_rows:
                 raise ValueError(
                     f"input_ids: {placeholders} placeholders (token {plan.tokens[0]}) for "
                     f"{plan.num_rows} rows of image features"
                 )
-        elif not torch.compiler.is_compiling():
-            count_watch.poll()
-            count_watch.watch(plan.tokens, plan.group_sizes, plan.start_counts)
+        return plan
 
     def _project_and_insert(
         self, embeddings: Tensor, features: list[Tensor], plan: InsertPlan

@@ -103,10 +103,10 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
 class _ProjectAndInsert(torch.autograd.Function):
     """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the embeddings'.
 
-    ``tensors`` are the sources, which hold the features' rows, then the features themselves, for
-    their gradients. Saved for backward: the sources (if the weight needs a gradient), the weight
-    (if a feature does), and the plan. Each gradient is computed only where it is asked for: one
-    launch that takes ``grad_output`` apart, then the library's matrix products.
+    ``counted_tensors`` are the number of sources, these, which hold the features' rows, then the
+    features themselves, for their gradients. Saved for backward: the sources (if the weight needs a
+    gradient), the weight (if a feature does), and the plan. Each gradient is computed only where it
+    is asked for: one launch that takes ``grad_output`` apart, then the library's matrix products.
     """
 
     @staticmethod
@@ -121,10 +121,12 @@ class _ProjectAndInsert(torch.autograd.Function):
         live_rows: Tensor | None,
         fused_into: tuple[Tensor] | None,
         after_plan: bool,
-        num_sources: int,
-        *tensors: Tensor,
+        *counted_tensors: Any,
     ) -> Tensor:
-        sources, features = list(tensors[:num_sources]), tensors[num_sources:]
+        # Not a parameter of its own: where no gradient is wanted, Dynamo takes a forward with as
+        # many parameters as arguments for one without ctx, as it would be with two tensors.
+        num_sources, *tensors = counted_tensors
+        sources, features = tensors[:num_sources], tensors[num_sources:]
         if local_rows is not None:
             sources = [pick_rows(torch.cat(sources), local_rows)]
         out = operators.project_insert(

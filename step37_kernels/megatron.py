@@ -179,9 +179,10 @@ def patch_step37(
     logger.info(
         "patched: %s (%s). Not patched: Bridge's data set, preprocessing and forward step "
         "(step37_data.provider and step37_data.forward_step replace them), ImageForInsert "
-        "(interchangeable with step37_kernels.ImageForInsert), the vision tower",
+        "(interchangeable with step37_kernels.ImageForInsert)%s",
         ", ".join(names),
         options,
+        "" if channels_last else ", the vision tower",
     )
     return names
 

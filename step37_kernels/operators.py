@@ -8,6 +8,7 @@ recompile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,15 +48,15 @@ def _fake_plan(
     group_sizes: list[int],
     features: list[int],
     rows: list[int],
+    shift: int,
+    batch_first: bool,
     *_: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch_size, seq_len = input_ids.shape
+    del shift
+    shape = input_ids.shape if batch_first else input_ids.shape[::-1]
     total = sum(n * each for n, each in zip(features, rows, strict=True))
-
-    def empty(*shape: int) -> Tensor:
-        return input_ids.new_empty(shape, dtype=torch.int32)
-
-    return empty(total), empty(seq_len, batch_size), empty(sum(group_sizes)), empty(len(tokens))
+    empty = functools.partial(input_ids.new_empty, dtype=torch.int32)
+    return empty(total), empty(shape), empty(sum(group_sizes)), empty(len(tokens))
 
 
 @_operator(_fake_plan)
@@ -65,6 +66,8 @@ def plan(
     group_sizes: list[int],
     features: list[int],
     rows: list[int],
+    shift: int,
+    batch_first: bool,
     triton: bool,
     watch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +77,7 @@ def plan(
     whose result nobody needs.
     """
     layout = tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows)
-    tensors = make_plan(input_ids, *layout, triton)
+    tensors = make_plan(input_ids, *layout, shift, batch_first, triton)
     if watch:
         count_watch.poll()
         count_watch.watch(tokens, group_sizes, tensors[3])

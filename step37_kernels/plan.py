@@ -235,12 +235,16 @@ def plan_insert(
         runs = to_runs(groups)
     except TypeError as error:
         raise TypeError(f"groups: expected (int, sequence of int) of each: {error}") from error
-    plan = plan_runs(input_ids, runs, impl=impl)
-    return _batch_first(plan) if batch_first else plan
+    return plan_runs(input_ids, runs, batch_first=batch_first, impl=impl)
 
 
 def plan_placeholders(
-    input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
+    input_ids: Tensor,
+    token: int,
+    num_rows: int,
+    *,
+    batch_first: bool = False,
+    impl: Impl = "auto",
 ) -> InsertPlan:
     """Send the k-th feature row to the k-th position that holds ``token``, row-major.
 
@@ -254,86 +258,56 @@ def plan_placeholders(
         row_at      −1   0   1  −1   2  −1
         destinations = [1, 2, 4]
 
-    A handful of PyTorch operations on every device; nothing waits for it.
+    One launch, as :func:`plan_insert` is; nothing waits for the device.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
         token: the placeholder's id.
         num_rows: R.
         batch_first: plan for ``[B, S, H]`` in place of ``[S, B, H]``.
+        impl: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         The plan, on the device of ``input_ids``.
 
     Raises:
         ValueError: ``input_ids`` is not ``[B, S]``, ``num_rows`` is negative, ``token`` is no value
-            of the ids' dtype, or B·S or R exceeds int32.
-        TypeError: ``input_ids`` is neither int32 nor int64.
+            of the ids' dtype, B·S or R exceeds int32, or ``impl`` cannot run there.
+        TypeError: ``input_ids`` is neither int32 nor int64, or ``token`` or ``num_rows`` is no
+            integer.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
-    runs: Runs = ((token, ((num_rows, 1),)),)
-    _check_ids(input_ids, [token], num_rows)
-    batch_size, seq_len = input_ids.shape
-    match = (input_ids == token).flatten()
-    rank = match.cumsum(0) - 1
-    row_at = torch.where(match & (rank < num_rows), rank, -1).to(torch.int32)
-    index = torch.arange(row_at.numel(), dtype=torch.int32, device=row_at.device)
-    # One slot past the end takes the positions that receive no row.
-    slots = torch.where(row_at < 0, num_rows, row_at).long()
-    batch_first_at = index.new_full((num_rows + 1,), -1).scatter(0, slots, index)[:-1]
-    starts = _renumbered(batch_first_at, seq_len, batch_size)
-    row_at = row_at.view(batch_size, seq_len)
-    return InsertPlan(
-        destinations=batch_first_at if batch_first else starts,
-        row_at=row_at if batch_first else row_at.t().contiguous(),
-        starts=starts,
-        start_counts=match.sum(dtype=torch.int32).view(1),
-        runs=runs,
-        batch_first=batch_first,
-    )
-
-
-def _renumbered(positions: Tensor, inner: int, outer: int) -> Tensor:
-    """Positions ``i * inner + j`` as ``j * outer + i``; −1 stays."""
-    inner = max(inner, 1)
-    j, i = positions % inner, positions.div(inner, rounding_mode="floor")
-    return torch.where(positions < 0, positions, j * outer + i)
-
-
-def _batch_first(plan: InsertPlan) -> InsertPlan:
-    """The plan of ``[S, B, H]`` for ``[B, S, H]``."""
-    return dataclasses.replace(
-        plan,
-        destinations=_renumbered(plan.destinations, plan.batch_size, plan.seq_len),
-        row_at=plan.row_at.t().contiguous(),
-        batch_first=True,
-    )
+    runs = ((operator.index(token), ((operator.index(num_rows), 1),)),)
+    return plan_runs(input_ids, runs, shift=0, batch_first=batch_first, impl=impl)
 
 
 def plan_runs(
-    input_ids: Tensor, runs: Runs, *, impl: Impl = "auto", watch: bool = False
+    input_ids: Tensor,
+    runs: Runs,
+    *,
+    shift: int = 1,
+    batch_first: bool = False,
+    impl: Impl = "auto",
+    watch: bool = False,
 ) -> InsertPlan:
     """:func:`plan_insert` for features that come as tensors ``[N, L, C]``.
 
     Args:
         input_ids: ``[B, S]``.
         runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
-        impl: as there.
+        shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
+        batch_first, impl: as there.
         watch: see to it that numbers of tokens and features that differ are warned about.
     """
     triton = use_triton(impl, input_ids.device)
+    tokens = [token for token, _ in runs]
+    sizes = [sum(features for features, _ in group) for _, group in runs]
     flat = [run for _, group in runs for run in group]
-    num_rows = sum(features * rows for features, rows in flat)
-    _check_ids(input_ids, [token for token, _ in runs], num_rows)
+    features, rows = [count for count, _ in flat], [each for _, each in flat]
+    _check_ids(input_ids, tokens, sum(map(operator.mul, features, rows)))
     destinations, row_at, starts, start_counts = operators.plan(
-        input_ids,
-        [token for token, _ in runs],
-        [sum(features for features, _ in group) for _, group in runs],
-        [features for features, _ in flat],
-        [rows for _, rows in flat],
-        triton,
-        watch,
+        input_ids, tokens, sizes, features, rows, shift, batch_first, triton, watch
     )
     return InsertPlan(
         destinations=destinations,
@@ -341,6 +315,7 @@ def plan_runs(
         starts=starts,
         start_counts=start_counts,
         runs=runs,
+        batch_first=batch_first,
     )
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``start_counts [G]``, all int32."""
+"""``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` of a batch-first plan), ``starts [N]``,
+``start_counts [G]``, all int32."""
 
 _Numbers = tuple[int, ...]
 
@@ -39,13 +40,6 @@ def _layout_table(
         *itertools.accumulate(features, initial=0),
         *list(first_rows)[:-1],
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _first_rows(features: _Numbers, rows: _Numbers) -> _Numbers:
-    """``[N + 1]``: first row of each feature, then R."""
-    each = (count for n, count in zip(features, rows, strict=True) for _ in range(n))
-    return tuple(itertools.accumulate(each, initial=0))
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
@@ -76,9 +70,19 @@ def make_plan(
     group_sizes: _Numbers,
     features: _Numbers,
     rows: _Numbers,
+    shift: int,
+    batch_first: bool,
     triton: bool,
 ) -> PlanTensors:
-    """Plan by the kernels or by PyTorch; arguments are valid."""
+    """Plan by the kernel or by PyTorch; arguments are valid, and nothing waits for the device.
+
+    Args:
+        input_ids: ``[B, S]``.
+        tokens, group_sizes, features, rows: the layout.
+        shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
+        batch_first: number positions ``b * S + s``.
+        triton: by the kernel.
+    """
     if triton and tokens and input_ids.numel():
         from step37_kernels.ops import plan as ops
 
@@ -87,24 +91,17 @@ def make_plan(
         table = None
         if not ops.fits_into_a_launch(groups, runs):
             table = _upload(_layout_table(tokens, group_sizes, features, rows), input_ids.device)
-        return ops.plan_rows(input_ids, groups, runs, table)
-    offsets = _first_rows(features, rows)
-    first_rows = _upload(offsets, input_ids.device)
-    return _plan_torch(input_ids, tokens, group_sizes, first_rows, offsets[-1])
-
-
-def _plan_torch(
-    input_ids: Tensor, tokens: _Numbers, group_sizes: _Numbers, first_rows: Tensor, total: int
-) -> PlanTensors:
-    """Like the kernels it never waits for the device.
-
-    A slot past the end of each result takes what has no place, and is cut off afterwards.
-    """
+        return ops.plan_rows(input_ids, groups, runs, table, shift=shift, batch_first=batch_first)
+    # With a run of no feature at the end, so that there is something to send.
+    each, repeats = _upload([*rows, 0, *features, 0], input_ids.device).view(2, -1)
+    rows_each = each.repeat_interleave(repeats, output_size=sum(features))
+    total = sum(map(operator.mul, features, rows))
+    # A slot past the end of each result takes what has no place, and is cut off afterwards.
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
     flat_ids = input_ids.flatten()
     index = torch.arange(num_positions, device=input_ids.device)
-    first_position = (index % max(seq_len, 1) + 1) * batch_size + index // max(seq_len, 1)
+    first_position = (index % max(seq_len, 1) + shift) * batch_size + index // max(seq_len, 1)
     starts: list[Tensor] = []
     counts: list[Tensor] = []
     for token, capacity in zip(tokens, group_sizes, strict=True):
@@ -117,17 +114,21 @@ def _plan_torch(
     start = torch.cat(starts) if starts else index.new_empty(0)
 
     row = torch.arange(total, device=input_ids.device)
-    rows_each = first_rows.diff()
     start_of_row = start.repeat_interleave(rows_each, output_size=total)
-    first_of_row = first_rows[:-1].repeat_interleave(rows_each, output_size=total)
+    first_row = rows_each.cumsum(0) - rows_each
+    first_of_row = first_row.repeat_interleave(rows_each, output_size=total)
     position = start_of_row + (row - first_of_row) * batch_size
     lands = (start_of_row >= 0) & (position < num_positions)
     slot = torch.where(lands, position, num_positions)
     row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
     kept = lands & (row_at[slot] == row)
+    row_at = row_at[:-1].to(torch.int32).view(seq_len, batch_size)
+    if batch_first:
+        row_at = row_at.t().contiguous()
+        position = position % max(batch_size, 1) * seq_len + position // max(batch_size, 1)
     return (
         torch.where(kept, position, -1).to(torch.int32),
-        row_at[:-1].view(seq_len, batch_size).to(torch.int32),
+        row_at,
         start.to(torch.int32),
         torch.stack(counts).to(torch.int32) if counts else start.to(torch.int32),
     )

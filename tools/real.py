@@ -37,8 +37,10 @@ NEEDS = (
     "omegaconf==2.3.1",
     "tensorboard==2.21.0",
     "torchdata==0.11.0",
-    "transformers==5.12.1",  # the newest that Bridge 0.6.2 allows
+    "transformers==5.18.0",  # what Automodel 0.7.0 asks for; Bridge 0.6.2 does with it, too
 )
+# Without their requirements: those of torchvision name a torch of their own.
+BARE = (*FRAMEWORKS, "torchvision==0.28.0")
 
 # Not the extra `test`: what it brings beside these may be newer than the frameworks allow.
 TOOLS = ("hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
@@ -70,7 +72,7 @@ def set_up() -> None:
     shutil.rmtree(VENV, ignore_errors=True)
     venv.EnvBuilder(with_pip=True).create(VENV)
     pip(CPU_TORCH, "--editable", f"{ROOT}[data]", *TOOLS, *NEEDS)
-    pip("--no-deps", "--ignore-requires-python", *FRAMEWORKS)
+    pip("--no-deps", "--ignore-requires-python", *BARE)
     STAMP.write_text(fingerprint())
 
 

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
+from bench.shapes import Shape
 from step37_kernels import plan_placeholders, project_and_insert
 from step37_kernels.automodel import places_of_rows, with_rows_moved
 from step37_kernels.testing import gamma
 
-IMAGE, SEQ_LEN, IMAGE_ROWS, CROP_ROWS = 128001, 4096, 169, 81
+IMAGE = 128001
 CROPS = (6, 4, 9, 6)  # of each image: 2,701 rows
+SHAPE = Shape(name="automodel", seq_len=4096, images=len(CROPS), crops=sum(CROPS))
 
 
 def stock(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
@@ -43,18 +45,21 @@ def ours(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tenso
     return project_and_insert(words, [crops, images], weight, None, plan)
 
 
-def run(settings: Settings, hidden: int = 4096, width: int = 6144) -> Iterator[list[Row]]:
+def run(
+    settings: Settings, hidden: int = SHAPE.hidden, width: int = SHAPE.width
+) -> Iterator[list[Row]]:
     """Forward, and forward with backward to the words, the features and the weight."""
 
     def leaf(*shape: int) -> Tensor:
         values = torch.randn(*shape, device=settings.device, dtype=torch.bfloat16)
         return values.requires_grad_()
 
-    num_rows = len(CROPS) * IMAGE_ROWS + sum(CROPS) * CROP_ROWS
-    ids = torch.full((1, SEQ_LEN), 5, device=settings.device)
+    num_rows, seq_len = SHAPE.num_rows, SHAPE.seq_len
+    ids = torch.full((1, seq_len), 5, device=settings.device)
     ids[0, 16 : 16 + num_rows] = IMAGE
-    words, weight = leaf(1, SEQ_LEN, hidden), leaf(hidden, width)
-    crops, images = leaf(sum(CROPS), CROP_ROWS, width), leaf(len(CROPS), IMAGE_ROWS, width)
+    words, weight = leaf(1, seq_len, hidden), leaf(hidden, width)
+    crops = leaf(SHAPE.crops, SHAPE.crop_rows, width)
+    images = leaf(SHAPE.images, SHAPE.image_rows, width)
     inputs = (words, ids, crops, images, weight, torch.tensor(CROPS, device=settings.device))
     leaves, grad = (words, crops, images, weight), torch.randn_like(words)
     terms = max(width, num_rows)

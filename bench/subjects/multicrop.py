@@ -20,8 +20,9 @@ from PIL import __version__ as pillow_version
 
 from bench.harness import environment
 from bench.subjects.pixels import (
+    Call,
     Row,
-    median_seconds,
+    interleaved,
     photo_paths,
     print_rows,
     stock_decode,
@@ -110,33 +111,23 @@ def host_rows(
     paths: Sequence[str], plan: CropPlan, device: torch.device, budget_s: float
 ) -> Iterator[Row]:
     """From files to bf16 on the device."""
-    n = len(paths)
     items = entries(paths, plan)
-    seconds = functools.partial(median_seconds, budget_s=budget_s)
 
     def stock_on_device() -> None:
         images = stock(paths, plan)
         for side in (CROP_SIZE, IMAGE_SIZE):
             torch.stack([image for image in images if image.shape[-1] == side]).to(device)
 
-    yield Row(name="stock, 1 thread", seconds=seconds(stock_on_device), images=n)
+    calls: dict[str, Call] = {"stock, 1 thread": stock_on_device}
     for threads in thread_counts():
         plural = "s" if threads > 1 else ""
-        yield Row(
-            name=f"ours, {threads} thread{plural}",
-            seconds=seconds(functools.partial(ours, items, device, threads)),
-            images=n,
-        )
-        yield Row(
-            name=f"ours, {threads} thread{plural}, pixel_order='serving'",
-            seconds=seconds(functools.partial(ours, items, device, threads, "serving")),
-            images=n,
-        )
-        yield Row(
-            name=f"of which decoding, {threads} thread{plural}",
-            seconds=seconds(functools.partial(decode_all, paths, threads)),
-            images=n,
-        )
+        one = functools.partial(ours, items, device, threads)
+        calls[f"ours, {threads} thread{plural}"] = one
+        serving = functools.partial(one, "serving")
+        calls[f"ours, {threads} thread{plural}, pixel_order='serving'"] = serving
+        decoding = functools.partial(decode_all, paths, threads)
+        calls[f"of which decoding, {threads} thread{plural}"] = decoding
+    yield from interleaved(calls, len(paths), budget_s)
 
 
 def decode_all(paths: Sequence[str], threads: int) -> None:

@@ -25,6 +25,7 @@ from bench.harness import Implementation, Key, Kind, Row, Settings, Work
 from bench.subjects.pixels import photo_paths, stock_decode
 from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
+from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
@@ -197,11 +198,12 @@ def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
     def whole(given: RaggedImages) -> tuple[Tensor, Tensor]:
         ready = prepare_on_device(given, plans=[plan] * len(pictures), impl=settings.impl)
         numbers = range(len(pictures))
-        crops = [ready.window_rectangle(i, window) for i in numbers for window in plan.windows]
-        full = [ready.full_rectangle(i) for i in numbers]
+        crops = [
+            ready.rectangle(i, PATCH_ITEM_TYPE, window) for i in numbers for window in plan.windows
+        ]
         return (
             last_resize(ready.canvases, CROP_SIZE, crops=crops),
-            last_resize(ready.full, IMAGE_SIZE, crops=full),
+            last_resize(ready.full, IMAGE_SIZE),
         )
 
     canvases = [canvas_image(picture, plan) for picture in pictures]

@@ -1,45 +1,58 @@
-"""Decode, resize and normalise: µs an image against the stock way, and the wait of a step.
+"""Photographs from files to pixels on the host: µs by stage, the ways beside, the wait of a step.
 
-``python -m bench pixels`` checks first that everything timed computes the same bits, then prints
-Markdown tables. The kernels by themselves are the subjects ``normalize`` and ``resize``.
+``python -m bench pixels`` checks first that everything of ours computes stock's bits, then prints
+Markdown tables. All figures of a table come from one run, in which everything takes turns. The
+kernels by themselves are the subjects ``normalize`` and ``resize``.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from bench.harness import environment
-from step37_data.common.threads import default_threads, map_threads
-from step37_data.images.decode import decode
+from bench.harness import CpuClock, Implementation, environment, sample_rounds
+from step37_data.common.threads import available_cores, default_threads, map_threads
+from step37_data.images import stacks
+from step37_data.images.crop_pixels import normalize_into
+from step37_data.images.decode import decode_into, open_image
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
+from step37_data.text.placeholders import ImageEntry
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
 SIZE = 728
 BILINEAR = Image.Resampling.BILINEAR
-IMAGES_A_PACK = 9
+IMAGES_A_PACK = 8  # photographs of examples, each once: a file met twice is decoded once
 STEP_S = 0.05
+CPU = torch.device("cpu")
+
+Call = Callable[[], object]
+Memory = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 class Row(NamedTuple):
-    """One line of a table: the median of one call, which works on so many images."""
+    """What one call took, which works on so many images: median, and 20th percentile."""
 
     name: str
     seconds: float
+    quiet_s: float
     images: int
 
     def line(self, baseline: float) -> str:
@@ -47,15 +60,17 @@ class Row(NamedTuple):
         return f"| {self.name} | {each * 1e6:.0f} | {1 / each:.0f} | {baseline / each:.2f}× |"
 
 
-def median_seconds(call: Callable[[], object], budget_s: float) -> float:
-    """Median wall time of a call on the host: at least three, at most as many as fit the budget."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget_s and len(times) < 200):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def way(name: str, call: Call) -> Implementation:
+    return Implementation(name=name, kind="ours", prepare=lambda _: None, run=lambda _: call())
+
+
+def interleaved(calls: Mapping[str, Call], images: int, budget_s: float) -> Iterator[Row]:
+    """Time calls by turns, so that a neighbour that wakes up meets all of them alike."""
+    ways = [way(name, call) for name, call in calls.items()]
+    for one in ways:
+        one.run(None)
+    for name, figures in sample_rounds(ways, CpuClock(), budget_s * len(ways)).items():
+        yield Row(name, figures["median_us"] / 1e6, figures["p20_us"] / 1e6, images)
 
 
 def photo_paths(count: int) -> list[str]:
@@ -77,10 +92,8 @@ def stock_normalize(image: Image.Image) -> torch.Tensor:
     return (tensor - mean) / std
 
 
-def stock(paths: Sequence[str], device: torch.device) -> torch.Tensor:
-    """One thread, one image after the other: ``[N, 3, SIZE, SIZE]`` bf16 on ``device``."""
-    resized = [stock_decode(path).resize((SIZE, SIZE), BILINEAR) for path in paths]
-    return torch.stack(list(map(stock_normalize, resized))).to(torch.bfloat16).to(device)
+def stock_image(path: str) -> torch.Tensor:
+    return stock_normalize(stock_decode(path).resize((SIZE, SIZE), BILINEAR)).to(torch.bfloat16)
 
 
 def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch.Tensor]:
@@ -95,7 +108,7 @@ def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch
 
 def check(paths: Sequence[str], device: torch.device) -> None:
     """What is timed computes the same bits, or there is nothing to time."""
-    expected = stock(paths, torch.device("cpu"))
+    expected = torch.stack([stock_image(path) for path in paths])
     for threads in (1, 2):
         got = torch.stack(ours(paths, device, threads)).cpu()
         if different := int((got != expected).sum()):
@@ -107,19 +120,143 @@ def thread_counts() -> list[int]:
     return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
 
-def host_rows(device: torch.device, budget_s: float) -> Iterator[Row]:
-    """A pack of images from files to bf16 on the device; what decoding takes of that."""
+def peer(name: str) -> ModuleType | None:
+    """A package that may be missing, or of another PyTorch, which torchvision finds out late."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError):
+        return None
+
+
+Ways = dict[str, Callable[[str], object]]
+
+
+def stages(paths: Sequence[str]) -> dict[str, Ways]:
+    """What is done to one photograph, by stage and by way; ``ours`` decodes into warm memory."""
+    pictures = {path: stock_decode(path) for path in paths}
+    memory = {path: np.array(picture) for path, picture in pictures.items()}
+    resized = {path: picture.resize((SIZE, SIZE), BILINEAR) for path, picture in pictures.items()}
+    out = torch.empty((3, SIZE, SIZE), dtype=torch.bfloat16)
+    spare = {path: pixels.copy() for path, pixels in memory.items()}
+    small, large = np.array(resized[paths[0]]), np.empty((SIZE, SIZE, 3), np.uint8)
+
+    def into_memory(path: str) -> None:
+        with open_image(path) as image:
+            decode_into(memory[path], image)
+
+    def by_pillow(path: str) -> None:
+        with open_image(path) as image:
+            memory[path][:] = np.asarray(image.convert("RGB"))
+
+    found: dict[str, Ways] = {
+        "read, decode (Pillow)": {
+            "ours": by_pillow,
+            "stock": stock_decode,
+            "floor": lambda path: np.copyto(spare[path], memory[path]),
+        },
+        "read, decode (simplejpeg)": {"ours": into_memory},
+        "resize": {
+            "ours": lambda path: pictures[path].resize((SIZE, SIZE), BILINEAR),
+            "stock": lambda path: pictures[path].resize((SIZE, SIZE), BILINEAR),
+            "floor": lambda _: np.copyto(large, small),
+        },
+        "normalise": {
+            "ours": lambda path: normalize_into(out, np.asarray(resized[path])),
+            "stock": lambda path: stock_normalize(resized[path]).to(torch.bfloat16),
+            "floor": lambda _: out.clone(),
+        },
+        "all, for CUDA: the host's part": {"stock": stock_image},
+        "all, for the CPU": {"stock": stock_image},
+    }
+    if (simplejpeg := peer("simplejpeg")) is None:
+        del found["read, decode (simplejpeg)"]["ours"]
+    else:
+        encoded = {path: Path(path).read_bytes() for path in paths}
+
+        def bare(path: str) -> object:
+            return simplejpeg.decode_jpeg(encoded[path], buffer=memory[path])
+
+        for stage in list(found)[1], *list(found)[-2:]:
+            found[stage]["floor"] = bare
+    if (vision := peer("torchvision")) is not None and peer("torchvision.transforms.v2"):
+        transforms = vision.transforms.v2.functional
+        tensors = {path: torch.from_numpy(spare[path]).permute(2, 0, 1) for path in paths}
+        grown = torch.from_numpy(small).permute(2, 0, 1)
+
+        def read(path: str) -> torch.Tensor:
+            mode = vision.io.ImageReadMode.RGB
+            image: torch.Tensor = vision.io.decode_image(vision.io.read_file(path), mode)
+            return image
+
+        def resize(image: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = transforms.resize(image, [SIZE, SIZE], antialias=True)
+            return made
+
+        def normalize(image: torch.Tensor) -> torch.Tensor:
+            scaled = transforms.to_dtype(image, torch.float32, scale=True)
+            done: torch.Tensor = transforms.normalize(scaled, list(CLIP_MEAN), list(CLIP_STD))
+            return done.to(torch.bfloat16)
+
+        vision_ways: list[Callable[[str], object]] = [
+            read,
+            read,
+            lambda path: resize(tensors[path]),
+            lambda _: normalize(grown),
+            read,
+            lambda path: normalize(resize(read(path))),
+        ]
+        for ways, function in zip(found.values(), vision_ways, strict=True):
+            ways["torchvision"] = function
+    return found
+
+
+def host_table(budget_s: float) -> dict[tuple[str, int], float]:
+    """Print µs a photograph by stage, threads and way; those of ours come back."""
     paths = photo_paths(IMAGES_A_PACK)
+    entries = [ImageEntry(path, 0) for path in paths]
+    calls: dict[str, Call] = {}
+    by_stage = stages(paths)
+    for stage, ways in by_stage.items():
+        for way, function in ways.items():
+            for threads in (1, 2):
+                calls[f"{stage}|{threads}|{way}"] = functools.partial(
+                    map_threads, function, paths, threads
+                )
+    # Memory as PyTorch's pinned allocator hands it out: used before.
+    warm: dict[tuple[int, int], list[torch.Tensor]] = {}
 
-    def decode_all(threads: int) -> object:
-        return list(map_threads(lambda path: decode(path, "raise"), paths, threads))
+    def staged(threads: int) -> None:
+        """Everything that is done before the copy to the device."""
+        reader = stacks.ImageReader({0: SIZE, 1: SIZE}, CPU, torch.bfloat16, threads=threads)
+        for picture in reader._read(entries, True, lambda picture: picture)[0]:
+            warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
 
-    calls: dict[str, Callable[[], object]] = {"stock, 1 thread": lambda: stock(paths, device)}
-    for threads in thread_counts():
-        calls[f"ours, threads {threads}"] = functools.partial(ours, paths, device, threads)
-        calls[f"of which decoding, threads {threads}"] = functools.partial(decode_all, threads)
-    for name, call in calls.items():
-        yield Row(name=name, seconds=median_seconds(call, budget_s), images=len(paths))
+    def pinned(height: int, width: int) -> torch.Tensor:
+        kept = warm.get((height, width))
+        return kept.pop() if kept else torch.empty((height, width, 3), dtype=torch.uint8)
+
+    for threads in (1, 2):
+        stage, last = list(by_stage)[-2:]
+        calls[f"{stage}|{threads}|ours"] = functools.partial(staged, threads)
+        calls[f"{last}|{threads}|ours"] = functools.partial(ours, paths, CPU, threads)
+    with mock.patch.object(stacks, "pinned", pinned):
+        rows = {row.name: row for row in interleaved(calls, len(paths), budget_s)}
+    columns = ("ours", "stock", "torchvision", "floor")
+    print(f"| | threads | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for stage in by_stage:
+        for threads in (1, 2):
+            cells = []
+            for way in columns:
+                row = rows.get(f"{stage}|{threads}|{way}")
+                us = [1e6 / len(paths) * s for s in (row.quiet_s, row.seconds)] if row else []
+                cells.append(f"{us[0]:.0f} ({us[1]:.0f})" if us else "–")
+            print(f"| {stage} | {threads} | {' | '.join(cells)} |")
+    print(flush=True)
+    return {
+        (stage, threads): rows[f"{stage}|{threads}|ours"].quiet_s / len(paths)
+        for stage in list(by_stage)[-2:]
+        for threads in (1, 2)
+    }
 
 
 def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
@@ -153,6 +290,17 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
             yield f"prefetched, depth {depth}", waited(prefetcher)
 
 
+def cores_table(measured: Mapping[tuple[str, int], float]) -> None:
+    """From µs a photograph with one thread, when its work hides behind a step: arithmetic."""
+    packs = (8, 39, 150)
+    print(f"| | {' | '.join(f'{n} a pack' for n in packs)} |\n|---|{'---|' * len(packs)}")
+    for (stage, threads), seconds in measured.items():
+        if threads == 1:
+            cores = (str(math.ceil(n * seconds / (STEP_S + 1e-3))) for n in packs)
+            print(f"| {stage} | {' | '.join(cores)} |")
+    print()
+
+
 def print_rows(rows: Iterator[Row]) -> None:
     print("| | µs an image | images/s | speed |\n|---|---|---|---|")
     baseline = None
@@ -164,25 +312,39 @@ def print_rows(rows: Iterator[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds a host row may take")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds a figure may take")
     parser.add_argument("--steps", type=int, default=20, help="steps to measure the wait over")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    commit = environment(device)["commit"]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    here = environment(device)
+    versions = [f"PyTorch {torch.__version__}", f"Pillow {pillow_version}"]
+    for name in ("simplejpeg", "torchvision"):
+        version = getattr(peer(name), "__version__", "missing")
+        versions.append(f"{name} {version}")
     print(
-        f"{where}, {default_threads()} decoding threads, Python {platform.python_version()}, "
-        f"PyTorch {torch.__version__}, Pillow {pillow_version}, commit {commit or 'unknown'}\n"
+        f"{where or here['device']}, {available_cores()} cores, Python "
+        f"{platform.python_version()}, {', '.join(versions)}, commit {here['commit'] or 'unknown'},"
+        f" {here['date']}\n"
     )
     check(photo_paths(4), device)
-    print(f"{IMAGES_A_PACK} photographs to {SIZE} × {SIZE} bf16, wall time\n")
-    print_rows(host_rows(device, options.budget))
-    print(f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a pack\n")
-    print("| | ms a step |\n|---|---|")
+    print(
+        f"µs a photograph of {IMAGES_A_PACK}, to {SIZE} × {SIZE} bf16: 20th percentile (median) of "
+        "calls by turns\n"
+    )
+    measured = host_table(options.budget)
+    print(
+        f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a pack, "
+        f"{available_cores()} cores: measured\n\n| | ms a step |\n|---|---|"
+    )
     for name, seconds in waits(device, options.steps):
         print(f"| {name} | {seconds * 1e3:.2f} |", flush=True)
-    print()
+    print(
+        f"\nCores at which a prefetched step of {STEP_S * 1e3:.0f} ms waits less than 1 ms: "
+        "computed from the µs above, one thread\n"
+    )
+    cores_table(measured)
 
 
 if __name__ == "__main__":

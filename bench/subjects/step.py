@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -34,7 +33,7 @@ SHAPES = ("flickr8k", "long", "multicrop")
 PIXELS_PER_ROW_SIDE = 56  # 13 rows a side of a 728-pixel image, 9 of a 504-pixel crop
 PICTURE = (333, 500)  # height and width of a decoded picture: what Flickr8k has most
 
-Pictures = Sequence[npt.NDArray[np.uint8]]
+Pictures = Sequence[Tensor]  # uint8 [h, w, 3] where decoding puts them: pinned, for CUDA
 
 
 class Inputs(NamedTuple):
@@ -46,7 +45,7 @@ class Inputs(NamedTuple):
 
 def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
     """What stock's data code does, picture after picture: ``[N, 3, side, side]``."""
-    resized = [Image.fromarray(picture).resize((side, side), BILINEAR) for picture in pictures]
+    resized = [Image.fromarray(one.numpy()).resize((side, side), BILINEAR) for one in pictures]
     normalized = torch.stack([stock_normalize(picture) for picture in resized])
     return normalized.to(device=like.device, dtype=like.dtype)
 
@@ -70,7 +69,7 @@ def implementations(
     def on_device(pictures: Pictures) -> RaggedImages:
         if settings.device.type == "cuda":
             return upload(pictures, settings.device)
-        return RaggedImages.gather([torch.from_numpy(picture) for picture in pictures])
+        return RaggedImages.gather(pictures)
 
     def ours(inputs: Inputs) -> dict[str, Any]:
         resize = functools.partial(resize_clip_normalize, dtype=weight.dtype, impl=settings.impl)
@@ -107,11 +106,16 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
     batch = make_batch(shape, device)
     sides = [PIXELS_PER_ROW_SIDE * round(rows**0.5) for _, _, rows in batch.groups]
     generator = np.random.default_rng(0)
+
+    def picture() -> Tensor:
+        pixels = torch.from_numpy(generator.integers(0, 256, (*PICTURE, 3), dtype=np.uint8))
+        return pixels.pin_memory() if device.type == "cuda" else pixels
+
     elements = shape.num_rows * shape.width + shape.hidden * shape.width
     sets = []
     for i in range(rotation(device, elements * dtype.itemsize)):
         pictures = [
-            ([generator.integers(0, 256, (*PICTURE, 3), dtype=np.uint8) for _ in range(n)], side)
+            ([picture() for _ in range(n)], side)
             for (_, n, _), side in zip(batch.groups, sides, strict=True)
         ]
         case = make_case(batch, dtype=dtype, layout="channels-first", seed=i)

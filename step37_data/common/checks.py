@@ -29,8 +29,8 @@ def checked_choice(name: str, value: Any, choices: Any) -> Any:
         ValueError: it is another; the message has ``name``.
     """
     if value not in get_args(choices):
-        *some, last = map(repr, get_args(choices))
-        raise ValueError(f"{name}: expected {', '.join(some)} or {last}, got {value!r}")
+        known = ", ".join(get_args(choices))
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")
     return value
 
 

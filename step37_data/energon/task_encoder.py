@@ -234,14 +234,10 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     @stateless
     def pack_selected_samples(self, samples: list[MultimodalSFTSample]) -> dict[str, Any]:
         """One pack: what ``pack_samples`` gives, and Energon's keys of its samples."""
-        template = self.template
         packed = pack_samples(
             samples,
             seqlen_divisible_by=self.seqlen_divisible_by,
-            start_token_ids={
-                template.img_start_token_id: template.image_token_count,
-                template.patch_start_token_id: template.patch_token_count,
-            },
+            start_token_ids=self.template.rows_after,
         )
         skipped, self._skipped = self._skipped, 0
         dropped, self._dropped = self._dropped, 0

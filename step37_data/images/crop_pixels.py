@@ -6,22 +6,25 @@ decoding threads on the host; and on a device, all pictures of a pack at once fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from step37_data.images.crops import CropPlan, Window
+from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.dispatch import Impl
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import Crop, RaggedImages
 from step37_kernels.pixels.resize import resize_uint8
 
 PixelOrder = Literal["pillow", "serving"]
-PIXEL_ORDERS = get_args(PixelOrder)
 
 _BILINEAR = Image.Resampling.BILINEAR
 
@@ -64,25 +67,20 @@ class DevicePictures:
     Attributes:
         full: the full images, one for each picture.
         canvases: the canvases, with room for windows that reach beyond them.
-        canvas_of: per picture its canvas, None if it has no crops.
+        canvas_of: the canvas of every picture that has crops.
     """
 
     full: RaggedImages
     canvases: RaggedImages
-    canvas_of: list[int | None]
+    canvas_of: Mapping[int, int]
 
-    def full_rectangle(self, picture: int) -> Crop:
-        """All of a full image, as a rectangle of ``full``."""
-        height, width = self.full.shapes[picture]
-        return Crop(image=picture, left=0, top=0, right=width, bottom=height)
-
-    def window_rectangle(self, picture: int, window: Window) -> Crop:
-        """A window of a picture, as a rectangle of ``canvases``."""
-        canvas = self.canvas_of[picture]
-        if canvas is None:
+    def rectangle(self, picture: int, kind: int, window: Window) -> Crop:
+        """A window of a picture: of ``canvases`` for crops, otherwise of ``full``."""
+        image = self.canvas_of.get(picture) if kind == PATCH_ITEM_TYPE else picture
+        if image is None:
             raise ValueError(f"picture {picture} has no crops, asked for window {window}")
         x, y, width, height = window
-        return Crop(image=canvas, left=x, top=y, right=x + width, bottom=y + height)
+        return Crop(image=image, left=x, top=y, right=x + width, bottom=y + height)
 
 
 def prepare_on_device(
@@ -99,19 +97,16 @@ def prepare_on_device(
     full_shapes = [plan.full_size[::-1] for plan in plans]
     if full_shapes != list(pictures.shapes):
         full = resize_uint8(pictures, full_shapes, impl=impl)
-    canvas_of: list[int | None] = []
-    offsets: list[int] = []
-    shapes, sizes, padded_sizes = [], [], []
-    for offset, shape, plan in zip(full.offsets, full_shapes, plans, strict=True):
-        if plan.canvas_size is None:
-            canvas_of.append(None)
-            continue
-        canvas_of.append(len(offsets))
-        offsets.append(offset)
-        shapes.append(shape)
-        sizes.append(plan.canvas_size[::-1])
-        x, y, width, height = plan.windows[-1]
-        padded_sizes.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
+    canvas_of: dict[int, int] = {}
+    offsets, shapes, sizes, padded_sizes = [], [], [], []
+    for i, plan in enumerate(plans):
+        if plan.canvas_size is not None:
+            canvas_of[i] = len(canvas_of)
+            offsets.append(full.offsets[i])
+            shapes.append(full_shapes[i])
+            sizes.append(plan.canvas_size[::-1])
+            x, y, width, height = plan.windows[-1]
+            padded_sizes.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
     canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
     # A file that is taken as it is is a canvas already.
     if not sizes == padded_sizes == shapes:
@@ -119,29 +114,46 @@ def prepare_on_device(
     return DevicePictures(full=full, canvases=canvases, canvas_of=canvas_of)
 
 
-def normalize_then_resize(
-    pictures: Sequence[torch.Tensor], size: int, *, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def normalize_into(place: torch.Tensor, pixels: npt.NDArray[np.uint8]) -> None:
+    """:func:`clip_normalize` of one ``[h, w, 3]`` picture, to ``place``, ``[3, h, w]`` on the CPU.
+
+    Looked up in a table, in the thread that calls: PyTorch's operations would each start as many
+    threads as there are cores, beside every thread that decodes.
+    """
+    bits = place.view(_BITS[place.element_size()]).numpy()
+    for channel, table in enumerate(_levels(place.dtype)):
+        # Every byte is in the table; in mode "raise" NumPy would look first, in a copy.
+        table.take(pixels[..., channel], out=bits[channel], mode="wrap")
+
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@functools.cache
+def _levels(dtype: torch.dtype) -> npt.NDArray[np.generic]:
+    """The bits of the 256 levels of each channel, normalised: ``[3, 256]``."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(-1, -1, -1, 3)
+    normalized = clip_normalize(levels, dtype=dtype, impl="torch")[0, :, 0]
+    bits: npt.NDArray[np.generic] = normalized.view(_BITS[normalized.element_size()]).numpy()
+    return bits
+
+
+def normalize_then_resize(picture: torch.Tensor, size: int) -> torch.Tensor:
     """The last resize as serving does it: normalise in fp32, then resize with antialiasing.
 
     The numbers are those of ``ToTensor``, ``Normalize`` and ``Resize(BILINEAR, antialias=True)`` of
-    torchvision, on that device.
+    torchvision, on the device of ``picture``.
 
     Args:
-        pictures: uint8 ``[h_i, w_i, 3]`` each, on ``device``.
-        size: side of the results.
-        dtype: the results are rounded to it.
-        device: of the results.
+        picture: uint8 ``[h, w, 3]``.
+        size: side of the result.
 
     Returns:
-        ``[N, 3, size, size]``.
+        fp32 ``[3, size, size]``.
     """
-    out = torch.empty((len(pictures), 3, size, size), dtype=dtype, device=device)
-    for i, picture in enumerate(pictures):
-        normalized = clip_normalize(picture[None], dtype=torch.float32)
-        if normalized.shape[-2:] != (size, size):
-            normalized = F.interpolate(
-                normalized, (size, size), mode="bilinear", align_corners=False, antialias=True
-            )
-        out[i] = normalized[0]
-    return out
+    normalized = clip_normalize(picture[None], dtype=torch.float32)
+    if normalized.shape[-2:] != (size, size):
+        normalized = F.interpolate(
+            normalized, (size, size), mode="bilinear", align_corners=False, antialias=True
+        )
+    return normalized[0]

@@ -17,7 +17,7 @@ Nothing here looks at pixels; ``step37_data.images.crop_pixels`` does.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from step37_data.images.encoded import ImageFile
 from step37_data.text.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
@@ -102,16 +102,15 @@ def plan_crops(width: int, height: int) -> CropPlan:
             "side nothing is left of the shorter one"
         )
     window = _window_side(max(full), min(full))
+    plan = CropPlan(size=(width, height), padded_size=padded, full_size=full)
     if window is None:
-        return CropPlan(size=(width, height), padded_size=padded, full_size=full)
+        return plan
     canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
     # A side of the canvas is a multiple of the window, or less than one window.
     lefts = range(0, canvas[0], window)
     tops = range(0, canvas[1], window)
-    return CropPlan(
-        size=(width, height),
-        padded_size=padded,
-        full_size=full,
+    return replace(
+        plan,
         canvas_size=canvas,
         windows=tuple((x, y, window, window) for y in tops for x in lefts),
         newline_mask=tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts),

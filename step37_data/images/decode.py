@@ -1,16 +1,16 @@
-"""Image files to RGB pictures by Pillow, and what happens to broken files."""
+"""Image files to RGB pictures by Pillow, or as Pillow does it, and what happens to broken files."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from step37_data.images.encoded import EncodedImage, ImageFile
 logger = logging.getLogger(__name__)
 
 OnBroken = Literal["zero", "raise", "skip-loss"]
-ON_BROKEN = ("zero", "raise", "skip-loss")
 
 BROKEN_SIZE = (224, 224)
 
@@ -38,8 +37,7 @@ class BrokenImageError(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoded:
+class Decoded(NamedTuple):
     """One picture and, if its file was unreadable, why it is black.
 
     Attributes:
@@ -132,7 +130,7 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
                     f"{image.width}×{image.height} pixels are more than max_pixels = {max_pixels}"
                 )
             yield image
-    except MemoryError:
+    except (MemoryError, BrokenImageError):
         raise
     except Exception as error:
         raise _broken(path, error) from error
@@ -160,19 +158,44 @@ def _fetched(path: str) -> io.BytesIO:
 
 
 def read_rgb(path: ImageFile, max_pixels: int | None = None) -> Image.Image:
-    """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again.
-
-    Where simplejpeg is installed it decodes the JPEGs of three colours that have no fault, which
-    gives the same pixels in two thirds of the time.
-    """
+    """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
     with open_image(path, max_pixels) as image:
-        if image.format == "JPEG" and image.mode == "RGB" and (fast := _simplejpeg()):
-            image.fp.seek(0)
-            with contextlib.suppress(ValueError):  # any fault: Pillow knows what to do
-                pixels = fast.decode_jpeg(image.fp.read(), strict=True)
-                if pixels.shape == (image.height, image.width, 3):
-                    return Image.fromarray(pixels)
-        return image.convert("RGB")
+        return rgb_image(image)
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """``image.convert("RGB")`` of a picture that :func:`open_image` has opened.
+
+    Where simplejpeg is installed it decodes the JPEGs of three colours, or of grey, that have no
+    fault, which gives the same pixels in two thirds of the time.
+    """
+    pixels = _by_simplejpeg(image)
+    return image.convert("RGB") if pixels is None else Image.fromarray(pixels)
+
+
+def decode_into(memory: npt.NDArray[np.uint8], image: Image.Image) -> None:
+    """The pixels of :func:`rgb_image` to where they are wanted, ``[height, width, 3]``.
+
+    simplejpeg decodes right there. Pillow has a layout of its own, four bytes a pixel, which is
+    read out and copied once.
+    """
+    if _by_simplejpeg(image, memory) is None:
+        memory[...] = np.asarray(image.convert("RGB"))
+
+
+def _by_simplejpeg(
+    image: Image.Image, memory: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8] | None:
+    """The pixels, in ``memory`` if given; None, and anything in it, if they are Pillow's to read"""
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+    # What Image.draft has set: by which factor, if by any, libjpeg makes the picture smaller.
+    if plain and image.decoderconfig in ((), (1, 0)) and (fast := _simplejpeg()):
+        image.fp.seek(0)
+        with contextlib.suppress(ValueError):  # any fault: Pillow knows what to do
+            pixels = fast.decode_jpeg(image.fp.read(), strict=True, buffer=memory)
+            if pixels.shape == (image.height, image.width, 3):
+                return pixels
+    return None
 
 
 @functools.cache
@@ -183,14 +206,12 @@ def _simplejpeg() -> Any:
     except ModuleNotFoundError:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    for subsampling in (0, 1, 2):
-        for progressive in (False, True):
-            file = io.BytesIO()
-            picture = Image.fromarray(noise).resize((151, 83), Image.Resampling.BICUBIC)
-            picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
-            with Image.open(file) as image:
-                expected = np.asarray(image)
-            if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), expected):
+    picture = Image.fromarray(noise).resize((151, 83), Image.Resampling.BICUBIC)
+    for subsampling, progressive in itertools.product((0, 1, 2), (False, True)):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+        with Image.open(file) as image:
+            if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), np.asarray(image)):
                 logger.warning(
                     "the installed simplejpeg and Pillow decode to different pixels: Pillow "
                     "decodes everything, which is slower"
@@ -212,9 +233,14 @@ def decode(path: ImageFile, on_broken: OnBroken, max_pixels: int | None = None) 
         BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
     """
     try:
-        return Decoded(image=read_rgb(path, max_pixels), broken=None)
+        return Decoded(read_rgb(path, max_pixels), None)
     except BrokenImageError as error:
-        if on_broken == "raise":
-            raise
-        logger.warning("%s: black is used in its place", error)
-        return Decoded(image=Image.new("RGB", BROKEN_SIZE), broken=error.reason)
+        return Decoded(Image.new("RGB", BROKEN_SIZE), pass_over(error, on_broken))
+
+
+def pass_over(error: BrokenImageError, on_broken: OnBroken) -> str:
+    """Its reason, with a warning that black is used; raised, if ``on_broken`` is ``"raise"``."""
+    if on_broken == "raise":
+        raise error
+    logger.warning("%s: black is used in its place", error)
+    return error.reason

@@ -6,8 +6,6 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from step37_kernels.pixels.ragged import RaggedImages
@@ -32,24 +30,37 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def upload(pictures: Sequence[npt.NDArray[np.uint8]], device: torch.device) -> RaggedImages:
-    """Copy ``[h, w, 3]`` pictures into one buffer on a CUDA device, on a stream for copies.
+def pinned(height: int, width: int) -> torch.Tensor:
+    """Memory for one picture, uint8 ``[height, width, 3]``, that a CUDA device copies from.
 
-    PyTorch's pinned allocator hands the staging buffer out again once its copy is done.
+    PyTorch's pinned allocator hands it out again once the copy is done.
+
+    Raises:
+        MemoryError: in place of CUDA's error, which no picture is at fault for.
     """
-    offsets = [0, *itertools.accumulate(picture.size for picture in pictures)]
-    staging = torch.empty(offsets.pop(), dtype=torch.uint8, device="cpu", pin_memory=True)
-    nothing = np.empty(0, dtype=np.uint8)
-    np.concatenate([nothing, *(picture.reshape(-1) for picture in pictures)], out=staging.numpy())
+    try:
+        return torch.empty((height, width, 3), dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        raise MemoryError(f"pinned memory for {width}×{height} pixels: {error}") from error
+
+
+def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImages:
+    """Copy :func:`pinned` pictures into one buffer on a CUDA device, on a stream for copies."""
+    sizes = [picture.numel() for picture in pictures]
     stream = _copy_stream(device.index)
     current = torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
-        data = staging.to(device, non_blocking=True)
+        data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        for part, picture in zip(data.split(sizes), pictures, strict=True):
+            part.copy_(picture.view(-1), non_blocking=True)
     current.wait_stream(stream)
     # Allocated on the copy stream, used on this one: not to be handed out before this one is done.
     data.record_stream(current)
-    shapes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-    return RaggedImages(data=data, offsets=offsets, shapes=shapes)
+    return RaggedImages(
+        data=data,
+        offsets=[0, *itertools.accumulate(sizes)][:-1],
+        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
+    )
 
 
 @functools.cache

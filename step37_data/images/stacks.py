@@ -1,9 +1,11 @@
 """The one road from image files to stacks of normalised pixels on a device.
 
 Every picture of a pack is decoded once, however many windows of it are wanted; a file that is taken
-as it is has a single window. For the CPU, Pillow cuts and resizes in the decoding threads. For
-CUDA, the decoded pictures travel in one buffer and two launches a kind make the stacks of it, two
-or four more the canvases of pictures seen in crops; the values are the same.
+as it is has a single window. For the CPU, each decoding thread goes on to the end: Pillow cuts and
+resizes, a table of 256 levels normalises, into the picture's place in the stacks. For CUDA, the
+threads decode into pinned memory and no more: the pictures travel into one buffer, of which two
+launches a kind make the stacks, two or four more the canvases of pictures seen in crops; the values
+are the same.
 """
 
 from __future__ import annotations
@@ -12,38 +14,40 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from step37_data.common.checks import checked_choice
 from step37_data.common.threads import map_threads
 from step37_data.images.crop_pixels import (
-    PIXEL_ORDERS,
     PixelOrder,
     canvas_image,
     cut,
     full_image,
+    normalize_into,
     normalize_then_resize,
     padded_image,
     prepare_on_device,
 )
 from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
 from step37_data.images.decode import (
-    ON_BROKEN,
     BrokenImageError,
     BrokenImages,
     OnBroken,
-    decode,
+    decode_into,
+    open_image,
+    pass_over,
+    rgb_image,
 )
-from step37_data.images.device import to_device, upload
+from step37_data.images.device import pinned, to_device, upload
 from step37_data.images.encoded import ImageFile
 from step37_data.text.placeholders import ImageEntry
 from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
-from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.resize import resize_clip_normalize
 
 logger = logging.getLogger(__name__)
@@ -71,40 +75,36 @@ def kernels_match_pillow() -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Picture:
+_Stacks = tuple[dict[int, torch.Tensor], list[str | None]]
+
+
+class _Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-        image: RGB; black where the file is unreadable.
-        plan: of its windows.
-        broken: None, or why it is black.
+        pixels: RGB, of Pillow on the host, in pinned memory for a device; one black pixel where the
+            file is unreadable.
+        plan: how it is seen.
+        windows: what to show of it, by the number of the entry.
     """
 
-    image: Image.Image
+    pixels: Any
     plan: CropPlan
-    broken: str | None = None
-
-    def window(self, entry: ImageEntry) -> Window:
-        """The window to show for ``entry``: of a picture that is black, all of it."""
-        if entry.window is None or self.broken is not None:
-            return self.plan.full_window
-        return entry.window
-
-
-_Pixels = list[npt.NDArray[np.uint8]]
-# Of every picture: uint8 [h, w, 3] of each of its windows, or of itself alone.
-_Pictures = dict[tuple[ImageFile, bool], tuple[_Picture, _Pixels]]
+    windows: dict[int, Window]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReader:
     """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
 
+    Attributes:
+        sides: per kind, the side of its images in pixels.
+
     Raises:
         ValueError: ``on_broken`` or ``pixel_order`` is none of the names they may be.
     """
 
+    sides: Mapping[int, int]
     device: torch.device
     dtype: torch.dtype
     on_broken: OnBroken = "zero"
@@ -112,23 +112,14 @@ class ImageReader:
     threads: int | None = None
     pixel_order: PixelOrder = "pillow"
     max_pixels: int | None = None
+    decode_scaled: bool = False
 
     def __post_init__(self) -> None:
-        for name, given, known in (
-            ("on_broken", self.on_broken, ON_BROKEN),
-            ("pixel_order", self.pixel_order, PIXEL_ORDERS),
-        ):
-            if given not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
+        checked_choice("on_broken", self.on_broken, OnBroken)
+        checked_choice("pixel_order", self.pixel_order, PixelOrder)
 
-    def load_stacks(
-        self, entries: Sequence[ImageEntry], sides: Mapping[int, int]
-    ) -> tuple[dict[int, torch.Tensor], list[str | None]]:
+    def load_stacks(self, entries: Sequence[ImageEntry]) -> _Stacks:
         """Make the stack of every kind at once.
-
-        Args:
-            entries: what to show.
-            sides: per kind, the side of its images in pixels.
 
         Returns:
             Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or
@@ -139,130 +130,127 @@ class ImageReader:
                 planned for, and ``on_broken`` is ``"raise"``.
         """
         by_device = self.device.type == "cuda" and kernels_match_pillow()
-        pictures, stacks = (self._on_device if by_device else self._on_host)(entries, sides)
-        return stacks, [pictures[entry.file][0].broken for entry in entries]
+        return (self._on_device if by_device else self._on_host)(entries)
 
     def find_broken(self, entries: Sequence[ImageEntry]) -> list[str | None]:
         """What :meth:`load_stacks` would find wrong with the file of every entry."""
-        pictures = self._read(entries, lambda _picture, _entries: [])
-        return [pictures[entry.file][0].broken for entry in entries]
+        return self._read(entries, False, lambda _: None)[1]
 
     def _read(
-        self,
-        entries: Sequence[ImageEntry],
-        finish: Callable[[_Picture, Sequence[ImageEntry]], _Pixels],
-    ) -> _Pictures:
-        entries_of: dict[tuple[ImageFile, bool], list[ImageEntry]] = {}
-        for entry in entries:
-            entries_of.setdefault(entry.file, []).append(entry)
+        self, entries: Sequence[ImageEntry], staged: bool, use: Callable[[_Picture], Any]
+    ) -> tuple[list[Any], list[str | None]]:
+        """Decode and ``use`` every picture, in the decoding threads; ``staged`` for a device.
 
-        def read(of_picture: Sequence[ImageEntry]) -> tuple[_Picture, _Pixels]:
-            picture = _decoded(of_picture, self.on_broken, self.max_pixels)
-            return picture, finish(picture, of_picture)
+        Returns:
+            What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
+        """
+        numbers_of: dict[tuple[ImageFile, bool], list[int]] = {}
+        for number, entry in enumerate(entries):
+            numbers_of.setdefault(entry.file, []).append(number)
 
-        read_pictures = map_threads(read, entries_of.values(), self.threads)
-        pictures = dict(zip(entries_of, read_pictures, strict=True))
-        if self.broken is not None:
-            for (path, in_crops), of_picture in entries_of.items():
+        def read(numbers: list[int]) -> tuple[Any, str | None]:
+            path, in_crops = entries[numbers[0]].file
+            reason = None
+            try:
+                with open_image(path, self.max_pixels) as image:
+                    if self.decode_scaled and not in_crops:
+                        side = max(self.sides[entries[i].kind] for i in numbers)
+                        image.draft(image.mode, (side, side))
+                    shown = [entries[i] for i in numbers]
+                    plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
+                    pixels = _staged(image, plan) if staged else rgb_image(image)
+                windows = {i: entries[i].window or plan.full_window for i in numbers}
+            except BrokenImageError as error:
+                reason = pass_over(error, self.on_broken)
+                plan, pixels = plan_whole(1, 1), Image.new("RGB", (1, 1))
+                pixels = _staged(pixels, plan) if staged else pixels
+                windows = dict.fromkeys(numbers, plan.full_window)
+            return use(_Picture(pixels, plan, windows)), reason
+
+        done = map_threads(read, numbers_of.values(), self.threads)
+        reasons: list[str | None] = [None] * len(entries)
+        for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
+            for number in numbers:
+                reasons[number] = reason
                 # A picture seen in crops counts once, a file as it is whenever it is met.
-                for _ in of_picture[:1] if in_crops else of_picture:
-                    self.broken.record(str(path), pictures[path, in_crops][0].broken)
-        return pictures
+                if self.broken is not None and not (in_crops and number > numbers[0]):
+                    self.broken.record(str(path), reason)
+        return [used for used, _ in done], reasons
 
-    def _on_host(
-        self, entries: Sequence[ImageEntry], sides: Mapping[int, int]
-    ) -> tuple[_Pictures, dict[int, torch.Tensor]]:
-        by_pillow = self.pixel_order == "pillow"
-        pictures = self._read(entries, functools.partial(_cut, sides=sides if by_pillow else None))
-        finish = self._normalized if by_pillow else self._normalized_then_resized
-        left = {file: iter(cuts) for file, (_, cuts) in pictures.items()}
-        cuts_of: dict[int, list[torch.Tensor]] = {kind: [] for kind in sides}
-        for entry in entries:
-            cuts_of[entry.kind].append(torch.from_numpy(next(left[entry.file])))
-        return pictures, {kind: finish(cuts, sides[kind]) for kind, cuts in cuts_of.items()}
+    def _on_host(self, entries: Sequence[ImageEntry]) -> _Stacks:
+        kinds = [entry.kind for entry in entries]
+        stacks = {
+            kind: torch.empty((kinds.count(kind), 3, side, side), dtype=self.dtype)
+            for kind, side in self.sides.items()
+        }
+        rows = {kind: iter(stack) for kind, stack in stacks.items()}
+        places = [next(rows[kind]) for kind in kinds]
 
-    def _on_device(
-        self, entries: Sequence[ImageEntry], sides: Mapping[int, int]
-    ) -> tuple[_Pictures, dict[int, torch.Tensor]]:
-        pictures = self._read(entries, _padded)
-        uploaded = upload([pixels for _, (pixels,) in pictures.values()], self.device)
-        ready = prepare_on_device(uploaded, [picture.plan for picture, _ in pictures.values()])
-        number = {file: i for i, file in enumerate(pictures)}
+        def show(picture: _Picture) -> None:
+            """Cut, resize and normalise every window, each to its place in the stacks."""
+            sources = {IMAGE_ITEM_TYPE: full_image(picture.pixels, picture.plan)}
+            for number, window in picture.windows.items():
+                kind, side = kinds[number], self.sides[kinds[number]]
+                if kind not in sources:
+                    sources[kind] = canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+                image = cut(sources[kind], window)
+                if self.pixel_order == "pillow":
+                    image = image.resize((side, side), Image.Resampling.BILINEAR)
+                    normalize_into(places[number], np.asarray(image))
+                else:
+                    places[number][:] = normalize_then_resize(torch.tensor(np.asarray(image)), side)
+
+        _, reasons = self._read(entries, False, show)
+        return {kind: to_device(stack, self.device) for kind, stack in stacks.items()}, reasons
+
+    def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
+        pictures, reasons = self._read(entries, True, lambda picture: picture)
+        ready = prepare_on_device(
+            upload([picture.pixels for picture in pictures], self.device),
+            [picture.plan for picture in pictures],
+        )
+        rectangles = {
+            number: ready.rectangle(i, entries[number].kind, window)
+            for i, picture in enumerate(pictures)
+            for number, window in picture.windows.items()
+        }
         stacks = {}
-        for kind, side in sides.items():
-            windows = [
-                (number[entry.file], pictures[entry.file][0].window(entry))
-                for entry in entries
-                if entry.kind == kind
-            ]
-            if kind == PATCH_ITEM_TYPE:
-                source, crops = ready.canvases, [ready.window_rectangle(*at) for at in windows]
-            else:
-                source, crops = ready.full, [ready.full_rectangle(i) for i, _ in windows]
+        for kind, side in self.sides.items():
+            source = ready.canvases if kind == PATCH_ITEM_TYPE else ready.full
+            crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
             if self.pixel_order == "pillow":
                 stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
             else:
-                cuts = [
-                    source.image(at.image)[at.top : at.bottom, at.left : at.right] for at in crops
-                ]
-                stacks[kind] = self._normalized_then_resized(cuts, side)
-        return pictures, stacks
-
-    def _normalized(self, cuts: list[torch.Tensor], side: int) -> torch.Tensor:
-        pixels = torch.stack(cuts) if cuts else torch.empty((0, side, side, 3), dtype=torch.uint8)
-        return clip_normalize(to_device(pixels, self.device), dtype=self.dtype)
-
-    def _normalized_then_resized(self, cuts: list[torch.Tensor], side: int) -> torch.Tensor:
-        moved = [to_device(pixels, self.device) for pixels in cuts]
-        return normalize_then_resize(moved, side, dtype=self.dtype, device=self.device)
+                shape = (len(crops), 3, side, side)
+                stacks[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
+                for place, crop in zip(stacks[kind], crops, strict=True):
+                    place[:] = normalize_then_resize(source.cut(crop), side)
+        return stacks, reasons
 
 
-def _decoded(
-    entries: Sequence[ImageEntry], on_broken: OnBroken, max_pixels: int | None
-) -> _Picture:
-    """The picture of ``entries``, all of one file, whose windows are checked to be its own."""
-    path, in_crops = entries[0].file
-    decoded = decode(path, on_broken, max_pixels)
-    image, reason = decoded.image, decoded.broken
-    if in_crops and reason is None:
-        try:
-            plan = plan_crops(*image.size)
-        except ValueError as problem:
-            reason = str(problem)
-        else:
-            own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
-            stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
-            if not stray:
-                return _Picture(image=image, plan=plan)
-            reason = (
-                f"it has {image.width}×{image.height} pixels, of which {stray[-1]} is no window: "
-                "it was planned from another size, or was unreadable then"
-            )
-        unseen = BrokenImageError(f"image {path} could not be shown: {reason}", reason)
-        if on_broken == "raise":
-            raise unseen
-        logger.warning("%s: black is used in its place", unseen)
-        image = Image.new("RGB", (1, 1))
-    return _Picture(image=image, plan=plan_whole(*image.size), broken=reason)
+def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
+    """The plan of a picture in crops, whose windows are checked to be those of its ``entries``."""
+    try:
+        plan = plan_crops(width, height)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
+        stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
+        if not stray:
+            return plan
+        reason = (
+            f"it has {width}×{height} pixels, of which {stray[-1]} is no window: it was planned "
+            "from another size, or was unreadable then"
+        )
+    raise BrokenImageError(f"image {entries[0].path} could not be shown: {reason}", reason)
 
 
-def _padded(picture: _Picture, entries: Sequence[ImageEntry]) -> _Pixels:  # noqa: ARG001
-    return [np.asarray(padded_image(picture.image, picture.plan))]
-
-
-def _cut(
-    picture: _Picture, entries: Sequence[ImageEntry], sides: Mapping[int, int] | None
-) -> _Pixels:
-    """With Pillow, cut every window out, and resize it where there are ``sides``."""
-    full = full_image(picture.image, picture.plan)
-    sources = {IMAGE_ITEM_TYPE: full}
-    if any(entry.kind == PATCH_ITEM_TYPE for entry in entries):
-        sources[PATCH_ITEM_TYPE] = canvas_image(full, picture.plan)
-    cuts = []
-    for entry in entries:
-        image = cut(sources[entry.kind], picture.window(entry))
-        if sides is not None:
-            side = sides[entry.kind]
-            image = image.resize((side, side), Image.Resampling.BILINEAR)
-        cuts.append(np.array(image))
-    return cuts
+def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
+    """The pixels in pinned memory; those of a thin and tiny picture on its black square."""
+    memory = pinned(*plan.padded_size[::-1])
+    if image.size == plan.padded_size:
+        decode_into(memory.numpy(), image)
+    else:
+        memory.numpy()[:] = np.asarray(padded_image(rgb_image(image), plan))
+    return memory

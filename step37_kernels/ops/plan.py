@@ -14,6 +14,9 @@ back, and the claims: some 350 instructions a warp, 16 warps, about 1.1 µs, whi
 next chunk are on the way. Predicted on an H100, one group, the launch's 2.3 µs included: 3.4 µs for
 2048 positions, 7 for 8192, 20 for 32768; behind the product's first tiles, none of it shows.
 
+A placeholder is a token whose feature is one row that lands on it, not after it; of ``[B, S, H]``
+positions are numbered otherwise. Both are numbers of the launch, so one binary serves them all.
+
 What the host knows of the layout (tokens, counts) travels in the launch itself where it is small,
 as it nearly always is, and in a table in device memory where it is not.
 """
@@ -37,7 +40,7 @@ PLAN_WARPS = 16
 MAX_INLINE = 4
 """Groups, and runs of features with equal row counts, that fit into the arguments of a launch."""
 
-_SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"]
+_SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows", "shift"]
 _GROUPS = ["token_0", "token_1", "token_2", "token_3", "first_1", "first_2", "first_3"]
 _RUNS = ["rows_0", "rows_1", "rows_2", "rows_3", "run_1", "run_2", "run_3"]
 
@@ -80,7 +83,10 @@ def _at(few, index):
     return tl.sum(tl.where(lane == index, few, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "num_features", "num_groups", "num_runs", *_GROUPS, *_RUNS])
+_COUNTS = ["batch_first", "num_features", "num_groups", "num_runs"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_COUNTS, *_GROUPS, *_RUNS])
 def plan_kernel(
     ids_ptr,  # [B, S] int32 or int64, any strides
     table_ptr,  # int64, read if TABLE: the layout (see plan_rows)
@@ -94,6 +100,8 @@ def plan_kernel(
     stride_s,
     num_positions,
     num_rows,
+    shift,  # positions from a token to its feature's first row: 1, or 0 of placeholders
+    batch_first,  # whether row_at is [B, S], and positions are numbered so in destinations
     num_features,
     num_groups,
     num_runs,
@@ -149,7 +157,9 @@ def plan_kernel(
             match = ((ids == token.to(tl.int64)) & inside).to(tl.int32)
             # Features up to this one have begun, at or before this position.
             begun = first + _at(counts, group) + tl.cumsum(match, axis=0) - match
-            tl.store(starts_ptr + begun, position + batch_size, mask=(match != 0) & (begun < end))
+            first_row = position + shift * batch_size
+            tl.store(starts_ptr + begun, first_row, mask=(match != 0) & (begun < end))
+            begun += match * (1 - shift)
             counts += tl.where(few == group, tl.sum(match, axis=0), 0)
             tl.debug_barrier()  # other threads read these starts
             for run in range(0, num_runs):
@@ -175,6 +185,8 @@ def plan_kernel(
                     lands &= (step >= 0) & (step < rows)
                     claims = row + (feature - begin) * rows + step
                     best = tl.maximum(best, tl.where(lands, claims, -1))
+        if batch_first != 0:
+            position = index
         tl.store(row_at_ptr + position, best, mask=inside)
         tl.store(destinations_ptr + best, position, mask=inside & (best >= 0))
         ids = next_ids
@@ -198,6 +210,9 @@ def plan_rows(
     groups: Sequence[tuple[int, int]],
     runs: Sequence[tuple[int, int]],
     table: Tensor | None,
+    *,
+    shift: int = 1,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel.
 
@@ -208,16 +223,20 @@ def plan_rows(
         table: the same on the device unless it :func:`fits_into_a_launch`, flat int64:
             start token of each group; first feature of each, then N; rows of each feature
             of each run; first feature of each run, then N; first row of each run.
+        shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
+        batch_first: number positions ``b * S + s``.
 
     Returns:
-        ``destinations [R]``, ``row_at [S, B]``, ``starts [N]``, ``start_counts [G]``, all int32.
+        ``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` if ``batch_first``), ``starts [N]``,
+        ``start_counts [G]``, all int32.
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
     num_features = sum(features for _, features in groups)
     num_rows = sum(features * rows for features, rows in runs)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
-    destinations, row_at = empty(num_rows), empty(seq_len, batch_size)
+    destinations = empty(num_rows)
+    row_at = empty(batch_size, seq_len) if batch_first else empty(seq_len, batch_size)
     starts, start_counts = empty(num_features), empty(len(groups))
     if table is None:
         few = MAX_INLINE
@@ -235,8 +254,9 @@ def plan_rows(
             (1,),
             *(input_ids, input_ids if table is None else table),
             *(starts, start_counts, row_at, destinations),
-            *(batch_size, seq_len, *input_ids.stride(), num_positions, num_rows, num_features),
-            *(len(groups), len(runs), *tokens, *firsts, *rows, *begins),
+            *(batch_size, seq_len, *input_ids.stride(), num_positions, num_rows),
+            *(shift, int(batch_first), num_features, len(groups), len(runs)),
+            *(*tokens, *firsts, *rows, *begins),
             TABLE=table is not None,
             CONTIGUOUS=input_ids.is_contiguous(),
             INTERPRET=INTERPRETED,

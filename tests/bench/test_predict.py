@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
 from bench import predict
 from bench.shapes import SHAPES, shapes_named
+from bench.subjects.automodel import CROPS
+from step37_kernels import plan_placeholders
+from step37_kernels.automodel import places_of_rows, with_rows_moved
 from step37_kernels.ops import tiles
 from step37_kernels.ops.tiles import Tile
 
@@ -107,6 +111,34 @@ def test_the_insert_is_predicted_to_cost_little_more_than_bare_products(name: st
     (shape,) = shapes_named([name])
     assert predict.row(shape, "H100", "forward")["ratio"] <= ABOVE.get(name, 1.055)
     assert predict.row(shape, "H100", "forward+backward")["ratio"] <= 1.12
+
+
+class Launches(TorchDispatchMode):
+    """How many operations of PyTorch are launches: not views, nor room for results."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += not (operation.is_view or "empty" in str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_merge_into_placeholders_is_predicted_with_the_operations_that_it_has() -> None:
+    shape = predict.PLACEHOLDERS
+    crops = torch.empty(shape.crops, shape.crop_rows, 1)
+    images, counts = torch.empty(shape.images, shape.image_rows, 1), torch.tensor(CROPS)
+    ids = torch.zeros(1, shape.seq_len, dtype=torch.int64)
+    plan = plan_placeholders(ids, 7, shape.num_rows, batch_first=True)
+    with Launches() as launches:
+        with_rows_moved(plan, places_of_rows(counts, crops, images))
+    assert launches.count == predict.MOVES
+    forward = predict.row(shape, "H100", "forward")
+    assert [launch["kernel"] for launch in forward["launches"]] == [
+        "plan",
+        f"{predict.MOVES} small operations",
+        "project, scatter",
+    ]
+    assert forward["predicted_us"] > sum(launch["us"] for launch in forward["launches"])
 
 
 def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> None:

@@ -165,8 +165,8 @@ def test_a_broken_picture_follows_on_broken(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"packing": "worst_fit"}, "packing: expected 'next_fit', 'best_fit' or 'balanced'"),
-        ({"on_broken": "ignore"}, "on_broken: expected 'zero', 'raise' or 'skip-loss'"),
+        ({"packing": "worst_fit"}, "packing: expected one of next_fit, best_fit, balanced"),
+        ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
     ],
 )
 def test_an_unknown_word_is_refused(given: dict[str, Any], message: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_data.images import decode as module
-from step37_data.images.decode import BrokenImageError, read_rgb
+from step37_data.images.decode import BrokenImageError, decode_into, open_image, read_rgb
 from step37_data.images.encoded import EncodedImage
 
 simplejpeg = pytest.importorskip("simplejpeg", reason="the extra jpeg is not installed")
@@ -125,3 +127,46 @@ def test_a_simplejpeg_that_decodes_otherwise_is_not_used(
         assert "decode to different pixels" in caplog.text
     finally:
         module._simplejpeg.cache_clear()
+
+
+@pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_photograph_is_decoded_into_the_memory_it_travels_from(path: Path, kind: str) -> None:
+    data = path.read_bytes()
+    expected = by_pillow(data)
+    if kind == "png":
+        file = io.BytesIO()
+        Image.fromarray(expected).save(file, "PNG")
+        data = file.getvalue()
+    memory = np.full_like(expected, 77)
+    assert module._simplejpeg() is simplejpeg
+    with open_image(EncodedImage("a", data)) as image:
+        tracemalloc.start()
+        try:
+            decode_into(memory, image)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert np.array_equal(memory, expected)
+    # Beside the memory: nothing; or what Pillow reads out in pieces, which are joined.
+    assert peak < (50_000 if kind == "jpg" else 2.2 * memory.nbytes + 50_000)
+
+
+@given(place=st.integers(20, 3000), value=st.integers(0, 255))
+def test_what_a_damaged_file_left_in_the_memory_is_overwritten_or_not_used(
+    place: int, value: int
+) -> None:
+    data = bytearray(PHOTOGRAPHS[0].read_bytes())
+    data[place] = value
+    file = EncodedImage("a", bytes(data))
+    try:
+        expected = by_pillow(bytes(data))
+    except Exception:
+        expected = None
+    with contextlib.suppress(BrokenImageError), open_image(file) as image:
+        memory = np.full((image.height, image.width, 3), 77, np.uint8)
+        decode_into(memory, image)
+        assert expected is not None
+        assert np.array_equal(memory, expected)
+        expected = None
+    assert expected is None

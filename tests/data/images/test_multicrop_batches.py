@@ -17,7 +17,7 @@ from PIL import Image
 
 from step37_data.caches.lengths import LengthCache, probe_lengths
 from step37_data.images import stacks
-from step37_data.images.crop_pixels import normalize_then_resize
+from step37_data.images.crop_pixels import normalize_then_resize, padded_image
 from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, BrokenImages
 from step37_data.images.stacks import ImageReader
@@ -237,7 +237,7 @@ def test_in_the_order_of_serving_the_last_resize_is_made_in_floating_point(pictu
     loaded = load(entries_of(path), pixel_order="serving")
     for (got, _), image, side in zip(loaded, [*seen.crops, seen.full], sides, strict=True):
         pixels = torch.from_numpy(np.array(image)).to(DEVICE)
-        expected = normalize_then_resize([pixels], side, dtype=torch.float32, device=DEVICE)[0]
+        expected = normalize_then_resize(pixels, side)
         assert torch.equal(got, expected)
     assert not torch.equal(loaded[-1][0], load(entries_of(path))[-1][0])
     whole = load([(path, 0)], pixel_order="serving")[0][0]
@@ -286,18 +286,18 @@ def test_a_picture_of_another_size_than_planned_can_be_an_error(changed):
         load(entries[1], on_broken="raise")
 
 
+def unpinned(height: int, width: int) -> torch.Tensor:
+    return torch.empty((height, width, 3), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize("order", ["pillow", "serving"])
 def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
     picture, changed, order, monkeypatch
 ):
-    # The copy to a CUDA device is all that cannot run without one.
-    monkeypatch.setattr(
-        stacks,
-        "upload",
-        lambda pictures, device: RaggedImages.gather(
-            [torch.tensor(each).to(device) for each in pictures]
-        ),
-    )
+    # Pinned memory and the copy to a CUDA device are all that cannot run without one.
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(stacks, "pinned", unpinned)
+        monkeypatch.setattr(stacks, "upload", lambda given, _: RaggedImages.gather(given))
     _, of_three = changed
     entries = [entry for of_path in of_three for entry in of_path]
     for size in [*SIZES, (3100, 1500)]:
@@ -307,11 +307,12 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
     sides = {0: IMAGE_SIDE, 1: CROP_SIDE}
     wanted = [ImageEntry(*entry) for entry in entries]
     host, device = (
-        ImageReader(device=of_reader, dtype=torch.bfloat16, pixel_order=order)
+        ImageReader(sides, of_reader, torch.bfloat16, pixel_order=order)
         for of_reader in (torch.device("cpu"), DEVICE)
     )
-    by_host, broken = host.load_stacks(wanted, sides)
-    _, by_device = device._on_device(wanted, sides)
+    by_host, broken = host.load_stacks(wanted)
+    by_device, reasons = device._on_device(wanted)
+    assert reasons == broken
     for kind in sides:
         if order == "pillow" or DEVICE.type == "cpu":
             assert torch.equal(by_device[kind].cpu(), by_host[kind])
@@ -321,6 +322,45 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
             )
     whole = [why is None for why, entry in zip(broken, wanted, strict=True) if entry.kind == 0]
     assert whole == [False, False] + [True] * 10
+
+
+def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(picture, monkeypatch):
+    def full(*_: object, **_options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=2)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(MemoryError, match="pinned memory for 500×333 pixels: CUDA error: out"):
+        reader._on_device([ImageEntry(picture(500, 333), 0)])
+
+
+def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own(
+    picture, monkeypatch
+):
+    """Pinned where there is CUDA: what is uploaded is that memory itself."""
+    given: list[torch.Tensor] = []
+    uploaded: list[torch.Tensor] = []
+
+    def allocated(height: int, width: int) -> torch.Tensor:
+        given.append(unpinned(height, width).fill_(77))
+        return given[-1]
+
+    def upload(pictures: list[torch.Tensor], _: torch.device) -> RaggedImages:
+        uploaded.extend(pictures)
+        return RaggedImages.gather([one.to(DEVICE) for one in pictures])
+
+    monkeypatch.setattr(stacks, "pinned", allocated)
+    monkeypatch.setattr(stacks, "upload", upload)
+    sizes = [(500, 333), (500, 375), (40, 9), (1920, 1080)]
+    wanted = [ImageEntry(*entry) for size in sizes for entry in entries_of(picture(*size))]
+    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=1)
+    reader._on_device(wanted)
+    assert [memory.data_ptr() for memory in given] == [sent.data_ptr() for sent in uploaded]
+    for size, sent in zip(sizes, uploaded, strict=True):
+        plan = plan_crops(*size)
+        with Image.open(picture(*size)) as image:
+            expected = padded_image(image.convert("RGB"), plan)
+        assert np.array_equal(sent.numpy(), np.asarray(expected))
 
 
 def run(template: Any, packed: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -570,8 +610,8 @@ def test_where_pillow_has_to_resize_the_crops_are_the_same(picture, monkeypatch)
 
 def test_stacks_of_nothing_are_empty():
     for order in ("pillow", "serving"):
-        reader = ImageReader(device=DEVICE, dtype=torch.float32, pixel_order=order)
-        images, broken = reader.load_stacks([], {0: 8, 1: 4})
+        reader = ImageReader({0: 8, 1: 4}, DEVICE, torch.float32, pixel_order=order)
+        images, broken = reader.load_stacks([])
         assert {kind: stack.shape for kind, stack in images.items()} == {
             0: (0, 3, 8, 8),
             1: (0, 3, 4, 4),

@@ -20,6 +20,7 @@ from step37_data.images.crop_pixels import (
     prepare_on_device,
 )
 from step37_data.images.crops import plan_crops
+from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.ragged import RaggedImages
@@ -95,13 +96,15 @@ def assert_device_chain(pictures: list[Image.Image], impl: str, sides_: tuple[in
     got = resize_clip_normalize(
         ready.full,
         image_side,
-        crops=[ready.full_rectangle(i) for i in range(len(pictures))],
+        crops=ready.full.whole(),
         impl=impl,
     )
     expected = torch.stack([normalized(each.full, image_side) for each in seen])
     assert torch.equal(got.cpu(), expected)
     rectangles = [
-        ready.window_rectangle(i, window) for i, plan in enumerate(plans) for window in plan.windows
+        ready.rectangle(i, PATCH_ITEM_TYPE, window)
+        for i, plan in enumerate(plans)
+        for window in plan.windows
     ]
     got = resize_clip_normalize(ready.canvases, crop_side, crops=rectangles, impl=impl)
     crops = [crop for each in seen for crop in each.crops]
@@ -149,7 +152,7 @@ def test_a_picture_without_crops_has_neither_canvas_nor_windows():
     ready = prepare_on_device(RaggedImages.gather([pixels(noise(500, 375))]), [plan])
     assert len(ready.canvases) == 0
     with pytest.raises(ValueError, match="picture 0 has no crops"):
-        ready.window_rectangle(0, (0, 0, 504, 504))
+        ready.rectangle(0, PATCH_ITEM_TYPE, (0, 0, 504, 504))
 
 
 def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:
@@ -169,19 +172,19 @@ def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(60, 41), (20, 90), (32, 32), (300, 20)])
 def test_the_order_of_serving_normalises_and_then_resizes(size):
     picture = pixels(noise(*size))
-    got = normalize_then_resize([picture.to(DEVICE)], 32, dtype=torch.float32, device=DEVICE)
+    got = normalize_then_resize(picture.to(DEVICE), 32)
     exact = reference_pixels.clip_normalize(picture[None], dtype=torch.float32)[0].double().numpy()
     exact = antialiased(antialiased(exact, 32, 1), 32, 2)
     # Two fp32 sums of at most 22 terms of magnitude 2.7, whose weights carry rounding of their own.
     bound = 2 * 3 * 22 * 2.0**-24 * 2.7
-    assert np.abs(got[0].cpu().double().numpy() - exact).max() <= bound
+    assert np.abs(got.cpu().double().numpy() - exact).max() <= bound
 
 
 def test_the_two_orders_differ_by_the_roundings_to_8_bits():
     """Pillow rounds to 8 bits after each pass, serving never: at most 1 of 255 apart."""
     photos = [pixels(photograph(path)) for path in PHOTOS[:4]]
     pillow = resize_clip_normalize(photos, 504, dtype=torch.float32)
-    serving = normalize_then_resize(photos, 504, dtype=torch.float32, device=torch.device("cpu"))
+    serving = torch.stack([normalize_then_resize(photo, 504) for photo in photos])
     std = torch.tensor(reference_pixels.CLIP_STD).view(3, 1, 1)
     levels = (pillow - serving).abs() * std * 255
     assert 0.3 < levels.max() <= 1.01

@@ -181,13 +181,11 @@ def test_wrong_arguments_are_refused() -> None:
     for epoch in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"epochs\[0\]: expected more than 0"):
             loader_of([1], epochs=[epoch])
-    with pytest.raises(ValueError, match="expected 'sequential' or 'random', got 'sorted'"):
+    with pytest.raises(ValueError, match="expected one of sequential, random, got 'sorted'"):
         loader_of([1], dataset_sampling="sorted")
     with pytest.raises(ValueError, match="dataset_sampling: 2 values for 1 datasets"):
         loader_of([1], dataset_sampling=["random", "random"])
-    with pytest.raises(
-        ValueError, match="packing: expected 'next_fit', 'best_fit' or 'balanced', got 'best'"
-    ):
+    with pytest.raises(ValueError, match=r"packing: expected one of next_fit, .*, got 'best'"):
         loader_of([1], packing="best")
     with pytest.raises(
         ValueError, match="nothing was packed: all 2 samples are longer than the 10"

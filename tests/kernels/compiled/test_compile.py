@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from step37_kernels import (
     ImageForInsert,
     ImageInsertEmbedding,
+    automodel,
     plan_insert,
     plan_placeholders,
 )
@@ -123,7 +125,7 @@ def test_the_module_compiles_whole_whatever_is_dynamic(device, impl, dynamic, mo
 def test_a_plan_is_traced_whole(device, impl, dynamic, of):
     def planned(ids: Tensor) -> tuple[Tensor, ...]:
         if of == "plan_placeholders":
-            plan = plan_placeholders(ids, IM_START, 4)
+            plan = plan_placeholders(ids, IM_START, 4, impl=impl)
         else:
             plan = plan_insert(ids, [(PATCH_START, [3, 3, 2]), (IM_START, [7] * 4)], impl=impl)
         if of == "shard":
@@ -210,6 +212,56 @@ def test_insert_features_reports_it_too(device, caplog):
     assert "1 in input_ids, 2 features; inserting 1" in caplog.text
 
 
+class Placeholders(nn.Module):
+    """The modules that a merge like Automodel's uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(image_token_id=IM_START)
+        self.language_model = nn.Module()
+        self.language_model.embed_tokens = nn.Embedding(IM_START + 1, HIDDEN)
+        self.vision_model = None
+        self.vit_large_projector = nn.Linear(WIDTH, HIDDEN)
+
+
+class Merge(automodel.FusedMerge, Placeholders):
+    """The merge of rows that the tower has made, ``[N, L, C]``."""
+
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        features = automodel._Features(tensors=[rows], place=None)
+        return self.prepare_inputs_embeds(ids, features)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_merge_into_placeholders_is_the_eager_one_and_reports_a_mismatch(
+    device, impl, training, caplog
+):
+    model = Merge().to(device)
+    model.step37_options = automodel._Options(impl=impl)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    told = []
+    for length, held in ((20, 6), (30, 6), (30, 5), (30, 7)):
+        ids = torch.full((2, length), FILLER, device=device)
+        ids[:, 3:6] = IM_START
+        ids[0, 3] += (held == 5) * (FILLER - IM_START)
+        ids[1, 9:10] = IM_START if held == 7 else FILLER
+        rows = torch.randn(2, 3, WIDTH, device=device)
+        with torch.set_grad_enabled(training):
+            eager, traced = model(ids, rows), compiled(ids, rows)
+        assert torch.equal(eager, traced)
+        assert traced.requires_grad == training
+        wait_for_counts(device)
+        told.append(our_warnings(caplog))
+        caplog.clear()
+    sentence = f"start token {IM_START}: {{}} in input_ids, 6 features; inserting {{}}"
+    assert [len(messages) for messages in told] == [0, 0, 2, 2]
+    for messages, numbers in zip(told[2:], ((5, 5), (7, 6)), strict=True):
+        assert all(message.endswith(sentence.format(*numbers)) for message in messages)
+
+
 def test_strict_breaks_the_graph_and_says_so_where_it_may_not(device):
     module, _ = make_module(device, "torch")
     module.configure(strict=True)
@@ -244,13 +296,13 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
         device=device,
     )
     (token, ((features, rows),)) = to_runs(case.plan_groups)[0]
-    arguments = (case.input_ids, [token], [features], [features], [rows], triton)
+    arguments = (case.input_ids, [token], [features], [features], [rows])
     operators = torch.ops.step37
-    for watch in (True, False):
-        torch.library.opcheck(operators.plan.default, (*arguments, watch))
+    for how in itertools.product((0, 1), (True, False), [triton], (True, False)):
+        torch.library.opcheck(operators.plan.default, (*arguments, *how))
     if not triton:
         return
-    destinations, row_at, _, _ = operators.plan(*arguments, False)
+    destinations, row_at, _, _ = operators.plan(*arguments, 1, False, True, False)
     weight, bias = case.weight.detach(), case.bias.detach()
     pictures = [case.features[0].detach()]
     torch.library.opcheck(operators.pack_rows.default, (pictures,))

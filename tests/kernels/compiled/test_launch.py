@@ -17,7 +17,8 @@ from bench.no_gpu import NoDriver, compiled
 launched = []
 NoDriver("sm_90", lambda *arguments: launched.append(arguments)).install()
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, dispatch, plan_insert
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, dispatch
+from step37_kernels import plan_insert, plan_placeholders
 from step37_kernels.ops import gradient, plan, project, tiles
 
 dispatch.kernels_run_on_cpu = lambda: True
@@ -65,6 +66,9 @@ for rows, seq_len, images in ((16, 17, 1), (100, 1, 1), (81, 2048, 3), (169, 100
                               (81, 20000, 2)):
     step(fused, rows, seq_len, images).sum().backward()
 many_groups(7, 5000)
+ids = torch.zeros(3, 40, dtype=torch.int64)
+for first, rows in ((True, 7), (False, 500)):
+    plan_placeholders(ids, 7, rows, batch_first=first, impl="triton")
 print(json.dumps([before, [len(compiled(kernel)) for kernel in kernels]]))
 """
     before, after = run(script)

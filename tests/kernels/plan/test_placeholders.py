@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from step37_kernels import plan_insert, plan_placeholders, project_and_insert, reference
+from step37_kernels.ops import plan as ops
 from step37_kernels.testing import deviation, product_bound
 from tests.kernels.strategies import TOKENS, plan_groups, token_ids
 
@@ -18,24 +20,82 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["torch", "triton"]
 
 
-@given(ids=token_ids(), num_rows=st.integers(0, 130), batch_first=st.booleans())
-def test_the_kth_row_goes_to_the_kth_placeholder(ids, num_rows, batch_first):
-    plan = plan_placeholders(ids.to(DEVICE), TOKENS[0], num_rows, batch_first=batch_first)
+class Operations(TorchDispatchMode):
+    """Names of what PyTorch does meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def assert_references(ids, num_rows, batch_first, impl):
+    plan = plan_placeholders(
+        ids.to(DEVICE), TOKENS[0], num_rows, batch_first=batch_first, impl=impl
+    )
     expected = reference.plan_placeholders(ids, TOKENS[0], num_rows, batch_first=batch_first)
     for name, value in expected._asdict().items():
         ours = getattr(plan, name)
         assert ours.dtype == torch.int32
         assert torch.equal(ours.cpu(), value), name
+    return plan
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(ids=token_ids(), num_rows=st.integers(0, 130), batch_first=st.booleans())
+def test_the_kth_row_goes_to_the_kth_placeholder(impl, ids, num_rows, batch_first):
+    plan = assert_references(ids, num_rows, batch_first, impl)
     assert (plan.batch_size, plan.seq_len) == ids.shape
     assert plan.num_rows == num_rows
     assert plan.destinations.is_contiguous()
     assert plan.row_at.is_contiguous()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=4)
+@given(
+    seed=st.integers(0, 2**31),
+    batch_size=st.sampled_from([1, 2, 3]),
+    num_rows=st.sampled_from([1700, 9000]),
+    batch_first=st.booleans(),
+)
+def test_placeholders_are_numbered_across_blocks_of_ids(
+    impl, seed, batch_size, num_rows, batch_first
+):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.rand(batch_size, 5000, generator=generator) < 0.5
+    strided = torch.where(dense, TOKENS[0], 5).T.contiguous().T
+    assert_references(strided, num_rows, batch_first, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_batch_without_tokens_has_no_placeholders(impl, shape, batch_first):
+    plan = assert_references(torch.zeros(shape, dtype=torch.int64), 3, batch_first, impl)
+    assert plan.destinations.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_placeholders_are_planned_in_one_launch(batch_first, monkeypatch):
+    launches = []
+    monkeypatch.setattr(ops, "launch", lambda *arguments, **_: launches.append(arguments[:2]))
+    ids = torch.full((2, 40), TOKENS[0], device=DEVICE)
+    with Operations() as seen:
+        plan_placeholders(ids, TOKENS[0], 70, batch_first=batch_first, impl="triton")
+    assert launches == [(ops.plan_kernel, (1,))]
+    assert seen.names <= {"aten.empty.memory_format", "aten.fill_.Scalar"}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @given(ids=token_ids(), groups=plan_groups())
-def test_a_batch_first_plan_is_the_same_map_otherwise_numbered(ids, groups):
+def test_a_batch_first_plan_is_the_same_map_otherwise_numbered(impl, ids, groups):
     ids = ids.to(DEVICE)
-    plan, other = plan_insert(ids, groups), plan_insert(ids, groups, batch_first=True)
+    plan = plan_insert(ids, groups, impl=impl)
+    other = plan_insert(ids, groups, batch_first=True, impl=impl)
     batch_size, seq_len = ids.shape
     assert torch.equal(other.row_at, plan.row_at.T)
     assert (other.batch_size, other.seq_len) == (batch_size, seq_len)
@@ -97,7 +157,7 @@ def test_forward_and_gradients_are_those_of_masked_scatter(impl, ids, pieces, bi
     features = [normal(1, rows, width) for rows in pieces]
     offset = normal(hidden) if bias else None
     inputs = [t for t in (embeddings, weight, offset, *features) if t is not None]
-    plan = plan_placeholders(ids, TOKENS[0], sum(pieces), batch_first=True)
+    plan = plan_placeholders(ids, TOKENS[0], sum(pieces), batch_first=True, impl=impl)
     ours = project_and_insert(embeddings, features, weight, offset, plan, impl=impl)
     grad = torch.randn(ours.shape, generator=generator).to(DEVICE)
 
@@ -136,7 +196,7 @@ def test_of_too_few_rows_the_last_placeholders_keep_their_words(impl):
     ids = torch.tensor([[7, 1, 7], [7, 7, 1]], device=DEVICE)
     words = torch.randn(2, 3, 4, device=DEVICE)
     rows = torch.randn(1, 2, 4, device=DEVICE)
-    plan = plan_placeholders(ids, 7, 2, batch_first=True)
+    plan = plan_placeholders(ids, 7, 2, batch_first=True, impl=impl)
     out = project_and_insert(words, rows, torch.eye(4, device=DEVICE), None, plan, impl=impl)
     wanted = words.clone()
     wanted[0, 0], wanted[0, 2] = rows[0]
@@ -153,6 +213,11 @@ def test_wrong_arguments_name_themselves():
         plan_placeholders(ids[0], 7, 1)
     with pytest.raises(TypeError, match="input_ids: expected int32 or int64"):
         plan_placeholders(ids.float(), 7, 1)
+    for token, num_rows in ((7.0, 1), (7, 1.5)):
+        with pytest.raises(TypeError, match="float"):
+            plan_placeholders(ids, token, num_rows)
+    with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'cuda'"):
+        plan_placeholders(ids, 7, 1, impl="cuda")
     plan = plan_placeholders(ids, 7, 1, batch_first=True)
     with pytest.raises(ValueError, match=r"expected \[B, S, H\] = \[2, 3, 4\], got \(3, 2, 4\)"):
         project_and_insert(
@@ -160,13 +225,14 @@ def test_wrong_arguments_name_themselves():
         )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_it_is_one_graph_for_any_number_of_rows(batch_first):
+def test_it_is_one_graph_for_any_number_of_rows(batch_first, impl):
     torch._dynamo.reset()
     compiled = torch.compile(plan_placeholders, fullgraph=True, dynamic=True, backend="eager")
     for rows, length in itertools.product((3, 5), (6, 9)):
         ids = torch.arange(2 * length, device=DEVICE).view(2, length) % 3
-        plan = compiled(ids, 1, rows, batch_first=batch_first)
+        plan = compiled(ids, 1, rows, batch_first=batch_first, impl=impl)
         expected = plan_placeholders(ids, 1, rows, batch_first=batch_first)
         assert torch.equal(plan.destinations, expected.destinations)
         assert torch.equal(plan.row_at, expected.row_at)

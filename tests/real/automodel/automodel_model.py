@@ -17,13 +17,20 @@ SIDE, ROWS = 70, 4  # 70 px are 5 × 5 patches, halved twice: 2 × 2 rows
 CROP_SIDE, CROP_ROWS = 56, 1
 
 
-def config(layers: int = 2, projector_bias: bool = False) -> Step3p7Config:
+def config(
+    layers: int = 2,
+    projector_bias: bool = False,
+    side: int = SIDE,
+    vocabulary: int = VOCABULARY,
+    length: int = 128,
+    image: int = IMAGE,
+) -> Step3p7Config:
     return Step3p7Config(
         vision_config={
             "width": WIDTH // 4,
             "layers": 1,
             "heads": 2,
-            "image_size": SIDE,
+            "image_size": side,
             "mlp_ratio": 2.0,
         },
         text_config={
@@ -32,9 +39,9 @@ def config(layers: int = 2, projector_bias: bool = False) -> Step3p7Config:
             "num_attention_heads": 2,
             "num_attention_groups": 2,
             "num_hidden_layers": layers,
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "head_dim": 16,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": length,
             "layer_types": ["full_attention"] * layers,
             "moe_layers_enum": (),
             "moe_num_experts": 2,
@@ -43,7 +50,7 @@ def config(layers: int = 2, projector_bias: bool = False) -> Step3p7Config:
             "share_expert_dims": 16,
             "dtype": "float32",
         },
-        image_token_id=IMAGE,
+        image_token_id=image,
         projector_bias=projector_bias,
     )
 

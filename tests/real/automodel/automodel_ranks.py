@@ -1,38 +1,46 @@
-"""Two gloo ranks with Automodel's own sharding and pipeline: what each returns."""
+"""Two gloo ranks with Automodel's own sharding, pipeline and recipe: what each returns."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from nemo_automodel.components.datasets.vlm.pp_media import (
-    stage_vlm_media_for_pp as stock_stage,
-)
-from nemo_automodel.components.datasets.vlm.pp_media import (
-    wrap_vlm_collate_for_pp as stock_wrap,
-)
 from nemo_automodel.components.distributed.pipelining import AutoPipeline
+from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+from nemo_automodel.components.moe.parallelizer import apply_fsdp
+from nemo_automodel.components.utils.model_utils import filter_forward_kwargs
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor.experimental._context_parallel import _attention
 
-from step37_data.pp_media import stage_vlm_media_for_pp, wrap_vlm_collate_for_pp
 from step37_kernels.automodel import FusedMerge, patch_step3p7, replace_in, unpatch_step3p7
-from tests.real.automodel.automodel_model import LENGTH, batch, build
+from tests.real.automodel import automodel_recipe
+from tests.real.automodel.automodel_model import batch, build
+from tests.real.automodel.automodel_recipe import LENGTH, model_options
 
 STEPS, MICROBATCHES = 2, 2
 # Of each rank in each step, or of the whole batch. Crops on every rank: FSDP gathers the tower's
 # blocks once for them, and the ranks have to gather together.
 CROPS = [[2, 0], [1, 3], [0, 4], [1, 0]]
 HOWS = ("stock", "patched", "replaced", "kernels")
+MEDIA = ("its media", "our media")
+SCHEDULES = ("GPipe", "1F1B")
+RATE = 0.1
 
 
-def made(how: str) -> Any:
+def made(how: str, **options: Any) -> Any:
     if how in ("patched", "kernels"):
         patch_step3p7(impl="triton" if how == "kernels" else "torch")
-    model = build()
+    model = build(**options)
     unpatch_step3p7()
     assert isinstance(model.model, FusedMerge) == (how in ("patched", "kernels"))
     return model
@@ -42,16 +50,10 @@ def sum_of_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
-def shard(model: Any) -> None:
-    """In the units in which Automodel's parallelizer does it, the projector one of its own."""
-    mesh = init_device_mesh("cpu", (2,))
-    inner = model.model
-    for layer in inner.language_model.layers.values():
-        fully_shard(layer, mesh=mesh)
-    for block in inner.vision_model.transformer.resblocks:
-        fully_shard(block, mesh=mesh)
-    for module in (inner.vit_large_projector, inner, model):
-        fully_shard(module, mesh=mesh)
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """As its parallelizer does it; the projector is a unit of its own."""
+    apply_fsdp(model, mesh, False, False, mp_policy=MixedPrecisionPolicy())
+    assert isinstance(model.model.vit_large_projector, FSDPModule)
 
 
 def fsdp(rank: int) -> dict[str, list[dict[str, Tensor]]]:
@@ -61,7 +63,7 @@ def fsdp(rank: int) -> dict[str, list[dict[str, Tensor]]]:
 
 def _train_sharded(rank: int, how: str) -> list[dict[str, Tensor]]:
     model = made(how)
-    shard(model)
+    shard(model, init_device_mesh("cpu", (2,)))
     if how == "replaced":
         assert replace_in(model, impl="torch") == ("model",)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -98,64 +100,116 @@ def whole(dtype: torch.dtype) -> list[dict[str, Tensor]]:
     return steps
 
 
-def pipeline(rank: int, schedule: str) -> dict[str, list[dict[str, Tensor]]]:
+def pipelines(rank: int) -> dict[str, list[dict[str, Tensor]]]:
     """Gradients of this rank's stage, and the loss on the last, step by step."""
     del rank
     results = {}
-    for how in HOWS:
-        for ours in (False, True):
-            name = f"{how}, {'our' if ours else 'its'} media"
-            results[name] = _train_in_stages(how, ours, schedule)
+    for media in MEDIA:
+        with automodel_recipe.our_media(media == "our media"):
+            batches = automodel_recipe.batches(MICROBATCHES)
+            for schedule, how in itertools.product(SCHEDULES, HOWS):
+                name = f"{schedule}, {how}, {media}"
+                results[name] = _train_in_stages(how, schedule, batches)
     return results
 
 
-def _train_in_stages(how: str, ours: bool, schedule: str) -> list[dict[str, Tensor]]:
-    model = made(how)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+def _train_in_stages(how: str, schedule: str, batches: list[Any]) -> list[dict[str, Tensor]]:
+    mesh = automodel_recipe.mesh(pp=2)
     pp = AutoPipeline(
         world_mesh=mesh,
         pp_schedule=schedule,
         pp_microbatch_size=1,
         pp_batch_size=MICROBATCHES,
-        pp_seq_len=LENGTH,
+        pp_seq_len=LENGTH - 1,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+    model = made(how, **model_options())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pp.build(model, loss_fn=sum_of_losses)
+        pp.build(model, loss_fn=MaskedCrossEntropy(fp32_upcast=False))
     if how == "replaced":
-        names = replace_in(pp.parts, impl="torch")
-        assert names == ("0.model",)
-    stage, wrap = (
-        (stage_vlm_media_for_pp, wrap_vlm_collate_for_pp) if ours else (stock_stage, stock_wrap)
-    )
-    collate = wrap(lambda crops: batch(len(crops) + sum(crops), crops), n_microbatches=MICROBATCHES)
-    optimizer = torch.optim.SGD([p for part in pp.parts for p in part.parameters()], lr=0.1)
+        assert replace_in(pp.parts, impl="torch") == ("0.model",)
+    recipe = automodel_recipe.recipe(None, mesh, pp)
+    (part,) = pp.parts
+    optimizer = torch.optim.SGD(part.parameters(), lr=RATE)
     steps = []
-    for crops in (CROPS[1], CROPS[0]):
-        inputs = dict(collate(crops))
-        ids = inputs.pop("input_ids")
-        losses: list[Tensor] | None = [] if pp.info.has_last_stage else None
-        pp.update_seq_len(LENGTH)
-        with stage(pp, pp.parts, inputs):
-            pp.step(ids, target=ids if losses is not None else None, losses=losses, **inputs)
-        (part,) = pp.parts
+    for inputs in batches:
+        loss = automodel_recipe.step(recipe, inputs, labels=1)
         steps.append({n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None})
-        if losses is not None:
-            steps[-1]["loss"] = torch.stack(losses).sum().detach()
+        if pp.info.has_last_stage:
+            steps[-1]["loss"] = loss
         optimizer.step()
         optimizer.zero_grad()
     return steps
 
 
-def unsplit(dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    model = build().to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def contexts(rank: int) -> dict[str, list[dict[str, Tensor]]]:
+    """By the class in place: gradients in full and the loss of both ranks, step by step."""
+    del rank
+    return {how: _train_with_contexts(how) for how in HOWS}
+
+
+def _train_with_contexts(how: str) -> list[dict[str, Tensor]]:
+    """Two context-parallel ranks: each embeds the whole sequence and keeps its part of it."""
+    mesh = automodel_recipe.mesh(cp=2)
+    model = made(how, **model_options())
+    shard(model, mesh["cp"])
+    # What its ``apply_cp`` does, for attention that is not Transformer Engine's.
+    model.cp_mesh = mesh["cp"]
+    for layer in model.model.language_model.layers.values():
+        layer.self_attn.attn_func = functools.partial(attend_across, mesh["cp"])
+    if how == "replaced":
+        assert replace_in(model, impl="torch") == ("model",)
+    recipe = automodel_recipe.recipe(model, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     steps = []
-    for crops in (CROPS[1], CROPS[0]):
-        inputs = batch(len(crops) + sum(crops), crops)
-        loss = sum_of_losses(model(**inputs), inputs["input_ids"])
+    for inputs in automodel_recipe.batches():
+        with no_ring():
+            loss = automodel_recipe.step(recipe, inputs, labels=1)
+        torch.distributed.all_reduce(loss)
+        steps.append({n: p.grad.full_tensor() for n, p in model.named_parameters()})
+        steps[-1]["loss"] = loss
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+@contextmanager
+def no_ring() -> Iterator[None]:
+    """torch's ``context_parallel`` shards its buffers and leaves attention alone.
+
+    Its ring has no attention for the CPU. Automodel's own is Transformer Engine's.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("enable", "disable"):
+            function = f"_{name}_context_parallel_dispatcher_impl"
+            patch.setattr(_attention, function, lambda **_: None)
+        yield
+
+
+def attend_across(mesh: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """``[B, heads, S / 2, D]`` queries of this rank with the keys and values of both."""
+    del options
+    length = mesh.size() * query.shape[2]
+    rows = [torch.arange(length).chunk(2 * mesh.size())[i] for i in range(2 * mesh.size())]
+    places = [torch.cat([rows[r], rows[-1 - r]]) for r in range(mesh.size())]
+    key, value = (
+        all_gather_tensor_autograd(t.contiguous(), gather_dim=2, group=mesh) for t in (key, value)
+    )
+    visible = places[mesh.get_local_rank()][:, None] >= torch.cat(places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+def of_recipe(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The same by one process with the stock class, the whole batch at once."""
+    model = build(**model_options()).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    steps = []
+    for inputs in automodel_recipe.batches():
+        labels = inputs.pop("labels")
+        logits = model(**filter_forward_kwargs(model, inputs))
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         steps.append(grads | {"loss": loss.detach()})

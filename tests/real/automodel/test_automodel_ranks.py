@@ -1,4 +1,5 @@
-"""Automodel's Step-3.7 on two gloo ranks: FSDP2, and its own pipeline with its own collate."""
+"""Automodel's Step-3.7 on two gloo ranks: FSDP2, and its own recipe with its own collate function,
+in its pipeline and under context parallelism."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 
 from tests.megatron.processes import run
 from tests.real.automodel import automodel_ranks as ranks_of
-from tests.real.automodel.automodel_ranks import HOWS
+from tests.real.automodel.automodel_ranks import HOWS, MEDIA, SCHEDULES
+from tests.real.automodel.automodel_recipe import CROPS, batches, model_options
 from tests.real.automodel.test_automodel import assert_within_stocks_rounding
 
 
@@ -26,22 +28,58 @@ def test_fsdp2_gives_the_losses_and_gradients_of_one_process(sharded, how):
         assert_within_stocks_rounding(rank[how], stock, exact)
 
 
-@pytest.fixture(scope="module", params=["GPipe", "1F1B"])
-def stages(request: pytest.FixtureRequest) -> Any:
-    exact, stock = ranks_of.unsplit(torch.float64), ranks_of.unsplit(torch.float32)
-    return run(ranks_of.pipeline, request.param), stock, exact
+@pytest.fixture(scope="module")
+def one_process() -> Any:
+    return [ranks_of.of_recipe(dtype) for dtype in (torch.float32, torch.float64)]
 
 
-@pytest.mark.parametrize("media", ["its media", "our media"])
+@pytest.fixture(scope="module")
+def stages() -> Any:
+    return run(ranks_of.pipelines)
+
+
+@pytest.mark.parametrize("media", MEDIA)
 @pytest.mark.parametrize("how", HOWS)
-def test_its_pipeline_gives_the_losses_and_gradients_of_the_whole_model(stages, how, media):
-    ranks, stock, exact = stages
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_its_pipeline_gives_the_losses_and_gradients_of_the_whole_model(
+    stages, one_process, schedule, how, media
+):
     seen = set()
-    for rank in ranks:
-        ours = rank[f"{how}, {media}"]
-        for step, gradients in enumerate(ours):
+    for rank in stages:
+        for step, gradients in enumerate(rank[f"{schedule}, {how}, {media}"]):
             names = gradients.keys()
-            of_stage = [[{n: s[step][n] for n in names}] for s in (stock, exact)]
+            of_stage = [[{n: s[step][n] for n in names}] for s in one_process]
             assert_within_stocks_rounding([gradients], *of_stage)
             seen |= names
-    assert seen == exact[0].keys()
+    assert seen == one_process[1][0].keys()
+
+
+@pytest.fixture(scope="module")
+def contexts() -> Any:
+    return run(ranks_of.contexts)
+
+
+@pytest.mark.parametrize("how", HOWS[1:])
+def test_context_parallelism_gives_the_losses_and_gradients_of_one_process(
+    contexts, one_process, how
+):
+    """As near to fp64 as stock is on two ranks, which sum in another order than one process."""
+    for rank in contexts:
+        assert_within_stocks_rounding(rank[how], rank["stock"], one_process[1])
+
+
+def test_stock_under_context_parallelism_is_a_measure(contexts, one_process):
+    for rank in contexts:
+        for stock, exact in zip(rank["stock"], one_process[1], strict=True):
+            assert stock.keys() == exact.keys()
+            for name, wanted in exact.items():
+                assert (stock[name] - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
+
+
+def test_its_collate_function_gives_what_these_tests_are_about():
+    for crops, batch in zip(CROPS, batches(), strict=True):
+        assert batch["num_patches"].tolist() == crops
+        assert batch["n_images_per_sample"].tolist() == [1, 1]
+        rows = [169 + 81 * count for count in crops]
+        assert (batch["input_ids"] == model_options()["image"]).sum(1).tolist() == rows
+        assert (batch["labels"] != -100).sum() > 30

@@ -118,12 +118,19 @@ def test_unpatching_leaves_alone_what_somebody_else_has_put_there(caplog):
     assert "not what patch_step37 put there" in caplog.text
 
 
-def test_the_log_says_what_is_patched_and_what_is_not(caplog):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_log_says_what_is_patched_and_what_is_not(caplog, channels_last):
     with caplog.at_level(logging.INFO, "step37_kernels.megatron"):
-        patch_step37(impl="torch")
-    (record,) = caplog.records
-    for part in (*BOTH, "impl='torch'", "Not patched", "forward step", "ImageForInsert"):
-        assert part in record.getMessage()
+        names = patch_step37(impl="torch", channels_last=channels_last)
+    # Modules that hold the stock tower by name have a warning of their own.
+    (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
+    done, left = record.getMessage().split("Not patched: ")
+    for part in (*BOTH, *names, "impl='torch'"):
+        assert part in done
+    for part in ("forward step", "ImageForInsert"):
+        assert part in left
+    assert ("Step37VisionModel" in done) == channels_last
+    assert ("the vision tower" in left) == (not channels_last)
 
 
 def test_patching_after_a_model_was_built_warns_and_points_to_replace_in(caplog):

@@ -27,7 +27,7 @@ from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
-from step37_data.text.placeholders import Entry, SampleImages, token_runs
+from step37_data.text.placeholders import Entry, SampleImages
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -139,8 +139,8 @@ class Step37MultimodalTemplate(ImageTokens):
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
         self.rows_after = {ids[1]: self.image_token_count, ids[2]: self.patch_token_count}
-        # Of each item type its name, start token and rows.
-        self._kinds = {
+        # Of each item type its name, the id of its start token, and its rows.
+        self.kinds = {
             IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),
             PATCH_ITEM_TYPE: ("crop", self.patch_start_token_id, self.patch_token_count),
         }
@@ -212,15 +212,12 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def fingerprint(self) -> str:
         """Hex digest of everything but the conversation that decides its tokens."""
-        if self.tokenizer.is_fast:
-            vocabulary = self.tokenizer.backend_tokenizer.to_str()
-        else:
-            vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        tokenizer = self.tokenizer
         parts = [
             _TEMPLATE_VERSION,
-            vocabulary,
-            self.tokenizer.chat_template,
-            self.tokenizer.special_tokens_map,
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
             [getattr(self, field.name) for field in fields(ImageTokens)],
             _MULTICROP_VERSION if self.multicrop else None,
         ]
@@ -312,7 +309,7 @@ class Step37MultimodalTemplate(ImageTokens):
             return _MULTICROP_PLACEHOLDERS.sub(self.image_token, text)
         expanded, *pieces = text.split(IMAGE_PLACEHOLDER)
         for piece in pieces:
-            runs = token_runs(images.see(IMAGE_ITEM_TYPE, self.multicrop), self)
+            runs = self.token_runs(images.see(IMAGE_ITEM_TYPE, self.multicrop))
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
 
@@ -342,7 +339,7 @@ class Step37MultimodalTemplate(ImageTokens):
             )
         for place, kind in zip(places, wanted, strict=True):
             start = ids[place - 1] if place else -1
-            _, expected, rows = self._kinds[kind]
+            _, expected, rows = self.kinds[kind]
             if start != expected:
                 found = self.tokenizer.convert_ids_to_tokens(start) if place else "nothing"
                 raise ValueError(
@@ -351,16 +348,20 @@ class Step37MultimodalTemplate(ImageTokens):
                     f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
                     f"{self.patch_start_token!r}"
                 )
-        for kind, (name, start, _) in self._kinds.items():
+        for kind, (name, start, _) in self.kinds.items():
             count = wanted.count(kind)
-            told = f"of type {name} for {count} placeholders"
-            if ids.count(start) != count:
-                raise ValueError(f"conversations: {ids.count(start)} start tokens {told}")
+            if (found := ids.count(start)) != count:
+                raise ValueError(
+                    f"conversations: {found} start tokens of type {name} for {count} placeholders"
+                )
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
             if len(paths) != count:
-                raise ValueError(f"images: {len(paths)} files {told} in the conversation: {paths}")
+                raise ValueError(
+                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
+                    f"conversation: {paths}"
+                )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = [self._kinds[kind][2] for kind in wanted]
+        repeats[places] = [self.kinds[kind][2] for kind in wanted]
         return repeats
 
     def _loss_mask(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> np.ndarray:

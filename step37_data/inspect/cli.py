@@ -109,10 +109,8 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
         yield from _save(options.out, draw_crops, str(options.picture))
     elif options.cache_dir is None or options.tokenizer is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
-    elif options.pack is not None:
-        yield from _describe_pack(options)
     else:
-        yield from _describe_data_set(options)
+        yield from (_describe_data_set if options.pack is None else _describe_pack)(options)
 
 
 def _save(out: Path | None, draw: Callable[..., Any], *described: Any) -> Iterator[str]:

@@ -11,8 +11,7 @@ from step37_data.images.crop_pixels import canvas_image, full_image
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, picture_size, plan_crops
 from step37_data.images.decode import read_rgb
 from step37_data.inspect import style
-from step37_data.text.placeholders import token_runs
-from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN
+from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN, ImageTokens
 
 # In inches.
 MARGIN, TOP, LONG_SIDE = 0.16, 0.72, 9.6
@@ -38,7 +37,7 @@ def describe_picture(path: str) -> Iterator[str]:
         yield f"          crop {number} from x = {x}, y = {y}"
     crops = f"{len(plan.windows)} crops, {sum(plan.newline_mask)} newlines"
     yield f"tokens    {plan.num_tokens}: {crops}, 1 full image"
-    runs = token_runs(plan.newline_mask)
+    runs = ImageTokens().token_runs(plan.newline_mask)
     tokens = " ".join(token if count == 1 else f"{count}×{token}" for token, count in runs)
     tokens = tokens.replace(f"{PATCH_NEWLINE_TOKEN} ", f"{PATCH_NEWLINE_TOKEN}\n")
     for line in tokens.replace(f" {IMAGE_START_TOKEN}", f"\n{IMAGE_START_TOKEN}").splitlines():

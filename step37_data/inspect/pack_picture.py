@@ -16,7 +16,7 @@ from step37_data.images.decode import BrokenImageError, read_rgb
 from step37_data.inspect import style
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.text.placeholders import ImageEntry
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.text.tokens import PATCH_ITEM_TYPE
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "text": {"facecolor": style.TEXT},
@@ -105,7 +105,7 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
     """Find segments, trained positions and images in a pack.
 
     Args:
-        packs: of ``pack_samples``, from data sets that have a ``template``.
+        packs: of ``pack_samples``, from data sets that have a ``Step37MultimodalTemplate``.
         number: of the pack.
 
     Raises:
@@ -113,10 +113,7 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
     """
     packed, pieces, template = packs[number], packs.pieces(number), packs.datasets[0].template
     images: list[ImageSpan] = []
-    for kind, token, rows in (
-        (IMAGE_ITEM_TYPE, template.img_start_token_id, template.image_token_count),
-        (PATCH_ITEM_TYPE, template.patch_start_token_id, template.patch_token_count),
-    ):
+    for kind, (_, token, rows) in template.kinds.items():
         starts = np.flatnonzero(packed["tokens"].numpy() == token) + 1
         entries = [ImageEntry(*entry) for entry in packed["image_paths"] if entry[1] == kind]
         if len(starts) != len(entries):

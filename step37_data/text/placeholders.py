@@ -1,4 +1,4 @@
-"""What stands for pictures in the text of a sample, and which file each of it shows."""
+"""Which file each placeholder in the text of a sample shows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from typing import NamedTuple
 
 from step37_data.images.crops import Window, plan_file
 from step37_data.images.encoded import ImageFile
-from step37_data.text.tokens import (
-    DEFAULT_TOKENS,
-    IMAGE_ITEM_TYPE,
-    PATCH_ITEM_TYPE,
-    PATCH_NEWLINE_TOKEN,
-    ImageTokens,
-)
+from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]
 
@@ -36,31 +30,6 @@ class ImageEntry(NamedTuple):
     def file(self) -> tuple[ImageFile, bool]:
         """What is decoded for it: a file, as it is or to be seen in crops."""
         return self.path, self.window is not None
-
-
-def token_runs(
-    newline_mask: Sequence[bool], names: ImageTokens = DEFAULT_TOKENS
-) -> list[tuple[str, int]]:
-    """What stands for a picture in the text: its crops row by row, then the full image.
-
-    Args:
-        newline_mask: of the picture's plan.
-        names: the tokens, and how many rows an image has.
-
-    Returns:
-        ``(token, how often in a row)``; two crops side by side, without the end, are
-        ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
-    """
-
-    def framed(start: str, rows: int, end: str) -> list[tuple[str, int]]:
-        return [(start, 1), (names.image_token, rows), (end, 1)]
-
-    image = framed(names.image_start_token, names.image_token_count, names.image_end_token)
-    crop = framed(names.patch_start_token, names.patch_token_count, names.patch_end_token)
-    runs: list[tuple[str, int]] = []
-    for newline in newline_mask:
-        runs += [*crop, (PATCH_NEWLINE_TOKEN, 1)] if newline else crop
-    return runs + image
 
 
 class SampleImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,26 @@ class ImageTokens:
     patch_start_token: str = PATCH_START_TOKEN
     patch_end_token: str = PATCH_END_TOKEN
 
+    def token_runs(self, newline_mask: Sequence[bool]) -> list[tuple[str, int]]:
+        """What stands for a picture in the text: its crops row by row, then the full image.
 
-DEFAULT_TOKENS = ImageTokens()
+        Args:
+            newline_mask: of the picture's plan.
+
+        Returns:
+            ``(token, how often in a row)``; two crops side by side, without the end, are
+            ``<patch_start>`` 1, ``<im_patch>`` 81, ``<patch_end>`` 1, ``<patch_start>`` 1, …
+        """
+
+        def framed(start: str, rows: int, end: str) -> list[tuple[str, int]]:
+            return [(start, 1), (self.image_token, rows), (end, 1)]
+
+        image = framed(self.image_start_token, self.image_token_count, self.image_end_token)
+        crop = framed(self.patch_start_token, self.patch_token_count, self.patch_end_token)
+        runs: list[tuple[str, int]] = []
+        for newline in newline_mask:
+            runs += [*crop, (PATCH_NEWLINE_TOKEN, 1)] if newline else crop
+        return runs + image
 
 
 def load_tokenizer(path: str) -> Any:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_data.images.crops import CropPlan, picture_size, plan_crops
-from step37_data.text.placeholders import token_runs
+from step37_data.text.tokens import ImageTokens
 from tests.data.images.multicrop_oracle import see, starts
 
 PHOTOS = sorted((Path(__file__).parents[3] / "examples/flickr8k_mini/train").glob("*.jpg"))
@@ -25,7 +25,8 @@ PHOTOS = sorted((Path(__file__).parents[3] / "examples/flickr8k_mini/train").glo
 
 def token_layout(plan: CropPlan) -> list[str]:
     """The names of the tokens that stand for a picture, one after the other."""
-    return [token for token, count in token_runs(plan.newline_mask) for _ in range(count)]
+    runs = ImageTokens().token_runs(plan.newline_mask)
+    return [token for token, count in runs for _ in range(count)]
 
 
 def sides(largest: int) -> st.SearchStrategy[int]:

@@ -204,9 +204,9 @@ class ForwardStep:
             raise ValueError("data_iterator: every pipeline stage needs one, for cu_seqlens")
         ahead = getattr(data_iterator, "iterable", None)
         if not isinstance(ahead, ReadAhead):
-            prepare = functools.partial(
-                model_inputs, stage=_stage_of(model), preprocess=self._preprocess(dataset)
-            )
+            of_data_set = {name: getattr(dataset, name) for name in _OF_DATA_SET}
+            preprocess = functools.partial(preprocess_packed_batch, **of_data_set, **self._options)
+            prepare = functools.partial(model_inputs, stage=_stage_of(model), preprocess=preprocess)
             if self._depth == 0 or not _may_be_read_ahead(data_iterator):
                 return prepare(next(data_iterator))
             ahead = ReadAhead(
@@ -216,16 +216,6 @@ class ForwardStep:
             self._ahead.append(ahead)
         prepared: dict[str, Any] = ahead.prepared(next(data_iterator))
         return prepared
-
-    def _preprocess(self, dataset: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        for name in ("img_start_token_id", "patch_start_token_id"):
-            if getattr(dataset, name) < 0:
-                raise ValueError(
-                    f"cfg.dataset.{name}: not resolved, got {getattr(dataset, name)}; "
-                    "build_datasets() takes it from the tokenizer"
-                )
-        of_data_set = {name: getattr(dataset, name) for name in _OF_DATA_SET}
-        return functools.partial(preprocess_packed_batch, **of_data_set, **self._options)
 
 
 def _stage_of(model: Any) -> Stage:

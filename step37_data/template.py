@@ -117,6 +117,7 @@ class Step37MultimodalTemplate(ImageTokens):
             is no integer of at least 1.
 
     Attributes:
+        kinds: ``{item type: (name, id of the start token, rows of an image or crop)}``.
         rows_after: ``{id of the start token: rows of its image or crop}``.
     """
 
@@ -138,12 +139,12 @@ class Step37MultimodalTemplate(ImageTokens):
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
-        self.rows_after = {ids[1]: self.image_token_count, ids[2]: self.patch_token_count}
         # Of each item type its name, the id of its start token, and its rows.
         self.kinds = {
             IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),
             PATCH_ITEM_TYPE: ("crop", self.patch_start_token_id, self.patch_token_count),
         }
+        self.rows_after = {start: rows for _, start, rows in self.kinds.values()}
         self._multicrop_markup = frozenset({*_KIND_OF, *starts, *ends, PATCH_NEWLINE_TOKEN})
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
         try:

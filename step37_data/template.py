@@ -139,7 +139,6 @@ class Step37MultimodalTemplate(ImageTokens):
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
-        # Of each item type its name, the id of its start token, and its rows.
         self.kinds = {
             IMAGE_ITEM_TYPE: ("image", self.img_start_token_id, self.image_token_count),
             PATCH_ITEM_TYPE: ("crop", self.patch_start_token_id, self.patch_token_count),

@@ -49,7 +49,7 @@ from step37_data.pack_transform import pack_samples
 from step37_data.packing import Packing, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, IMAGE_PLACEHOLDER, PATCH_ITEM_TYPE
+from step37_data.text.tokens import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -225,11 +225,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         return [ordered[at : at + count] for at, count in result.packed_sample_ranges]
 
     def _vision_tokens(self, sample: MultimodalSFTSample) -> int:
-        rows = {
-            IMAGE_ITEM_TYPE: self.template.image_token_count,
-            PATCH_ITEM_TYPE: self.template.patch_token_count,
-        }
-        return sum(rows[entry[1]] for entry in sample["image_paths"])
+        return sum(self.template.kinds[entry[1]][2] for entry in sample["image_paths"])
 
     @stateless
     def pack_selected_samples(self, samples: list[MultimodalSFTSample]) -> dict[str, Any]:

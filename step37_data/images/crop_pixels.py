@@ -120,8 +120,9 @@ def normalize_into(place: torch.Tensor, pixels: npt.NDArray[np.uint8]) -> None:
     Looked up in a table, in the thread that calls: PyTorch's operations would each start as many
     threads as there are cores, beside every thread that decodes.
     """
+    levels = _levels(place.dtype)  # first: it says which dtypes there are
     bits = place.view(_BITS[place.element_size()]).numpy()
-    for channel, table in enumerate(_levels(place.dtype)):
+    for channel, table in enumerate(levels):
         # Every byte is in the table; in mode "raise" NumPy would look first, in a copy.
         table.take(pixels[..., channel], out=bits[channel], mode="wrap")
 

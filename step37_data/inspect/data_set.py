@@ -98,8 +98,9 @@ def data_set_lines(data: DataSetDescription) -> Iterator[str]:
 
 def _histogram(sizes: np.ndarray) -> tuple[list[int], list[int]]:
     """Edges and counts of bars of one width in whole tokens."""
-    width = -(-(int(np.ptp(sizes)) + 1) // _BARS)
-    edges = np.arange(sizes.min(), sizes.max() + width + 1, width)
+    low, high = int(sizes.min()), int(sizes.max())  # sizes may be as narrow as one byte
+    width = -(-(high - low + 1) // _BARS)
+    edges = np.arange(low, high + width + 1, width)
     return edges.tolist(), np.histogram(sizes, edges)[0].tolist()
 
 

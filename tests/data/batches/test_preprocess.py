@@ -396,3 +396,9 @@ def test_the_host_never_waits_and_staging_memory_is_reused(photos):
         torch.cuda.synchronize()
         run(batch)
     assert torch.cuda.host_memory_stats()["allocated_bytes.current"] <= 2 * allocated
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_a_dtype_that_pixels_cannot_have_is_refused_by_name(photos, dtype):
+    with pytest.raises(TypeError, match=f"dtype: expected one of .*, got {dtype}"):
+        load_images([(photos[0], 0)], image_size=28, patch_image_size=28, dtype=dtype)

@@ -19,6 +19,7 @@ from step37_data.inspect import style
 from step37_data.inspect.cli import main
 from step37_data.inspect.data_set import (
     DataSetDescription,
+    _histogram,
     draw_data_set,
     find_broken_images,
 )
@@ -361,3 +362,8 @@ def test_broken_images_are_found_in_order(folder: Path) -> None:
     found = find_broken_images(paths, quiet=True)
     assert list(found) == paths[1:]
     assert found[paths[2]].startswith("FileNotFoundError")
+
+
+def test_lengths_near_the_end_of_their_narrow_type_are_counted_as_they_are() -> None:
+    sizes = [180, 200, 254, 171, 190]
+    assert _histogram(np.array(sizes, dtype=np.uint8)) == _histogram(np.array(sizes))

@@ -23,6 +23,7 @@ from bench.subjects.pixels import (
     Call,
     Row,
     interleaved,
+    ours,
     photo_paths,
     print_rows,
     stock_decode,
@@ -30,10 +31,8 @@ from bench.subjects.pixels import (
     thread_counts,
 )
 from step37_data.common.threads import map_threads
-from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, plan_crops
 from step37_data.images.decode import decode
-from step37_data.preprocess import load_images
 from step37_data.text.placeholders import Entry
 
 SIZE = (1920, 1080)
@@ -75,26 +74,6 @@ def stock(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
             images.append(stock_normalize(crop.resize((CROP_SIZE, CROP_SIZE), BILINEAR)))
         images.append(stock_normalize(picture.resize((IMAGE_SIZE, IMAGE_SIZE), BILINEAR)))
     return [image.to(torch.bfloat16) for image in images]
-
-
-def ours(
-    items: Sequence[Entry],
-    device: torch.device,
-    threads: int,
-    pixel_order: PixelOrder = "pillow",
-) -> list[torch.Tensor]:
-    loaded = load_images(
-        items,
-        image_size=IMAGE_SIZE,
-        patch_image_size=CROP_SIZE,
-        device=device,
-        dtype=torch.bfloat16,
-        threads=threads,
-        pixel_order=pixel_order,
-    )
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return [image for image, _ in loaded]
 
 
 def check(paths: Sequence[str], plan: CropPlan, device: torch.device) -> None:

@@ -28,16 +28,17 @@ from PIL import __version__ as pillow_version
 from bench.harness import CpuClock, Implementation, environment, sample_rounds
 from step37_data.common.threads import available_cores, default_threads, map_threads
 from step37_data.images import stacks
-from step37_data.images.crop_pixels import normalize_into
+from step37_data.images.crop_pixels import PixelOrder, normalize_into
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_data.images.decode import decode_into, open_image
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
-from step37_data.text.placeholders import ImageEntry
+from step37_data.text.placeholders import Entry, ImageEntry
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
-SIZE = 728
+SIZE = IMAGE_SIZE
 BILINEAR = Image.Resampling.BILINEAR
 IMAGES_A_PACK = 8  # photographs of examples, each once: a file met twice is decoded once
 STEP_S = 0.05
@@ -96,10 +97,13 @@ def stock_image(path: str) -> torch.Tensor:
     return stock_normalize(stock_decode(path).resize((SIZE, SIZE), BILINEAR)).to(torch.bfloat16)
 
 
-def ours(paths: Sequence[str], device: torch.device, threads: int) -> list[torch.Tensor]:
+def ours(
+    items: Sequence[Entry], device: torch.device, threads: int, pixel_order: PixelOrder = "pillow"
+) -> list[torch.Tensor]:
+    """From files to bf16 on the device, and waited for."""
     loaded = load_images(
-        [(path, 0) for path in paths], image_size=SIZE, patch_image_size=SIZE, device=device,
-        dtype=torch.bfloat16, threads=threads,
+        items, image_size=IMAGE_SIZE, patch_image_size=CROP_SIZE, device=device,
+        dtype=torch.bfloat16, threads=threads, pixel_order=pixel_order,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -110,7 +114,7 @@ def check(paths: Sequence[str], device: torch.device) -> None:
     """What is timed computes the same bits, or there is nothing to time."""
     expected = torch.stack([stock_image(path) for path in paths])
     for threads in (1, 2):
-        got = torch.stack(ours(paths, device, threads)).cpu()
+        got = torch.stack(ours([(path, 0) for path in paths], device, threads)).cpu()
         if different := int((got != expected).sum()):
             raise AssertionError(f"{different} values differ from stock with {threads} threads")
 
@@ -213,7 +217,8 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
 def host_table(budget_s: float) -> dict[tuple[str, int], float]:
     """Print µs a photograph by stage, threads and way; those of ours come back."""
     paths = photo_paths(IMAGES_A_PACK)
-    entries = [ImageEntry(path, 0) for path in paths]
+    entries: list[Entry] = [(path, 0) for path in paths]
+    wanted = [ImageEntry(*entry) for entry in entries]
     calls: dict[str, Call] = {}
     by_stage = stages(paths)
     for stage, ways in by_stage.items():
@@ -228,7 +233,7 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
     def staged(threads: int) -> None:
         """Everything that is done before the copy to the device."""
         reader = stacks.ImageReader({0: SIZE, 1: SIZE}, CPU, torch.bfloat16, threads=threads)
-        for picture in reader._read(entries, True, lambda picture: picture)[0]:
+        for picture in reader._read(wanted, True, lambda picture: picture)[0]:
             warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
 
     def pinned(height: int, width: int) -> torch.Tensor:
@@ -238,7 +243,7 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
     for threads in (1, 2):
         stage, last = list(by_stage)[-2:]
         calls[f"{stage}|{threads}|ours"] = functools.partial(staged, threads)
-        calls[f"{last}|{threads}|ours"] = functools.partial(ours, paths, CPU, threads)
+        calls[f"{last}|{threads}|ours"] = functools.partial(ours, entries, CPU, threads)
     with mock.patch.object(stacks, "pinned", pinned):
         rows = {row.name: row for row in interleaved(calls, len(paths), budget_s)}
     columns = ("ours", "stock", "torchvision", "floor")

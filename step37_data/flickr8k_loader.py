@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,39 +342,20 @@ def read_flickr8k_metadata(
     samples: list[Flickr8kSample] = []
     skipped = 0
     problems: list[str] = []
-    with metadata.open(encoding="utf-8-sig", newline="") as file:
-        # Strict: else a quote that is not closed takes in all rows up to the next one.
-        rows = csv.reader(file, strict=True)
-        first = 1  # line of the row that is read
+    for line, row in _rows(metadata, problems):
+        caption = row.get(caption_key, "").strip()
+        file_name = row.get("file_name", "").strip()
+        if not caption or not file_name:
+            skipped += 1
+            continue
         try:
-            header = next(rows, [])
-            first = rows.line_num + 1
-            while len(samples) != sample_count and (cells := next(rows, None)) is not None:
-                first = rows.line_num + 1
-                row = dict(zip(header, cells, strict=False))
-                caption = row.get(caption_key, "").strip()
-                file_name = row.get("file_name", "").strip()
-                # A comma at the end of a row makes an empty cell, which holds no text to lose.
-                if any(cell.strip() for cell in cells[len(header) :]):
-                    problems.append(
-                        f"line {rows.line_num}: expected the {len(header)} cells of the header, "
-                        f"got {len(cells)}: {cells}; a text with a comma needs quotes"
-                    )
-                elif caption and file_name:
-                    try:
-                        path = path_inside(metadata.parent, file_name)
-                        samples.append(Flickr8kSample(str(path), caption))
-                    except ValueError as error:
-                        problems.append(f"line {rows.line_num}: {error}")
-                else:
-                    skipped += bool(cells)
-        except csv.Error as error:
-            raise ValueError(
-                f"{metadata}, line {first}: {error}, in a row read up to line {rows.line_num}; "
-                "is a quote not closed?"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
+            path = path_inside(metadata.parent, file_name)
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+            continue
+        samples.append(Flickr8kSample(str(path), caption))
+        if len(samples) == sample_count:
+            break
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{metadata}, {'; '.join(problems[:_SHOWN])}{more}")
@@ -383,6 +364,34 @@ def read_flickr8k_metadata(
             "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
         )
     return samples
+
+
+def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Every row of a CSV file, with the number of its last line; rows too long are ``problems``."""
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        # Strict: else a quote that is not closed takes in all rows up to the next one.
+        rows = csv.reader(file, strict=True)
+        first = 1
+        try:
+            header = next(rows, [])
+            first = rows.line_num + 1
+            for cells in rows:
+                # A comma at the end of a row makes an empty cell, which holds no text to lose.
+                if any(cell.strip() for cell in cells[len(header) :]):
+                    problems.append(
+                        f"line {rows.line_num}: expected the {len(header)} cells of the header, "
+                        f"got {len(cells)}: {cells}; a text with a comma needs quotes"
+                    )
+                elif cells:
+                    yield rows.line_num, dict(zip(header, cells, strict=False))
+                first = rows.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{metadata}, line {first}: {error}, in a row read up to line {rows.line_num}; "
+                "is a quote not closed?"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
 
 
 def _is_global_rank_0() -> bool:

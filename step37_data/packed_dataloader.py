@@ -17,7 +17,7 @@ import torch
 
 from step37_data.caches.lengths import KeyedDataset, probe_lengths
 from step37_data.common.checks import checked_choice, checked_int, checked_state, item_at
-from step37_data.packing import OversizePolicy, Packing, PackingResult, PackRanges, pack_as
+from step37_data.packing import OversizePolicy, Packing, PackingResult, pack_as
 from step37_data.samplers import (
     LoopedSequentialSampler,
     LoopedShuffleSampler,
@@ -50,10 +50,9 @@ class Fill:
     @classmethod
     def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
         """Of samples of these ``sizes``, ``[N]``, which ``result`` packs."""
-        packs = result.packed_sample_ranges
         bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-        tokens = bounds[packs.starts + packs.counts] - bounds[packs.starts]
-        return cls(tokens, int(packs.counts.sum()), result.num_droped, capacity)
+        tokens = bounds[result.starts + result.counts] - bounds[result.starts]
+        return cls(tokens, int(result.counts.sum()), result.num_droped, capacity)
 
     @property
     def share(self) -> float:
@@ -174,34 +173,21 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 f"the {max_length} tokens of a pack"
             )
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
-        self._ranges: PackRanges = self.packing_result.packed_sample_ranges
-        for array in (domains, indices, sizes, self._ranges.starts, self._ranges.counts):
+        ranges = (self.packing_result.starts, self.packing_result.counts)
+        for array in (domains, indices, sizes, *ranges):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         self._fingerprint = digest.hexdigest()
-        self._log_fill(packing)
+        logger.info("%s: %s", packing, Fill.of(sizes, self.packing_result, max_length))
 
     def _vision_tokens(self, domains: np.ndarray, indices: np.ndarray) -> np.ndarray:
         loads = np.empty(len(domains), dtype=np.int64)
         for number, dataset in enumerate(self.datasets):
             if not hasattr(dataset, "vision_tokens"):
-                raise ValueError(
-                    f"packing: 'balanced' needs vision_tokens() of datasets[{number}], "
-                    f"which {type(dataset).__name__} has not"
-                )
+                what = f"datasets[{number}], a {type(dataset).__name__}"
+                raise ValueError(f"packing: 'balanced' needs vision_tokens() of {what}")
             places = domains == number
             loads[places] = dataset.vision_tokens()[indices[places]]
         return loads
-
-    def _log_fill(self, packing: Packing) -> None:
-        fill = Fill.of(self.piece_sizes, self.packing_result, self.max_length)
-        logger.info("%s: %s", packing, fill)
-        if fill.dropped:
-            logger.warning(
-                "%d of %d samples were dropped: longer than the %d tokens of a pack",
-                fill.dropped,
-                fill.samples + fill.dropped,
-                self.max_length,
-            )
 
     @property
     def piece_order(self) -> list[tuple[int, int]]:
@@ -209,7 +195,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         return list(zip(self.piece_domains.tolist(), self.piece_indices.tolist(), strict=True))
 
     def __len__(self) -> int:
-        return len(self._ranges)
+        return self.packing_result.num_packed_samples
 
     def __iter__(self) -> Iterator[Any]:
         """Every pack once. Without it a ``for`` loop would never end: indices count modulo."""
@@ -236,8 +222,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         return self.transform(samples) if self.transform else samples
 
     def _rows(self, idx: int) -> slice:
-        start, count = self._ranges[idx % len(self._ranges)]
-        return slice(start, start + count)
+        number = idx % len(self)
+        start = int(self.packing_result.starts[number])
+        return slice(start, start + int(self.packing_result.counts[number]))
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
         """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
@@ -302,10 +289,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         """
         checked_state(state_dict, "position", "schedule")
         if state_dict["schedule"] != self.schedule_fingerprint():
-            raise ValueError(
-                "state_dict: it was saved with another schedule of packs; the samples, their "
-                "lengths, the epochs or the packing have changed since"
-            )
+            raise ValueError("state_dict: saved with another schedule, of other packs or samples")
         self.position = checked_int("state_dict: position", state_dict["position"], least=0)
 
     def schedule_fingerprint(self) -> str:
@@ -341,8 +325,8 @@ def draw_schedule(
         sampler: Any = LoopedSequentialSampler(size)
         if strategy == "random":
             sampler = LoopedShuffleSampler(size, _SEED + number)
-        places = np.flatnonzero(domains == number) if len(strategies) > 1 else slice(None)
-        drawn = sampler.take(len(places) if isinstance(places, np.ndarray) else draws)
+        places = domains == number
+        drawn = sampler.take(int(places.sum()))
         indices[places] = drawn
         sizes[places] = lengths[number][drawn]
     return domains, indices, sizes
@@ -352,19 +336,15 @@ def _as_it_is(pack: Any) -> Any:
     return pack
 
 
+@dataclass(eq=False, repr=False)
 class _Stream(Iterator[Any]):
     """What ``iterate`` gives: an error leaves it usable, which a generator would not be."""
 
-    def __init__(
-        self,
-        packs: MixedPackedDataloader,
-        load: Callable[..., torch.utils.data.DataLoader[Any]],
-        first: int,
-        step: int,
-    ) -> None:
-        self._packs, self._load = packs, load
-        self._next, self._step = first, step
-        self._loaded: Iterator[Any] | None = None
+    _packs: MixedPackedDataloader
+    _load: Callable[..., torch.utils.data.DataLoader[Any]]
+    _next: int
+    _step: int
+    _loaded: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
         if self._loaded is None:

@@ -9,13 +9,17 @@ touches a sample.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 
 from step37_data.common.checks import checked_choice, checked_int
+
+logger = logging.getLogger(__name__)
 
 OversizePolicy = Literal["drop", "extend"]
 Packing = Literal["next_fit", "best_fit", "balanced"]
@@ -28,67 +32,29 @@ _MOST_PACKS = 1.01
 _GOLDEN = 0.6180339887498949
 
 
-class PackRanges(Sequence[tuple[int, int]]):
-    """``(first index, count)`` of every pack: reads like a list of tuples, stored as two arrays.
-
-    Attributes:
-        starts: int64 ``[P]``, first index of each pack.
-        counts: int64 ``[P]``, number of samples of each pack, all at least 1.
-    """
-
-    __slots__ = ("counts", "starts")
-
-    def __init__(self, starts: np.ndarray, counts: np.ndarray) -> None:
-        self.starts = starts
-        self.counts = counts
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[int, int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> PackRanges: ...
-    def __getitem__(self, index: int | slice) -> tuple[int, int] | PackRanges:
-        if isinstance(index, slice):
-            return PackRanges(self.starts[index], self.counts[index])
-        return int(self.starts[index]), int(self.counts[index])
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return zip(self.starts.tolist(), self.counts.tolist(), strict=True)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, PackRanges):
-            return np.array_equal(self.starts, other.starts) and np.array_equal(
-                self.counts, other.counts
-            )
-        if isinstance(other, (list, tuple)):
-            return list(self) == list(other)
-        return NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]  # mutable arrays inside
-
-    def __repr__(self) -> str:
-        shown = ", ".join(map(str, self[:4]))
-        return f"PackRanges([{shown}{', …' if len(self) > 4 else ''}], packs={len(self)})"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackingResult:
     """What a packing decided.
 
     Attributes:
         num_droped: oversize samples left out (the spelling is Megatron-Bridge's).
-        packed_sample_ranges: ``(first index, count)`` per pack.
+        starts: int64 ``[P]``, first index of each pack.
+        counts: int64 ``[P]``, number of samples of each pack, all at least 1.
     """
 
     num_droped: int
-    packed_sample_ranges: PackRanges
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def packed_sample_ranges(self) -> list[tuple[int, int]]:
+        """``(first index, count)`` of every pack, as Megatron-Bridge has it: made anew."""
+        return list(zip(self.starts.tolist(), self.counts.tolist(), strict=True))
 
     @property
     def num_packed_samples(self) -> int:
         """Number of packs (the name is Megatron-Bridge's)."""
-        return len(self.packed_sample_ranges)
+        return len(self.starts)
 
 
 def pack_as(
@@ -101,7 +67,7 @@ def pack_as(
     *,
     loads: Callable[[], Sequence[int] | np.ndarray],
 ) -> tuple[np.ndarray | slice, PackingResult]:
-    """Pack by the name of the packing.
+    """Pack by the name of the packing, and log how many samples are dropped.
 
     Args:
         packing: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
@@ -112,12 +78,19 @@ def pack_as(
     Returns:
         The order in which ``sizes`` have to be put, and the ranges, which are over that order.
     """
-    checked_choice("packing", packing, Packing)
+    order: np.ndarray | slice = slice(None)
     if packing == "next_fit":
-        return slice(None), pack(sizes, max_len, oversize_policy)
-    if packing == "best_fit":
-        return pack_best_fit(sizes, max_len, oversize_policy, window)
-    return pack_balanced(sizes, loads(), max_len, oversize_policy, window, group)
+        result = pack(sizes, max_len, oversize_policy)
+    elif packing == "best_fit":
+        order, result = pack_best_fit(sizes, max_len, oversize_policy, window)
+    else:
+        order, result = pack_balanced(sizes, loads(), max_len, oversize_policy, window, group)
+    if result.num_droped:
+        logger.warning(
+            f"{result.num_droped} of {len(sizes)} samples were dropped: longer than the {max_len} "
+            "tokens of a pack"
+        )
+    return order, result
 
 
 def pack(
@@ -154,11 +127,8 @@ def pack(
         position = step(position)
     starts = np.array(firsts, dtype=np.int64)
     counts = np.diff(np.append(starts, total))
-    if oversize_policy == "drop":
-        kept = lengths[starts] <= max_len
-        starts, counts = starts[kept], counts[kept]
-    dropped = int(np.count_nonzero(lengths > max_len)) if oversize_policy == "drop" else 0
-    return PackingResult(dropped, PackRanges(starts, counts))
+    kept = (lengths[starts] <= max_len) | (oversize_policy == "extend")
+    return PackingResult(int(np.count_nonzero(~kept)), starts[kept], counts[kept])
 
 
 def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
@@ -205,21 +175,25 @@ def pack_best_fit(
         ValueError: as for :func:`pack`, or ``window`` below 1.
     """
     lengths = _checked_lengths(sizes, max_len, oversize_policy)
-    checked_int("window", window)
-    packs: list[list[int]] = []
-    for first in range(0, len(lengths), window):
-        packs += _best_fit_window(lengths[first : first + window], max_len, oversize_policy, first)
-    return _as_result(packs, len(lengths))
+    windows = _best_fit_windows(lengths, max_len, oversize_policy, window)
+    return _as_result(itertools.chain.from_iterable(windows), len(lengths))
 
 
-def _as_result(packs: list[list[int]], total: int) -> tuple[np.ndarray, PackingResult]:
+def _as_result(packs: Iterable[list[int]], total: int) -> tuple[np.ndarray, PackingResult]:
+    packs = list(packs)
     counts = np.array([len(members) for members in packs], dtype=np.int64)
     order = np.array([index for members in packs for index in members], dtype=np.int64)
-    ranges = PackRanges(np.cumsum(counts) - counts, counts)
-    return order, PackingResult(total - len(order), ranges)
+    return order, PackingResult(total - len(order), np.cumsum(counts) - counts, counts)
 
 
-def _best_fit_window(
+def _best_fit_windows(
+    lengths: np.ndarray, max_len: int, oversize_policy: OversizePolicy, window: int
+) -> Iterator[list[list[int]]]:
+    for first in range(0, len(lengths), checked_int("window", window)):
+        yield _best_fit(lengths[first : first + window], max_len, oversize_policy, first)
+
+
+def _best_fit(
     lengths: np.ndarray, max_len: int, oversize_policy: OversizePolicy, first: int
 ) -> list[list[int]]:
     packs: list[list[int]] = []
@@ -275,26 +249,20 @@ def pack_balanced(
         ValueError: as for :func:`pack_best_fit`, ``loads`` of another length than ``sizes``, or
             ``group`` below 1.
     """
-    order, best = pack_best_fit(sizes, max_len, oversize_policy, window)
-    lengths, work = np.asarray(sizes), np.asarray(loads, dtype=np.int64)
+    lengths = _checked_lengths(sizes, max_len, oversize_policy)
+    work = np.asarray(loads, dtype=np.int64)
     if work.shape != lengths.shape:
         raise ValueError(f"loads: expected {lengths.shape[0]} values, got shape {work.shape}")
     checked_int("group", group)
-    by_window: dict[int, list[list[int]]] = {}
-    for first, count in best.packed_sample_ranges:
-        members = order[first : first + count].tolist()
-        by_window.setdefault(members[0] // window, []).append(members)
     packs: list[list[int]] = []
     rest: list[list[int]] = []
-    for of_window in by_window.values():
+    for of_window in _best_fit_windows(lengths, max_len, oversize_policy, window):
         of_window = _balance_window(of_window, lengths, work, max_len)
         if group > 1:
             of_window, left = _alike(of_window, work, group)
             rest += left
         packs += of_window
-    for grouped in _alike(rest, work, group):
-        packs += grouped
-    return _as_result(packs, len(lengths))
+    return _as_result(itertools.chain(packs, *_alike(rest, work, group)), len(lengths))
 
 
 def _alike(
@@ -336,14 +304,14 @@ def _deal(
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = sizes[index]
         cost = deviation * surplus[index] + tightness * size * room
-        place = int(np.where(room >= size, cost, np.inf).argmin()) if count else 0
-        if not count or room[place] < size:
+        place = int(np.where(room >= size, cost, np.inf).argmin())
+        if room[place] < size:
             left.append(index)
             continue
         packs[place].append(index)
         room[place] -= size
         deviation[place] += surplus[index]
-    spilled = _best_fit_window(sizes[left], max_len, "drop", 0)
+    spilled = _best_fit(sizes[left], max_len, "drop", 0)
     packs += [[left[i] for i in members] for members in spilled]
     packs = [sorted(members) for members in packs if members]
     return packs if len(packs) <= _MOST_PACKS * count else None
@@ -356,12 +324,9 @@ def _checked_lengths(
     checked_int("max_len", max_len)
     given = np.asarray(sizes)
     # An empty list is a float array for NumPy.
-    if given.size and given.dtype.kind not in "iu":
-        raise ValueError(f"sizes: expected integers, got {given.dtype}")
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(f"sizes: expected [N] integers, got {given.dtype} {list(given.shape)}")
     lengths = given.astype(np.int64, copy=False)
-    if lengths.ndim != 1:
-        raise ValueError(f"sizes: expected one dimension, got shape {lengths.shape}")
-    if len(lengths) and int(lengths.min()) < 0:
-        index = int(np.argmin(lengths))
-        raise ValueError(f"sizes: sample {index} has the negative length {int(lengths[index])}")
+    if len(lengths) and lengths.min() < 0:
+        raise ValueError(f"sizes: sample {lengths.argmin()} has the negative length {min(lengths)}")
     return lengths

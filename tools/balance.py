@@ -49,7 +49,7 @@ def packings(window: int, group: int) -> dict[str, Callable[[np.ndarray, np.ndar
 def pack_loads(packed: Packed, loads: np.ndarray) -> np.ndarray:
     """The vision tokens of every pack."""
     order, result = packed
-    return np.add.reduceat(loads[order], result.packed_sample_ranges.starts)
+    return np.add.reduceat(loads[order], result.starts)
 
 
 def wait(loads_of_packs: np.ndarray, ranks: int) -> float:

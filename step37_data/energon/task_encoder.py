@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,8 +49,6 @@ from step37_data.packing import Packing, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
 from step37_data.text.tokens import IMAGE_PLACEHOLDER
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
@@ -213,14 +210,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             window=len(samples),
             loads=lambda: [self._vision_tokens(sample) for sample in samples],
         )
-        if result.num_droped:
-            self._dropped += result.num_droped
-            logger.warning(
-                "%d of %d samples were dropped: longer than the %d tokens of a pack",
-                result.num_droped,
-                len(samples),
-                self.max_packing_seqlen,
-            )
+        self._dropped += result.num_droped
         ordered = [samples[index] for index in np.arange(len(samples))[order]]
         return [ordered[at : at + count] for at, count in result.packed_sample_ranges]
 

@@ -18,7 +18,14 @@ from PIL import Image
 
 from step37_data.common.checks import checked_int
 from step37_data.images.crop_pixels import PixelOrder
-from step37_data.images.decode import BrokenImages, OnBroken, decode
+from step37_data.images.decode import (
+    BROKEN_SIZE,
+    BrokenImageError,
+    BrokenImages,
+    OnBroken,
+    pass_over,
+    read_rgb,
+)
 from step37_data.images.device import Device, resolve_device, to_device
 from step37_data.images.encoded import EncodedImage
 from step37_data.images.stacks import ImageReader
@@ -108,7 +115,11 @@ def load_images(
 
 def _load_image(path: str) -> Image.Image:
     """A picture in RGB; a black one of 224×224 and a warning where it cannot be read."""
-    return decode(path, "zero").image
+    try:
+        return read_rgb(path)
+    except BrokenImageError as error:
+        pass_over(error, "zero")
+        return Image.new("RGB", BROKEN_SIZE)
 
 
 def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:

@@ -23,9 +23,8 @@ from torch import Tensor
 from bench import harness
 from bench.harness import Implementation, Key, Kind, Row, Settings, Work
 from bench.subjects.pixels import photo_paths, stock_decode
-from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device
+from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device, rectangle
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
-from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
@@ -196,15 +195,10 @@ def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
     last_resize = functools.partial(resize_clip_normalize, dtype=dtype, impl=settings.impl)
 
     def whole(given: RaggedImages) -> tuple[Tensor, Tensor]:
-        ready = prepare_on_device(given, plans=[plan] * len(pictures), impl=settings.impl)
-        numbers = range(len(pictures))
-        crops = [
-            ready.rectangle(i, PATCH_ITEM_TYPE, window) for i in numbers for window in plan.windows
-        ]
-        return (
-            last_resize(ready.canvases, CROP_SIZE, crops=crops),
-            last_resize(ready.full, IMAGE_SIZE),
-        )
+        plans = [plan] * len(pictures)
+        full, canvases = prepare_on_device(given, plans, impl=settings.impl)
+        crops = [rectangle(i, window) for i in range(len(plans)) for window in plan.windows]
+        return last_resize(canvases, CROP_SIZE, crops=crops), last_resize(full, IMAGE_SIZE)
 
     canvases = [canvas_image(picture, plan) for picture in pictures]
     windows = [cut(canvas, window) for canvas in canvases for window in plan.windows]

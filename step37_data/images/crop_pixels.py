@@ -7,8 +7,7 @@ decoding threads on the host; and on a device, all pictures of a pack at once fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from step37_data.images.crops import CropPlan, Window
-from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.dispatch import Impl
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import Crop, RaggedImages
@@ -47,8 +45,6 @@ def full_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
 
 def canvas_image(full: Image.Image, plan: CropPlan) -> Image.Image:
     """The canvas that ``plan.windows`` are cut from, of the full image."""
-    if plan.canvas_size is None:
-        raise ValueError(f"plan: a picture of {plan.size[0]}×{plan.size[1]} pixels has no crops")
     return full if full.size == plan.canvas_size else full.resize(plan.canvas_size, _BILINEAR)
 
 
@@ -60,58 +56,34 @@ def cut(canvas: Image.Image, window: Window) -> Image.Image:
     return canvas.crop((x, y, x + width, y + height))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePictures:
-    """Pictures on a device, ready for the last resize.
-
-    Attributes:
-        full: the full images, one for each picture.
-        canvases: the canvases, with room for windows that reach beyond them.
-        canvas_of: the canvas of every picture that has crops.
-    """
-
-    full: RaggedImages
-    canvases: RaggedImages
-    canvas_of: Mapping[int, int]
-
-    def rectangle(self, picture: int, kind: int, window: Window) -> Crop:
-        """A window of a picture: of ``canvases`` for crops, otherwise of ``full``."""
-        image = self.canvas_of.get(picture) if kind == PATCH_ITEM_TYPE else picture
-        if image is None:
-            raise ValueError(f"picture {picture} has no crops, asked for window {window}")
-        x, y, width, height = window
-        return Crop(image=image, left=x, top=y, right=x + width, bottom=y + height)
-
-
 def prepare_on_device(
     pictures: RaggedImages, plans: Sequence[CropPlan], *, impl: Impl = "auto"
-) -> DevicePictures:
+) -> tuple[RaggedImages, RaggedImages]:
     """Full images and canvases of pictures in one buffer, with four launches at most.
 
     Args:
         pictures: each of its plan's ``padded_size``.
         plans: one for each picture.
         impl: of the resize.
+
+    Returns:
+        The full images, and the canvases, with room for windows that reach beyond them.
     """
-    full = pictures
-    full_shapes = [plan.full_size[::-1] for plan in plans]
-    if full_shapes != list(pictures.shapes):
-        full = resize_uint8(pictures, full_shapes, impl=impl)
-    canvas_of: dict[int, int] = {}
-    offsets, shapes, sizes, padded_sizes = [], [], [], []
-    for i, plan in enumerate(plans):
-        if plan.canvas_size is not None:
-            canvas_of[i] = len(canvas_of)
-            offsets.append(full.offsets[i])
-            shapes.append(full_shapes[i])
-            sizes.append(plan.canvas_size[::-1])
-            x, y, width, height = plan.windows[-1]
-            padded_sizes.append((max(sizes[-1][0], y + height), max(sizes[-1][1], x + width)))
-    canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
-    # A file that is taken as it is is a canvas already.
-    if not sizes == padded_sizes == shapes:
-        canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
-    return DevicePictures(full=full, canvases=canvases, canvas_of=canvas_of)
+    full, shapes = pictures, [plan.full_size[::-1] for plan in plans]
+    if shapes != list(pictures.shapes):
+        full = resize_uint8(pictures, shapes, impl=impl)
+    sizes = [plan.canvas_size[::-1] for plan in plans]
+    padded_sizes = [plan.canvas_reach[::-1] for plan in plans]
+    # A file that is taken as it is is a canvas already, and so is one without crops.
+    if sizes == padded_sizes == shapes:
+        return full, full
+    return full, resize_uint8(full, sizes, padded_sizes=padded_sizes, impl=impl)
+
+
+def rectangle(picture: int, window: Window) -> Crop:
+    """A window of a picture, for the kernels."""
+    x, y, width, height = window
+    return Crop(image=picture, left=x, top=y, right=x + width, bottom=y + height)
 
 
 def normalize_into(place: torch.Tensor, pixels: npt.NDArray[np.uint8]) -> None:

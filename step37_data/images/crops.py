@@ -51,7 +51,7 @@ class CropPlan:
             picture is thin and tiny.
         full_size: of the full image before it is resized to 728×728: ``padded_size``, at most 3024
             a side.
-        canvas_size: what ``full_size`` is resized to for the crops; None if there are none.
+        canvas_size: what ``full_size`` is resized to for the crops, if there are some.
         windows: x, y, width, height of each crop on the canvas, row by row. A window that reaches
             beyond the canvas is black there.
         newline_mask: per crop, whether ``<patch_newline>`` follows it: after every row but the
@@ -61,7 +61,7 @@ class CropPlan:
     size: tuple[int, int]
     padded_size: tuple[int, int]
     full_size: tuple[int, int]
-    canvas_size: tuple[int, int] | None = None
+    canvas_size: tuple[int, int]
     windows: tuple[Window, ...] = ()
     newline_mask: tuple[bool, ...] = ()
 
@@ -69,6 +69,12 @@ class CropPlan:
     def full_window(self) -> Window:
         """The full image as a window of itself."""
         return (0, 0, *self.full_size)
+
+    @property
+    def canvas_reach(self) -> tuple[int, int]:
+        """The canvas, with what its windows reach beyond."""
+        x, y, width, height = self.windows[-1] if self.windows else self.full_window
+        return max(self.canvas_size[0], x + width), max(self.canvas_size[1], y + height)
 
     @property
     def num_tokens(self) -> int:
@@ -91,26 +97,22 @@ def plan_crops(width: int, height: int) -> CropPlan:
         raise ValueError(f"picture: expected at least 1×1 pixels, got {width}×{height}")
     padded = _padded_size(width, height)
     if padded != (width, height) and padded[0] > _MAX_SQUARE_SIDE:
-        raise ValueError(
-            f"picture: {width}×{height} pixels are too thin: the square around them would be of "
-            f"{padded[0]} pixels a side, more than {_MAX_SQUARE_SIDE}"
-        )
+        square = f"the square around them would be of {padded[0]} pixels a side"
+        raise ValueError(f"picture: {width}×{height} pixels are too thin: {square}")
     full = _capped_size(*padded)
     if min(full) < 1:
-        raise ValueError(
-            f"picture: {width}×{height} pixels are too thin: at {MAX_SIDE} pixels on the longer "
-            "side nothing is left of the shorter one"
-        )
+        left = f"at {MAX_SIDE} pixels a side nothing is left of the shorter one"
+        raise ValueError(f"picture: {width}×{height} pixels are too thin: {left}")
+    whole = CropPlan(size=(width, height), padded_size=padded, full_size=full, canvas_size=full)
     window = _window_side(max(full), min(full))
-    plan = CropPlan(size=(width, height), padded_size=padded, full_size=full)
     if window is None:
-        return plan
+        return whole
     canvas = (_canvas_side(full[0], window), _canvas_side(full[1], window))
     # A side of the canvas is a multiple of the window, or less than one window.
     lefts = range(0, canvas[0], window)
     tops = range(0, canvas[1], window)
     return replace(
-        plan,
+        whole,
         canvas_size=canvas,
         windows=tuple((x, y, window, window) for y in tops for x in lefts),
         newline_mask=tuple(x == lefts[-1] and y != tops[-1] for y in tops for x in lefts),

@@ -10,12 +10,13 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from step37_data.common.extras import how_to_get
 from step37_data.images.encoded import EncodedImage, ImageFile
 
 logger = logging.getLogger(__name__)
@@ -35,23 +36,6 @@ class BrokenImageError(ValueError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class Decoded(NamedTuple):
-    """One picture and, if its file was unreadable, why it is black.
-
-    Attributes:
-        image: RGB, of the size of the file.
-        broken: None, or what went wrong with the file.
-    """
-
-    image: Image.Image
-    broken: str | None
-
-    @property
-    def pixels(self) -> npt.NDArray[np.uint8]:
-        """uint8 ``[height, width, 3]``, read-only."""
-        return np.asarray(self.image)
 
 
 class BrokenImages:
@@ -145,11 +129,7 @@ def _fetched(path: str) -> io.BytesIO:
     try:
         from megfile import smart_open
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"image {path}: s3:// is read through megfile, which cannot be imported ({error}); "
-            "pip install megfile",
-            name="megfile",
-        ) from error
+        raise ImportError(f"image {path}: s3:// {how_to_get(error)}", name=error.name) from error
     try:
         with smart_open(path, "rb") as file:
             return io.BytesIO(file.read())
@@ -218,24 +198,6 @@ def _simplejpeg() -> Any:
                 )
                 return None
     return simplejpeg
-
-
-def decode(path: ImageFile, on_broken: OnBroken, max_pixels: int | None = None) -> Decoded:
-    """Read one image file.
-
-    Args:
-        path: of the file, or the file itself.
-        on_broken: ``"zero"`` and ``"skip-loss"`` give a black 224×224 picture for an unreadable
-            file, with a warning; ``"raise"`` raises.
-        max_pixels: a larger picture counts as unreadable; decoding takes seven bytes a pixel.
-
-    Raises:
-        BrokenImageError: the file is unreadable and ``on_broken`` is ``"raise"``.
-    """
-    try:
-        return Decoded(read_rgb(path, max_pixels), None)
-    except BrokenImageError as error:
-        return Decoded(Image.new("RGB", BROKEN_SIZE), pass_over(error, on_broken))
 
 
 def pass_over(error: BrokenImageError, on_broken: OnBroken) -> str:

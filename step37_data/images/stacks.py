@@ -32,6 +32,7 @@ from step37_data.images.crop_pixels import (
     normalize_then_resize,
     padded_image,
     prepare_on_device,
+    rectangle,
 )
 from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
 from step37_data.images.decode import (
@@ -205,18 +206,18 @@ class ImageReader:
 
     def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
         pictures, reasons = self._read(entries, True, lambda picture: picture)
-        ready = prepare_on_device(
+        full, canvases = prepare_on_device(
             upload([picture.pixels for picture in pictures], self.device),
             [picture.plan for picture in pictures],
         )
         rectangles = {
-            number: ready.rectangle(i, entries[number].kind, window)
+            number: rectangle(i, window)
             for i, picture in enumerate(pictures)
             for number, window in picture.windows.items()
         }
         stacks = {}
         for kind, side in self.sides.items():
-            source = ready.canvases if kind == PATCH_ITEM_TYPE else ready.full
+            source = canvases if kind == PATCH_ITEM_TYPE else full
             crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
             if self.pixel_order == "pillow":
                 stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
@@ -232,18 +233,17 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
     """The plan of a picture in crops, whose windows are checked to be those of its ``entries``."""
     try:
         plan = plan_crops(width, height)
-    except ValueError as error:
-        reason = str(error)
-    else:
         own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
-        stray = [entry.window for entry in entries if entry.window not in own[entry.kind]]
-        if not stray:
-            return plan
-        reason = (
-            f"it has {width}×{height} pixels, of which {stray[-1]} is no window: it was planned "
-            "from another size, or was unreadable then"
-        )
-    raise BrokenImageError(f"image {entries[0].path} could not be shown: {reason}", reason)
+        for entry in entries:
+            if entry.window not in own[entry.kind]:
+                raise ValueError(
+                    f"it has {width}×{height} pixels, of which {entry.window} is no window: it was "
+                    "planned from another size, or was unreadable then"
+                )
+    except ValueError as error:
+        shown = f"image {entries[0].path} could not be shown: {error}"
+        raise BrokenImageError(shown, str(error)) from error
+    return plan
 
 
 def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:

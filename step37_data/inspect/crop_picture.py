@@ -24,7 +24,7 @@ def describe_picture(path: str) -> Iterator[str]:
     if plan.padded_size != plan.size:
         yield f"padded    {_size(plan.padded_size)}, the picture at the top left"
     yield f"full      {_size(plan.full_size)}, resized to {_size((IMAGE_SIZE, IMAGE_SIZE))}"
-    if plan.canvas_size is None:
+    if not plan.windows:
         yield "canvas    none, no crops"
     else:
         across = len({x for x, *_ in plan.windows})
@@ -49,7 +49,7 @@ def draw_crops(path: str) -> style.Figure:
     picture = read_rgb(path)
     plan = plan_crops(*picture.size)
     shown = full_image(picture, plan)
-    if plan.canvas_size is not None:
+    if plan.windows:
         shown = canvas_image(shown, plan)
     corners = [(x + width, y + height) for x, y, width, height in plan.windows]
     right, bottom = np.max([shown.size, *corners], axis=0).tolist()

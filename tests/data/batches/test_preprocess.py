@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.images.decode import BrokenImageError, BrokenImages, decode
+from step37_data.images.decode import BrokenImageError, BrokenImages, read_rgb
 from step37_data.images.stacks import kernels_match_pillow
 from step37_data.preprocess import (
     IMAGE_ITEM_TYPE,
@@ -351,7 +351,7 @@ def test_the_loss_mask_keeps_its_dtype(photos, tmp_path):
 
 def test_decoded_pixels_through_the_kernels_are_what_the_host_path_gives(photos):
     """The CUDA path in the interpreter: whole pictures, resized by the kernels."""
-    pictures = [torch.from_numpy(decode(path, "raise").pixels.copy()) for path in photos]
+    pictures = [torch.tensor(np.asarray(read_rgb(path))) for path in photos]
     got = resize_clip_normalize([p.to(DEVICE) for p in pictures], 28, impl="triton")
     expected = torch.stack([stock(path, 28) for path in photos]).bfloat16()
     assert torch.equal(got.cpu(), expected)

@@ -24,9 +24,9 @@ from step37_data.images.decode import (
     BROKEN_SIZE,
     BrokenImageError,
     BrokenImages,
-    decode,
+    read_rgb,
 )
-from step37_data.preprocess import load_images, preprocess_packed_batch
+from step37_data.preprocess import _load_image, load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_STD, clip_normalize
 from tests.data.images.test_multicrop import PHOTOS
 
@@ -109,10 +109,7 @@ def test_a_readable_file_gives_what_pillow_gives(tmp_path, name):
     READABLE[name](path)
     with Image.open(path) as image:
         expected = np.asarray(image.convert("RGB"))
-    got = decode(str(path), "raise")
-    assert got.broken is None
-    assert got.pixels.dtype == np.uint8
-    np.testing.assert_array_equal(got.pixels, expected)
+    np.testing.assert_array_equal(np.asarray(read_rgb(str(path))), expected)
     ((loaded, _),) = load_images([(str(path), 0)], image_size=20, patch_image_size=20)
     with Image.open(path) as image:
         whole = image.convert("RGB").resize((20, 20), Image.Resampling.BILINEAR)
@@ -123,7 +120,15 @@ def test_a_readable_file_gives_what_pillow_gives(tmp_path, name):
 def test_an_exif_turn_is_not_made(tmp_path):
     path = tmp_path / "rotated.jpg"
     READABLE["rotated.jpg"](path)
-    assert decode(str(path), "raise").pixels.shape == (17, 23, 3)
+    assert read_rgb(str(path)).size == (23, 17)
+
+
+def why_broken(path: str) -> str | None:
+    try:
+        read_rgb(path)
+    except BrokenImageError as error:
+        return error.reason
+    return None
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -132,13 +137,16 @@ def test_a_broken_file_becomes_black_with_a_warning(tmp_path, caplog, name, on_b
     path = tmp_path / name
     BROKEN[name][0](path)
     with caplog.at_level(logging.WARNING, logger="step37_data.images.decode"):
-        got = decode(str(path), on_broken)
-    assert got.pixels.shape == (*BROKEN_SIZE, 3)
-    assert not got.pixels.any()
-    assert got.broken is not None
+        ((loaded, _),) = load_images(
+            [(str(path), 0)], image_size=20, patch_image_size=20, on_broken=on_broken
+        )
+    black = torch.zeros(1, 20, 20, 3, dtype=torch.uint8)
+    assert torch.equal(loaded, clip_normalize(black, dtype=torch.float32)[0])
     (record,) = caplog.records
     assert str(path) in record.getMessage()
-    assert got.broken in record.getMessage()
+    assert str(why_broken(str(path))) in record.getMessage()
+    stocks = _load_image(str(path))
+    assert (stocks.mode, stocks.size, stocks.getbbox()) == ("RGB", BROKEN_SIZE, None)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -146,7 +154,7 @@ def test_a_broken_file_raises_with_its_path_and_reason(tmp_path, name):
     path = tmp_path / name
     BROKEN[name][0](path)
     with pytest.raises(BrokenImageError, match=BROKEN[name][1]) as info:
-        decode(str(path), "raise")
+        read_rgb(str(path))
     assert str(path) in str(info.value)
     assert info.value.__cause__ is not None
 
@@ -157,7 +165,7 @@ def test_a_large_picture_below_the_bomb_limit_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        assert decode(str(path), "raise").pixels.shape == (40, 40, 3)
+        assert read_rgb(str(path)).size == (40, 40)
 
 
 def test_files_are_closed(tmp_path):
@@ -165,7 +173,7 @@ def test_files_are_closed(tmp_path):
     READABLE["colour.jpg"](path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
-        decode(str(path), "raise")
+        read_rgb(str(path))
     os.unlink(path)
 
 
@@ -186,18 +194,16 @@ def bucket(tmp_path, monkeypatch):
 
 def test_an_object_store_is_read_through_megfile(bucket, tmp_path):
     READABLE["colour.jpg"](bucket / "colour.jpg")
-    got = decode("s3://pictures/colour.jpg", "raise")
-    np.testing.assert_array_equal(got.pixels, np.asarray(Image.open(tmp_path / "colour.jpg")))
+    got = np.asarray(read_rgb("s3://pictures/colour.jpg"))
+    np.testing.assert_array_equal(got, np.asarray(Image.open(tmp_path / "colour.jpg")))
     assert picture_size("s3://pictures/colour.jpg") == (23, 17)
-    missing = decode("s3://pictures/missing.jpg", "zero")
-    assert missing.broken is not None
-    assert missing.broken.startswith("FileNotFoundError")
+    assert str(why_broken("s3://pictures/missing.jpg")).startswith("FileNotFoundError")
 
 
-@pytest.mark.parametrize("read", [lambda path: decode(path, "zero"), plan_file])
+@pytest.mark.parametrize("read", [_load_image, plan_file])
 def test_without_megfile_an_object_store_is_an_error_and_not_a_black_picture(monkeypatch, read):
     monkeypatch.setitem(sys.modules, "megfile", None)
-    with pytest.raises(ImportError, match=r"image s3://pictures/a\.jpg: .*pip install megfile"):
+    with pytest.raises(ImportError, match=r"image s3://pictures/a\.jpg: .* megfile: pip install"):
         read("s3://pictures/a.jpg")
 
 
@@ -255,14 +261,14 @@ def test_a_forked_child_has_threads_of_its_own(tmp_path):
     path = tmp_path / "colour.jpg"
     READABLE["colour.jpg"](path)
     items = [str(path)] * 3
-    list(map_threads(lambda p: decode(p, "raise"), items, 2))
+    map_threads(read_rgb, items, 2)
     with warnings.catch_warnings():
         # Python warns of forks beside threads: that is what this test is about.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        shapes = [d.pixels.shape for d in map_threads(lambda p: decode(p, "raise"), items, 2)]
-        os._exit(0 if shapes == [(17, 23, 3)] * 3 else 1)
+        sizes = [picture.size for picture in map_threads(read_rgb, items, 2)]
+        os._exit(0 if sizes == [(23, 17)] * 3 else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
 
@@ -279,10 +285,8 @@ def test_whatever_a_decoder_raises_is_a_broken_file(monkeypatch, tmp_path, error
     path = tmp_path / "cmyk.jpg"  # no other decoder than Pillow takes it
     READABLE["cmyk.jpg"](path)
     fail_in_pillow(monkeypatch, step, error("damaged"))
-    got = decode(str(path), "zero")
-    assert got.broken is not None
-    assert got.broken.startswith(error.__name__)
-    assert got.pixels.shape == (*BROKEN_SIZE, 3)
+    assert str(why_broken(str(path))).startswith(error.__name__)
+    assert _load_image(str(path)).size == BROKEN_SIZE
     assert step == "convert" or plan_file(str(path)).size == BROKEN_SIZE
 
 
@@ -293,7 +297,7 @@ def test_what_is_not_the_files_fault_is_no_broken_file(monkeypatch, tmp_path, er
     READABLE["cmyk.jpg"](path)
     fail_in_pillow(monkeypatch, step, error("not of the file"))
     with pytest.raises(error, match="not of the file"):
-        decode(str(path), "zero")
+        _load_image(str(path))
 
 
 def fail_in_pillow(monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
@@ -314,7 +318,7 @@ def test_a_damaged_avif_or_spider_file_does_not_end_the_run(tmp_path):
         whole = path.read_bytes()
         for cut in range(0, len(whole), max(1, len(whole) // 60)):
             path.write_bytes(whole[:cut] + bytes(20) + whole[cut + 20 :])
-            broken.append(decode(str(path), "zero").broken)
+            broken.append(why_broken(str(path)))
             plan_file(str(path))
     assert any(broken)
 
@@ -336,7 +340,7 @@ def test_a_pipe_or_device_is_a_broken_image_and_nobody_waits_for_it(tmp_path, wh
     if where == "pipe":
         path = str(tmp_path / "pipe.jpg")
         os.mkfifo(path)
-    reason = within_seconds(10, lambda: decode(path, "zero").broken)
+    reason = within_seconds(10, lambda: why_broken(path))
     assert reason == "OSError: expected a regular file"
     assert within_seconds(10, lambda: plan_file(path)).size == BROKEN_SIZE
 
@@ -344,10 +348,10 @@ def test_a_pipe_or_device_is_a_broken_image_and_nobody_waits_for_it(tmp_path, wh
 def test_a_picture_of_more_than_max_pixels_is_broken_before_it_is_decoded(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     noise("RGB", (40, 30)).save(path)
-    assert decode(str(path), "raise", 1200).broken is None
+    assert read_rgb(str(path), 1200).size == (40, 30)
     fail_in_pillow(monkeypatch, "convert", MemoryError("decoded all the same"))
     with pytest.raises(BrokenImageError, match="40×30 pixels are more than max_pixels = 1199"):
-        decode(str(path), "raise", 1199)
+        read_rgb(str(path), 1199)
     options = {"image_size": 28, "patch_image_size": 14, "on_broken": "raise", "max_pixels": 1199}
     with pytest.raises(BrokenImageError, match="max_pixels"):
         load_images([(str(path), 0)], **options)

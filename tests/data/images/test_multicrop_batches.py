@@ -272,7 +272,7 @@ def test_a_picture_of_another_size_than_planned_is_black_and_reported(changed, c
     for (got, _), expected in zip(loaded[6:], oracle(paths[2]), strict=True):
         assert torch.equal(got.cpu(), expected)
     assert list(broken.reasons) == paths[:2]
-    assert "500×375 pixels, of which (0, 0, 500, 333) is no window" in broken.reasons[paths[0]]
+    assert "500×375 pixels, of which (0, 0, 333, 333) is no window" in broken.reasons[paths[0]]
     assert "truncated" in broken.reasons[paths[1]]
     assert "changed.jpg could not be shown: it has 500×375" in caplog.text
     assert "black is used in its place" in caplog.text

@@ -18,9 +18,9 @@ from step37_data.images.crop_pixels import (
     normalize_then_resize,
     padded_image,
     prepare_on_device,
+    rectangle,
 )
 from step37_data.images.crops import plan_crops
-from step37_data.text.tokens import PATCH_ITEM_TYPE
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.ragged import RaggedImages
@@ -89,28 +89,19 @@ def assert_device_chain(pictures: list[Image.Image], impl: str, sides_: tuple[in
         pixels(padded_image(picture, plan)).to(DEVICE)
         for picture, plan in zip(pictures, plans, strict=True)
     ]
-    ready = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)
+    full, canvases = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)
     seen: list[Seen] = [see(picture) for picture in pictures]
     for i, each in enumerate(seen):
-        assert torch.equal(ready.full.image(i).cpu(), pixels(each.full))
-    got = resize_clip_normalize(
-        ready.full,
-        image_side,
-        crops=ready.full.whole(),
-        impl=impl,
-    )
+        assert torch.equal(full.image(i).cpu(), pixels(each.full))
+    got = resize_clip_normalize(full, image_side, crops=full.whole(), impl=impl)
     expected = torch.stack([normalized(each.full, image_side) for each in seen])
     assert torch.equal(got.cpu(), expected)
-    rectangles = [
-        ready.rectangle(i, PATCH_ITEM_TYPE, window)
-        for i, plan in enumerate(plans)
-        for window in plan.windows
-    ]
-    got = resize_clip_normalize(ready.canvases, crop_side, crops=rectangles, impl=impl)
+    rectangles = [rectangle(i, window) for i, plan in enumerate(plans) for window in plan.windows]
+    got = resize_clip_normalize(canvases, crop_side, crops=rectangles, impl=impl)
     crops = [crop for each in seen for crop in each.crops]
-    for rectangle, crop in zip(rectangles, crops, strict=True):
-        canvas = ready.canvases.image(rectangle.image).cpu()
-        window = canvas[rectangle.top : rectangle.bottom, rectangle.left : rectangle.right]
+    for place, crop in zip(rectangles, crops, strict=True):
+        canvas = canvases.image(place.image).cpu()
+        window = canvas[place.top : place.bottom, place.left : place.right]
         assert torch.equal(window, pixels(crop))
     if crops:
         assert torch.equal(got.cpu(), torch.stack([normalized(c, crop_side) for c in crops]))
@@ -145,14 +136,13 @@ def test_the_kernels_chain_is_the_rule(sizes, monkeypatch):
     assert_device_chain([noise(*size) for size in sizes], "triton", (28, 14))
 
 
-def test_a_picture_without_crops_has_neither_canvas_nor_windows():
-    plan = plan_crops(500, 375)
-    with pytest.raises(ValueError, match="500×375 pixels has no crops"):
-        canvas_image(noise(500, 375), plan)
-    ready = prepare_on_device(RaggedImages.gather([pixels(noise(500, 375))]), [plan])
-    assert len(ready.canvases) == 0
-    with pytest.raises(ValueError, match="picture 0 has no crops"):
-        ready.rectangle(0, PATCH_ITEM_TYPE, (0, 0, 504, 504))
+def test_a_picture_without_crops_has_no_windows_and_is_not_resized_for_them():
+    plan, picture = plan_crops(500, 375), noise(500, 375)
+    assert plan.windows == ()
+    assert canvas_image(picture, plan) is full_image(picture, plan) is picture
+    gathered = RaggedImages.gather([pixels(picture)])
+    full, canvases = prepare_on_device(gathered, [plan])
+    assert full is canvases is gathered
 
 
 def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:

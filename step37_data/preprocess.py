@@ -7,7 +7,6 @@ path, bit for bit, whatever device they are made on.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,9 +26,8 @@ from step37_data.images.decode import (
     read_rgb,
 )
 from step37_data.images.device import Device, resolve_device, to_device
-from step37_data.images.encoded import EncodedImage
 from step37_data.images.stacks import ImageReader
-from step37_data.text.placeholders import Entry, ImageEntry
+from step37_data.text.placeholders import Entry, ImageEntry, checked_entries, checked_kind
 from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
@@ -96,7 +94,7 @@ def load_images(
             two, a side below 1, ``on_broken`` none of the three, or ``pixel_order`` neither of the
             two.
     """
-    entries = _entries(image_paths)
+    entries = checked_entries("image_paths", image_paths)
     reader = ImageReader(
         sides=_sides(image_size, patch_image_size),
         device=resolve_device(device),
@@ -136,38 +134,6 @@ def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
     }
 
 
-def _entries(image_paths: Sequence[Any]) -> list[ImageEntry]:
-    form = "(path, type) or (path, type, window)"
-    if isinstance(image_paths, str) or not isinstance(image_paths, Sequence):
-        raise ValueError(f"image_paths: expected a list of {form}, got {image_paths!r}")
-    entries = []
-    for given in image_paths:
-        is_entry = isinstance(given, (list, tuple)) and len(given) in (2, 3)
-        if not is_entry or not isinstance(given[0], (str, os.PathLike, EncodedImage)):
-            raise ValueError(f"image_paths: expected {form}, got {given!r}")
-        path, kind, window = (*given, None)[:3]
-        if window is not None:
-            if not isinstance(window, (list, tuple)) or len(window) != 4:
-                raise ValueError(
-                    f"image_paths: expected a window (x, y, width, height), got {window!r} of "
-                    f"{path}"
-                )
-            x, y, width, height = map(int, window)
-            window = (x, y, width, height)
-        file = path if isinstance(path, EncodedImage) else os.fspath(path)
-        entries.append(ImageEntry(file, _checked_type(kind), window))
-    return entries
-
-
-def _checked_type(kind: int) -> int:
-    if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
-        raise ValueError(
-            f"image type: expected {IMAGE_ITEM_TYPE} (image) or {PATCH_ITEM_TYPE} (crop), "
-            f"got {kind!r}"
-        )
-    return int(kind)
-
-
 def build_image_for_insert(
     images_and_types: Iterable[tuple[torch.Tensor, int]],
     *,
@@ -197,7 +163,7 @@ def build_image_for_insert(
     """
     by_type: dict[int, list[torch.Tensor]] = {PATCH_ITEM_TYPE: [], IMAGE_ITEM_TYPE: []}
     for image, kind in images_and_types:
-        by_type[_checked_type(kind)].append(image)
+        by_type[checked_kind("images_and_types", kind)].append(image)
     groups = []
     for images, start, limit in (
         (by_type[PATCH_ITEM_TYPE], patch_start_id, limit_patches),
@@ -335,7 +301,7 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    given = _entries(batch.get("image_paths", ()))
+    given = checked_entries("image_paths", batch.get("image_paths", ()))
     _check_multicrop(given, multicrop)
     entries, positions = _used_images(given, tokens, starts)
     groups = []

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -27,7 +26,7 @@ from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
 from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
-from step37_data.text.placeholders import Entry, SampleImages
+from step37_data.text.placeholders import Entry, SampleImages, checked_entries
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
     IMAGE_ITEM_TYPE,
@@ -314,20 +313,11 @@ class Step37MultimodalTemplate(ImageTokens):
         return expanded
 
     def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
-        if isinstance(images, str):
-            raise ValueError(f"images: expected a list of paths, got {images!r}")
-        items = []
         rewrite = self.path_rewrite_fn or str
-        for image in images or ():
-            given = image if isinstance(image, (tuple, list)) and image else (image,)
-            path, kind = (*given, IMAGE_ITEM_TYPE)[:2]
-            if not isinstance(path, (str, os.PathLike, EncodedImage)):
-                raise ValueError(f"images: expected a path or (path, item type), got {image!r}")
-            if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
-                raise ValueError(f"images: unknown item type {kind!r} of {str(path)!r}")
-            file = path if isinstance(path, EncodedImage) else rewrite(str(path))
-            items.append((file, int(kind)))
-        return items
+        return [
+            (path if isinstance(path, EncodedImage) else rewrite(path), kind)
+            for path, kind, _ in checked_entries("images", images or (), IMAGE_ITEM_TYPE)
+        ]
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""

@@ -114,9 +114,9 @@ def test_load_images_of_nothing_is_nothing():
 
 
 def test_an_unknown_image_type_is_named(photos):
-    with pytest.raises(ValueError, match=r"image type: expected 0 \(image\) or 1 \(crop\), got 7"):
+    with pytest.raises(ValueError, match=r"item type 0 \(image\) or 1 \(crop\), got 7"):
         load_images([(photos[0], 7)], image_size=56, patch_image_size=28)
-    with pytest.raises(ValueError, match=r"image type: .* got 7"):
+    with pytest.raises(ValueError, match=r"item type .* got 7"):
         build_image_for_insert([(torch.zeros(3, 2, 2), 7)], patch_start_id=1, image_start_id=2)
 
 
@@ -234,7 +234,7 @@ def test_start_tokens_and_sizes_that_cannot_be_are_refused(photos, options, mess
     [
         (None, "expected a list of .*, got None"),
         ("a.jpg", "expected a list of .*, got 'a.jpg'"),
-        (["a.jpg"], r"expected \(path, type\) or .*, got 'a.jpg'"),
+        (["a.jpg"], r"a\.jpg: expected the item type 0 .* or 1 .*, got None"),
         ([("a.jpg",)], r"expected \(path, type\) or .*, got \('a.jpg',\)"),
         ([("a.jpg", 0, None, 3)], r"expected \(path, type\) or .*, got \('a.jpg', 0, None, 3\)"),
         ([(None, 0)], r"expected \(path, type\) or .*, got \(None, 0\)"),

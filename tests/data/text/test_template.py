@@ -350,7 +350,7 @@ def test_think_tags_in_an_answer_are_its_reasoning(template: Step37MultimodalTem
         (["a.jpg", "b.jpg"], "2 files of type image for 1 placeholders"),
         ([("a.jpg", 1)], "0 files of type image for 1 placeholders"),
         (["a.jpg", ("b.jpg", 1)], "1 files of type crop for 0 placeholders"),
-        ([("a.jpg", 2)], "unknown item type 2 of 'a.jpg'"),
+        ([("a.jpg", 2)], r"images: a\.jpg: expected the item type 0 .*, got 2"),
     ],
 )
 def test_images_and_placeholders_that_differ_in_number_are_an_error(

@@ -318,8 +318,8 @@ def prepare_flickr8k_samples(
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
         raise RuntimeError(
-            f"no sample prepared from {repo_id}/{split}: no row of {metadata} has a file_name and "
-            f"a {caption_key}; its columns are {columns}"
+            f"no sample prepared: no row of {metadata} has a file_name and a {caption_key}, of the "
+            f"columns {columns}"
         )
     return samples
 
@@ -360,9 +360,7 @@ def read_flickr8k_metadata(
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{metadata}, {'; '.join(problems[:_SHOWN])}{more}")
     if skipped:
-        logger.warning(
-            "%s: %d rows without a file_name or a %s are skipped", metadata, skipped, caption_key
-        )
+        logger.warning(f"{metadata}: {skipped} rows without file_name or {caption_key} are skipped")
     return samples
 
 
@@ -386,10 +384,8 @@ def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, 
                     yield rows.line_num, dict(zip(header, cells, strict=False))
                 first = rows.line_num + 1
         except csv.Error as error:
-            raise ValueError(
-                f"{metadata}, line {first}: {error}, in a row read up to line {rows.line_num}; "
-                "is a quote not closed?"
-            ) from error
+            row = f"line {first}: {error}, in a row read up to line {rows.line_num}"
+            raise ValueError(f"{metadata}, {row}; is a quote not closed?") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{metadata}: expected text in UTF-8: {error}") from error
 

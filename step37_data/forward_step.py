@@ -74,9 +74,9 @@ def model_inputs(
     """
     needs_tokens = stage.pre_process or stage.post_process
     if needs_tokens and "tokens" not in batch:
+        which = "first" if stage.pre_process else "last"
         raise ValueError(
-            f"batch: the {'first' if stage.pre_process else 'last'} pipeline stage needs tokens, "
-            f"got only {sorted(batch)}"
+            f"batch: the {which} pipeline stage needs tokens, got only {sorted(batch)}"
         )
     if not needs_tokens:
         batch = {key: batch[key] for key in ("cu_seqlens", "position_id")}
@@ -223,10 +223,7 @@ def _stage_of(model: Any) -> Stage:
 
     groups = get_attr_wrapped_model(model, "pg_collection")
     if groups.cp.size() > 1:
-        raise ValueError(
-            f"context parallel size: this step gives every rank whole packs, so it has to be 1, "
-            f"got {groups.cp.size()}"
-        )
+        raise ValueError(f"context parallel size: expected 1 (whole packs), got {groups.cp.size()}")
     return Stage(
         pre_process=get_attr_wrapped_model(model, "pre_process"),
         post_process=get_attr_wrapped_model(model, "post_process"),
@@ -252,9 +249,7 @@ def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:
     from megatron.core.utils import get_model_config
 
     if not get_model_config(model).overlap_moe_expert_parallel_comm:
-        raise ValueError(
-            "return_schedule_plan: the model's overlap_moe_expert_parallel_comm has to be on"
-        )
+        raise ValueError("return_schedule_plan: needs the model's overlap_moe_expert_parallel_comm")
     planned = {key: value for key, value in inputs.items() if key != "cu_seqlens"}
     return model.build_schedule_plan(**planned)
 

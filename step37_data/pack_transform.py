@@ -34,11 +34,9 @@ def get_position_id_from_cu_seqlens(cu_seqlens: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"cu_seqlens: expected 0 as the first bound, got {bounds[0]}")
     falls = np.flatnonzero(np.diff(bounds) < 0)
     if len(falls):
-        place = int(falls[0])
-        raise ValueError(
-            f"cu_seqlens: expected rising bounds, got {bounds[place + 1]} after {bounds[place]} "
-            f"at position {place + 1}"
-        )
+        before, after = bounds[falls[0] : falls[0] + 2]
+        at = f"got {after} after {before} at position {falls[0] + 1}"
+        raise ValueError(f"cu_seqlens: expected rising bounds, {at}")
     return torch.from_numpy(_positions(bounds)).to(cu_seqlens.device)
 
 
@@ -90,19 +88,17 @@ def pack_samples(
     all_paths = [_image_paths(number, piece) for number, piece in enumerate(pieces)]
     for number, (tokens, mask) in enumerate(zip(all_tokens, all_masks, strict=True)):
         if tokens.ndim != 1 or tokens.shape != mask.shape:
+            got = f"got shapes {tokens.shape} and {mask.shape}"
             raise ValueError(
-                f"pieces[{number}]: expected tokens and loss_mask of one length, "
-                f"got shapes {tokens.shape} and {mask.shape}"
+                f"pieces[{number}]: expected tokens and loss_mask of one length, {got}"
             )
         if isinstance(start_token_ids, Mapping):
             _check_images(number, tokens, start_token_ids, len(all_paths[number]))
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
         if pad_token_id in start_token_ids:
-            raise ValueError(
-                f"pad_token_id: {pad_token_id} marks an image or crop, so padding would be taken "
-                f"for images; choose a token outside {sorted(start_token_ids)}"
-            )
+            others = f"choose a token outside {sorted(start_token_ids)}"
+            raise ValueError(f"pad_token_id: {pad_token_id} marks an image or crop; {others}")
         all_tokens.append(np.full(padding + 1, pad_token_id, dtype=np.int64))
         all_masks.append(np.zeros(padding + 1, dtype=np.float32))
     sizes = [max(0, len(tokens) - 1) for tokens in all_tokens]
@@ -157,7 +153,7 @@ def _check_images(
                 f"rows, and {max(0, last - cut[0])} are left for it: the sample was cut"
             )
     if count != files:
+        tokens_told = f"{count} of the start tokens {sorted(spans)}"
         raise ValueError(
-            f"pieces[{number}]: {count} of the tokens {sorted(spans)} and {files} image_paths, "
-            "expected as many: a later image would take the place of a missing one"
+            f"pieces[{number}]: {files} image_paths for {tokens_told}, expected as many"
         )

@@ -129,8 +129,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         weights = _weights(counts, epochs)
         if int(sum(weights)) == 0:
             raise ValueError(
-                f"nothing was packed: epochs {list(epochs)} of data sets with {counts} samples "
-                "draw no sample"
+                f"nothing was packed: epochs {list(epochs)} of {counts} samples draw 0"
             )
         self.datasets = list(datasets)
         self.ds_epochs, self.dataset_sampling = list(epochs), list(strategies)
@@ -168,10 +167,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         # Reordered in place of the draws, so that pack ranges are slices in every case.
         domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
-            raise ValueError(
-                f"nothing was packed: all {self.packing_result.num_droped} samples are longer than "
-                f"the {max_length} tokens of a pack"
-            )
+            raise ValueError(f"nothing was packed: no sample fits in a pack of {max_length} tokens")
         self.piece_domains, self.piece_indices, self.piece_sizes = domains, indices, sizes
         ranges = (self.packing_result.starts, self.packing_result.counts)
         for array in (domains, indices, sizes, *ranges):
@@ -211,13 +207,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             if len(sample) != size and not self._warned_about_lengths:
                 self._warned_about_lengths = True
                 logger.warning(
-                    "datasets[%d][%d] has %d tokens now and had %d when the packs were made: the "
-                    "data set gives other samples from time to time, and packs can hold more than "
-                    "%d tokens (said once)",
-                    *piece,
-                    len(sample),
-                    size,
-                    self.max_length,
+                    f"datasets[{piece[0]}][{piece[1]}] has {len(sample)} tokens now and had {size} "
+                    f"when packed: packs can hold more than {self.max_length} tokens (said once)"
                 )
         return self.transform(samples) if self.transform else samples
 

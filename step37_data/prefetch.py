@@ -119,10 +119,8 @@ class Prefetcher(Iterator[_Input]):
 
     def __next__(self) -> _Input:
         if os.getpid() != self._process:
-            raise RuntimeError(
-                f"Prefetcher: its thread runs in process {self._process}, not in {os.getpid()}, "
-                "which was forked from it; make a Prefetcher there"
-            )
+            here = f"not in {os.getpid()}, which was forked from it; make a Prefetcher there"
+            raise RuntimeError(f"Prefetcher: its thread runs in process {self._process}, {here}")
         with self._turn:
             if self._closed:
                 raise StopIteration

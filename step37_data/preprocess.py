@@ -268,13 +268,11 @@ def preprocess_packed_batch(
             resolved), a tensor has another shape (a batch that was not unwrapped), or
             ``image_paths`` are not what ``multicrop`` says.
     """
-    starts = {PATCH_ITEM_TYPE: patch_start_token_id, IMAGE_ITEM_TYPE: img_start_token_id}
-    for kind, token in starts.items():
-        if token < 0:
-            raise ValueError(
-                f"{('img', 'patch')[kind]}_start_token_id: not resolved, got {token}; the "
-                "provider's build_datasets() takes it from the tokenizer"
-            )
+    unset = "(-1: the provider's build_datasets() has not run)"
+    starts = {
+        PATCH_ITEM_TYPE: checked_int(f"patch_start_token_id {unset}", patch_start_token_id, 0),
+        IMAGE_ITEM_TYPE: checked_int(f"img_start_token_id {unset}", img_start_token_id, 0),
+    }
     checked_int("encoder_patch_size", encoder_patch_size)
     _check_shapes(batch)
     on_broken = on_broken or batch.get("on_broken", "zero")
@@ -332,20 +330,16 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
     for key in ("cu_seqlens", "position_id", "tokens", "labels", "loss_masks"):
         if key in batch and batch[key].ndim != 1:
             expected = "[n + 1]" if key == "cu_seqlens" else "[T]"
-            raise ValueError(
-                f"batch: expected {key} of shape {expected}, got {list(batch[key].shape)}; give "
-                "the DataLoader the collate_fn of the data set, which unwraps a batch of one pack"
-            )
+            got = f"got {list(batch[key].shape)}; the data set's collate_fn unwraps a batch of one"
+            raise ValueError(f"batch: expected {key} of shape {expected}, {got}")
 
 
 def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> None:
     for entry in entries:
         if multicrop is not None and (entry.window is not None) != multicrop:
             made = "no window" if multicrop else f"the window {entry.window}"
-            raise ValueError(
-                f"multicrop: {multicrop}, but the entry of {entry.path} in image_paths carries "
-                f"{made}; give the template the same multicrop"
-            )
+            told = f"{entry.path} in image_paths carries {made}"
+            raise ValueError(f"multicrop: {multicrop}, but {told}; give the template the same")
 
 
 def _used_images(
@@ -359,10 +353,8 @@ def _used_images(
         places = (tokens == start).nonzero().flatten().tolist()
         used = min(len(of_kind), len(places))
         if len(of_kind) != len(places):
-            logger.warning(
-                f"the pack holds {len(of_kind)} images of type {kind} and {len(places)} start "
-                f"tokens {start} for them; the first {used} of each are used"
-            )
+            told = f"{len(of_kind)} images of type {kind} and {len(places)} start tokens {start}"
+            logger.warning(f"the pack holds {told} for them; the first {used} of each are used")
         entries += of_kind[:used]
         positions += places[:used]
     return entries, positions
@@ -379,10 +371,8 @@ def _without_samples(
     loss_masks = loss_masks.clone()
     for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
-    logger.warning(
-        f"samples {samples} of a pack of {len(cu_seqlens) - 1} take no part in the loss: an image "
-        "of theirs is unreadable"
-    )
+    of = f"of a pack of {len(cu_seqlens) - 1}"
+    logger.warning(f"samples {samples} {of} take no part in the loss: they have unreadable images")
     return loss_masks
 
 

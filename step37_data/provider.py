@@ -229,8 +229,6 @@ def collate_single_pack(batch: list[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the batch holds another number of packs.
     """
     if len(batch) != 1:
-        raise ValueError(
-            f"needs micro_batch_size=1, got {len(batch)}: a pack "
-            "already holds many samples; raise max_packing_seqlen for larger batches"
-        )
+        larger = "a pack holds many samples: raise max_packing_seqlen for larger batches"
+        raise ValueError(f"needs micro_batch_size=1, got {len(batch)}; {larger}")
     return batch[0]

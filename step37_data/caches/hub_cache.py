@@ -73,12 +73,7 @@ def check_origin(root: Path, repo_id: str, revision: str | None) -> None:
             )
     elif any(entry.name != ".cache" for entry in root.iterdir()):
         if revision is not None:
-            logger.warning(
-                "%s was not filled by this loader: its files are taken as they are, whether or "
-                "not they are those of revision %s",
-                root,
-                revision,
-            )
+            logger.warning(f"{root}: not filled by this loader, taken for {revision} as it is")
     else:
         refuse_links(root, note)
         note.parent.mkdir(exist_ok=True)

@@ -125,10 +125,8 @@ class LengthCache:
 
     def __init__(self, cache_dir: str | Path, dataset: Any, keys: np.ndarray | None = None) -> None:
         if not isinstance(dataset, KeyedDataset):
-            raise TypeError(
-                f"cache_dir: lengths of {type(dataset).__name__} cannot be cached, it has no "
-                "fingerprint() and sample_keys()"
-            )
+            kind = type(dataset).__name__
+            raise TypeError(f"cache_dir: {kind} has no fingerprint() and sample_keys() to cache by")
         folder = Path(cache_dir).expanduser()
         self._file = folder / dataset.fingerprint()[:32] / "samples.lengths"
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
@@ -235,10 +233,8 @@ class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
         if isinstance(sample, Mapping) and "tokens" in sample:
             expected = max(0, len(sample["tokens"]) - 1)
             if length != expected:
-                raise ValueError(
-                    f"sample {index}: len() of the {type(sample).__name__} is {length}, expected "
-                    f"{expected}, one less than its tokens; MultimodalSFTSample has that length"
-                )
+                told = f"len() of the {type(sample).__name__} is {length}, expected {expected}"
+                raise ValueError(f"sample {index}: {told}, one less than its tokens")
         return index, length
 
 

@@ -192,10 +192,7 @@ def _simplejpeg() -> Any:
         picture.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
         with Image.open(file) as image:
             if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue()), np.asarray(image)):
-                logger.warning(
-                    "the installed simplejpeg and Pillow decode to different pixels: Pillow "
-                    "decodes everything, which is slower"
-                )
+                logger.warning("simplejpeg's pixels are not Pillow's: Pillow decodes, more slowly")
                 return None
     return simplejpeg
 

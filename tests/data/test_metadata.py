@@ -47,7 +47,7 @@ def test_rows_without_a_caption_or_file_name_and_short_rows_are_skipped_and_coun
         ("d.jpg", "second"),
         ("f.jpg", 'third, with "quotes" and é'),
     ]
-    said = f"{tmp_path}/train/metadata.csv: 3 rows without a file_name or a caption_0 are skipped"
+    said = f"{tmp_path}/train/metadata.csv: 3 rows without file_name or caption_0 are skipped"
     assert caplog.messages == [said]
 
 

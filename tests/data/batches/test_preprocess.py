@@ -215,8 +215,8 @@ def test_a_batch_that_was_not_unwrapped_is_refused_with_the_shape_it_should_have
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_start_token_id": -1}, "img_start_token_id: not resolved, got -1"),
-        ({"patch_start_token_id": -1}, "patch_start_token_id: not resolved, got -1"),
+        ({"img_start_token_id": -1}, r"img_start_token_id .*build_datasets\(\) .*, got -1"),
+        ({"patch_start_token_id": -1}, r"patch_start_token_id .*build_datasets\(\) .*, got -1"),
         ({"image_size": 0}, "image_size: expected at least 1, got 0"),
         ({"image_size": 28.0}, r"image_size: expected an integer, got 28\.0"),
         ({"patch_image_size": -3}, "patch_image_size: expected at least 1, got -3"),

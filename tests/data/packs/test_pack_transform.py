@@ -161,7 +161,7 @@ def test_a_sample_cut_inside_an_image_is_refused_where_the_rows_of_images_are_kn
 def test_a_sample_whose_images_and_files_differ_in_number_is_refused(tokens, files) -> None:
     good = make_sample([1, 7, 4, 5], [0.0] * 4, [("a.jpg", 0)])
     other = make_sample(tokens, [0.0] * len(tokens), [("b.jpg", 0)] * files)
-    message = rf"pieces\[1\]: {tokens.count(7)} of the tokens \[7\] and {files} image_paths"
+    message = rf"pieces\[1\]: {files} image_paths for {tokens.count(7)} of the start tokens \[7\]"
     with pytest.raises(ValueError, match=message):
         pack_samples([good, other], start_token_ids={7: 1})
     pack_samples([good, other], start_token_ids=[7])

@@ -188,10 +188,10 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"packing: expected one of next_fit, .*, got 'best'"):
         loader_of([1], packing="best")
     with pytest.raises(
-        ValueError, match="nothing was packed: all 2 samples are longer than the 10"
+        ValueError, match="nothing was packed: no sample fits in a pack of 10 tokens"
     ):
         loader_of([11, 12], oversize_policy="drop")
-    with pytest.raises(ValueError, match=r"nothing was packed: epochs \[0.4\] .* draw no sample"):
+    with pytest.raises(ValueError, match=r"epochs \[0.4\] of \[2\] samples draw 0"):
         loader_of([1, 1], epochs=[0.4])
 
 
@@ -244,7 +244,7 @@ def test_a_sample_whose_length_has_changed_since_is_reported_once(
     loader.datasets[0].lengths[1] = 8
     for _ in range(2):
         assert len(loader[0][1]) == 8
-    assert caplog.text.count("datasets[0][1] has 8 tokens now and had 5 when the packs") == 1
+    assert caplog.text.count("datasets[0][1] has 8 tokens now and had 5 when packed") == 1
 
 
 def test_a_loader_survives_pickling_with_its_position() -> None:
@@ -514,7 +514,7 @@ def test_two_writers_of_one_cache_lose_nothing_they_have_merged(tmp_path: Path) 
 
 
 def test_a_cache_needs_a_data_set_with_keys(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="lengths of list cannot be cached"):
+    with pytest.raises(TypeError, match=r"list has no fingerprint\(\) and sample_keys\(\)"):
         loader_of([], datasets=[[[1, 2], [3]]], lengths_cache_dir=tmp_path)
 
     class WrongKeys(Words):
@@ -565,7 +565,7 @@ def test_ten_million_samples_are_scheduled_in_ten_seconds_and_one_gigabyte() -> 
 
 
 def test_best_fit_that_drops_everything_says_that_nothing_was_packed() -> None:
-    with pytest.raises(ValueError, match="nothing was packed: all 2 samples are longer"):
+    with pytest.raises(ValueError, match="nothing was packed: no sample fits"):
         loader_of([9, 10], max_length=8, oversize_policy="drop", packing="best_fit")
 
 

@@ -393,7 +393,7 @@ def test_a_chunk_behind_the_first_takes_no_images(step, packs):
 
 def test_the_schedule_plan_gets_the_images_too(step, packs):
     model = Recorder()
-    with pytest.raises(ValueError, match="overlap_moe_expert_parallel_comm has to be on"):
+    with pytest.raises(ValueError, match="needs the model's overlap_moe_expert_parallel_comm"):
         step(State(), iter(packs), model, return_schedule_plan=True)
     model.config.overlap_moe_expert_parallel_comm = True
     plan, _ = step(State(), iter(packs), model, return_schedule_plan=True)
@@ -401,7 +401,7 @@ def test_the_schedule_plan_gets_the_images_too(step, packs):
 
 
 def test_what_cannot_run_is_an_error(step, packs):
-    with pytest.raises(ValueError, match=r"context parallel size: .* has to be 1, got 2"):
+    with pytest.raises(ValueError, match=r"context parallel size: expected 1 .*, got 2"):
         step(State(), iter(packs), Recorder(cp=2))
     with pytest.raises(ValueError, match="data_iterator: every pipeline stage needs one"):
         step(State(), None, Recorder())

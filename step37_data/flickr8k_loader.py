@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,21 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Flickr8kSample:
-    """One image file and its caption."""
+    """One image file and its caption.
+
+    Raises:
+        ValueError: the caption is no text, or text that UTF-8 cannot hold.
+    """
 
     image_path: str
     caption: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.caption.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            told = f"expected text without half surrogate pairs, got {self.caption!r}"
+            raise ValueError(f"caption of {self.image_path}: {told}") from error
 
 
 @dataclass(eq=False, repr=False)
@@ -68,7 +79,6 @@ class Step37Flickr8kDataset:
 
     def __getitem__(self, idx: int) -> MultimodalSFTSample:
         sample = self.samples[idx]
-        self._caption_bytes(idx, sample)
         try:
             return self.template(self._to_dialog(sample, self.prompt))
         except ValueError as error:
@@ -90,21 +100,11 @@ class Step37Flickr8kDataset:
         digests = bytearray()
         for number, sample in enumerate(self.samples):
             digest = prompt.copy()
-            digest.update(b"\0" + self._caption_bytes(number, sample))
+            digest.update(b"\0" + sample.caption.encode())
             if plans is not None:
                 digest.update(b"\0%d %d" % plans[number].size)
             digests += digest.digest()
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
-
-    @staticmethod
-    def _caption_bytes(number: int, sample: Flickr8kSample) -> bytes:
-        try:
-            return sample.caption.encode()
-        except (AttributeError, UnicodeEncodeError) as error:
-            raise ValueError(
-                f"sample {number} ({sample.image_path}): expected a caption of text without half "
-                f"surrogate pairs, got {sample.caption!r}"
-            ) from error
 
     def vision_tokens(self) -> np.ndarray:
         """int64 ``[N]``: rows of all images and crops of a sample, the work of the vision tower."""
@@ -161,25 +161,17 @@ def get_flickr8k_dataset_file(
     """
     root = Path(cache_dir).expanduser()
     path = path_inside(root, filename)
-    flaw = flaw_of(root, path)
-    for _ in range(2):
+    for downloads in range(3):
+        flaw = flaw_of(root, path)
         if flaw is None:
             return path
-        _download(filename, root, path, flaw, repo_id, revision, endpoint)
-        flaw = flaw_of(root, path)
-    if flaw is None:
-        return path
+        if downloads < 2:
+            _download(filename, root, path, flaw, repo_id, revision=revision, endpoint=endpoint)
     raise OSError(f"{path} {flaw}, also after it was downloaded twice from {repo_id}")
 
 
 def _download(
-    filename: str,
-    root: Path,
-    path: Path,
-    flaw: str,
-    repo_id: str,
-    revision: str | None,
-    endpoint: str | None,
+    filename: str, root: Path, path: Path, flaw: str, repo_id: str, **source: Any
 ) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -198,11 +190,10 @@ def _download(
                 filename,
                 repo_type="dataset",
                 local_dir=root,
-                revision=revision,
-                endpoint=endpoint,
                 # Else the client keeps a damaged file that has its name, and tries again itself,
                 # within each attempt of ours, where the hub answers with an error.
                 force_download=True,
+                **source,
             )
             return
         except (*network_errors, ValueError) as raised:
@@ -296,7 +287,11 @@ def prepare_flickr8k_samples(
                 undo.callback(hub.enable_progress_bars)
             fetch(f"{split}/metadata.csv")
             names = [path.relative_to(root).as_posix() for path in flawed()]
-            _fetch_all(fetch, names, max_workers, progress, f"{repo_id}/{split}")
+            if names:
+                logger.info("downloading %d files of %s/%s", len(names), repo_id, split)
+                bar = {"desc": f"Downloading {repo_id}/{split}", "unit": "file"}
+                # After a failure it starts no other file.
+                thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)
 
     whole: set[Path] = set()
 
@@ -400,13 +395,3 @@ def _maybe_barrier() -> None:
     """Wait for all ranks, if there are several."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
-
-
-def _fetch_all(
-    fetch: Callable[[str], Path], names: list[str], max_workers: int, progress: bool, what: str
-) -> None:
-    if names:
-        logger.info("downloading %d files of %s", len(names), what)
-        bar: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
-        # After a failure it starts no other file.
-        thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)

@@ -76,6 +76,9 @@ class Prefetcher(Iterator[_Input]):
             is none.
         broken: reported (``BrokenImages.report``) behind the last pack.
 
+    Attributes:
+        waited_s: seconds that ``next`` has waited for packs that were not ready, all in all.
+
     Raises:
         ValueError: ``depth`` or ``start`` is out of range.
 
@@ -100,7 +103,7 @@ class Prefetcher(Iterator[_Input]):
         self._prepare = prepare
         self._broken = broken
         self._next_pack = start
-        self._waited_s = 0.0
+        self.waited_s = 0.0
         self._closed = False
         self._device = resolve_device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -127,7 +130,7 @@ class Prefetcher(Iterator[_Input]):
             began = time.perf_counter()
             future = self._pending[0]
             error = future.exception()
-            self._waited_s += time.perf_counter() - began
+            self.waited_s += time.perf_counter() - began
             # Only now: an interrupt while waiting must not lose the pack.
             self._pending.popleft()
             if error is not None:
@@ -167,11 +170,6 @@ class Prefetcher(Iterator[_Input]):
                 value = self._prepare(pack)
                 return value, None if self._stream is None else self._stream.record_event()
         return None
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that ``next`` has waited for packs that were not ready, all in all."""
-        return self._waited_s
 
     def state_dict(self) -> dict[str, int]:
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -31,17 +32,17 @@ class _StandaloneProvider:
 
 def _provider_base() -> Any:
     """``DatasetProvider`` of Megatron-Bridge, newest place first; a stand-in where it is absent."""
-    try:
+    for module in ("megatron.bridge.data.base", "megatron.bridge.training.config"):
         try:
-            from megatron.bridge.data.base import DatasetProvider
+            base = importlib.import_module(module).DatasetProvider
         except ModuleNotFoundError as error:
-            _require_megatron_missing(error)
-            from megatron.bridge.training.config import DatasetProvider
-    except ModuleNotFoundError as error:
-        _require_megatron_missing(error)
-        return _StandaloneProvider
-    _allow_in_configurations()
-    return DatasetProvider
+            # An installed but broken Megatron-Bridge says what it lacks.
+            if (error.name or "").partition(".")[0] != "megatron":
+                raise
+        else:
+            _allow_in_configurations()
+            return base
+    return _StandaloneProvider
 
 
 def _allow_in_configurations() -> None:
@@ -52,12 +53,6 @@ def _allow_in_configurations() -> None:
         return  # A Bridge without a list of what is allowed.
     for module in (__name__, "step37_data.energon.provider"):
         register_allowed_target_prefix(f"{module}.")
-
-
-def _require_megatron_missing(error: ModuleNotFoundError) -> None:
-    """Let an installed but broken Megatron-Bridge say what it lacks."""
-    if error.name is None or error.name.partition(".")[0] != "megatron":
-        raise error
 
 
 _Base: Any = _provider_base()

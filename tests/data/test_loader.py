@@ -552,7 +552,7 @@ def test_a_refused_file_name_is_a_value_error_on_every_rank(hub: Hub, tmp_path: 
 
 def die_on_rank_0(rank: int, *arguments: Any) -> list[str]:
     if rank == 0:
-        flickr8k_loader._fetch_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        flickr8k_loader.thread_map = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     return prepare_in_rank(rank, *arguments)
 
 
@@ -565,11 +565,11 @@ def test_a_rank_0_that_dies_leaves_no_rank_waiting(hub: Hub, tmp_path: Path) -> 
 
 
 def fail_on_rank_0(rank: int, *arguments: Any) -> list[str]:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise LookupError("odd")
 
     if rank == 0:
-        flickr8k_loader._fetch_all = fail
+        flickr8k_loader.thread_map = fail
     return prepare_in_rank(rank, *arguments)
 
 

@@ -16,15 +16,8 @@ import torch
 from PIL import Image
 
 from step37_data.common.checks import checked_int
+from step37_data.images import decode
 from step37_data.images.crop_pixels import PixelOrder
-from step37_data.images.decode import (
-    BROKEN_SIZE,
-    BrokenImageError,
-    BrokenImages,
-    OnBroken,
-    pass_over,
-    read_rgb,
-)
 from step37_data.images.device import Device, resolve_device, to_device
 from step37_data.images.stacks import ImageReader
 from step37_data.text.placeholders import Entry, ImageEntry, checked_entries, checked_kind
@@ -46,8 +39,8 @@ def load_images(
     patch_image_size: int,
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
-    on_broken: OnBroken = "zero",
-    broken: BrokenImages | None = None,
+    on_broken: decode.OnBroken = "zero",
+    broken: decode.BrokenImages | None = None,
     threads: int | None = None,
     pixel_order: PixelOrder = "pillow",
     max_pixels: int | None = None,
@@ -114,10 +107,10 @@ def load_images(
 def _load_image(path: str) -> Image.Image:
     """A picture in RGB; a black one of 224×224 and a warning where it cannot be read."""
     try:
-        return read_rgb(path)
-    except BrokenImageError as error:
-        pass_over(error, "zero")
-        return Image.new("RGB", BROKEN_SIZE)
+        return decode.read_rgb(path)
+    except decode.BrokenImageError as error:
+        decode.pass_over(error, "zero")
+        return Image.new("RGB", decode.BROKEN_SIZE)
 
 
 def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
@@ -223,8 +216,8 @@ def preprocess_packed_batch(
     only_pp_first_stage: bool = True,
     device: Device = None,
     dtype: torch.dtype = torch.bfloat16,
-    on_broken: OnBroken | None = None,
-    broken: BrokenImages | None = None,
+    on_broken: decode.OnBroken | None = None,
+    broken: decode.BrokenImages | None = None,
     threads: int | None = None,
     multicrop: bool | None = None,
     pixel_order: PixelOrder = "pillow",

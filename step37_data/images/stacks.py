@@ -23,27 +23,8 @@ from PIL import __version__ as pillow_version
 
 from step37_data.common.checks import checked_choice
 from step37_data.common.threads import map_threads
-from step37_data.images.crop_pixels import (
-    PixelOrder,
-    canvas_image,
-    cut,
-    full_image,
-    normalize_into,
-    normalize_then_resize,
-    padded_image,
-    prepare_on_device,
-    rectangle,
-)
+from step37_data.images import crop_pixels, decode
 from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
-from step37_data.images.decode import (
-    BrokenImageError,
-    BrokenImages,
-    OnBroken,
-    decode_into,
-    open_image,
-    pass_over,
-    rgb_image,
-)
 from step37_data.images.device import pinned, to_device, upload
 from step37_data.images.encoded import ImageFile
 from step37_data.text.placeholders import ImageEntry
@@ -107,16 +88,16 @@ class ImageReader:
     sides: Mapping[int, int]
     device: torch.device
     dtype: torch.dtype
-    on_broken: OnBroken = "zero"
-    broken: BrokenImages | None = None
+    on_broken: decode.OnBroken = "zero"
+    broken: decode.BrokenImages | None = None
     threads: int | None = None
-    pixel_order: PixelOrder = "pillow"
+    pixel_order: crop_pixels.PixelOrder = "pillow"
     max_pixels: int | None = None
     decode_scaled: bool = False
 
     def __post_init__(self) -> None:
-        checked_choice("on_broken", self.on_broken, OnBroken)
-        checked_choice("pixel_order", self.pixel_order, PixelOrder)
+        checked_choice("on_broken", self.on_broken, decode.OnBroken)
+        checked_choice("pixel_order", self.pixel_order, crop_pixels.PixelOrder)
 
     def load_stacks(self, entries: Sequence[ImageEntry]) -> _Stacks:
         """Make the stack of every kind at once.
@@ -152,16 +133,16 @@ class ImageReader:
             path, in_crops = entries[numbers[0]].file
             reason = None
             try:
-                with open_image(path, self.max_pixels) as image:
+                with decode.open_image(path, self.max_pixels) as image:
                     if self.decode_scaled and not in_crops:
                         side = max(self.sides[entries[i].kind] for i in numbers)
                         image.draft(image.mode, (side, side))
                     shown = [entries[i] for i in numbers]
                     plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
-                    pixels = _staged(image, plan) if staged else rgb_image(image)
+                    pixels = _staged(image, plan) if staged else decode.rgb_image(image)
                 windows = {i: entries[i].window or plan.full_window for i in numbers}
-            except BrokenImageError as error:
-                reason = pass_over(error, self.on_broken)
+            except decode.BrokenImageError as error:
+                reason = decode.pass_over(error, self.on_broken)
                 plan, pixels = plan_whole(1, 1), Image.new("RGB", (1, 1))
                 pixels = _staged(pixels, plan) if staged else pixels
                 windows = dict.fromkeys(numbers, plan.full_window)
@@ -188,29 +169,30 @@ class ImageReader:
 
         def show(picture: _Picture) -> None:
             """Cut, resize and normalise every window, each to its place in the stacks."""
-            sources = {IMAGE_ITEM_TYPE: full_image(picture.pixels, picture.plan)}
+            sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
             for number, window in picture.windows.items():
                 kind, side = kinds[number], self.sides[kinds[number]]
                 if kind not in sources:
-                    sources[kind] = canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
-                image = cut(sources[kind], window)
+                    sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+                image = crop_pixels.cut(sources[kind], window)
                 if self.pixel_order == "pillow":
                     image = image.resize((side, side), Image.Resampling.BILINEAR)
-                    normalize_into(places[number], np.asarray(image))
+                    crop_pixels.normalize_into(places[number], np.asarray(image))
                 else:
-                    places[number][:] = normalize_then_resize(torch.tensor(np.asarray(image)), side)
+                    pixels = torch.tensor(np.asarray(image))
+                    places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
 
         _, reasons = self._read(entries, False, show)
         return {kind: to_device(stack, self.device) for kind, stack in stacks.items()}, reasons
 
     def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
         pictures, reasons = self._read(entries, True, lambda picture: picture)
-        full, canvases = prepare_on_device(
+        full, canvases = crop_pixels.prepare_on_device(
             upload([picture.pixels for picture in pictures], self.device),
             [picture.plan for picture in pictures],
         )
         rectangles = {
-            number: rectangle(i, window)
+            number: crop_pixels.rectangle(i, window)
             for i, picture in enumerate(pictures)
             for number, window in picture.windows.items()
         }
@@ -224,7 +206,7 @@ class ImageReader:
                 shape = (len(crops), 3, side, side)
                 stacks[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
                 for place, crop in zip(stacks[kind], crops, strict=True):
-                    place[:] = normalize_then_resize(source.cut(crop), side)
+                    place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
         return stacks, reasons
 
 
@@ -241,7 +223,7 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
                 )
     except ValueError as error:
         shown = f"image {entries[0].path} could not be shown: {error}"
-        raise BrokenImageError(shown, str(error)) from error
+        raise decode.BrokenImageError(shown, str(error)) from error
     return plan
 
 
@@ -249,7 +231,7 @@ def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
     """The pixels in pinned memory; those of a thin and tiny picture on its black square."""
     memory = pinned(*plan.padded_size[::-1])
     if image.size == plan.padded_size:
-        decode_into(memory.numpy(), image)
+        decode.decode_into(memory.numpy(), image)
     else:
-        memory.numpy()[:] = np.asarray(padded_image(rgb_image(image), plan))
+        memory.numpy()[:] = np.asarray(crop_pixels.padded_image(decode.rgb_image(image), plan))
     return memory

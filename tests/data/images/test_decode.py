@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from step37_data.common.threads import default_threads, map_threads
-from step37_data.images import stacks
+from step37_data.images import decode
 from step37_data.images.crops import picture_size, plan_file
 from step37_data.images.decode import (
     BROKEN_SIZE,
@@ -400,9 +400,9 @@ def test_a_jpeg_is_decoded_at_the_size_that_is_needed_only_if_that_is_asked_for(
 def test_the_size_that_is_decoded_is_at_least_the_one_that_is_needed(tmp_path, monkeypatch, width):
     path = large_photograph(tmp_path / "large.jpg", (width, 6000))
     sizes = []
-    original = stacks.rgb_image
+    original = decode.rgb_image
     monkeypatch.setattr(
-        stacks, "rgb_image", lambda image: sizes.append(image.size) or original(image)
+        decode, "rgb_image", lambda image: sizes.append(image.size) or original(image)
     )
     load_images([(path, 1), (path, 0)], image_size=728, patch_image_size=504, decode_scaled=True)
     factor = max(f for f in (1, 2, 4, 8) if f <= max(1, width // 728))

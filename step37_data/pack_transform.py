@@ -82,18 +82,11 @@ def pack_samples(
     if len(pieces) == 0:
         raise ValueError("pieces: expected at least one sample, got none")
     checked_int("seqlen_divisible_by", seqlen_divisible_by)
-    # NumPy throughout: torch would start threads for a few thousand elements, in every worker.
-    all_tokens = [_tokens(number, piece["tokens"]) for number, piece in enumerate(pieces)]
-    all_masks = [_as_numpy(piece["loss_mask"], np.float32) for piece in pieces]
-    all_paths = [_image_paths(number, piece) for number, piece in enumerate(pieces)]
-    for number, (tokens, mask) in enumerate(zip(all_tokens, all_masks, strict=True)):
-        if tokens.ndim != 1 or tokens.shape != mask.shape:
-            got = f"got shapes {tokens.shape} and {mask.shape}"
-            raise ValueError(
-                f"pieces[{number}]: expected tokens and loss_mask of one length, {got}"
-            )
-        if isinstance(start_token_ids, Mapping):
-            _check_images(number, tokens, start_token_ids, len(all_paths[number]))
+    checked = [_checked(f"pieces[{number}]", piece) for number, piece in enumerate(pieces)]
+    all_tokens, all_masks, all_paths = map(list, zip(*checked, strict=True))
+    if isinstance(start_token_ids, Mapping):
+        for number, (tokens, _, paths) in enumerate(checked):
+            _check_images(f"pieces[{number}]", tokens, start_token_ids, len(paths))
     padding = -sum(max(0, len(tokens) - 1) for tokens in all_tokens) % seqlen_divisible_by
     if padding:
         if pad_token_id in start_token_ids:
@@ -116,30 +109,28 @@ def pack_samples(
     }
 
 
-def _tokens(number: int, values: Any) -> npt.NDArray[np.int64]:
-    tokens = torch.as_tensor(values)
+def _checked(
+    where: str, piece: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], Sequence[Any]]:
+    """Tokens, loss mask and paths of one sample.
+
+    NumPy from here on: torch would start threads for a few thousand elements, in every worker.
+    """
+    tokens, mask = torch.as_tensor(piece["tokens"]), torch.as_tensor(piece["loss_mask"])
+    paths = piece.get("image_paths", ())
     # An empty list is a float tensor for torch.
     if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex()):
-        raise ValueError(f"pieces[{number}]: expected integer tokens, got {tokens.dtype}")
-    return _as_numpy(tokens, np.int64)
-
-
-def _as_numpy(values: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    tensor = torch.as_tensor(values)
-    if tensor.is_floating_point():
-        tensor = tensor.float()  # NumPy has no bfloat16
-    return tensor.numpy(force=True).astype(dtype, copy=False)
-
-
-def _image_paths(number: int, piece: Mapping[str, Any]) -> Sequence[Any]:
-    paths = piece.get("image_paths", ())
+        raise ValueError(f"{where}: expected integer tokens, got {tokens.dtype}")
+    if tokens.ndim != 1 or tokens.shape != mask.shape:
+        got = f"got shapes {list(tokens.shape)} and {list(mask.shape)}"
+        raise ValueError(f"{where}: expected tokens and loss_mask of one length, {got}")
     if not isinstance(paths, (list, tuple)):
-        raise ValueError(f"pieces[{number}]: expected image_paths to be a list, got {paths!r}")
-    return paths
+        raise ValueError(f"{where}: expected image_paths to be a list, got {paths!r}")
+    return tokens.long().numpy(force=True), mask.float().numpy(force=True), paths
 
 
 def _check_images(
-    number: int, tokens: npt.NDArray[np.int64], spans: Mapping[int, int], files: int
+    where: str, tokens: npt.NDArray[np.int64], spans: Mapping[int, int], files: int
 ) -> None:
     last = len(tokens) - 2  # of the inputs, tokens[:-1]
     count = 0
@@ -149,11 +140,9 @@ def _check_images(
         cut = starts[starts + rows > last]
         if len(cut):
             raise ValueError(
-                f"pieces[{number}]: token {token} at position {cut[0]} marks an image of {rows} "
-                f"rows, and {max(0, last - cut[0])} are left for it: the sample was cut"
+                f"{where}: token {token} at position {cut[0]} marks an image of {rows} rows, and "
+                f"{max(0, last - cut[0])} are left for it: the sample was cut"
             )
     if count != files:
-        tokens_told = f"{count} of the start tokens {sorted(spans)}"
-        raise ValueError(
-            f"pieces[{number}]: {files} image_paths for {tokens_told}, expected as many"
-        )
+        marks = f"{count} of the start tokens {sorted(spans)}"
+        raise ValueError(f"{where}: {files} image_paths for {marks}, expected as many")

@@ -6,6 +6,7 @@ import builtins
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,36 +49,37 @@ def fill_cache_once(fill: Callable[[], None], is_filled: Callable[[], bool], *, 
 
 def _ranks_to_fill(is_filled: Callable[[], bool], group: dist.ProcessGroup, what: str) -> set[int]:
     """The lowest rank of every node where some rank misses something."""
-    filled = False
-
-    def look() -> None:
-        nonlocal filled
-        filled = is_filled()
-
-    _run_and_agree(look, group, what)
     lowest: dict[str, int] = {}
-    for rank, (node, complete) in enumerate(_gather((socket.gethostname(), filled), group, what)):
+    looked = _run_and_agree(lambda: (socket.gethostname(), is_filled()), group, what)
+    for rank, (node, complete) in enumerate(looked):
         if not complete:
             lowest.setdefault(node, rank)
     return set(lowest.values())
 
 
-def _run_and_agree(work: Callable[[], None] | None, group: dist.ProcessGroup, what: str) -> None:
-    """Run ``work`` where there is some; raise on every rank if it raised on any."""
-    error: Exception | None = None
+def _run_and_agree(work: Callable[[], Any] | None, group: dist.ProcessGroup, what: str) -> list:
+    """Run ``work`` where there is some; raise on every rank if it raised on any.
+
+    Returns:
+        What it gave, by rank; None of ranks without work.
+    """
+    result = error = failure = None
     if work is not None:
         try:
-            work()
+            result = work()
         except Exception as caught:  # raised again below, after the other ranks know of it
-            error = caught
-    report = None if error is None else (type(error).__name__, str(error))
-    reports = _gather(report, group, what)
+            error, failure = caught, (type(caught).__name__, str(caught))
+    outcomes: list = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(outcomes, (result, failure), group=group)
+    except RuntimeError as lost:
+        raise RuntimeError(f"{what}: another rank stopped before it was done ({lost})") from lost
     if error is not None:
         raise error
-    for rank, failure in enumerate(reports):
+    for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
-            name, message = failure
-            raise _rebuilt(name, f"{what} failed on rank {rank}: {message}")
+            raise _rebuilt(failure[0], f"{what} failed on rank {rank}: {failure[1]}")
+    return [result for result, _ in outcomes]
 
 
 def _rebuilt(name: str, message: str) -> Exception:
@@ -86,12 +88,3 @@ def _rebuilt(name: str, message: str) -> Exception:
         # A UnicodeError needs five arguments; its base says the same.
         return ValueError(message) if issubclass(kind, UnicodeError) else kind(message)
     return RuntimeError(f"{message} ({name})")
-
-
-def _gather(value: object, group: dist.ProcessGroup, what: str) -> list:
-    values: list = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(values, value, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(f"{what}: another rank stopped before it was done ({error})") from error
-    return values

@@ -192,7 +192,7 @@ def test_image_paths_that_are_no_list_are_refused(paths: Any) -> None:
 def test_wrong_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="pieces: expected at least one sample, got none"):
         pack_samples([])
-    with pytest.raises(ValueError, match=r"pieces\[0\].*got shapes \(3,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"pieces\[0\].*got shapes \[3\] and \[2\]"):
         pack_samples([make_sample([1, 2, 3], [0.0, 1.0], [])])
     with pytest.raises(ValueError, match="seqlen_divisible_by: expected at least 1, got 0"):
         pack_samples([make_sample([1, 2], [0.0, 1.0], [])], seqlen_divisible_by=0)

@@ -112,8 +112,8 @@ class Prefetcher(Iterator[_Input]):
         self._process = os.getpid()
         self._work: Work = queue.SimpleQueue()
         self._thread = start_thread(self._work, "step37-prefetch")
-        weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
         self._pending: deque[Future[_Prepared[_Input]]] = deque()
+        weakref.finalize(self, _end, self._pending, self._work, self._thread, _LAST_WAIT_S)
         for _ in range(depth):
             self._begin()
 
@@ -182,9 +182,7 @@ class Prefetcher(Iterator[_Input]):
             wait_s: seconds to wait at most; None waits until it is made.
         """
         self._closed = True
-        for future in tuple(self._pending):
-            future.cancel()
-        _end(self._work, self._thread, wait_s)
+        _end(self._pending, self._work, self._thread, wait_s)
         ended = [f for f in self._pending if f.done() and not f.cancelled()]
         done = [f.result() for f in ended if f.exception() is None]
         self._pending.clear()
@@ -198,11 +196,12 @@ class Prefetcher(Iterator[_Input]):
         self.close(None if kind is None else _LAST_WAIT_S)
 
 
-def _end(work: Work, thread: threading.Thread, wait_s: float | None) -> None:
+def _end(
+    pending: deque[Future[Any]], work: Work, thread: threading.Thread, wait_s: float | None
+) -> None:
     """Drop what has not begun, and wait for what has."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            work.get_nowait()
+    for future in tuple(pending):
+        future.cancel()
     work.put(None)
     if thread is not threading.current_thread():
         thread.join(wait_s)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 
-from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_samples
+from step37_data.flickr8k_loader import (
+    Flickr8kSample,
+    Step37Flickr8kDataset,
+    prepare_flickr8k_samples,
+)
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
@@ -187,8 +191,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
 
     def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
         # First, because it is quick: a wrong tokenizer is reported before an hour of download.
-        template = self._make_template()
-        self._resolve_special_token_ids(template)
+        self._make_template()
         samples = prepare_flickr8k_samples(
             repo_id=self.repo_id,
             split=self.split,
@@ -197,6 +200,14 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
             cache_dir=self.cache_dir,
             revision=self.revision,
         )
+        return self.packs_of(samples)
+
+    def packs_of(
+        self, samples: Sequence[Flickr8kSample], *, progress: bool = True
+    ) -> MixedPackedDataloader:
+        """Packs of samples that are there already, with ``progress`` shown while measuring."""
+        template = self._make_template()
+        self._resolve_special_token_ids(template)
         lengths_cache_dir = self.lengths_cache_dir or f"{self.cache_dir}/.cache/step37_lengths"
         return MixedPackedDataloader(
             datasets=[Step37Flickr8kDataset(samples, template, self.prompt)],
@@ -217,6 +228,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
             balance_group=self.balance_group,
             lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
             probe_workers=self.probe_workers,
+            progress=progress,
             together=True,
             collate_fn=collate_single_pack,
         )

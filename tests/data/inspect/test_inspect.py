@@ -23,14 +23,7 @@ from step37_data.inspect.data_set import (
     draw_data_set,
     find_broken_images,
 )
-from step37_data.inspect.pack_picture import (
-    LINE,
-    TOKENS_A_LINE,
-    WIDTH,
-    cell_at,
-    describe_pack,
-    draw_pack,
-)
+from step37_data.inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
@@ -57,6 +50,13 @@ def drawn(sheet: Any) -> np.ndarray:
     """Pixels ``[h, w, 3]`` of a sheet, at 100 an inch."""
     with Image.open(io.BytesIO(style.png_of(sheet))) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def low_in(sheet: Any, token: int) -> tuple[int, int]:
+    """Row and column of the pixel low in the middle of a token: no label is written there."""
+    line, column = divmod(token, TOKENS_A_LINE)
+    x, y = sheet.axes[1].transData.transform((column + 0.5, line + 0.68))
+    return round(sheet.bbox.height - y), round(x)
 
 
 def check_lettering(sheet: Any) -> None:
@@ -288,10 +288,7 @@ def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate)
     pixels = drawn(sheet)
 
     def colour(token: int) -> tuple[int, ...]:
-        x, y = cell_at(token)
-        # Low in the line: no label is written there.
-        column = round(style.DPI * (x + WIDTH / TOKENS_A_LINE / 2))
-        return tuple(pixels[round(style.DPI * (y + LINE)) - 3, column].tolist())
+        return tuple(pixels[low_in(sheet, token)].tolist())
 
     first, second, padding = pack.segments
     image, crop = first.images
@@ -313,8 +310,9 @@ def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
 ) -> None:
     oversize = describe_pack(packs_of(template, ["a.jpg"], 100), 0)
     assert oversize.used > oversize.capacity
-    last = oversize.segments[-1].end - 1
-    assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
+    sheet = draw_pack(oversize)
+    shown = drawn(sheet)[low_in(sheet, oversize.segments[0].end - 2)]
+    assert tuple(shown.tolist()) == rgb(style.TRAINED)
 
 
 @pytest.mark.parametrize(

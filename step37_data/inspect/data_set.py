@@ -121,8 +121,7 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
         lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
     told = [textwrap.fill(packing, 48) for packing in data.packings]
-    looks = {"color": style.SERIES[:2], "edgecolor": "white"}
-    filled.hist(shares, np.linspace(0, 100, 21), label=told, **looks)
+    filled.hist(shares, range(0, 101, 5), label=told, color=style.SERIES[:2], edgecolor="white")
     filled.set_xlim(0, 100)
     for axes, title, across, up in (
         (lengths, f"Lengths of {len(data.sizes)} samples", "tokens of a sample", "samples"),

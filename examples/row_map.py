@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from step37_data.inspect import style
 from step37_kernels import InsertPlan
@@ -57,20 +57,18 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
     top = 0.7 + -(-len(photographs) // a_row) * (THUMBNAIL + 0.45)
     lines = -(-len(tokens) // COLUMNS)
     bottom = top + lines * (CELL_H + GAP)
-    sheet, axes = style.figure(width, bottom + 0.65)
     placed = sum(row >= 0 for row in row_at)
     title = (
         f"One pack: {len(tokens)} positions, {len(bounds) - 1} sub-sequences, {len(counts)} images,"
         f" {placed} of {plan.num_rows} feature rows placed"
     )
-    style.label(axes, MARGIN, 0.3, style.fit(title, width - 2 * MARGIN, 12, "bold"), 12,
-                weight="bold")  # fmt: skip
+    sheet, axes = style.figure(width, bottom + 0.65, title)
     for k, file in enumerate(photographs):
         x = MARGIN + k % a_row * (THUMBNAIL + 0.2)
         y = 0.6 + k // a_row * (THUMBNAIL + 0.45)
         _photograph(axes, file, x, y, IMAGES[k % len(IMAGES)])
-        name = style.fit(f"{k}: {Path(file).name}", THUMBNAIL + 0.1, 9)
-        style.label(axes, x, y + THUMBNAIL + 0.2, name)
+        name = f"{k}: {Path(file).name}"
+        style.label(axes, x, y + THUMBNAIL + 0.2, name, 9, THUMBNAIL + 0.1)
 
     for position, token in enumerate(tokens):
         line, column = divmod(position, COLUMNS)
@@ -89,11 +87,11 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
                 kind = kind if loss[position] else "special token"
             looks = LOOKS[kind]
         style.box(axes, x, y, CELL_W - 0.02, CELL_H, **looks)
-        style.label(axes, x + 0.02, y + CELL_H / 2, style.fit(text, CELL_W - 0.05, 6.5), 6.5)
+        style.label(axes, x + 0.02, y + CELL_H / 2, text, 6.5, CELL_W - 0.05)
         if position in bounds[:-1]:
             bar = {"facecolor": style.INK, "zorder": 2}
             style.box(axes, x - 0.025, y - 0.03, 0.025, CELL_H + 0.06, **bar)
-    style.legend(axes, MARGIN, bottom + 0.15, list(LOOKS.items()))
+    style.legend(axes, MARGIN, bottom + 0.15, LOOKS)
     lost = (plan.destinations < 0).sum().item()
     told = (
         f"a black bar begins a sub-sequence; feature rows without a destination: {lost or 'none'}"
@@ -106,8 +104,4 @@ def _photograph(axes: Any, file: str, x: float, y: float, frame: str) -> None:
     with Image.open(file) as photograph:
         small = photograph.convert("RGB")
     small.thumbnail((180, 180))
-    scale = THUMBNAIL / max(small.size)
-    width, height = small.width * scale, small.height * scale
-    y += THUMBNAIL - height
-    style.box(axes, x, y, width + 0.1, height + 0.1, facecolor=frame)
-    style.show(axes, small, x + 0.05, y + 0.05, width, height)
+    style.show(axes, ImageOps.expand(small, 7, frame), x, y, THUMBNAIL + 0.1)

@@ -121,13 +121,11 @@ def _sheet(title: str, where: str, entries: int, width: float = 8.0) -> tuple[An
     """A sheet with one plot, and room for a legend of so many entries below it."""
     below = 0.75 + 0.22 * -(-entries // 2)
     height = 3.6 + below + 0.75
-    sheet = style.sheet_of(width, height)
+    sheet = style.sheet_of(width, height, title)
     left, right = 1.0 / width, 1 - 0.25 / width
     axes = sheet.add_axes((left, below / height, right - left, 3.6 / height))
-    title = style.fit(title, width - 1.25, 11, "bold")
-    for text, size, weight, down in ((title, 11, "bold", 0.3), (where, 9, "normal", 0.55)):
-        fitted = style.fit(text, width - 1.25, size, weight)
-        sheet.text(left, 1 - down / height, fitted, fontsize=size, weight=weight, va="center")
+    where = style.fit(where, width - 0.4, 9)
+    sheet.text(0.2 / width, 1 - 0.55 / height, where, fontsize=9, va="center")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)

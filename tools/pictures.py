@@ -74,10 +74,9 @@ _OURS = (
 def draw_step() -> Any:
     """What the host waits for in the embedding of a step with three images: stock and ours."""
     width, left, lane = 11.0, 1.15, 0.34
-    sheet, axes = style.figure(width, 4.05)
     title = "The embedding of one step, three images: what the host waits for"
-    style.label(axes, 0.2, 0.28, title, 12, weight="bold")
-    style.legend(axes, 0.2, 0.62, list(_LOOKS.items()))
+    sheet, axes = style.figure(width, 4.05, title)
+    style.legend(axes, 0.2, 0.62, _LOOKS)
     y = 1.0
     for name, told, pieces, lanes in (
         ("stock", "two waits an image, a copy a group, pixels within the step", _STOCK,
@@ -98,7 +97,7 @@ def draw_step() -> Any:
                     x = left + start * (width - left - 0.2) / 10.1
                     span = length * (width - left - 0.2) / 10.1
                     style.box(axes, x, top, span, lane, **looks)
-                    style.label(axes, x + 0.05, top + lane / 2, style.fit(text, span - 0.08, 8), 8)
+                    style.label(axes, x + 0.05, top + lane / 2, text, 8, span - 0.08)
         y += len(lanes) * (lane + 0.08) + 0.25
     style.label(axes, left, y - 0.08, "Order and overlap only; the lengths are not to scale.", 8)
     return sheet

@@ -44,37 +44,35 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption-key", default="caption_0", metavar="COLUMN")
     add("--quiet", action="store_true", help="no progress bars")
     parser = argparse.ArgumentParser(prog="step37-data")
-    command = functools.partial(
-        parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser,
-        parents=[common],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    command = functools.partial(commands.add_parser, parents=[common], formatter_class=defaults)
     told = (__doc__ or "").partition("\n\n")[2]
     inspect = command("inspect", help="show the packs of a cache folder", description=told)
     add = inspect.add_argument
     add("cache_dir", type=Path, nargs="?", help="folder in the layout of the data set")
-    add("--tokenizer", help="folder of the tokenizer")
-    add("--picture", type=Path, metavar="FILE", help="show how multicrop sees this image file")
-    add("--pack", type=int, metavar="N", help="show this pack instead of the data set")
-    add("--out", type=Path, metavar="FILE", help="draw it into this file, such as p.png")
-    add("--html", type=Path, metavar="FILE", help="write a page with tables, pictures and packs")
+    subject = inspect.add_mutually_exclusive_group().add_argument
+    subject("--picture", metavar="FILE", help="show how multicrop sees this image file")
+    subject("--pack", type=int, metavar="N", help="show this pack instead of the data set")
+    subject("--html", type=Path, metavar="FILE", help="write a page with tables, pictures, packs")
     add("--html-packs", type=int, default=12, metavar="N", help="packs to leaf through in it")
+    add("--out", type=Path, metavar="FILE", help="draw it into this file, such as p.png")
+    add("--skip-images", action="store_true", help="do not read every image to find broken ones")
+    # Those that choose the packs have the names of the provider's fields.
+    add("--tokenizer", dest="tokenizer_path", metavar="FOLDER", help="folder of the tokenizer")
     add("--multicrop", action="store_true", help="see images in crops")
     add("--split", default="train")
     add("--prompt", default="Describe this image in one sentence.")
-    add("--max-length", type=int, default=2048, metavar="TOKENS", help="capacity of a pack")
-    add("--divisible-by", type=int, default=64, metavar="TOKENS", help="multiple padded to")
-    add("--oversize", choices=("drop", "extend"), default="drop")
-    add("--sampling", choices=("random", "sequential"), default="random")
+    tokens = functools.partial(add, type=int, metavar="TOKENS")
+    tokens("--max-length", dest="max_packing_seqlen", default=2048, help="capacity of a pack")
+    tokens("--divisible-by", dest="seqlen_divisible_by", default=64, help="multiple padded to")
+    add("--oversize", dest="oversize_policy", choices=("drop", "extend"), default="drop")
+    add("--sampling", dest="dataset_sampling", choices=("random", "sequential"), default="random")
     add("--packing", choices=("next_fit", "best_fit"), default="next_fit")
-    add("--lengths-cache", type=Path, metavar="FOLDER", help="keep lengths here between runs")
-    add("--skip-images", action="store_true", help="do not read every image to find broken ones")
-    shard = command(
-        "shard",
-        help="write a cache folder as WebDataset shards for Megatron-Energon",
-        description="Every split of FOLDER as shards in OUT, pictures as they are, with Energon's "
-        "metadata. An interrupted run goes on where it stopped.",
-    )
+    add("--lengths-cache", dest="lengths_cache_dir", metavar="FOLDER", help="keep lengths here")
+    told = "Every split of FOLDER as shards in OUT, pictures as they are, with Energon's metadata. "
+    told += "An interrupted run goes on where it stopped."
+    shard = command("shard", help="write a folder as shards for Megatron-Energon", description=told)
     add = shard.add_argument
     add("folder", type=Path, help="folder in the layout of the data set")
     add("out", type=Path, help="folder for the shards")
@@ -100,26 +98,34 @@ def _shard(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:
-    if options.html is not None and (options.pack is not None or options.picture is not None):
-        raise ValueError("--html: a page shows a whole data set, not one --pack or --picture")
     if options.picture is not None:
         from step37_data.inspect.crop_picture import describe_picture, draw_crops
 
-        yield from describe_picture(str(options.picture))
-        yield from _save(options.out, draw_crops, str(options.picture))
-    elif options.cache_dir is None or options.tokenizer is None:
+        yield from describe_picture(options.picture)
+        yield from _save(options.out, draw_crops, options.picture)
+    elif options.cache_dir is None or options.tokenizer_path is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
+    elif options.pack is not None:
+        from step37_data.inspect.pack_picture import describe_pack, draw_pack, pack_lines
+
+        packs = _packs(options, options.packing)
+        if not 0 <= options.pack < len(packs):
+            raise ValueError(f"--pack: expected 0 to {len(packs) - 1}, got {options.pack}")
+        pack = describe_pack(packs, options.pack)
+        yield from pack_lines(pack)
+        yield from _save(options.out, draw_pack, pack)
     else:
-        yield from (_describe_data_set if options.pack is None else _describe_pack)(options)
+        yield from _describe_data_set(options)
 
 
-def _save(out: Path | None, draw: Callable[..., Any], *described: Any) -> Iterator[str]:
+def _save(out: Path | None, draw: Callable[[Any], Any], subject: Any) -> Iterator[str]:
     if out is not None:
-        style.save(draw(*described), out)
+        style.save(draw(subject), out)
         yield f"drawing   {out}"
 
 
-def _load(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloader:
+def _packs(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloader:
+    """Packs as training sees them, of the files that are there."""
     from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
     from step37_data.pack_transform import pack_samples
     from step37_data.packed_dataloader import MixedPackedDataloader
@@ -130,19 +136,19 @@ def _load(options: argparse.Namespace, packing: Packing) -> MixedPackedDataloade
     if not samples:
         raise ValueError(f"{metadata}: no row has a file_name and a {options.caption_key}")
     template = Step37MultimodalTemplate(
-        tokenizer_path=options.tokenizer,
-        max_sequence_length=options.max_length,
+        tokenizer_path=options.tokenizer_path,
+        max_sequence_length=options.max_packing_seqlen,
         multicrop=options.multicrop,
     )
     return MixedPackedDataloader(
         [Step37Flickr8kDataset(samples, template, options.prompt)],
         [1.0],
-        options.max_length,
-        options.oversize,
-        functools.partial(pack_samples, seqlen_divisible_by=options.divisible_by),
-        options.sampling,
+        options.max_packing_seqlen,
+        options.oversize_policy,
+        functools.partial(pack_samples, seqlen_divisible_by=options.seqlen_divisible_by),
+        options.dataset_sampling,
         packing=packing,
-        lengths_cache_dir=options.lengths_cache,
+        lengths_cache_dir=options.lengths_cache_dir,
         progress=not options.quiet,
     )
 
@@ -151,16 +157,15 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
     from step37_data.inspect import data_set
 
     # In the order drawn. Dropped samples are among them.
-    packs = _load(options, "next_fit")
+    packs = _packs(options, "next_fit")
     paths = list(dict.fromkeys(sample.image_path for sample in packs.datasets[0].samples))
-    broken = None if options.skip_images else data_set.find_broken_images(paths, options.quiet)
     data = data_set.DataSetDescription(
         name=f"{options.cache_dir}/{options.split}, {options.caption_key}",
         sizes=packs.piece_sizes,
         images=len(paths),
-        capacity=options.max_length,
-        oversize=options.oversize,
-        broken=broken,
+        capacity=packs.max_length,
+        oversize=options.oversize_policy,
+        broken=None if options.skip_images else data_set.find_broken_images(paths, options.quiet),
     )
     yield from data_set.data_set_lines(data)
     yield from _save(options.out, data_set.draw_data_set, data)
@@ -168,21 +173,10 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
         from step37_data.inspect.page import write_page
 
         if options.packing != "next_fit":
-            packs = _load(options, options.packing)
+            packs = _packs(options, options.packing)
         shown = range(min(options.html_packs, len(packs)))
         write_page(options.html, data, packs, shown, progress=not options.quiet)
         yield f"page      {options.html}, {len(shown)} of {len(packs)} packs"
-
-
-def _describe_pack(options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.inspect.pack_picture import describe_pack, draw_pack, pack_lines
-
-    packs = _load(options, options.packing)
-    if not 0 <= options.pack < len(packs):
-        raise ValueError(f"--pack: expected 0 to {len(packs) - 1}, got {options.pack}")
-    pack = describe_pack(packs, options.pack)
-    yield from pack_lines(pack)
-    yield from _save(options.out, draw_pack, pack)
 
 
 if __name__ == "__main__":

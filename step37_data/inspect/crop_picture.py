@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PureWindowsPath
 
-import numpy as np
-
 from step37_data.images.crop_pixels import canvas_image, full_image
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, picture_size, plan_crops
 from step37_data.images.decode import read_rgb
 from step37_data.inspect import style
 from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN, ImageTokens
-
-# In inches.
-MARGIN, TOP, LONG_SIDE = 0.16, 0.72, 9.6
 
 
 def describe_picture(path: str) -> Iterator[str]:
@@ -27,12 +22,10 @@ def describe_picture(path: str) -> Iterator[str]:
     if not plan.windows:
         yield "canvas    none, no crops"
     else:
-        across = len({x for x, *_ in plan.windows})
-        grid = f"{across} × {len(plan.windows) // across} windows"
-        yield (
-            f"canvas    {_size(plan.canvas_size)}, {grid} "
-            f"of {_size(plan.windows[0][2:])}, each resized to {_size((CROP_SIZE, CROP_SIZE))}"
-        )
+        down = sum(plan.newline_mask) + 1
+        windows = f"{len(plan.windows) // down} × {down} windows of {_size(plan.windows[0][2:])}"
+        resized = f"each resized to {_size((CROP_SIZE, CROP_SIZE))}"
+        yield f"canvas    {_size(plan.canvas_size)}, {windows}, {resized}"
     for number, (x, y, _, _) in enumerate(plan.windows):
         yield f"          crop {number} from x = {x}, y = {y}"
     crops = f"{len(plan.windows)} crops, {sum(plan.newline_mask)} newlines"
@@ -48,26 +41,22 @@ def draw_crops(path: str) -> style.Figure:
     """The canvas with its crops framed and numbered, or the full image where there are none."""
     picture = read_rgb(path)
     plan = plan_crops(*picture.size)
-    shown = full_image(picture, plan)
-    if plan.windows:
-        shown = canvas_image(shown, plan)
-    corners = [(x + width, y + height) for x, y, width, height in plan.windows]
-    right, bottom = np.max([shown.size, *corners], axis=0).tolist()
-    scale = LONG_SIDE / max(right, bottom)
-    width = max(right * scale, 4 - 2 * MARGIN)
-    sheet, axes = style.figure(width + 2 * MARGIN, TOP + bottom * scale + MARGIN)
+    shown = canvas_image(full_image(picture, plan), plan)
+    right, bottom = plan.canvas_reach
+    inches = 9.6 / max(right, bottom)
     crops = f"{len(plan.windows)} crops and the full image" if plan.windows else "no crops"
-    title = f"{PureWindowsPath(path).name}: {_size(plan.size)}, {crops}"
-    style.label(axes, MARGIN, 0.25, title, 11, width, weight="bold")
-    style.label(axes, MARGIN, 0.5, f"{plan.num_tokens} tokens", 9, width)
-    style.box(axes, MARGIN, TOP, right * scale, bottom * scale, facecolor=style.PADDING)
-    style.show(axes, shown, MARGIN, TOP, shown.width * scale, shown.height * scale)
-    frame = {"facecolor": "none", "edgecolor": style.BROKEN, "linewidth": 1.5}
+    width, height = max(right * inches, 4) + 0.4, bottom * inches + 0.95
+    sheet = style.sheet_of(width, height, f"{PureWindowsPath(path).name}: {_size(plan.size)}")
+    axes = sheet.add_axes((0.2 / width, 0.2 / height, 1 - 0.4 / width, 1 - 0.95 / height))
+    axes.imshow(shown, extent=(0, shown.width, shown.height, 0))
+    axes.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[], anchor="W")
+    axes.set_facecolor(style.PADDING)
+    axes.set_title(f"{crops}: {plan.num_tokens} tokens", loc="left", size=9)
+    frame = {"facecolor": "none", "edgecolor": style.BROKEN, "linewidth": 1.5, "zorder": 3}
     tag = {"facecolor": "white", "edgecolor": style.BROKEN, "pad": 3}
-    for number, window in enumerate(plan.windows):
-        x, y, across, down = np.multiply(window, scale).tolist()
-        style.box(axes, MARGIN + x, TOP + y, across, down, **frame)
-        style.label(axes, MARGIN + x + 0.05, TOP + y + 0.12, str(number), 10, bbox=tag)
+    for number, (x, y, across, down) in enumerate(plan.windows):
+        style.box(axes, x, y, across, down, **frame)
+        axes.annotate(f"{number}", (x, y), (5, -12), textcoords="offset points", bbox=tag)
     return sheet
 
 

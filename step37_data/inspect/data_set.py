@@ -106,31 +106,29 @@ def _histogram(sizes: np.ndarray) -> tuple[list[int], list[int]]:
 
 def draw_data_set(data: DataSetDescription) -> style.Figure:
     """Histogram of lengths, how full the packs of both packings get, drops and broken images."""
-    sheet = style.sheet_of(11, 4.6)
-    sheet.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)
-    at_left = {"x": 0.015, "ha": "left", "parse_math": False}
-    sheet.suptitle(style.fit(data.name, 10.5, 12, "bold"), size=12, weight="bold", **at_left)
+    sheet = style.sheet_of(11, 4.6, data.name)
+    sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
-    sheet.supxlabel(f"{data.images} images: {data.unreadable}", size=9, color=colour, **at_left)
+    read = f"{data.images} images: {data.unreadable}"
+    sheet.supxlabel(read, x=0.2 / 11, ha="left", size=9, color=colour)
     lengths, filled = sheet.subplots(1, 2)
-    edges, counts = _histogram(data.sizes)
-    colours = [style.BROKEN if edge > data.capacity else style.SERIES[0] for edge in edges[:-1]]
-    looks = {"align": "edge", "color": colours, "edgecolor": "white"}
-    lengths.bar(edges[:-1], counts, np.diff(edges), label=data.lengths, **looks)
-    if edges[-1] > data.capacity:
-        dashes = {"color": style.BROKEN, "linestyle": "--", "linewidth": 1.5}
-        lengths.axvline(data.capacity, label=f"the {data.capacity} tokens of a pack", **dashes)
+    longer = data.sizes > data.capacity
+    told = [data.lengths, f"{longer.sum()} longer than the {data.capacity} tokens of a pack"]
+    looks = {"stacked": True, "color": [style.SERIES[0], style.BROKEN], "edgecolor": "white"}
+    parts = [data.sizes[~longer], data.sizes[longer]]
+    lengths.hist(parts, _histogram(data.sizes)[0], label=told, **looks)
+    if longer.any():
+        lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
-    white = {"color": style.SERIES[:2], "edgecolor": "white"}
-    labels = [textwrap.fill(packing, 48) for packing in data.packings]
-    *_, bars = filled.hist(shares, np.linspace(0, 100, 21), label=labels, **white)
-    for bar in bars[1]:
-        bar.set_hatch("///")
+    told = [textwrap.fill(packing, 48) for packing in data.packings]
+    filled.hist(shares, range(0, 101, 5), label=told, color=style.SERIES[:2], edgecolor="white")
     filled.set_xlim(0, 100)
     for axes, title, across, up in (
         (lengths, f"Lengths of {len(data.sizes)} samples", "tokens of a sample", "samples"),
         (filled, "How full packs get", f"% of {data.capacity} tokens", "packs"),
     ):
+        for bar in axes.containers[1]:
+            bar.set_hatch("///")
         axes.set_title(title, loc="left", size=10)
         axes.set(xlabel=across, ylabel=up)
         axes.spines[["top", "right"]].set_visible(False)

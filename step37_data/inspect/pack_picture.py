@@ -26,19 +26,23 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "padding or room": {"facecolor": style.PADDING, "edgecolor": "#c9ccd2", "hatch": "////"},
     "unreadable": {"facecolor": "white", "edgecolor": style.BROKEN, "hatch": "xxxx"},
 }
-# All in inches. A line is 256 tokens: a caption of twelve is as wide as a finger.
-TOKENS_A_LINE = 256
-LEFT, TOP, LINE, GAP, WIDTH = 0.62, 0.92, 0.28, 0.09, 10.24
-_TOKEN = WIDTH / TOKENS_A_LINE
-_A_ROW, _THUMBNAIL, _PIXELS = 8, 1.06, 160
+# A line is 256 tokens: a caption of twelve is as wide as a finger.
+TOKENS_A_LINE, THUMBNAILS_A_ROW = 256, 8
+# In inches.
+_LEFT, _TOP, _WIDTH, _LINE, _THUMBNAIL = 0.62, 0.92, 10.24, 0.37, 1.06
 
 
 class ImageSpan(NamedTuple):
-    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens."""
+    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens.
+
+    Attributes:
+        kind: ``"image"`` or ``"crop"``.
+    """
 
     start: int
     end: int
     entry: ImageEntry
+    kind: str
 
     @property
     def name(self) -> str:
@@ -113,14 +117,14 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
     """
     packed, pieces, template = packs[number], packs.pieces(number), packs.datasets[0].template
     images: list[ImageSpan] = []
-    for kind, (_, token, rows) in template.kinds.items():
-        starts = np.flatnonzero(packed["tokens"].numpy() == token) + 1
+    for kind, (name, token, rows) in template.kinds.items():
+        starts = (np.flatnonzero(packed["tokens"].numpy() == token) + 1).tolist()
         entries = [ImageEntry(*entry) for entry in packed["image_paths"] if entry[1] == kind]
         if len(starts) != len(entries):
             told = f"{len(starts)} start tokens {token} for {len(entries)} image paths"
             raise ValueError(f"pack {number}: {told}")
-        images += map(ImageSpan, starts.tolist(), (starts + rows).tolist(), entries)
-    images.sort(key=lambda image: image.start)
+        spans = zip(starts, entries, strict=True)
+        images += [ImageSpan(start, start + rows, entry, name) for start, entry in spans]
     segments = []
     bounds = itertools.pairwise(packed["cu_seqlens"].tolist())
     for source, (start, end) in itertools.zip_longest(pieces, bounds):
@@ -129,7 +133,7 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
         loss = [(a, b) for a, b in edges.reshape(-1, 2).tolist()]
         labels = (packed["labels"][a:b].tolist() for a, b in loss)
         text = "".join(map(template.tokenizer.decode, labels))
-        within = [image for image in images if start <= image.start < end]
+        within = sorted(image for image in images if start <= image.start < end)
         segments.append(Segment(start, end, source, loss, within, text))
     return PackDescription(number, len(packs), packs.max_length, segments)
 
@@ -148,58 +152,50 @@ def draw_pack(pack: PackDescription) -> style.Figure:
     A black bar begins a sample, with its number; the thumbnails carry the same number.
     """
     length = max(pack.capacity, pack.segments[-1].end)
-    lines = range(0, length, TOKENS_A_LINE)
+    firsts = range(0, length, TOKENS_A_LINE)
     images = [(number, i) for number, segment in enumerate(pack.segments) for i in segment.images]
-    below = TOP + len(lines) * (LINE + GAP) + 0.1
-    height = below + -(-len(images) // _A_ROW) * 1.34 + 0.04
-    sheet, axes = style.figure(LEFT + WIDTH + 0.16, height)
-    style.label(axes, LEFT, 0.24, pack.title.capitalize(), 12, WIDTH, weight="bold")
-    style.legend(axes, LEFT, 0.56, list(_LOOKS.items()))
-    for token in lines:
-        y = cell_at(token)[1] + LINE / 2
-        style.label(axes, LEFT - 0.1, y, str(token), 8, ha="right", color=style.FRAME)
-    _paint(axes, 0, length, "padding or room")
+    below = _TOP + len(firsts) * _LINE
+    width, height = _LEFT + _WIDTH + 0.16, below + -(-len(images) // THUMBNAILS_A_ROW) * 1.34 + 0.14
+    sheet, axes = style.figure(width, height, pack.title.capitalize())
+    style.legend(axes, 0.2, 0.6, _LOOKS)
+    # In tokens across and lines down.
+    where = (_LEFT / width, 1 - below / height, _WIDTH / width, (below - _TOP) / height)
+    lines = sheet.add_axes(where, xlim=(0, TOKENS_A_LINE), ylim=(len(firsts), 0), frame_on=False)
+    lines.set(xticks=[], yticks=np.arange(len(firsts)) + 0.38, yticklabels=firsts)
+    lines.tick_params(length=0, labelsize=8, labelcolor=style.FRAME)
+    _paint(lines, 0, length, "padding or room")
     for number, segment in enumerate(pack.segments):
         if segment.source is not None:
-            _paint(axes, segment.start, segment.end, "text")
+            _paint(lines, segment.start, segment.end, "text")
+            # Between the bar and the first image there is room for a number, if the text is long.
+            text_end = min([segment.end, *(image.start for image in segment.images)])
+            _paint(lines, segment.start, text_end, "text", str(number))
         for start, end in segment.loss:
-            _paint(axes, start, end, "trained")
-        x, y = cell_at(segment.start)
-        style.box(axes, x - 0.012, y - 0.05, 0.024, LINE + 0.1, facecolor=style.INK)
-        # Between the bar and the first image there is room for a number, if the text is long.
-        line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
-        text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
-        room = (text_end - segment.start) * _TOKEN - 0.06
-        if segment.source is not None and style.width_of(str(number), 8) < room:
-            style.label(axes, x + 0.04, y + LINE / 2, str(number), 8, weight="bold")
+            _paint(lines, start, end, "trained")
+        line, column = divmod(segment.start, TOKENS_A_LINE)
+        style.box(lines, column - 0.3, line - 0.13, 0.6, 1.02, facecolor=style.INK, clip_on=False)
     for place, (number, image) in enumerate(images):
-        x, y = LEFT + place % _A_ROW * 1.15, below + place // _A_ROW * 1.34
+        row, column = divmod(place, THUMBNAILS_A_ROW)
+        x, y = _LEFT + column * 1.15, below + 0.1 + row * 1.34
         style.label(axes, x, y + _THUMBNAIL + 0.11, f"{number}: {image.name}", 8, _THUMBNAIL)
         if (small := _thumbnail(image.entry)) is None:
             style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
-            _paint(axes, image.start, image.end, "unreadable")
+            _paint(lines, image.start, image.end, "unreadable")
         else:
-            kind = "crop" if image.entry.kind == PATCH_ITEM_TYPE else "image"
-            _paint(axes, image.start, image.end, kind, image.name)
-            width, height = (side * _THUMBNAIL / max(small.size) for side in small.size)
-            style.show(axes, small, x, y + _THUMBNAIL - height, width, height)
+            style.show(axes, small, x, y, _THUMBNAIL)
+            _paint(lines, image.start, image.end, image.kind, image.name)
     return sheet
 
 
-def _paint(axes: style.Axes, start: int, end: int, look: str, name: str = "") -> None:
-    """A span on every line that it lies on, with its name where there is most room."""
-    breaks = range(start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE, end, TOKENS_A_LINE)
-    pieces = [(b - a, *cell_at(a)) for a, b in itertools.pairwise([start, *breaks, end])]
-    for tokens, x, y in pieces:
-        style.box(axes, x, y, tokens * _TOKEN, LINE, **_LOOKS[look])
-    tokens, x, y = max(pieces, key=lambda piece: piece[0])
-    style.label(axes, x + 0.04, y + LINE / 2, name, 8, tokens * _TOKEN - 0.08)
-
-
-def cell_at(token: int) -> tuple[float, float]:
-    """Left and top of a token, in inches."""
-    line, column = divmod(token, TOKENS_A_LINE)
-    return LEFT + column * _TOKEN, TOP + line * (LINE + GAP)
+def _paint(lines: style.Axes, start: int, end: int, look: str, name: str = "") -> None:
+    """A span on every line that it lies on; its name on that of its middle, which has most room."""
+    for line in range(start // TOKENS_A_LINE, -(-end // TOKENS_A_LINE)):
+        # What lies before or after this line is cut by the axes.
+        style.box(lines, start - line * TOKENS_A_LINE, line, end - start, 0.76, **_LOOKS[look])
+    line = (start + end) // 2 // TOKENS_A_LINE
+    left, right = np.clip(np.array([start, end]) - line * TOKENS_A_LINE, 0, TOKENS_A_LINE)
+    room = (right - left - 2) * _WIDTH / TOKENS_A_LINE
+    style.label(lines, left + 1, line + 0.38, name, 8, room)
 
 
 def _thumbnail(entry: ImageEntry) -> Image.Image | None:
@@ -210,5 +206,5 @@ def _thumbnail(entry: ImageEntry) -> Image.Image | None:
     if entry.kind == PATCH_ITEM_TYPE and entry.window is not None:
         plan = plan_crops(*picture.size)
         picture = cut(canvas_image(full_image(picture, plan), plan), entry.window)
-    picture.thumbnail((_PIXELS, _PIXELS))
+    picture.thumbnail((160, 160))
     return picture

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 TEXT, TRAINED, IMAGE, CROP = "#d5d8de", "#f0c05a", "#56b4e9", "#cc9fbf"
 PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
@@ -23,19 +25,23 @@ DPI = 100
 _MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
-def figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty sheet, and axes over all of it in inches, from the top left corner."""
-    sheet = sheet_of(width, height)
+def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """A sheet with its title, and axes over all of it in inches, from the top left corner."""
+    sheet = sheet_of(width, height, title)
     axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
     return sheet, axes
 
 
-def sheet_of(width: float, height: float) -> Figure:
-    """An empty sheet of so many inches."""
+def sheet_of(width: float, height: float, title: str) -> Figure:
+    """A sheet of so many inches, empty below its title, which takes 0.5 of them."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    sheet = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    place = {"x": 0.2 / width, "y": 1 - 0.28 / height, "ha": "left", "va": "center"}
+    title = fit(title, width - 0.4, 12, "bold")
+    sheet.suptitle(title, size=12, weight="bold", parse_math=False, **place)
+    return sheet
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, **looks: Any) -> None:
@@ -48,55 +54,46 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, **looks: An
 def label(
     axes: Axes, x: float, y: float, text: str, size: float = 9, width: float = 1e9, **looks: Any
 ) -> None:
-    """Text as it is (no formulas), its middle at height ``y``, cut to fit ``width``."""
+    """Text as it is (no formulas), its middle at height ``y``, cut to fit ``width`` inches."""
     text = fit(text, width, size, looks.get("weight", "normal"))
     looks = {"color": INK, "va": "center", "fontsize": size, "parse_math": False, **looks}
     axes.text(x, y, text, **looks)
 
 
-def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, dict[str, Any]]]) -> None:
-    """A row of swatches with their names."""
-    for name, looks in entries:
-        box(axes, x, y - 0.07, 0.16, 0.14, **{"edgecolor": FRAME, "linewidth": 0.6, **looks})
-        label(axes, x + 0.22, y, name)
-        x += 0.22 + width_of(name, 9) + 0.22
+def legend(axes: Axes, x: float, y: float, entries: Mapping[str, dict[str, Any]]) -> None:
+    """A row of swatches with their names, from the left, its middle at height ``y``."""
+    from matplotlib.patches import Patch
+
+    edge = {"edgecolor": FRAME, "linewidth": 0.6}
+    swatches = [Patch(label=name, **{**edge, **looks}) for name, looks in entries.items()]
+    place = {"loc": "center left", "bbox_to_anchor": (x, y), "bbox_transform": axes.transData}
+    space = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.3}
+    axes.legend(handles=swatches, ncols=len(swatches), frameon=False, fontsize=9, **place, **space)
 
 
-def show(axes: Axes, picture: Any, x: float, y: float, width: float, height: float) -> None:
-    """A Pillow picture in that rectangle."""
-    axes.imshow(picture, extent=(x, x + width, y + height, y), aspect="auto", zorder=1)
+def show(axes: Axes, picture: Image, x: float, y: float, side: float) -> None:
+    """A picture at the lower left of a square."""
+    width, height = (side * pixels / max(picture.size) for pixels in picture.size)
+    extent = (x, x + width, y + side, y + side - height)
+    axes.imshow(picture, extent=extent, aspect="auto", zorder=1)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def width_of(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that ``text`` is wide at ``size`` points, at most.
-
-    A raster's letters stand on whole pixels, which makes a line a little longer than its outlines.
-    """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size, weight=weight)
-    points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    return 1.06 / 72 * float(points)
-
-
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
     """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing.
 
     Line ends become ↵, and what the font has no letter for □.
     """
-    known = _letters()
-    text = "".join(mark if ord(mark) in known else "□" for mark in text.translate(_MARKS))
-    cuts = [text, *(f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))]
-    return next((cut for cut in cuts if width_of(cut, size, weight) <= width), "")
-
-
-@functools.lru_cache(maxsize=1)
-def _letters() -> frozenset[int]:
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+    looks = FontProperties(size=size, weight=weight)
+    has = get_font(findfont(looks)).get_char_index
+    text = "".join(mark if has(ord(mark)) else "□" for mark in text.translate(_MARKS))
+    # In a raster's pixels: its letters are wider than their outlines.
+    measure = functools.partial(RendererAgg(1, 1, DPI).get_text_width_height_descent, ismath=False)
+    cuts = [text, *(f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))]
+    return next((cut for cut in cuts if measure(cut, looks)[0] <= width * DPI), "")
 
 
 def save(sheet: Figure, path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from step37_data.images.crops import plan_crops
 from step37_data.inspect import style
 from step37_data.inspect.cli import main
-from step37_data.inspect.crop_picture import LONG_SIDE, MARGIN, TOP, draw_crops
+from step37_data.inspect.crop_picture import draw_crops
 from tests.data.inspect.test_inspect import check_lettering, drawn, rgb
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -69,13 +69,11 @@ def test_windows_are_drawn_where_they_are_and_beyond_the_canvas(tmp_path):
     pixels = drawn(sheet)
     plan = plan_crops(1000, 300)
     assert plan.canvas_size == (1008, 300)
-    scale = LONG_SIDE / 1008
     frame = rgb(style.BROKEN)
 
     def at(x, y):
-        row, column = (
-            round(style.DPI * (edge + scale * side)) for edge, side in ((TOP, y), (MARGIN, x))
-        )
+        across, up = sheet.axes[0].transData.transform((x, y))
+        row, column = round(sheet.bbox.height - up), round(across)
         return {tuple(p) for p in pixels[row - 1 : row + 2, column - 1 : column + 2].reshape(-1, 3)}
 
     for x, y, width, height in plan.windows:

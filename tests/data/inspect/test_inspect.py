@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,17 @@ import torch
 from PIL import Image
 
 from step37_data.inspect import style
-from step37_data.inspect.cli import main
+from step37_data.inspect.cli import _parser, main
 from step37_data.inspect.data_set import (
     DataSetDescription,
     _histogram,
     draw_data_set,
     find_broken_images,
 )
-from step37_data.inspect.pack_picture import (
-    LINE,
-    TOKENS_A_LINE,
-    WIDTH,
-    cell_at,
-    describe_pack,
-    draw_pack,
-)
+from step37_data.inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
@@ -57,6 +52,13 @@ def drawn(sheet: Any) -> np.ndarray:
     """Pixels ``[h, w, 3]`` of a sheet, at 100 an inch."""
     with Image.open(io.BytesIO(style.png_of(sheet))) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+def low_in(sheet: Any, token: int) -> tuple[int, int]:
+    """Row and column of the pixel low in the middle of a token: no label is written there."""
+    line, column = divmod(token, TOKENS_A_LINE)
+    x, y = sheet.axes[1].transData.transform((column + 0.5, line + 0.68))
+    return round(sheet.bbox.height - y), round(x)
 
 
 def check_lettering(sheet: Any) -> None:
@@ -191,13 +193,37 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     for count in ("0", "-3"):
         message = f"sample_count: expected at least 1, got {count}"
         assert message in error_of(*good, "--sample-count", count)
-    both = (*good, "--html", "p.html", "--pack", "0")
-    assert "--html: a page shows a whole data set" in error_of(*both)
     metadata = folder / "train" / "metadata.csv"
     metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
     assert f"{metadata}: expected text in UTF-8" in error_of(*good)
     metadata.write_bytes(b"file_name,caption_0\na.jpg," + b"x" * 200_000)
     assert f"{metadata}, line 2: field larger than" in error_of(*good)
+
+
+def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defaults() -> None:
+    options = vars(_parser().parse_args(["inspect"]))
+    defaults = {field.name: field.default for field in fields(Step37Flickr8kSFTDataProvider)}
+    own = ["command", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
+    assert options.keys() - defaults.keys() == set(own)
+    told = options.keys() & defaults.keys() - {"cache_dir", "tokenizer_path", "sample_count"}
+    assert len(told) == 10
+    for name in told:
+        assert options[name] == defaults[name], name
+
+
+def test_the_options_decide_about_the_packs(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    common = ["--pack", "0", "--sampling", "sequential", "--max-length", "225"]
+    lines = inspect(capsys, folder, *common, "--divisible-by", "100")
+    assert lines[0].startswith("pack 0 of 8: 214 of 225 tokens (95.1%), 300 with padding")
+    lengths = ["--lengths-cache", str(tmp_path / "l")]
+    options = ["--oversize", "extend", "--max-length", "100", "--prompt", "What is this? " * 9]
+    asked = inspect(capsys, folder, *common, *lengths, *options)
+    match = re.match(r"pack 0 of 8: (\d+) of 100 tokens", asked[0])
+    assert match is not None
+    assert int(match[1]) > 225
+    assert list((tmp_path / "l").iterdir())
 
 
 def test_the_module_runs_as_a_command(folder: Path) -> None:
@@ -288,10 +314,7 @@ def test_a_picture_shows_what_every_token_is(template: Step37MultimodalTemplate)
     pixels = drawn(sheet)
 
     def colour(token: int) -> tuple[int, ...]:
-        x, y = cell_at(token)
-        # Low in the line: no label is written there.
-        column = round(style.DPI * (x + WIDTH / TOKENS_A_LINE / 2))
-        return tuple(pixels[round(style.DPI * (y + LINE)) - 3, column].tolist())
+        return tuple(pixels[low_in(sheet, token)].tolist())
 
     first, second, padding = pack.segments
     image, crop = first.images
@@ -313,8 +336,9 @@ def test_a_fuller_pack_than_its_capacity_is_drawn_whole(
 ) -> None:
     oversize = describe_pack(packs_of(template, ["a.jpg"], 100), 0)
     assert oversize.used > oversize.capacity
-    last = oversize.segments[-1].end - 1
-    assert draw_pack(oversize).get_size_inches()[1] > cell_at(last)[1] + LINE
+    sheet = draw_pack(oversize)
+    shown = drawn(sheet)[low_in(sheet, oversize.segments[0].end - 2)]
+    assert tuple(shown.tolist()) == rgb(style.TRAINED)
 
 
 @pytest.mark.parametrize(

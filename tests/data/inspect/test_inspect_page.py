@@ -89,9 +89,12 @@ def test_a_page_of_one_pack_cannot_be_asked_for(
     page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["inspect", "folder", "--tokenizer", "t", "--html", str(page)]
-    assert main([*arguments, "--pack", "1"]) == 1
-    assert main([*arguments, "--picture", "a.jpg"]) == 1
-    assert "--html: a page shows a whole data set" in capsys.readouterr().err
+    for other in ("--pack", "--picture"):
+        with pytest.raises(SystemExit) as exit_of_usage:
+            main([*arguments, other, "1"])
+        assert exit_of_usage.value.code == 2
+        told = f"argument {other}: not allowed with argument --html"
+        assert told in capsys.readouterr().err
 
 
 def browse(page: Path, *options: str, place: str = "") -> str:

@@ -28,15 +28,8 @@ def get_position_id_from_cu_seqlens(cu_seqlens: torch.Tensor) -> torch.Tensor:
         ValueError: the bounds have another shape, do not start at 0, or fall somewhere.
     """
     bounds = cu_seqlens.numpy(force=True).astype(np.int64)
-    if bounds.ndim != 1 or len(bounds) == 0:
-        raise ValueError(f"cu_seqlens: expected shape [n + 1], got {list(bounds.shape)}")
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens: expected 0 as the first bound, got {bounds[0]}")
-    falls = np.flatnonzero(np.diff(bounds) < 0)
-    if len(falls):
-        before, after = bounds[falls[0] : falls[0] + 2]
-        at = f"got {after} after {before} at position {falls[0] + 1}"
-        raise ValueError(f"cu_seqlens: expected rising bounds, {at}")
+    if bounds.ndim != 1 or len(bounds) == 0 or bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise ValueError(f"cu_seqlens: expected [n + 1] bounds that rise from 0, got {bounds}")
     return torch.from_numpy(_positions(bounds)).to(cu_seqlens.device)
 
 

@@ -188,7 +188,11 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
     @property
     def piece_order(self) -> list[tuple[int, int]]:
         """``(data set, sample)`` of every draw, as the replaced class has it: made anew."""
-        return list(zip(self.piece_domains.tolist(), self.piece_indices.tolist(), strict=True))
+        return self._pairs(slice(None))
+
+    def _pairs(self, rows: slice) -> list[tuple[int, int]]:
+        domains, indices = self.piece_domains[rows].tolist(), self.piece_indices[rows].tolist()
+        return list(zip(domains, indices, strict=True))
 
     def __len__(self) -> int:
         return self.packing_result.num_packed_samples
@@ -219,10 +223,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
         """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
-        rows = self._rows(idx)
-        return list(
-            zip(self.piece_domains[rows].tolist(), self.piece_indices[rows].tolist(), strict=True)
-        )
+        return self._pairs(self._rows(idx))
 
     def pack_sizes(self) -> np.ndarray:
         """int64 ``[packs]``: tokens in each pack, before padding."""
@@ -233,9 +234,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
-        num_workers: int = 0,
-        multiprocessing_context: str | None = None,
-        prefetch_factor: int = 2,
+        **loading: Any,
     ) -> _Stream:
         """Packs for one data-parallel rank, from :attr:`position` on, without end.
 
@@ -249,22 +248,15 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
         Args:
             dp_rank, dp_size: which rank of how many.
-            num_workers: processes that prepare packs ahead; 0 prepares in this one.
-            multiprocessing_context: how they start (``"fork"``, ``"spawn"``, …).
-            prefetch_factor: packs that each worker prepares ahead.
+            loading: of torch's ``DataLoader``: ``num_workers`` processes that prepare packs ahead,
+                ``prefetch_factor`` packs each, how they start (``multiprocessing_context``) and so
+                on; 0 workers prepare in this process.
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
-        load = functools.partial(
-            torch.utils.data.DataLoader,
-            self,
-            batch_size=None,
-            num_workers=num_workers,
-            # torch's own conversion would turn the (path, item type) tuples into lists.
-            collate_fn=_as_it_is,
-            multiprocessing_context=multiprocessing_context if num_workers else None,
-            prefetch_factor=prefetch_factor if num_workers else None,
-        )
+        # torch's own conversion would turn the (path, item type) tuples into lists.
+        loading = {"batch_size": None, "collate_fn": _as_it_is, **loading}
+        load = functools.partial(torch.utils.data.DataLoader, self, **loading)
         return _Stream(self, load, self.position + dp_rank, dp_size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from step37_data.common.threads import map_threads
 from step37_data.images import crop_pixels, decode
 from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
 from step37_data.images.device import pinned, to_device, upload
-from step37_data.images.encoded import ImageFile
 from step37_data.text.placeholders import ImageEntry
 from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
@@ -125,7 +124,7 @@ class ImageReader:
         Returns:
             What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
         """
-        numbers_of: dict[tuple[ImageFile, bool], list[int]] = {}
+        numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
         for number, entry in enumerate(entries):
             numbers_of.setdefault(entry.file, []).append(number)
 

@@ -210,15 +210,15 @@ def test_position_ids_count_from_zero_in_every_sub_sequence(sizes: list[int]) ->
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ([2, 5], "expected 0 as the first bound, got 2"),
-        ([-2, 3], "expected 0 as the first bound, got -2"),
-        ([0, 5, 3], "expected rising bounds, got 3 after 5 at position 2"),
-        ([], r"expected shape \[n \+ 1\], got \[0\]"),
-        ([[0, 3, 5]], r"expected shape \[n \+ 1\], got \[1, 3\]"),
+        ([2, 5], r"rise from 0, got \[2 5\]"),
+        ([-2, 3], r"rise from 0, got \[-2 +3\]"),
+        ([0, 5, 3], r"rise from 0, got \[0 5 3\]"),
+        ([], r"rise from 0, got \[\]"),
+        ([[0, 3, 5]], r"rise from 0, got \[\[0 3 5\]\]"),
     ],
 )
 def test_bounds_that_do_not_rise_from_0_are_refused(bounds: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"cu_seqlens: {message}"):
+    with pytest.raises(ValueError, match=rf"cu_seqlens: expected \[n \+ 1\] bounds that {message}"):
         get_position_id_from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32))
 
 

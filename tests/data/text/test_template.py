@@ -350,7 +350,7 @@ def test_think_tags_in_an_answer_are_its_reasoning(template: Step37MultimodalTem
         (["a.jpg", "b.jpg"], "2 files of type image for 1 placeholders"),
         ([("a.jpg", 1)], "0 files of type image for 1 placeholders"),
         (["a.jpg", ("b.jpg", 1)], "1 files of type crop for 0 placeholders"),
-        ([("a.jpg", 2)], "unknown item type 2 of 'a.jpg'"),
+        ([("a.jpg", 2)], r"expected a path or .*, got \('a.jpg', 2\)"),
     ],
 )
 def test_images_and_placeholders_that_differ_in_number_are_an_error(
@@ -363,11 +363,11 @@ def test_images_and_placeholders_that_differ_in_number_are_an_error(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("<@image@>", "169 '<im_patch>' follows"),
+        ("<@image@>", r"169 '<im_patch>' follows '.*', it must follow '<im_start>'"),
         ("<im_start><#image#><im_end>", "81 '<im_patch>' follows '<im_start>'"),
         ("<patch_start><@image@><patch_end>", "169 '<im_patch>' follows '<patch_start>'"),
         ("<im_start><@image@><@image@><im_end>", "169 '<im_patch>' follows '<im_patch>'"),
-        ("<im_start><im_start><@image@><im_end>", "2 start tokens of type image for 1"),
+        ("<im_start><im_start><@image@><im_end>", "of type image for 1 placeholders and 2 start"),
     ],
 )
 def test_a_placeholder_without_its_own_start_token_is_an_error(
@@ -382,9 +382,9 @@ def test_a_conversation_needs_a_question_and_ends_with_an_answer(
     template: Step37MultimodalTemplate,
 ) -> None:
     for wrong in ([], flickr()[:1]):
-        with pytest.raises(ValueError, match="must end with an assistant message"):
+        with pytest.raises(ValueError, match="and an assistant's at the end, got"):
             template({"conversations": wrong, "images": []})
-    with pytest.raises(ValueError, match="needs a user message, found none"):
+    with pytest.raises(ValueError, match=r"expected a user message .* got \['assistant'\]"):
         template({"conversations": flickr()[1:]})
 
 
@@ -470,7 +470,7 @@ def test_a_chat_template_that_drops_an_image_is_an_error(tmp_path: Path) -> None
                                             'message.role ~ "\\n"')
     )  # fmt: skip
     template = Step37MultimodalTemplate(tokenizer_path=path)
-    with pytest.raises(ValueError, match="renders 0 of the 1 image and crop placeholders"):
+    with pytest.raises(ValueError, match="renders 0 of 1 pictures"):
         template({"conversations": flickr(), "images": ["a.jpg"]})
 
 

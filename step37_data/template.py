@@ -321,30 +321,24 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
-        places = [place for place, token in enumerate(ids) if token == self._image_id]
-        if len(places) != len(wanted):
+        before = [left for left, token in itertools.pairwise(ids) if token == self._image_id]
+        starts = [self.kinds[kind][1] for kind in wanted]
+        if before != starts:
+            found, expected = map(self.tokenizer.decode, (before, starts))
             raise ValueError(
-                f"conversations: the chat template renders {len(places)} of {len(wanted)} pictures"
+                f"conversations: the chat template renders {len(before)} placeholders, after "
+                f"{found!r}; expected {len(starts)}, after {expected!r}"
             )
-        for place, kind in zip(places, wanted, strict=True):
-            _, start, rows = self.kinds[kind]
-            before = ids[place - 1 : place]
-            if before != [start]:
-                found, expected = map(self.tokenizer.decode, (before, [start]))
-                raise ValueError(
-                    f"conversations: a placeholder of {rows} {self.image_token!r} follows "
-                    f"{found!r}, it must follow {expected!r}"
-                )
         for kind, (name, start, _) in self.kinds.items():
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
-            count, starts = wanted.count(kind), ids.count(start)
-            if not len(paths) == count == starts:
+            count, due = ids.count(start), wanted.count(kind)
+            if not len(paths) == due == count:
                 raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {count} placeholders and "
-                    f"{starts} start tokens in the conversation: {paths}"
+                    f"images: {len(paths)} files of type {name} for {due} placeholders and "
+                    f"{count} start tokens in the conversation: {paths}"
                 )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = [self.kinds[kind][2] for kind in wanted]
+        repeats[np.equal(ids, self._image_id)] = [self.kinds[kind][2] for kind in wanted]
         return repeats
 
     def _loss_mask(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -23,6 +23,8 @@ class _Sampler(Iterator[int]):
         size: number of indices, at least 1.
     """
 
+    _SETTINGS: tuple[str, ...] = ("size",)  # The attributes that decide what the draws are.
+
     def __init__(self, size: int) -> None:
         self.size = checked_int("size", size)
         self.data_idx = 0
@@ -55,13 +57,13 @@ class _Sampler(Iterator[int]):
         self.data_idx = self._checked_place(state_dict)
 
     def _settings(self) -> dict[str, Any]:
-        return {"sampler": type(self).__name__, "size": self.size}
+        named = {name: getattr(self, name) for name in self._SETTINGS}
+        return {"sampler": type(self).__name__, **named}
 
     def _checked_place(self, state_dict: dict[str, Any]) -> int:
         checked_state(state_dict, "data_idx")
         for key, own in self._settings().items():
-            saved = state_dict.get(key, own)
-            if saved != own:
+            if (saved := state_dict.get(key, own)) != own:
                 raise ValueError(
                     f"state_dict: it belongs to a sampler of {key} {saved}, this one has {own}"
                 )
@@ -99,13 +101,15 @@ class LoopedShuffleSampler(_Sampler):
         same_order_for_each_epoch: repeat the first epoch's order.
     """
 
+    _SETTINGS = ("size", "base_seed", "same_order_for_each_epoch")
+
     def __init__(
         self, size: int = 0, base_seed: int = 1234, same_order_for_each_epoch: bool = False
     ) -> None:
         super().__init__(size)
         self.base_seed = base_seed
         self.same_order_for_each_epoch = same_order_for_each_epoch
-        self._order: np.ndarray | None = None
+        self._order = np.empty(0, dtype=np.int64)
         self._order_epoch = -1
 
     def get(self) -> int:
@@ -116,26 +120,19 @@ class LoopedShuffleSampler(_Sampler):
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` draws, int64 ``[count]``; consumes them."""
         draws = np.empty(checked_int("count", count, least=0), dtype=np.int64)
-        filled = 0
-        while filled < count:
+        left = draws
+        while len(left):
             epoch, position = divmod(self.data_idx, self.size)
-            part = self._permutation(epoch)[position : position + count - filled]
-            draws[filled : filled + len(part)] = part
-            filled += len(part)
+            part = self._permutation(epoch)[position : position + len(left)]
+            left[: len(part)] = part
+            left = left[len(part) :]
             self.data_idx += len(part)
         return draws
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            **super()._settings(),
-            "base_seed": self.base_seed,
-            "same_order_for_each_epoch": self.same_order_for_each_epoch,
-        }
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self.same_order_for_each_epoch:
             epoch = 0
-        if self._order is None or epoch != self._order_epoch:
+        if epoch != self._order_epoch:
             generator = torch.Generator().manual_seed(self.base_seed + epoch)
             self._order = torch.randperm(self.size, generator=generator).numpy()
             self._order_epoch = epoch
@@ -155,6 +152,8 @@ class WeightedRandomSampler(_Sampler):
         weights: one positive weight per index, all 1 when None.
     """
 
+    _SETTINGS = ("size", "weights")  # Not the seed: no draw depends on it.
+
     def __init__(
         self,
         size: int = 0,
@@ -166,13 +165,10 @@ class WeightedRandomSampler(_Sampler):
         if weights is None:
             weights = torch.ones(self.size)
         rounded = torch.as_tensor(weights, dtype=torch.float32)
-        if rounded.shape != (self.size,):
-            raise ValueError(
-                f"weights: expected one per index, {self.size}, got {tuple(rounded.shape)}"
-            )
-        if not bool(torch.all(torch.isfinite(rounded) & (rounded > 0))):
-            raise ValueError(f"weights: expected positive finite numbers, got {rounded.tolist()}")
-        self._weights = rounded.tolist()
+        usable = torch.isfinite(rounded) & (rounded > 0)
+        if usable.shape != (self.size,) or not usable.all():
+            raise ValueError(f"weights: expected {self.size} positive finite values, got {weights}")
+        self.weights = rounded.tolist()
         self._steps = (1.0 / rounded).double().numpy()
         self._counts = np.zeros(self.size, dtype=np.int64)
         self._scores = np.zeros(self.size, dtype=np.float64)
@@ -186,7 +182,7 @@ class WeightedRandomSampler(_Sampler):
         index = self.get()
         self._scores[index] += self._steps[index]
         self._counts[index] += 1
-        self.data_idx += 1
+        super().update()
 
     def take(self, count: int) -> np.ndarray:
         """The next ``count`` draws, int64 ``[count]``; consumes them.
@@ -200,27 +196,21 @@ class WeightedRandomSampler(_Sampler):
         # at least `count` draws. The extra draws cover rounding; the check below covers the rest.
         weights = 1.0 / self._steps
         level = (count + float(self._scores @ weights)) / float(weights.sum())
-        ahead = np.ceil(np.maximum(level - self._scores, 0.0) * weights).astype(np.int64) + 2
-        ahead = np.minimum(ahead, count + 1)
+        ahead = np.ceil(np.maximum(level - self._scores, 0.0) * weights).astype(np.int64) + 1
+        ahead = np.minimum(ahead, count)
         while True:
-            ladders = [
-                np.cumsum(np.concatenate(([score], np.full(extra - 1, step))))
-                for score, step, extra in zip(self._scores, self._steps, ahead, strict=True)
-            ]
+            ladders = [_ladder(*one) for one in zip(self._scores, self._steps, ahead, strict=True)]
             scores = np.concatenate(ladders)
-            owners = np.repeat(np.arange(self.size), ahead)
-            if self.size > 1:
-                # Stable, and the ladders lie in index order: ties go to the lower index.
-                order = np.argsort(scores, kind="stable")
-                scores, owners = scores[order], owners[order]
+            # Stable, and the ladders lie in index order: ties go to the lower index.
+            order = np.argsort(scores, kind="stable")[:count]
             tops = np.array([ladder[-1] for ladder in ladders])
-            short = (tops <= scores[count - 1]) & (ahead <= count)
+            short = (tops <= scores[order[-1]]) & (ahead < count)
             if not short.any():
                 break
-            ahead = np.where(short, np.minimum(ahead * 2, count + 1), ahead)
-        draws = owners[:count]
+            ahead = np.where(short, np.minimum(ahead * 2, count), ahead)
+        draws = np.repeat(np.arange(self.size), ahead + 1)[order]
         taken = np.bincount(draws, minlength=self.size)
-        self._scores = np.array([ladders[i][taken[i]] for i in range(self.size)])
+        self._scores = np.array([ladder[n] for ladder, n in zip(ladders, taken, strict=True)])
         self._counts += taken
         self.data_idx += count
         return draws
@@ -242,24 +232,19 @@ class WeightedRandomSampler(_Sampler):
         """
         place = self._checked_place(state_dict)
         checked_state(state_dict, "counts")
-        counts = np.asarray(state_dict["counts"], dtype=np.int64)
-        if (counts < 0).any():
-            raise ValueError(f"state_dict: expected counts of 0 or more, got {counts.tolist()}")
+        counts = np.array(state_dict["counts"], dtype=np.int64)
+        if counts.shape != (self.size,) or (counts < 0).any():
+            raise ValueError(f"state_dict: expected {self.size} counts of 0 or more, got {counts}")
         scores = state_dict.get("scores")
         if scores is None:
-            scores = [
-                float(np.cumsum(np.full(n, step))[-1]) if n else 0.0
-                for n, step in zip(counts.tolist(), self._steps, strict=True)
-            ]
-        if counts.shape != (self.size,) or len(scores) != self.size:
-            raise ValueError(
-                f"state_dict: expected counts and scores of {self.size} indices, "
-                f"got {counts.size} and {len(scores)}"
-            )
+            scores = [_ladder(0.0, *one)[-1] for one in zip(self._steps, counts, strict=True)]
+        if len(scores) != self.size:
+            raise ValueError(f"state_dict: expected {self.size} scores, got {len(scores)}")
         self.data_idx = place
-        self._counts = counts.copy()
-        self._scores = np.asarray(scores, dtype=np.float64).copy()
+        self._counts = counts
+        self._scores = np.array(scores, dtype=np.float64)
 
-    def _settings(self) -> dict[str, Any]:
-        # Not the seed: no draw depends on it.
-        return {**super()._settings(), "weights": self._weights}
+
+def _ladder(score: float, step: float, draws: int) -> np.ndarray:
+    """The scores after 0, 1, … ``draws`` draws, summed one addition after the other."""
+    return np.cumsum(np.concatenate(([score], np.full(draws, step))))

@@ -148,10 +148,8 @@ class Step37MultimodalTemplate(ImageTokens):
         try:
             within(_RENDER_S, functools.partial(self._generation_prompt, None))
         except futures.TimeoutError as error:
-            raise ValueError(
-                f"tokenizer_path: the chat template in {self.tokenizer_path!r} has not rendered a "
-                f"question after {_RENDER_S} seconds; does it end?"
-            ) from error
+            reason = f"has not rendered a question after {_RENDER_S} seconds; does it end?"
+            raise self._error(f"its chat template {reason}") from error
         # What the chat template itself writes delimits turns, flagged special or not.
         written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
         control = {
@@ -184,30 +182,26 @@ class Step37MultimodalTemplate(ImageTokens):
         images = SampleImages(self._image_items(data.get("images")))
         messages = self._expand_messages(data["conversations"], images)
         roles = [message["role"] for message in messages]
-        if roles[-1:] != ["assistant"]:
-            raise ValueError("conversations: a sample must end with an assistant message")
-        if "user" not in roles:
-            raise ValueError("conversations: a sample needs a user message, found none")
+        if "user" not in roles or roles[-1] != "assistant":
+            raise ValueError(
+                f"conversations: expected a user message and an assistant's at the end, got {roles}"
+            )
         entries = images.seen() if self.multicrop else images.given
         text = self._render(messages, False)
         short_ids = self._encode(text)
         self._reserved.refuse_made(messages, text, short_ids)
         repeats = self._repeats(short_ids, images.wanted, entries)
-        loss_mask = np.repeat(self._loss_mask(short_ids, messages), repeats)
-        ids = np.repeat(np.array(short_ids, dtype=np.int64), repeats)
-        if len(ids) > self.max_sequence_length + 1 and not self._warned_about_length:
+        tokens = torch.from_numpy(np.repeat(np.array(short_ids, dtype=np.int64), repeats))
+        loss_mask = torch.from_numpy(np.repeat(self._loss_mask(short_ids, messages), repeats))
+        if len(tokens) > self.max_sequence_length + 1 and not self._warned_about_length:
             self._warned_about_length = True
             logger.warning(
                 "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
                 "policy of the packing decides about it (said once)",
-                len(ids),
+                len(tokens),
                 self.max_sequence_length + 1,
             )
-        return MultimodalSFTSample(
-            tokens=torch.from_numpy(ids),
-            loss_mask=torch.from_numpy(loss_mask),
-            image_paths=entries,
-        )
+        return MultimodalSFTSample(tokens=tokens, loss_mask=loss_mask, image_paths=entries)
 
     def fingerprint(self) -> str:
         """Hex digest of everything but the conversation that decides its tokens."""
@@ -223,13 +217,13 @@ class Step37MultimodalTemplate(ImageTokens):
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"tokenizer_path {self.tokenizer_path!r}: {what}")
+
     def _special_id(self, token: str) -> int:
         ids = self._encode(token)
         if len(ids) != 1 or self.tokenizer.convert_ids_to_tokens(ids[0]) != token:
-            raise ValueError(
-                f"tokenizer_path: the tokenizer in {self.tokenizer_path!r} has no special token "
-                f"{token!r} (it gives {len(ids)} tokens for it)"
-            )
+            raise self._error(f"no special token {token!r}, it gives {len(ids)} tokens for it")
         return ids[0]
 
     def _encode(self, text: str) -> list[int]:
@@ -249,11 +243,9 @@ class Step37MultimodalTemplate(ImageTokens):
                 **({} if effort is None else {"reasoning_effort": effort}),
             )
         except Exception as error:  # jinja2's own, or what an expression of the template raises
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
-                f"the chat template in {self.tokenizer_path!r} cannot render the turns {roles} "
-                f"({type(error).__name__}: {error})"
-            ) from error
+            turns = ", ".join(message["role"] for message in messages)
+            reason = f"{type(error).__name__}: {error}"
+            raise self._error(f"its chat template cannot render {turns} ({reason})") from error
 
     def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
         """Token ids of the generation prompt, and of its beginning up to the role's name."""
@@ -264,10 +256,9 @@ class Step37MultimodalTemplate(ImageTokens):
             ids = self._encode(text)
             delimiter = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
             if delimiter is None or not text.startswith(f"{delimiter.content}assistant"):
-                raise ValueError(
-                    f"tokenizer_path: the chat template in {self.tokenizer_path!r} is not in the "
-                    "Step-3.7 layout: its generation prompt must begin with a special token "
-                    f"followed by 'assistant', got {text!r}"
+                raise self._error(
+                    "its chat template is not in the Step-3.7 layout: expected a generation prompt "
+                    f"that begins with a special token and 'assistant', got {text!r}"
                 )
             header = self._encode(f"{delimiter.content}assistant")
             self._generation_prompts[reasoning_effort] = (ids, header)
@@ -321,37 +312,24 @@ class Step37MultimodalTemplate(ImageTokens):
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:
         """How often each id stands in the sample, after checking images against placeholders."""
-        places = [place for place, token in enumerate(ids) if token == self._image_id]
-        if len(places) != len(wanted):
+        before = [left for left, token in itertools.pairwise(ids) if token == self._image_id]
+        starts = [self.kinds[kind][1] for kind in wanted]
+        if before != starts:
+            found, expected = map(self.tokenizer.decode, (before, starts))
             raise ValueError(
-                f"conversations: the chat template renders {len(places)} of the {len(wanted)} "
-                "image and crop placeholders"
+                f"conversations: the chat template renders {len(before)} placeholders, after "
+                f"{found!r}; expected {len(starts)}, after {expected!r}"
             )
-        for place, kind in zip(places, wanted, strict=True):
-            start = ids[place - 1] if place else -1
-            _, expected, rows = self.kinds[kind]
-            if start != expected:
-                found = self.tokenizer.convert_ids_to_tokens(start) if place else "nothing"
-                raise ValueError(
-                    f"conversations: a placeholder of {rows} {self.image_token!r} follows "
-                    f"{found!r}; an image ({self.image_token_count}) must follow "
-                    f"{self.image_start_token!r}, a crop ({self.patch_token_count}) "
-                    f"{self.patch_start_token!r}"
-                )
         for kind, (name, start, _) in self.kinds.items():
-            count = wanted.count(kind)
-            if (found := ids.count(start)) != count:
-                raise ValueError(
-                    f"conversations: {found} start tokens of type {name} for {count} placeholders"
-                )
             paths = [str(entry[0]) for entry in images if entry[1] == kind]
-            if len(paths) != count:
+            count, due = ids.count(start), wanted.count(kind)
+            if not len(paths) == due == count:
                 raise ValueError(
-                    f"images: {len(paths)} files of type {name} for {count} placeholders in the "
-                    f"conversation: {paths}"
+                    f"images: {len(paths)} files of type {name} for {due} placeholders and "
+                    f"{count} start tokens in the conversation: {paths}"
                 )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = [self.kinds[kind][2] for kind in wanted]
+        repeats[np.equal(ids, self._image_id)] = [self.kinds[kind][2] for kind in wanted]
         return repeats
 
     def _loss_mask(self, ids: list[int], messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -366,8 +344,7 @@ class Step37MultimodalTemplate(ImageTokens):
         numbers = [number for number, role in enumerate(roles) if role == "assistant"]
         if len(answers) != len(numbers):
             raise ValueError(
-                f"conversations: {len(numbers)} assistant messages, but the chat template renders "
-                f"{len(answers)} assistant turns"
+                f"conversations: {len(numbers)} assistant messages rendered as {len(answers)} turns"
             )
         last_user = max(number for number, role in enumerate(roles) if role == "user")
         mask = np.zeros(len(ids), dtype=np.float32)
@@ -385,6 +362,6 @@ class Step37MultimodalTemplate(ImageTokens):
         told, expected = map(self.tokenizer.convert_ids_to_tokens, (found, prompt))
         if found[:-1] != prompt[:-1] or not told[-1].startswith(expected[-1]):
             raise ValueError(
-                f"conversations[{number}] (assistant): the chat template renders the turn as "
-                f"{told}, which does not begin with its generation prompt {expected}"
+                f"conversations[{number}] (assistant): rendered as {told}, which does not begin "
+                f"with its generation prompt {expected}"
             )

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -35,7 +34,6 @@ Counts = torch.Tensor | Sequence[int]
 
 _GRID_KEYS = ("image_grid_hws", "image_grid_thw", "image_sizes", "image_position_ids")
 _CROP_KEYS = ("num_patches", "patch_pixel_values", "patch_newline_mask")
-# Pixels first, then what speaks of them.
 _IMAGE_KEYS = ("pixel_values", *_CROP_KEYS, *_GRID_KEYS, "n_images_per_sample")
 _VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "n_videos_per_sample")
 _VLM_MEDIA_KEYS = (*_IMAGE_KEYS, *_VIDEO_KEYS)
@@ -93,36 +91,27 @@ def chunk_vlm_media(
     """
     misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
     limits = microbatch_limits(batch_size, n_microbatches)
-    if not isinstance(pixel_values, list):
-        _check_has_rows("pixel_values", pixel_values)
-    if image_grid is not None:
-        _check_has_rows("image_grid", image_grid)
+    image_limits = _image_limits(n_images_per_sample, limits, misaligned)
+    n_rows = _n_rows("pixel_values", pixel_values, or_list=True)
+    n_images = n_rows if image_grid is None else _n_rows("image_grid", image_grid)
+    if n_images != image_limits[-1]:
+        raise misaligned(
+            f"{n_images} images, n_images_per_sample (None: one each) sums to {image_limits[-1]}"
+        )
 
-    n_rows = len(pixel_values)
-    n_images = n_rows if image_grid is None else len(image_grid)
-    counts = _images_of_samples(n_images_per_sample, batch_size, misaligned)
-    if sum(counts) != n_images and n_images_per_sample is None:
-        raise misaligned(f"{n_images} images without n_images_per_sample are not one a sample")
-    if sum(counts) != n_images:
-        raise misaligned(f"n_images_per_sample sums to {sum(counts)}, there are {n_images} images")
-
-    image_limits = _limits_of(counts, limits)
+    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    may_be_images = isinstance(pixel_values, list) or image_grid is None or pixel_values.ndim >= 3
     patch_counts = None if isinstance(pixel_values, list) else _patch_counts(image_grid)
     # Where both hold, every image is one patch and the two cuts are the same.
     if patch_counts is not None and sum(patch_counts) == n_rows:
         pixel_limits = _limits_of(patch_counts, image_limits)
-    # A two-dimensional tensor with a grid is a list of patches, never of images.
-    elif n_rows == n_images and (
-        image_grid is None or isinstance(pixel_values, list) or pixel_values.ndim >= 3
-    ):
+    elif may_be_images and n_rows == n_images:
         pixel_limits = image_limits
     else:
         raise misaligned(f"{n_rows} rows are neither the {n_images} images nor their patches")
 
-    return (
-        _cut(pixel_values, pixel_limits),
-        None if image_grid is None else _cut(image_grid, image_limits),
-    )
+    grid_chunks = None if image_grid is None else _cut(image_grid, image_limits)
+    return _cut(pixel_values, pixel_limits), grid_chunks
 
 
 def chunk_step3_media(
@@ -162,20 +151,16 @@ def chunk_step3_media(
     """
     misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
     limits = microbatch_limits(batch_size, n_microbatches)
-    _check_has_rows("pixel_values", pixel_values)
-
-    images = _images_of_samples(n_images_per_sample, batch_size, misaligned)
-    image_limits = _limits_of(images, limits)
+    image_limits = _image_limits(n_images_per_sample, limits, misaligned)
+    n_rows, n_images = _n_rows("pixel_values", pixel_values), image_limits[-1]
 
     # A count may stand for a sample or for an image: their number tells, or both cut alike.
-    readings = [image_limits]
     if num_patches is None:
-        num_patches = torch.zeros(sum(images), dtype=torch.long, device=pixel_values.device)
-        crops = [0] * sum(images)
+        num_patches = torch.zeros(n_images, dtype=torch.long, device=pixel_values.device)
+        crops, readings = [0] * n_images, [image_limits]
     else:
         crops = _as_counts("num_patches", num_patches)
-        by_what = ((batch_size, limits), (sum(images), image_limits))
-        readings = [cut for n_entries, cut in by_what if len(crops) == n_entries]
+        readings = [reading for reading in (limits, image_limits) if reading[-1] == len(crops)]
     if not readings:
         raise misaligned(f"num_patches has {len(crops)} entries, not one a sample or image")
     # Flat, as NeMo Automodel's collate makes it: that counts by sample, if it may be either.
@@ -183,26 +168,22 @@ def chunk_step3_media(
     if not flat and readings[0] != readings[-1]:
         raise misaligned("num_patches may count the crops of samples or of images")
     crop_limits = _limits_of(crops, readings[0])
-    n_crops = sum(crops)
+    n_crops = crop_limits[-1]
 
     chunks = {"num_patches": _cut(torch.as_tensor(num_patches).reshape(-1).long(), readings[0])}
     of_crops = {"patch_pixel_values": patch_pixel_values, "patch_newline_mask": patch_newline_mask}
     for name, rows in of_crops.items():
         if rows is not None:
-            _check_has_rows(name, rows)
-            if len(rows) != n_crops:
+            if _n_rows(name, rows) != n_crops:
                 raise misaligned(f"{name} has {len(rows)} rows, num_patches sums to {n_crops}")
             chunks[name] = _cut(rows, crop_limits)
 
-    if not flat and len(pixel_values) == sum(images):
+    if not flat and n_rows == n_images:
         chunks["pixel_values"] = _cut(pixel_values, image_limits)
-    elif (flat or n_crops == 0) and len(pixel_values) == n_crops:
+    elif (flat or n_crops == 0) and n_rows == n_crops:
         chunks["pixel_values"] = _cut(pixel_values, crop_limits)
     else:
-        raise misaligned(
-            f"the {len(pixel_values)} rows of pixel_values are neither the {sum(images)} full "
-            f"images nor the {n_crops} crops"
-        )
+        raise misaligned(f"{n_rows} pixel rows are neither {n_images} images nor {n_crops} crops")
     return chunks
 
 
@@ -233,16 +214,21 @@ def prepare_vlm_media_for_pp(
     if media and input_ids is not None and len(input_ids) != batch_size:
         raise ValueError(f"batch_size is {batch_size}, but input_ids has {len(input_ids)} rows")
 
-    for pixels, *others in (_IMAGE_KEYS, _VIDEO_KEYS):
-        for key in media if pixels not in media else ():
-            # Counts of zero and no rows are fine.
-            if key in others and _number_of_media(key, media[key]):
-                raise ValueError(f"{key} {_described(media[key])} comes without {pixels}")
+    for key, value in media.items():
+        pixels = "pixel_values" if key in _IMAGE_KEYS else "pixel_values_videos"
+        # Counts of zero and no rows are fine.
+        if pixels not in media and _number_of_media(key, value):
+            raise ValueError(f"{key} {_described(value)} comes without {pixels}")
     chunks: dict[str, Any] = {}
     if "pixel_values" in media:
         chunks |= _image_chunks(media, batch_size, n_microbatches)
-    if "pixel_values_videos" in media:
-        chunks |= _video_chunks(media, batch_size, n_microbatches)
+    videos, video_grid = media.get("pixel_values_videos"), media.get("video_grid_thw")
+    if isinstance(videos, torch.Tensor) and video_grid is None:
+        raise ValueError(f"pixel_values_videos {_described(videos)} come without video_grid_thw")
+    if videos is not None:
+        chunks["pixel_values_videos"], chunks["video_grid_thw"] = chunk_vlm_media(
+            videos, video_grid, batch_size, n_microbatches, media.get("n_videos_per_sample")
+        )
     if chunks and batch.get(VLM_PP_MEDIA_KEY) is not None:
         raise ValueError(f"batch already holds {VLM_PP_MEDIA_KEY!r}: it was prepared before")
     for key in _VLM_MEDIA_KEYS:
@@ -293,8 +279,7 @@ def _image_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -
         )
     if crops:
         raise ValueError(
-            f"pixel_values {_described(pixel_values)} come with crops ({', '.join(crops)}) and "
-            f"with {', '.join(grids) or 'a list of images'}: no layout has both"
+            f"pixel_values {_described(pixel_values)} with {[*crops, *grids]}: no layout has both"
         )
     if len(grids) > 1:
         logger.warning("pixel_values come with several grids: using %s of %s", grids[0], grids)
@@ -311,22 +296,14 @@ def _select_image_grid(
     return next((grid for grid in grids if grid is not None), None)
 
 
-def _video_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -> dict[str, Any]:
-    pixels, grid = media["pixel_values_videos"], media.get("video_grid_thw")
-    if grid is None and isinstance(pixels, torch.Tensor):
-        raise ValueError(f"pixel_values_videos {_described(pixels)} come without video_grid_thw")
-    counts = media.get("n_videos_per_sample")
-    chunks = chunk_vlm_media(pixels, grid, batch_size, n_microbatches, counts)
-    return dict(zip(("pixel_values_videos", "video_grid_thw"), chunks, strict=True))
-
-
-def _images_of_samples(
-    counts: Counts | None, batch_size: int, misaligned: Callable[[str], ValueError]
+def _image_limits(
+    counts: Counts | None, limits: Sequence[int], misaligned: Callable[[str], ValueError]
 ) -> list[int]:
-    images = [1] * batch_size if counts is None else _as_counts("n_images_per_sample", counts)
-    if len(images) != batch_size:
+    """Turn limits in samples into limits in their images."""
+    images = [1] * limits[-1] if counts is None else _as_counts("n_images_per_sample", counts)
+    if len(images) != limits[-1]:
         raise misaligned(f"n_images_per_sample has {len(images)} entries, not one a sample")
-    return images
+    return _limits_of(images, limits)
 
 
 def _limits_of(counts: Sequence[int], limits: Sequence[int]) -> list[int]:
@@ -341,17 +318,10 @@ def _cut(rows: Any, limits: Sequence[int]) -> list[Any]:
 
 def _as_counts(name: str, counts: Counts) -> list[int]:
     if isinstance(counts, torch.Tensor):
-        if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
-            raise ValueError(f"{name} must hold integers, got {counts.dtype}")
-        values = counts.reshape(-1).tolist()
-    else:
-        try:
-            values = [operator.index(count) for count in counts]
-        except TypeError as error:
-            raise ValueError(f"{name} must hold integers, got {counts!r}") from error
-    if any(value < 0 for value in values):
-        raise ValueError(f"{name} must not be negative, got {values}")
-    return values
+        counts = counts.reshape(-1).tolist()
+    if not isinstance(counts, Iterable) or any(isinstance(count, bool) for count in counts):
+        raise ValueError(f"{name}: expected integers, got {counts!r}")
+    return [checked_int(name, count, least=0) for count in counts]
 
 
 def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
@@ -362,9 +332,11 @@ def _patch_counts(image_grid: torch.Tensor | None) -> list[int] | None:
     return counts if all(count > 0 for count in counts) else None
 
 
-def _check_has_rows(name: str, rows: Any) -> None:
-    if not isinstance(rows, torch.Tensor) or rows.ndim == 0:
+def _n_rows(name: str, rows: Any, or_list: bool = False) -> int:
+    is_list = or_list and isinstance(rows, list)
+    if not is_list and (not isinstance(rows, torch.Tensor) or rows.ndim == 0):
         raise TypeError(f"{name} must be a tensor with rows, got {_described(rows)}")
+    return len(rows)
 
 
 def _misaligned(named: dict[str, Any], reason: str) -> ValueError:

@@ -8,6 +8,7 @@ and a forward that is recomputed in the backward pass leave the others' media wh
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -18,15 +19,9 @@ import torch
 
 VLM_PP_MEDIA_KEY = "_vlm_pp_media_chunks"
 
-_ATTRIBUTE_OF_KEY = {
-    "pixel_values": "_vlm_pixel_values_chunks",
-    "image_grid_hws": "_vlm_image_grid_hws_chunks",
-    "num_patches": "_vlm_num_patches_chunks",
-    "patch_pixel_values": "_vlm_patch_pixel_values_chunks",
-    "patch_newline_mask": "_vlm_patch_newline_mask_chunks",
-    "pixel_values_videos": "_vlm_pixel_values_videos_chunks",
-    "video_grid_thw": "_vlm_video_grid_thw_chunks",
-}
+# What models take: the chunks of a key lie under the attribute _vlm_{key}_chunks.
+_CROPS = ("num_patches", "patch_pixel_values", "patch_newline_mask")
+_STAGED = ("pixel_values", "image_grid_hws", *_CROPS, "pixel_values_videos", "video_grid_thw")
 _CURSOR = "_vlm_chunk_idx"
 _MISSING = object()
 
@@ -63,26 +58,23 @@ def stage_vlm_media_for_pp(
         return
     if not model_parts:
         raise ValueError("model_parts is empty, but this rank has the first stage")
-    unknown = set(media) - set(_ATTRIBUTE_OF_KEY)
+    unknown = media.keys() - set(_STAGED)
     if unknown:
         raise ValueError(f"batch[{VLM_PP_MEDIA_KEY!r}] holds unknown media {sorted(unknown)}")
 
     model = model_parts[0]
-    first_stage = next(
-        (stage for stage in getattr(pp.info, "stages", None) or () if stage.is_first), None
-    )
+    stages = getattr(pp.info, "stages", None) or ()
+    first_stage = next((stage for stage in stages if stage.is_first), None)
     with ExitStack() as undo:
-        values = {attribute: media.get(key) for key, attribute in _ATTRIBUTE_OF_KEY.items()}
+        values = {f"_vlm_{key}_chunks": media.get(key) for key in _STAGED}
         for attribute, value in {**values, _CURSOR: 0}.items():
             # getattr, because a compiled module keeps its attributes on the module that it wraps.
             _set_attribute(model, attribute, value, getattr(model, attribute, _MISSING), undo)
         if hasattr(first_stage, "forward_one_chunk"):
             _follow_stage(model, first_stage, undo)
         else:
-            numbers = itertools.count()
-            hook = model.register_forward_pre_hook(
-                lambda *_: setattr(model, _CURSOR, next(numbers))
-            )
+            index = itertools.count()
+            hook = model.register_forward_pre_hook(lambda *_: setattr(model, _CURSOR, next(index)))
             undo.callback(hook.remove)
         yield
 
@@ -92,28 +84,23 @@ def _follow_stage(model: torch.nn.Module, stage: Any, undo: ExitStack) -> None:
 
     Schedules that overlap passes run a backward in a second thread: the forward goes first.
     """
-    lock = threading.Lock()
-    in_forward = False
+    forward_runs = threading.Lock()
 
-    def following(run: Callable[..., Any], forward: bool) -> Callable[..., Any]:
-        def run_one_chunk(chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-            nonlocal in_forward
-            with lock:
-                if forward or not in_forward:
-                    setattr(model, _CURSOR, chunk_id)
-                if forward:
-                    in_forward = True
-            try:
-                return run(chunk_id, *args, **kwargs)
-            finally:
-                if forward:  # A backward never writes it: the other thread's forward may run.
-                    in_forward = False
+    def forward(run: Callable[..., Any], chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with forward_runs:
+            setattr(model, _CURSOR, chunk_id)
+            return run(chunk_id, *args, **kwargs)
 
-        return run_one_chunk
+    def backward(run: Callable[..., Any], chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if forward_runs.acquire(blocking=False):
+            setattr(model, _CURSOR, chunk_id)
+            forward_runs.release()
+        return run(chunk_id, *args, **kwargs)
 
     for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+        follow = forward if name == "forward_one_chunk" else backward
         if hasattr(stage, name):
-            method = following(getattr(stage, name), forward=name == "forward_one_chunk")
+            method = functools.partial(follow, getattr(stage, name))
             # vars: removing the instance's attribute lets the class's method show again.
             _set_attribute(stage, name, method, vars(stage).get(name, _MISSING), undo)
 

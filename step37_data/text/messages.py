@@ -89,8 +89,7 @@ class ReservedTokens:
             text.encode()  # No tokenizer takes what UTF-8 cannot hold.
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where}: character {error.start} of the text is {text[error.start]!r}, half of a "
-                "surrogate pair; remove or replace it"
+                f"{where}: character {error.start} is half a surrogate pair: {text[error.start]!r}"
             ) from error
         for match in self._pattern.finditer(text):
             if match[0] not in allowed:

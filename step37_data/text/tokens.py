@@ -84,8 +84,11 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and of tokenizers Exception itself
         reason = " ".join(str(error).split())
+        missing = [name for name in _FILES if not Path(path, name).is_file()]
+        here = f"it lacks {missing}" if Path(path).is_dir() else "there is no folder; tried the hub"
         raise ValueError(
-            f"tokenizer_path: {_what_is_there(path)} ({type(error).__name__}: {reason})"
+            f"tokenizer_path: no tokenizer could be read from {path!r} ({here}; "
+            f"{type(error).__name__}: {reason})"
         ) from error
     if not tokenizer.chat_template:
         raise ValueError(
@@ -93,12 +96,3 @@ def load_tokenizer(path: str) -> Any:
             "chat_template.jinja, or chat_template in tokenizer_config.json"
         )
     return tokenizer
-
-
-def _what_is_there(path: str) -> str:
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"there is no folder {path!r} here, and no tokenizer could be read from the hub"
-    missing = [name for name in _FILES if not (folder / name).is_file()]
-    lacks = f", which lacks {', '.join(missing)}" if missing else ""
-    return f"no tokenizer could be read from {path!r}{lacks}"

@@ -195,7 +195,7 @@ def test_a_state_without_a_place_or_with_a_negative_one_is_refused(make: Any) ->
 def test_a_weighted_state_without_counts_or_with_negative_ones_is_refused() -> None:
     with pytest.raises(ValueError, match="state_dict: expected counts, got only"):
         WeightedRandomSampler(3).load_state_dict({"size": 3, "data_idx": 7})
-    with pytest.raises(ValueError, match="state_dict: expected counts of 0 or more, got"):
+    with pytest.raises(ValueError, match="state_dict: expected 2 counts of 0 or more, got"):
         WeightedRandomSampler(2).load_state_dict({"size": 2, "data_idx": 0, "counts": [1, -1]})
 
 
@@ -206,7 +206,7 @@ def test_wrong_sizes_counts_and_weights_are_refused() -> None:
         LoopedSequentialSampler(2.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="count: expected at least 0, got -1"):
         LoopedSequentialSampler(2).take(-1)
-    with pytest.raises(ValueError, match=r"weights: expected one per index, 2, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"weights: expected 2 positive .*, got \[1.0, 2.0, 3.0\]"):
         WeightedRandomSampler(2, weights=[1.0, 2.0, 3.0])
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="positive finite"):
@@ -224,8 +224,15 @@ def test_many_draws_at_once_leave_the_state_of_single_ones() -> None:
 
 def test_a_state_of_too_few_indices_is_refused_and_no_state_is_written_to() -> None:
     sampler = WeightedRandomSampler(2, weights=[1.0, 2.0])
-    with pytest.raises(ValueError, match="expected counts and scores of 2 indices, got 1 and 1"):
-        sampler.load_state_dict({"size": 2, "data_idx": 1, "counts": [1], "scores": [1.0]})
+    for counts, scores, message in (
+        ([1], [1.0], r"expected 2 counts of 0 or more, got \[1\]"),
+        ([1], None, r"expected 2 counts of 0 or more, got \[1\]"),
+        ([1, 0], [1.0], "expected 2 scores, got 1"),
+    ):
+        wrong = {"size": 2, "data_idx": 1, "counts": counts, "scores": scores}
+        with pytest.raises(ValueError, match=f"state_dict: {message}"):
+            sampler.load_state_dict(wrong)
+    assert sampler.state_dict() == WeightedRandomSampler(2, weights=[1.0, 2.0]).state_dict()
     state = {"data_idx": 0, "counts": np.zeros(2, dtype=np.int64), "scores": np.zeros(2)}
     sampler.load_state_dict(state)
     next(sampler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import re
 
 import pytest
 import torch
@@ -194,7 +193,7 @@ def test_as_many_flat_crops_as_samples_are_still_cut_by_the_counts() -> None:
 def test_as_many_images_as_crops_beside_the_crops_are_refused_and_not_cut_like_them() -> None:
     # Cut like the crops, sample 0 would get the images of samples 0 and 1.
     images, crops = torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 2, 2)
-    with pytest.raises(ValueError, match="3 rows of pixel_values are neither the 2 full images"):
+    with pytest.raises(ValueError, match="3 pixel rows are neither 2 images nor 3 crops"):
         chunk_step3_media(images, 2, 2, [2, 1], crops)
 
 
@@ -208,9 +207,9 @@ def test_one_image_a_sample_needs_no_counts() -> None:
 @pytest.mark.parametrize(
     ("pixels", "grid", "batch_size", "counts", "reason"),
     [
-        ((5, 3, 4, 4), (5, 2), 4, None, "5 images without n_images_per_sample"),
+        ((5, 3, 4, 4), (5, 2), 4, None, r"5 images, .* \(None: one each\) sums to 4"),
         ((5, 3, 4, 4), (5, 2), 4, [2, 1, 1], "has 3 entries, not one a sample"),
-        ((4, 3, 4, 4), (4, 2), 4, [2, 1, 0, 0], "sums to 3, there are 4 images"),
+        ((4, 3, 4, 4), (4, 2), 4, [2, 1, 0, 0], "4 images, n_images_per_sample .* sums to 3"),
         ((9, 5), (4, 2), 4, None, "9 rows are neither the 4 images nor their patches"),
         ((4, 5), (4, 2), 4, None, "4 rows are neither the 4 images nor their patches"),
         ((3, 3, 4, 4), (4, 2), 4, None, "3 rows are neither"),
@@ -229,11 +228,11 @@ def test_media_that_fit_no_layout_are_refused_with_all_shapes(
 @pytest.mark.parametrize(
     ("pixels", "patches", "counts", "images", "reason"),
     [
-        (4, None, [1, 1, 1, 2], None, "4 rows of pixel_values are neither the 4 full images nor"),
+        (4, None, [1, 1, 1, 2], None, "4 pixel rows are neither 4 images nor 5 crops"),
         (4, 3, None, None, "patch_pixel_values has 3 rows, num_patches sums to 0"),
         (4, 3, [1, 1, 1, 1], None, "patch_pixel_values has 3 rows, num_patches sums to 4"),
         (4, 3, [1, 1, 1], None, "num_patches has 3 entries"),
-        (3, 3, [1, 1, 1, 0], None, "3 rows of pixel_values are neither the 4 full images nor"),
+        (3, 3, [1, 1, 1, 0], None, "3 pixel rows are neither 4 images nor 3 crops"),
         (4, 3, [1, 1, 1, 0], [2, 2], "n_images_per_sample has 2 entries"),
         (4, 3, [1, 1, 1, 0], [2, 2, 0, 0], "may count the crops of samples or of images"),
     ],
@@ -259,12 +258,12 @@ def test_crops_that_fit_no_layout_are_refused_with_all_shapes(
     "counts", [[1.0, 1], torch.ones(2), torch.tensor([True, True]), [[1], [1]]]
 )
 def test_counts_that_are_no_integers_are_refused(counts: object) -> None:
-    with pytest.raises(ValueError, match="num_patches must hold integers"):
+    with pytest.raises(ValueError, match=r"num_patches: expected (an integer|integers), got"):
         chunk_step3_media(torch.zeros(2, 3, 4, 4), 2, 2, counts)  # type: ignore[arg-type]
 
 
 def test_negative_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("must not be negative, got [3, -1]")):
+    with pytest.raises(ValueError, match="n_images_per_sample: expected at least 0, got -1"):
         chunk_vlm_media(torch.zeros(2, 3, 4, 4), None, 2, 2, [3, -1])
 
 
@@ -326,9 +325,9 @@ def test_images_without_grid_or_crops_follow_their_counts() -> None:
                 "image_sizes": torch.ones(2, 2),
                 "num_patches": [0, 0],
             },
-            "no layout has both",
+            r"with \['num_patches', 'image_sizes'\]: no layout has both",
         ),
-        ({"pixel_values": torch.zeros(4, 3, 4, 4)}, "4 rows of pixel_values"),
+        ({"pixel_values": torch.zeros(4, 3, 4, 4)}, "4 pixel rows are neither 2 images"),
     ],
 )
 def test_a_batch_that_cannot_be_prepared_stays_as_it_was(media: dict, match: str) -> None:

@@ -30,9 +30,9 @@ def template() -> Step37MultimodalTemplate:
         ([{"role": "user", "content": "a \ud83d"}], r"\[0\] \(user\): character 2 .* surrogate"),
         (
             [{"role": "user", "content": [{"type": "image"}]}, flickr()[1]],
-            r"cannot render the turns user, assistant \(TemplateError: content part of type image",
+            r"cannot render user, assistant \(TemplateError: content part of type image",
         ),
-        ([{"role": "poet", "content": "?"}, flickr()[1]], "needs a user message"),
+        ([{"role": "poet", "content": "?"}, flickr()[1]], "user message and .* got .'poet'"),
     ],
 )
 def test_a_message_in_another_form_is_an_error_that_names_it(
@@ -50,6 +50,7 @@ def test_a_message_in_another_form_is_an_error_that_names_it(
         ("a.jpg", r"expected a list of \(path, type\) or .*, got 'a.jpg'"),
         ([()], r"expected \(path, type\) or .*, got \(\)"),
         ([None], r"expected \(path, type\) or .*, got None"),
+        ([("a.jpg", [0])], r"a\.jpg: expected the item type 0 .* or 1 .*, got \[0\]"),
         ([("a.jpg", "image")], r"a\.jpg: expected the item type 0 .* or 1 .*, got 'image'"),
     ],
 )
@@ -82,19 +83,20 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_that_says_what_is_missing(
         return str(info.value)
 
     for nowhere in (tmp_path / "none", "no_such_tokenizer"):
-        text = f"there is no folder '{nowhere}' here, and no tokenizer could be read from the hub"
+        text = f"no tokenizer could be read from '{nowhere}' (there is no folder; tried the hub; "
         assert text in error_of(nowhere)
-    assert "lacks tokenizer.json, tokenizer_config.json, chat_template.jinja" in error_of(tmp_path)
+    files = "['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']"
+    assert f"could be read from '{tmp_path}' (it lacks {files}; " in error_of(tmp_path)
     folder = Path(edited_tokenizer(tmp_path))
     (folder / "chat_template.jinja").unlink()
     assert f"the tokenizer in '{folder}' has no chat template: expected" in error_of(folder)
     (folder / "tokenizer.json").write_text("{")
-    assert f"could be read from '{folder}', which lacks chat_template.jinja" in error_of(folder)
+    assert f"read from '{folder}' (it lacks ['chat_template.jinja']; " in error_of(folder)
 
 
 def test_a_broken_chat_template_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     folder = edited_tokenizer(tmp_path, lambda _: "{% for m in %}")
-    with pytest.raises(ValueError, match=f"'{folder}' cannot render .*TemplateSyntaxError"):
+    with pytest.raises(ValueError, match=f"'{folder}': .* cannot render .*TemplateSyntaxError"):
         Step37MultimodalTemplate(tokenizer_path=folder)
 
 

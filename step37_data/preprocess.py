@@ -55,7 +55,7 @@ def load_images(
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
             is decoded, and told to ``broken``, once, however many windows it has. An
-            :class:`~step37_data.images.decode.EncodedImage` may stand in place of a path.
+            :class:`~step37_data.images.encoded.EncodedImage` may stand in place of a path.
         image_size, patch_image_size: side in pixels of the images of either type.
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.

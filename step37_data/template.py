@@ -24,7 +24,7 @@ import torch
 
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import within
-from step37_data.images.decode import EncodedImage, ImageFile
+from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
 from step37_data.text.placeholders import Entry, SampleImages, checked_entries
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too

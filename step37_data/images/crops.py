@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from step37_data.images.decode import BROKEN_SIZE, ImageFile, open_image
+from step37_data.images.encoded import ImageFile
 from step37_data.text.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,9 @@ def picture_size(path: ImageFile) -> tuple[int, int]:
     Raises:
         BrokenImageError: Pillow cannot read the header.
     """
+    # Imported here: planning needs no Pillow.
+    from step37_data.images.decode import open_image
+
     with open_image(path) as image:
         return image.size
 
@@ -172,6 +175,8 @@ def plan_file(path: ImageFile) -> CropPlan:
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
     puts in its place; decoding also reports it.
     """
+    from step37_data.images.decode import BROKEN_SIZE
+
     try:
         return plan_crops(*picture_size(path))
     except ValueError as error:  # a BrokenImageError among them

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,30 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from step37_data.common.extras import how_to_get
+from step37_data.images.encoded import EncodedImage, ImageFile
 
 logger = logging.getLogger(__name__)
-
-# What a picture of a WebDataset sample is called, after the last dot.
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
-    """The bytes of an image file, to stand wherever a path may: in ``images``, ``image_paths``.
-
-    Attributes:
-        name: what messages call it.
-        data: the file, encoded as it is.
-    """
-
-    name: str
-    data: bytes = field(repr=False)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-ImageFile = str | EncodedImage
 
 OnBroken = Literal["zero", "raise", "skip-loss"]
 

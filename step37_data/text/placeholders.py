@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from step37_data.images.crops import Window, plan_file
-from step37_data.images.decode import EncodedImage, ImageFile
+from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 
 Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]

@@ -18,7 +18,8 @@ from tests.energon.conftest import TOKENIZER
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
 from step37_data.energon.task_encoder import Step37TaskEncoder, cook_sample, prepare_shards
-from step37_data.images.decode import BrokenImageError, EncodedImage
+from step37_data.images.decode import BrokenImageError
+from step37_data.images.encoded import EncodedImage
 from step37_data.preprocess import preprocess_packed_batch
 
 Build = Callable[..., Any]

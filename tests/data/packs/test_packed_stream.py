@@ -155,14 +155,14 @@ class Stopping(Words):
         return super().__getitem__(idx)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stop_iteration_out_of_a_data_set_does_not_end_the_stream(workers: int) -> None:
+@pytest.mark.parametrize("loading", [{}, {"num_workers": 2, "multiprocessing_context": "fork"}])
+def test_a_stop_iteration_out_of_a_data_set_does_not_end_the_stream(loading: Any) -> None:
     words = Stopping([4] * 6)
     loader = loader_of([], datasets=[words], max_length=4, dataset_sampling="sequential")
     words.fails_at = 2
     with pytest.raises(RuntimeError, match=r"datasets\[0\], sample 2: .* raised StopIteration"):
         list(loader)
-    stream = loader.iterate(num_workers=workers, multiprocessing_context="fork")
+    stream = loader.iterate(**loading)
     assert [len(next(stream)[0]) for _ in range(2)] == [4, 4]
     with pytest.raises(RuntimeError, match=r"datasets\[0\], sample 2: .* raised StopIteration"):
         next(stream)

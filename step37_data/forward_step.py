@@ -23,13 +23,9 @@ from step37_data.preprocess import Device, preprocess_packed_batch
 logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
-_OF_DATA_SET = (
-    "img_start_token_id",
-    "patch_start_token_id",
-    "image_size",
-    "patch_image_size",
-    "encoder_patch_size",
-)
+# What has no default: start tokens and sizes, which the data set knows.
+_SPEC = inspect.getfullargspec(preprocess_packed_batch)
+_OF_DATA_SET = [name for name in _SPEC.kwonlyargs if name not in (_SPEC.kwonlydefaults or ())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +143,7 @@ class ForwardStep:
         TypeError: ``preprocess_packed_batch`` has no such option, or the data set decides it.
     """
 
-    def __init__(
-        self,
-        *,
-        prefetch_depth: int = 2,
-        device: Device = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, prefetch_depth: int = 2, device: Device = None, **options: Any) -> None:
         self._depth = checked_int("prefetch_depth", prefetch_depth, least=0)
         self._device = device
         self._options = {"only_pp_first_stage": True, "device": device, **options}

@@ -15,14 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from step37_data import samplers
 from step37_data.caches.lengths import KeyedDataset, probe_lengths
 from step37_data.common.checks import checked_choice, checked_int, checked_state, item_at
 from step37_data.packing import OversizePolicy, Packing, PackingResult, pack_as
-from step37_data.samplers import (
-    LoopedSequentialSampler,
-    LoopedShuffleSampler,
-    WeightedRandomSampler,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +151,9 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             )
             lengths.append(measured)
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
+        loads = self._vision_tokens(domains, indices) if packing == "balanced" else ()
         order, self.packing_result = pack_as(
-            packing,
-            sizes,
-            max_length,
-            oversize_policy,
-            packing_window,
-            balance_group,
-            loads=lambda: self._vision_tokens(domains, indices),
+            packing, sizes, loads, max_length, oversize_policy, packing_window, balance_group
         )
         # Reordered in place of the draws, so that pack ranges are slices in every case.
         domains, indices, sizes = domains[order], indices[order], sizes[order]
@@ -229,13 +220,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         """int64 ``[packs]``: tokens in each pack, before padding."""
         return Fill.of(self.piece_sizes, self.packing_result, self.max_length).tokens
 
-    def iterate(
-        self,
-        *,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        **loading: Any,
-    ) -> _Stream:
+    def iterate(self, *, dp_rank: int = 0, dp_size: int = 1, **loading: Any) -> _Stream:
         """Packs for one data-parallel rank, from :attr:`position` on, without end.
 
         A step takes ``dp_size`` packs, rank r the r-th of them, as Megatron's sampler deals out
@@ -299,15 +284,15 @@ def draw_schedule(
         narrowest integer type that holds their values.
     """
     draws = int(sum(weights))
-    domains = WeightedRandomSampler(len(weights), _SEED, weights).take(draws)
+    domains = samplers.WeightedRandomSampler(len(weights), _SEED, weights).take(draws)
     domains = domains.astype(np.min_scalar_type(len(weights) - 1))
     indices = np.empty(draws, dtype=np.min_scalar_type(max(map(len, lengths)) - 1))
     sizes = np.empty(draws, dtype=np.min_scalar_type(max(int(part.max()) for part in lengths)))
     for number, strategy in enumerate(strategies):
         size = len(lengths[number])
-        sampler: Any = LoopedSequentialSampler(size)
+        sampler: Any = samplers.LoopedSequentialSampler(size)
         if strategy == "random":
-            sampler = LoopedShuffleSampler(size, _SEED + number)
+            sampler = samplers.LoopedShuffleSampler(size, _SEED + number)
         places = domains == number
         drawn = sampler.take(int(places.sum()))
         indices[places] = drawn

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 OversizePolicy = Literal["drop", "extend"]
 Packing = Literal["next_fit", "best_fit", "balanced"]
+Integers = Sequence[int] | np.ndarray
+_Packs = list[list[int]]
 
 # Samples worked on at a time: bounds the temporary arrays, which would else be most of the memory.
 _BLOCK = 1 << 18
@@ -59,13 +61,12 @@ class PackingResult:
 
 def pack_as(
     packing: Packing,
-    sizes: Sequence[int] | np.ndarray,
+    sizes: Integers,
+    loads: Integers,
     max_len: int,
     oversize_policy: OversizePolicy,
     window: int,
     group: int = 1,
-    *,
-    loads: Callable[[], Sequence[int] | np.ndarray],
 ) -> tuple[np.ndarray | slice, PackingResult]:
     """Pack by the name of the packing, and log how many samples are dropped.
 
@@ -73,7 +74,7 @@ def pack_as(
         packing: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
             ``"balanced"`` :func:`pack_balanced`.
         sizes, max_len, oversize_policy, window, group: see there.
-        loads: gives the loads of ``"balanced"``; not called for the others.
+        loads: those of ``"balanced"``; the others need none.
 
     Returns:
         The order in which ``sizes`` have to be put, and the ranges, which are over that order.
@@ -84,7 +85,7 @@ def pack_as(
     elif packing == "best_fit":
         order, result = pack_best_fit(sizes, max_len, oversize_policy, window)
     else:
-        order, result = pack_balanced(sizes, loads(), max_len, oversize_policy, window, group)
+        order, result = pack_balanced(sizes, loads, max_len, oversize_policy, window, group)
     if result.num_droped:
         logger.warning(
             f"{result.num_droped} of {len(sizes)} samples were dropped: longer than the {max_len} "
@@ -93,9 +94,7 @@ def pack_as(
     return order, result
 
 
-def pack(
-    sizes: Sequence[int] | np.ndarray, max_len: int, oversize_policy: OversizePolicy
-) -> PackingResult:
+def pack(sizes: Integers, max_len: int, oversize_policy: OversizePolicy) -> PackingResult:
     """Greedy next-fit packing that never splits a sample.
 
     Samples join the open pack in the order given while their sizes sum to at most ``max_len``; a
@@ -150,10 +149,7 @@ def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
 
 
 def pack_best_fit(
-    sizes: Sequence[int] | np.ndarray,
-    max_len: int,
-    oversize_policy: OversizePolicy,
-    window: int = 4096,
+    sizes: Integers, max_len: int, oversize_policy: OversizePolicy, window: int = 4096
 ) -> tuple[np.ndarray, PackingResult]:
     """Best-fit-decreasing packing inside consecutive windows.
 
@@ -188,20 +184,18 @@ def _as_result(packs: Iterable[list[int]], total: int) -> tuple[np.ndarray, Pack
 
 def _best_fit_windows(
     lengths: np.ndarray, max_len: int, oversize_policy: OversizePolicy, window: int
-) -> Iterator[list[list[int]]]:
+) -> Iterator[_Packs]:
     for first in range(0, len(lengths), checked_int("window", window)):
         yield _best_fit(lengths[first : first + window], max_len, oversize_policy, first)
 
 
-def _best_fit(
-    lengths: np.ndarray, max_len: int, oversize_policy: OversizePolicy, first: int
-) -> list[list[int]]:
-    packs: list[list[int]] = []
+def _best_fit(lengths: np.ndarray, max_len: int, policy: OversizePolicy, first: int) -> _Packs:
+    packs: _Packs = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), ascending
     for index in np.argsort(-lengths, kind="stable").tolist():
         size = int(lengths[index])
         if size > max_len:
-            if oversize_policy == "extend":
+            if policy == "extend":
                 packs.append([first + index])
             continue
         place = bisect.bisect_left(room, (size, -1))
@@ -219,8 +213,8 @@ def _best_fit(
 
 
 def pack_balanced(
-    sizes: Sequence[int] | np.ndarray,
-    loads: Sequence[int] | np.ndarray,
+    sizes: Integers,
+    loads: Integers,
     max_len: int,
     oversize_policy: OversizePolicy,
     window: int = 4096,
@@ -254,8 +248,8 @@ def pack_balanced(
     if work.shape != lengths.shape:
         raise ValueError(f"loads: expected {lengths.shape[0]} values, got shape {work.shape}")
     checked_int("group", group)
-    packs: list[list[int]] = []
-    rest: list[list[int]] = []
+    packs: _Packs = []
+    rest: _Packs = []
     for of_window in _best_fit_windows(lengths, max_len, oversize_policy, window):
         of_window = _balance_window(of_window, lengths, work, max_len)
         if group > 1:
@@ -265,9 +259,7 @@ def pack_balanced(
     return _as_result(itertools.chain(packs, *_alike(rest, work, group)), len(lengths))
 
 
-def _alike(
-    packs: list[list[int]], loads: np.ndarray, group: int
-) -> tuple[list[list[int]], list[list[int]]]:
+def _alike(packs: _Packs, loads: np.ndarray, group: int) -> tuple[_Packs, _Packs]:
     """Group after group of packs that are neighbours by load, and those that make no group."""
     packs = sorted(packs, key=lambda members: (int(loads[members].sum()), members))
     groups = len(packs) // group
@@ -277,9 +269,7 @@ def _alike(
     return dealt, packs[groups * group :]
 
 
-def _balance_window(
-    packs: list[list[int]], lengths: np.ndarray, loads: np.ndarray, max_len: int
-) -> list[list[int]]:
+def _balance_window(packs: _Packs, lengths: np.ndarray, loads: np.ndarray, max_len: int) -> _Packs:
     """The samples of ``packs``, dealt out anew by load if that takes hardly more packs."""
     alone = [members for members in packs if lengths[members[0]] > max_len]
     shared = np.sort(np.concatenate([[], *packs]).astype(np.int64))
@@ -295,9 +285,9 @@ def _balance_window(
 
 def _deal(
     sizes: np.ndarray, surplus: np.ndarray, max_len: int, count: int, tightness: float
-) -> list[list[int]] | None:
+) -> _Packs | None:
     """Every sample to one of ``count`` packs, or hardly more, so that surpluses cancel out."""
-    packs: list[list[int]] = [[] for _ in range(count)]
+    packs: _Packs = [[] for _ in range(count)]
     room = np.full(count, float(max_len))
     deviation = np.zeros(count)
     left = []
@@ -317,9 +307,7 @@ def _deal(
     return packs if len(packs) <= _MOST_PACKS * count else None
 
 
-def _checked_lengths(
-    sizes: Sequence[int] | np.ndarray, max_len: int, oversize_policy: str
-) -> np.ndarray:
+def _checked_lengths(sizes: Integers, max_len: int, oversize_policy: str) -> np.ndarray:
     checked_choice("oversize_policy", oversize_policy, OversizePolicy)
     checked_int("max_len", max_len)
     given = np.asarray(sizes)

@@ -193,13 +193,12 @@ class Step37MultimodalTemplate(ImageTokens):
         repeats = self._repeats(short_ids, images.wanted, entries)
         tokens = torch.from_numpy(np.repeat(np.array(short_ids, dtype=np.int64), repeats))
         loss_mask = torch.from_numpy(np.repeat(self._loss_mask(short_ids, messages), repeats))
-        if len(tokens) > self.max_sequence_length + 1 and not self._warned_about_length:
+        limit = self.max_sequence_length + 1
+        if len(tokens) > limit and not self._warned_about_length:
             self._warned_about_length = True
             logger.warning(
-                "a sample of %d tokens is longer than max_sequence_length + 1 = %d; the oversize "
-                "policy of the packing decides about it (said once)",
-                len(tokens),
-                self.max_sequence_length + 1,
+                f"a sample of {len(tokens)} tokens is longer than max_sequence_length + 1 = {limit}"
+                "; the oversize policy of the packing decides about it (said once)"
             )
         return MultimodalSFTSample(tokens=tokens, loss_mask=loss_mask, image_paths=entries)
 

@@ -202,13 +202,9 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     ) -> list[list[MultimodalSFTSample]]:
         """Deal a buffer out to packs; samples that are longer than a pack are left out."""
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
+        loads = [self._vision_tokens(sample) for sample in samples]
         order, result = pack_as(
-            self.packing,
-            sizes,
-            self.max_packing_seqlen,
-            "drop",
-            window=len(samples),
-            loads=lambda: [self._vision_tokens(sample) for sample in samples],
+            self.packing, sizes, loads, self.max_packing_seqlen, "drop", window=len(samples)
         )
         self._dropped += result.num_droped
         ordered = [samples[index] for index in np.arange(len(samples))[order]]

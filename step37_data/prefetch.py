@@ -27,6 +27,7 @@ _Input = TypeVar("_Input")
 
 # A pack that is in the making at the end of the interpreter may take that long.
 _LAST_WAIT_S = 1.0
+_END = object()
 
 
 class PackError(RuntimeError):
@@ -40,10 +41,6 @@ class PackError(RuntimeError):
         super().__init__(f"pack {pack}: {type(cause).__name__}: {cause}")
         self.pack = pack
         self.__cause__ = cause
-
-
-class _SkippedPackError(PackError):
-    """Of a pack before ``start``, which was read only to get past it."""
 
 
 # A model input, and the event after which a CUDA device has it; None comes after the last pack.
@@ -102,12 +99,12 @@ class Prefetcher(Iterator[_Input]):
         checked_int("start", start, 0)
         self._prepare = prepare
         self._broken = broken
-        self._next_pack = start
+        self._start = self._next_pack = start
         self.waited_s = 0.0
         self._closed = False
         self._device = resolve_device(device)
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._packs = _from(packs, start)
+        self._packs, self._read = _from(packs, start)
         self._turn = threading.Lock()
         self._process = os.getpid()
         self._work: Work = queue.SimpleQueue()
@@ -133,12 +130,11 @@ class Prefetcher(Iterator[_Input]):
             self.waited_s += time.perf_counter() - began
             # Only now: an interrupt while waiting must not lose the pack.
             self._pending.popleft()
-            if error is not None:
+            if isinstance(error, PackError):
                 self._begin()
-                if isinstance(error, _SkippedPackError):
-                    raise error
-                self._next_pack += 1
-                raise PackError(self._next_pack - 1, error)
+                # Not moved by a pack before the start, which was read only to get past it.
+                self._next_pack = max(self._next_pack, error.pack + 1)
+                raise error
             prepared = future.result()
             if prepared is None:
                 self.close()
@@ -166,10 +162,17 @@ class Prefetcher(Iterator[_Input]):
                 # The current device belongs to the thread.
                 on_device.enter_context(torch.cuda.device(self._device))
                 on_device.enter_context(torch.cuda.stream(self._stream))
-            for pack in self._packs:
-                value = self._prepare(pack)
-                return value, None if self._stream is None else self._stream.record_event()
-        return None
+            while True:
+                number, self._read = self._read, self._read + 1
+                try:
+                    pack = next(self._packs, _END)
+                    if pack is _END:
+                        return None
+                    if number >= self._start:
+                        value = self._prepare(pack)
+                        return value, None if self._stream is None else self._stream.record_event()
+                except BaseException as error:
+                    raise PackError(number, error) from error
 
     def state_dict(self) -> dict[str, int]:
         """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
@@ -291,32 +294,14 @@ class _Attempt(NamedTuple):
     error: Exception | None
 
 
-class _Skipping(Iterator[Any]):
-    """An iterable's packs from ``start`` on; those before are read when the first is asked for."""
-
-    def __init__(self, packs: Iterable[Any], start: int) -> None:
-        self._iterator = iter(packs)
-        self._read, self._start = 0, start
-
-    def __next__(self) -> Any:
-        while self._read < self._start:
-            self._read += 1
-            try:
-                next(self._iterator)
-            except StopIteration:
-                raise
-            except Exception as error:
-                raise _SkippedPackError(self._read - 1, error) from error
-        return next(self._iterator)
-
-
-def _from(packs: Any, start: int) -> Iterator[Any]:
+def _from(packs: Any, start: int) -> tuple[Iterator[Any], int]:
+    """An iterator of the packs, and the index of the first that it gives."""
     if not (hasattr(packs, "__getitem__") and hasattr(packs, "__len__")):
-        return _Skipping(packs, start)
+        return iter(packs), 0
     if start > len(packs):
         raise ValueError(f"start: expected at most {len(packs)}, the packs there are, got {start}")
     # Unlike a generator, a map goes on behind an error.
-    return map(functools.partial(item_at, packs), range(start, len(packs)))
+    return map(functools.partial(item_at, packs), range(start, len(packs))), start
 
 
 def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:

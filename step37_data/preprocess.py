@@ -154,15 +154,11 @@ def build_image_for_insert(
     Raises:
         ValueError: an image type is neither of the two.
     """
-    by_type: dict[int, list[torch.Tensor]] = {PATCH_ITEM_TYPE: [], IMAGE_ITEM_TYPE: []}
-    for image, kind in images_and_types:
-        by_type[checked_kind("images_and_types", kind)].append(image)
+    given = [(image, checked_kind("images_and_types", kind)) for image, kind in images_and_types]
+    patches = (PATCH_ITEM_TYPE, patch_start_id, limit_patches)
     groups = []
-    for images, start, limit in (
-        (by_type[PATCH_ITEM_TYPE], patch_start_id, limit_patches),
-        (by_type[IMAGE_ITEM_TYPE], image_start_id, limit_images),
-    ):
-        if kept := images[:limit]:
+    for wanted, start, limit in (patches, (IMAGE_ITEM_TYPE, image_start_id, limit_images)):
+        if kept := [image for image, kind in given if kind == wanted][:limit]:
             stacked = torch.stack(kept).to(dtype or kept[0].dtype)
             group = ImageForInsert(start, to_device(stacked, _device(device, to_cuda)))
             if rope_args_fn is not None:

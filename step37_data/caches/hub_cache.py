@@ -59,22 +59,16 @@ def refuse_links(root: Path, *paths: Path) -> None:
 def check_origin(root: Path, repo_id: str, revision: str | None) -> None:
     """Refuse a cache of another data set or revision; note down what a new one will hold."""
     note = root / _ORIGIN_FILE
-    wanted = {"repo_id": repo_id, "revision": revision}
+    wanted = json.dumps({"repo_id": repo_id, "revision": revision})
     if note.is_file():
-        try:
-            found = json.loads(note.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"cache_dir: {note} is damaged ({error}); remove it if the folder holds {wanted}"
-            ) from error
+        found = note.read_text(encoding="utf-8", errors="replace")
         if found != wanted:
-            raise ValueError(
-                f"cache_dir: {str(root)!r} holds {found}, asked for {wanted}; use another folder"
-            )
+            asked = f"asked for {wanted}; use another folder, or remove a damaged note"
+            raise ValueError(f"cache_dir: {note} says {found!r}, {asked}")
     elif any(entry.name != ".cache" for entry in root.iterdir()):
         if revision is not None:
             logger.warning(f"{root}: not filled by this loader, taken for {revision} as it is")
     else:
         refuse_links(root, note)
         note.parent.mkdir(exist_ok=True)
-        write_atomically(note, json.dumps(wanted).encode())
+        write_atomically(note, wanted.encode())

@@ -306,13 +306,9 @@ def preprocess_packed_batch(
     if on_broken == "skip-loss":
         spoilt = [place for place, why in zip(positions, reasons, strict=True) if why is not None]
         loss_masks = _without_samples(loss_masks, cu_seqlens.cpu(), spoilt)
-    return {
-        "input_ids": to_device(batch["tokens"], target)[None].contiguous(),
-        "labels": to_device(batch["labels"], target)[None].contiguous(),
-        "loss_masks": to_device(loss_masks, target)[None].contiguous(),
-        "images": groups,
-        **layout,
-    }
+    rows = {"input_ids": batch["tokens"], "labels": batch["labels"], "loss_masks": loss_masks}
+    on_target = {key: to_device(row, target)[None].contiguous() for key, row in rows.items()}
+    return {**on_target, "images": groups, **layout}
 
 
 def _check_shapes(batch: Mapping[str, Any]) -> None:
@@ -326,8 +322,7 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
 def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> None:
     for entry in entries:
         if multicrop is not None and (entry.window is not None) != multicrop:
-            made = "no window" if multicrop else f"the window {entry.window}"
-            told = f"{entry.path} in image_paths carries {made}"
+            told = f"{entry.path} in image_paths carries {entry.window or 'no window'}"
             raise ValueError(f"multicrop: {multicrop}, but {told}; give the template the same")
 
 

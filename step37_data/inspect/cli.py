@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step37_data.common.extras import how_to_get
+from step37_data.energon import shard_command
 from step37_data.inspect import style
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``step37-data``; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        for line in _shard(options) if options.command == "shard" else _describe(options):
+        for line in options.run(options):
             print(line)
         return 0
     except (OSError, ValueError) as error:
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     command = functools.partial(commands.add_parser, parents=[common], formatter_class=defaults)
     told = (__doc__ or "").partition("\n\n")[2]
     inspect = command("inspect", help="show the packs of a cache folder", description=told)
+    inspect.set_defaults(run=_describe)
     add = inspect.add_argument
     add("cache_dir", type=Path, nargs="?", help="folder in the layout of the data set")
     subject = inspect.add_mutually_exclusive_group().add_argument
@@ -70,31 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampling", dest="dataset_sampling", choices=("random", "sequential"), default="random")
     add("--packing", choices=("next_fit", "best_fit"), default="next_fit")
     add("--lengths-cache", dest="lengths_cache_dir", metavar="FOLDER", help="keep lengths here")
-    told = "Every split of FOLDER as shards in OUT, pictures as they are, with Energon's metadata. "
-    told += "An interrupted run goes on where it stopped."
-    shard = command("shard", help="write a folder as shards for Megatron-Energon", description=told)
-    add = shard.add_argument
-    add("folder", type=Path, help="folder in the layout of the data set")
-    add("out", type=Path, help="folder for the shards")
-    add("--samples-per-shard", type=int, default=1000, metavar="N")
+    shard_command.add_to(command)
     return parser
-
-
-def _shard(options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.energon.shards import write_shards
-    from step37_data.energon.task_encoder import prepare_shards
-
-    shards = write_shards(
-        options.folder,
-        options.out,
-        caption_key=options.caption_key,
-        sample_count=options.sample_count,
-        samples_per_shard=options.samples_per_shard,
-        progress=not options.quiet,
-    )
-    prepare_shards(options.out, shards)
-    for split, paths in shards.items():
-        yield f"{split:<9} {len(paths)} shards in {options.out / split}"
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:

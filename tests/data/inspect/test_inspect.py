@@ -203,7 +203,7 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
 def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defaults() -> None:
     options = vars(_parser().parse_args(["inspect"]))
     defaults = {field.name: field.default for field in fields(Step37Flickr8kSFTDataProvider)}
-    own = ["command", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
+    own = ["command", "run", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
     assert options.keys() - defaults.keys() == set(own)
     told = options.keys() & defaults.keys() - {"cache_dir", "tokenizer_path", "sample_count"}
     assert len(told) == 10

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ import torch.nn.functional as F
 from step37_data.common.checks import checked_int
 from step37_data.prefetch import ReadAhead
 from step37_data.preprocess import Device, preprocess_packed_batch
-
-logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 # What has no default: start tokens and sizes, which the data set knows.
@@ -44,10 +41,7 @@ class Stage:
 
 
 def model_inputs(
-    batch: Mapping[str, Any],
-    stage: Stage,
-    *,
-    preprocess: Callable[[Mapping[str, Any]], dict[str, Any]],
+    batch: Mapping[str, Any], stage: Stage, *, preprocess: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
     """The arguments of ``Step37Model.forward`` for one pack.
 
@@ -71,9 +65,7 @@ def model_inputs(
     needs_tokens = stage.pre_process or stage.post_process
     if needs_tokens and "tokens" not in batch:
         which = "first" if stage.pre_process else "last"
-        raise ValueError(
-            f"batch: the {which} pipeline stage needs tokens, got only {sorted(batch)}"
-        )
+        raise ValueError(f"batch: the {which} pipeline stage needs tokens, got {sorted(batch)}")
     if not needs_tokens:
         batch = {key: batch[key] for key in ("cu_seqlens", "position_id")}
     prepared = preprocess(batch)
@@ -105,15 +97,9 @@ def model_inputs(
 def _packed_seq_params(cu_seqlens: torch.Tensor, longest: int) -> Any:
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    bounds = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    lengths = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
+    return PackedSeqParams(qkv_format="thd", **dict.fromkeys(bounds, cu_seqlens), **lengths)
 
 
 class ForwardStep:

@@ -214,7 +214,7 @@ def test_a_stage_that_needs_tokens_and_gets_none_says_so(first, name):
     batch = {"cu_seqlens": torch.tensor([0, 4]), "position_id": torch.arange(4)}
     stage = Stage(pre_process=first, post_process=not first, divisible_by=16)
     with pytest.raises(
-        ValueError, match=rf"the {name} pipeline stage needs tokens, got only \['cu_seqlens', 'pos"
+        ValueError, match=rf"the {name} pipeline stage needs tokens, got \['cu_seqlens', 'pos"
     ):
         model_inputs(batch, stage, preprocess=as_is)
 

@@ -312,10 +312,8 @@ def prepare_flickr8k_samples(
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
-        raise RuntimeError(
-            f"no sample prepared: no row of {metadata} has a file_name and a {caption_key}, of the "
-            f"columns {columns}"
-        )
+        told = f"no row of {metadata} has a file_name and a {caption_key}; it has {columns}"
+        raise RuntimeError(f"no sample prepared: {told}")
     return samples
 
 
@@ -371,10 +369,8 @@ def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, 
             for cells in rows:
                 # A comma at the end of a row makes an empty cell, which holds no text to lose.
                 if any(cell.strip() for cell in cells[len(header) :]):
-                    problems.append(
-                        f"line {rows.line_num}: expected the {len(header)} cells of the header, "
-                        f"got {len(cells)}: {cells}; a text with a comma needs quotes"
-                    )
+                    told = f"expected the {len(header)} cells of the header, got {cells}"
+                    problems.append(f"line {rows.line_num}: {told}; quote a text with a comma")
                 elif cells:
                     yield rows.line_num, dict(zip(header, cells, strict=False))
                 first = rows.line_num + 1
@@ -387,8 +383,7 @@ def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, 
 
 def _is_global_rank_0() -> bool:
     """Whether this process is global rank 0, or the only one."""
-    grouped = dist.is_available() and dist.is_initialized()
-    return not grouped or dist.get_rank() == 0
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _maybe_barrier() -> None:

@@ -88,16 +88,9 @@ def load_images(
             two.
     """
     entries = checked_entries("image_paths", image_paths)
+    sides, target = _sides(image_size, patch_image_size), resolve_device(device)
     reader = ImageReader(
-        sides=_sides(image_size, patch_image_size),
-        device=resolve_device(device),
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-        max_pixels=max_pixels,
-        decode_scaled=decode_scaled,
+        sides, target, dtype, on_broken, broken, threads, pixel_order, max_pixels, decode_scaled
     )
     stacks, _ = reader.load_stacks(entries)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
@@ -265,18 +258,10 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     _check_shapes(batch)
     on_broken = on_broken or batch.get("on_broken", "zero")
+    sides, target = _sides(image_size, patch_image_size), resolve_device(device)
     reader = ImageReader(
-        sides=_sides(image_size, patch_image_size),
-        device=resolve_device(device),
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-        max_pixels=max_pixels,
-        decode_scaled=decode_scaled,
+        sides, target, dtype, on_broken, broken, threads, pixel_order, max_pixels, decode_scaled
     )
-    target = reader.device
     cu_seqlens = batch["cu_seqlens"]
     layout = {
         "cu_seqlens": to_device(cu_seqlens, target),

@@ -48,8 +48,7 @@ def kernels_match_pillow() -> bool:
         ours = pillow.resize(torch.from_numpy(pixels), 16, 16, pillow.installed_pillow())
         if not np.array_equal(ours.numpy(), np.asarray(picture)):
             logger.warning(
-                f"the order of passes of Pillow {pillow_version} is not known here: images are "
-                "resized by Pillow on the host, which is slower"
+                f"the order of passes of Pillow {pillow_version} is unknown: Pillow resizes, slower"
             )
             return False
     return True

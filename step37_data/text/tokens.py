@@ -83,16 +83,12 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, and of tokenizers Exception itself
-        reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         missing = [name for name in _FILES if not Path(path, name).is_file()]
         here = f"it lacks {missing}" if Path(path).is_dir() else "there is no folder; tried the hub"
-        raise ValueError(
-            f"tokenizer_path: no tokenizer could be read from {path!r} ({here}; "
-            f"{type(error).__name__}: {reason})"
-        ) from error
+        told = f"no tokenizer could be read from {path!r} ({here}; {reason})"
+        raise ValueError(f"tokenizer_path: {told}") from error
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"tokenizer_path: the tokenizer in {path!r} has no chat template: expected "
-            "chat_template.jinja, or chat_template in tokenizer_config.json"
-        )
+        wanted = "expected chat_template.jinja, or chat_template in tokenizer_config.json"
+        raise ValueError(f"tokenizer_path: {path!r} has no chat template: {wanted}")
     return tokenizer

@@ -89,7 +89,7 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_that_says_what_is_missing(
     assert f"could be read from '{tmp_path}' (it lacks {files}; " in error_of(tmp_path)
     folder = Path(edited_tokenizer(tmp_path))
     (folder / "chat_template.jinja").unlink()
-    assert f"the tokenizer in '{folder}' has no chat template: expected" in error_of(folder)
+    assert f"tokenizer_path: '{folder}' has no chat template: expected" in error_of(folder)
     (folder / "tokenizer.json").write_text("{")
     assert f"read from '{folder}' (it lacks ['chat_template.jinja']; " in error_of(folder)
 

@@ -82,9 +82,11 @@ def _train_sharded(rank: int, how: str) -> list[dict[str, Tensor]]:
     return steps
 
 
-def whole(dtype: torch.dtype) -> list[dict[str, Tensor]]:
-    """The same by one process with the stock class; FSDP averages over the ranks."""
-    model = build().to(dtype)
+def whole(how: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """The same by one process; FSDP averages over the ranks."""
+    model = made(how).to(dtype)
+    if how == "replaced":
+        assert replace_in(model, impl="torch") == ("model",)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps = []
     for step in range(STEPS):

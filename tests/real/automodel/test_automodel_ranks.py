@@ -17,15 +17,15 @@ from tests.real.automodel.test_automodel import assert_within_stocks_rounding
 
 @pytest.fixture(scope="module")
 def sharded() -> Any:
-    exact, stock = ranks_of.whole(torch.float64), ranks_of.whole(torch.float32)
-    return run(ranks_of.fsdp), stock, exact
+    one_process = {how: ranks_of.whole(how, torch.float32) for how in HOWS}
+    return run(ranks_of.fsdp), one_process, ranks_of.whole("stock", torch.float64)
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_fsdp2_gives_the_losses_and_gradients_of_one_process(sharded, how):
-    ranks, stock, exact = sharded
+    ranks, one_process, exact = sharded
     for rank in ranks:
-        assert_within_stocks_rounding(rank[how], stock, exact)
+        assert_within_stocks_rounding(rank[how], one_process["stock"], exact, one_process[how])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,14 @@ from tests.real.bridge.bridge_model import VISION, build
 from tests.real.bridge.test_forward_step import State
 
 SIDE = 13 * 4 * VISION["patch_size"]  # 169 rows, as the template says: the tower halves twice
+
+
+@pytest.fixture(autouse=True)
+def no_groups_of_other_tests_in_workers() -> None:
+    """A graph that ``torch.compile`` made, and a process group in it, may be garbage nobody has
+    collected yet. A forked worker that collects it joins the group's thread, which it has not."""
+    torch._dynamo.reset()
+    gc.collect()
 
 
 def provider_of(path: Path, num_workers: int = 0) -> Step37EnergonSFTDataProvider:

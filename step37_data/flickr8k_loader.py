@@ -312,7 +312,7 @@ def prepare_flickr8k_samples(
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
-        told = f"no row of {metadata} has a file_name and a {caption_key}; it has {columns}"
+        told = f"no row of {metadata} has a file_name and a {caption_key}; its columns: {columns}"
         raise RuntimeError(f"no sample prepared: {told}")
     return samples
 

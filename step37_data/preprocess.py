@@ -340,8 +340,8 @@ def _without_samples(
     loss_masks = loss_masks.clone()
     for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
-    of = f"of a pack of {len(cu_seqlens) - 1}"
-    logger.warning(f"samples {samples} {of} take no part in the loss: they have unreadable images")
+    pack = f"a pack of {len(cu_seqlens) - 1}"
+    logger.warning(f"samples {samples} of {pack} take no part in the loss: unreadable images")
     return loss_masks
 
 

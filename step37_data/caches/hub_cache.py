@@ -67,7 +67,7 @@ def check_origin(root: Path, repo_id: str, revision: str | None) -> None:
             raise ValueError(f"cache_dir: {note} says {found!r}, {asked}")
     elif any(entry.name != ".cache" for entry in root.iterdir()):
         if revision is not None:
-            logger.warning(f"{root}: not filled by this loader, taken for {revision} as it is")
+            logger.warning(f"{root}: not filled by this loader, revision {revision} is not checked")
     else:
         refuse_links(root, note)
         note.parent.mkdir(exist_ok=True)

@@ -458,7 +458,7 @@ def test_a_revision_of_a_copied_folder_is_said_to_be_unknown(
     shutil.copytree(MINI / "train", tmp_path / "train")
     with caplog.at_level(logging.WARNING):
         prepare_flickr8k_samples(cache_dir=tmp_path, revision=COMMIT)
-    assert f"not filled by this loader, taken for {COMMIT} as it is" in caplog.text
+    assert f"not filled by this loader, revision {COMMIT} is not checked" in caplog.text
 
 
 OUTSIDE = ["../evil.jpg", "/etc/passwd", "a/../../evil.jpg", "..\\evil.jpg", "C:evil.jpg", "a\0b"]

@@ -235,13 +235,14 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             dp_rank, dp_size: which rank of how many.
             loading: of torch's ``DataLoader``: ``num_workers`` processes that prepare packs ahead,
                 ``prefetch_factor`` packs each, how they start (``multiprocessing_context``) and so
-                on; 0 workers prepare in this process.
+                on; 0 workers prepare in this process. A pack is a batch: what would sample or
+                collate others is a ``TypeError``.
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
         # torch's own conversion would turn the (path, item type) tuples into lists.
-        loading = {"batch_size": None, "collate_fn": _as_it_is, **loading}
-        load = functools.partial(torch.utils.data.DataLoader, self, **loading)
+        whole: Any = {"sampler": None, "batch_size": None, "collate_fn": _as_it_is}
+        load = functools.partial(torch.utils.data.DataLoader, self, **whole, **loading)
         return _Stream(self, load, self.position + dp_rank, dp_size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -314,6 +314,12 @@ def test_a_state_of_another_schedule_is_refused() -> None:
             other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["sampler", "batch_size", "collate_fn"])
+def test_loading_options_that_would_change_the_packs_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        loader_of(LENGTHS).iterate(**{name: None})
+
+
 def test_a_rank_outside_the_group_is_refused() -> None:
     with pytest.raises(ValueError, match="dp_rank: expected 0 to 1, got 2"):
         next(loader_of(LENGTHS).iterate(dp_rank=2, dp_size=2))

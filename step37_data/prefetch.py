@@ -109,8 +109,9 @@ class Prefetcher(Iterator[_Input]):
         self._process = os.getpid()
         self._work: Work = queue.SimpleQueue()
         self._thread = start_thread(self._work, "step37-prefetch")
+        # Not of what is pending: an error there knows the prefetcher, which would never be let go.
+        weakref.finalize(self, _end, self._work, self._thread, _LAST_WAIT_S)
         self._pending: deque[Future[_Prepared[_Input]]] = deque()
-        weakref.finalize(self, _end, self._pending, self._work, self._thread, _LAST_WAIT_S)
         for _ in range(depth):
             self._begin()
 
@@ -130,11 +131,14 @@ class Prefetcher(Iterator[_Input]):
             self.waited_s += time.perf_counter() - began
             # Only now: an interrupt while waiting must not lose the pack.
             self._pending.popleft()
-            if isinstance(error, PackError):
+            if error is not None:
                 self._begin()
+                if not isinstance(error, PackError):  # of the device: no pack was read
+                    raise PackError(self._next_pack, error)
                 # Not moved by a pack before the start, which was read only to get past it.
                 self._next_pack = max(self._next_pack, error.pack + 1)
-                raise error
+                # Another, that knows of no frame of this function: nothing is kept alive by it.
+                raise PackError(error.pack, error.__cause__ or error)
             prepared = future.result()
             if prepared is None:
                 self.close()
@@ -185,7 +189,9 @@ class Prefetcher(Iterator[_Input]):
             wait_s: seconds to wait at most; None waits until it is made.
         """
         self._closed = True
-        _end(self._pending, self._work, self._thread, wait_s)
+        for future in tuple(self._pending):
+            future.cancel()
+        _end(self._work, self._thread, wait_s)
         ended = [f for f in self._pending if f.done() and not f.cancelled()]
         done = [f.result() for f in ended if f.exception() is None]
         self._pending.clear()
@@ -199,12 +205,11 @@ class Prefetcher(Iterator[_Input]):
         self.close(None if kind is None else _LAST_WAIT_S)
 
 
-def _end(
-    pending: deque[Future[Any]], work: Work, thread: threading.Thread, wait_s: float | None
-) -> None:
+def _end(work: Work, thread: threading.Thread, wait_s: float | None) -> None:
     """Drop what has not begun, and wait for what has."""
-    for future in tuple(pending):
-        future.cancel()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            work.get_nowait()
     work.put(None)
     if thread is not threading.current_thread():
         thread.join(wait_s)

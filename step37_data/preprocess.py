@@ -300,7 +300,7 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
     for key in ("cu_seqlens", "position_id", "tokens", "labels", "loss_masks"):
         if key in batch and batch[key].ndim != 1:
             expected = "[n + 1]" if key == "cu_seqlens" else "[T]"
-            got = f"got {list(batch[key].shape)}; the data set's collate_fn unwraps a batch of one"
+            got = f"got {list(batch[key].shape)}; give the DataLoader the data set's collate_fn"
             raise ValueError(f"batch: expected {key} of shape {expected}, {got}")
 
 
@@ -340,8 +340,7 @@ def _without_samples(
     loss_masks = loss_masks.clone()
     for sample in samples:
         loss_masks[cu_seqlens[sample] : cu_seqlens[sample + 1]] = 0
-    pack = f"a pack of {len(cu_seqlens) - 1}"
-    logger.warning(f"samples {samples} of {pack} take no part in the loss: unreadable images")
+    logger.warning(f"samples {samples} of a pack take no part in the loss: unreadable images")
     return loss_masks
 
 

@@ -243,8 +243,8 @@ class Step37MultimodalTemplate(ImageTokens):
             )
         except Exception as error:  # jinja2's own, or what an expression of the template raises
             turns = ", ".join(message["role"] for message in messages)
-            reason = f"{type(error).__name__}: {error}"
-            raise self._error(f"its chat template cannot render {turns} ({reason})") from error
+            told = f"cannot render the turns {turns} ({type(error).__name__}: {error})"
+            raise ValueError(f"the chat template in {self.tokenizer_path!r} {told}") from error
 
     def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
         """Token ids of the generation prompt, and of its beginning up to the role's name."""
@@ -302,11 +302,12 @@ class Step37MultimodalTemplate(ImageTokens):
             expanded += "".join(token for token, _ in runs) + piece
         return expanded
 
-    def _image_items(self, images: Sequence[Any] | None) -> list[tuple[ImageFile, int]]:
+    def _image_items(self, images: Any) -> list[tuple[ImageFile, int]]:
         rewrite = self.path_rewrite_fn or str
+        given = () if images is None else images
         return [
             (path if isinstance(path, EncodedImage) else rewrite(path), kind)
-            for path, kind, _ in checked_entries("images", images or (), IMAGE_ITEM_TYPE)
+            for path, kind, _ in checked_entries("images", given, IMAGE_ITEM_TYPE)
         ]
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:

@@ -196,7 +196,7 @@ def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
 
     def whole(given: RaggedImages) -> tuple[Tensor, Tensor]:
         plans = [plan] * len(pictures)
-        full, canvases = prepare_on_device(given, plans, impl=settings.impl)
+        full, canvases, _ = prepare_on_device(given, plans, impl=settings.impl)
         crops = [rectangle(i, window) for i in range(len(plans)) for window in plan.windows]
         return last_resize(canvases, CROP_SIZE, crops=crops), last_resize(full, IMAGE_SIZE)
 

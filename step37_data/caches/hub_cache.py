@@ -63,8 +63,7 @@ def check_origin(root: Path, repo_id: str, revision: str | None) -> None:
     if note.is_file():
         found = note.read_text(encoding="utf-8", errors="replace")
         if found != wanted:
-            asked = f"asked for {wanted}; use another folder, or remove a damaged note"
-            raise ValueError(f"cache_dir: {note} says {found!r}, {asked}")
+            raise ValueError(f"cache_dir: {note} says {found!r}, not {wanted}; use another folder")
     elif any(entry.name != ".cache" for entry in root.iterdir()):
         if revision is not None:
             logger.warning(f"{root}: not filled by this loader, revision {revision} is not checked")

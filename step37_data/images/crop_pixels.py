@@ -58,7 +58,7 @@ def cut(canvas: Image.Image, window: Window) -> Image.Image:
 
 def prepare_on_device(
     pictures: RaggedImages, plans: Sequence[CropPlan], *, impl: Impl = "auto"
-) -> tuple[RaggedImages, RaggedImages]:
+) -> tuple[RaggedImages, RaggedImages, dict[int, int]]:
     """Full images and canvases of pictures in one buffer, with four launches at most.
 
     Args:
@@ -67,17 +67,21 @@ def prepare_on_device(
         impl: of the resize.
 
     Returns:
-        The full images, and the canvases, with room for windows that reach beyond them.
+        The full images; the canvases of pictures with crops, with room for windows that reach
+        beyond; and by picture the number of its canvas.
     """
     full, shapes = pictures, [plan.full_size[::-1] for plan in plans]
     if shapes != list(pictures.shapes):
         full = resize_uint8(pictures, shapes, impl=impl)
-    sizes = [plan.canvas_size[::-1] for plan in plans]
-    padded_sizes = [plan.canvas_reach[::-1] for plan in plans]
-    # A file that is taken as it is is a canvas already, and so is one without crops.
-    if sizes == padded_sizes == shapes:
-        return full, full
-    return full, resize_uint8(full, sizes, padded_sizes=padded_sizes, impl=impl)
+    cropped = [i for i, plan in enumerate(plans) if plan.windows]
+    offsets, shapes = [full.offsets[i] for i in cropped], [shapes[i] for i in cropped]
+    canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
+    sizes = [plans[i].canvas_size[::-1] for i in cropped]
+    padded_sizes = [plans[i].canvas_reach[::-1] for i in cropped]
+    # A file that is taken as it is is a canvas already.
+    if not sizes == padded_sizes == shapes:
+        canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
+    return full, canvases, {i: number for number, i in enumerate(cropped)}
 
 
 def rectangle(picture: int, window: Window) -> Crop:

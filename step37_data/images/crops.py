@@ -97,7 +97,7 @@ def plan_crops(width: int, height: int) -> CropPlan:
         raise ValueError(f"picture: expected at least 1×1 pixels, got {width}×{height}")
     padded = _padded_size(width, height)
     if padded != (width, height) and padded[0] > _MAX_SQUARE_SIDE:
-        square = f"the square around them would be of {padded[0]} pixels a side"
+        square = f"the square is of {padded[0]} pixels a side, more than {_MAX_SQUARE_SIDE}"
         raise ValueError(f"picture: {width}×{height} pixels are too thin: {square}")
     full = _capped_size(*padded)
     if min(full) < 1:

@@ -56,11 +56,9 @@ def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImag
     current.wait_stream(stream)
     # Allocated on the copy stream, used on this one: not to be handed out before this one is done.
     data.record_stream(current)
-    return RaggedImages(
-        data=data,
-        offsets=[0, *itertools.accumulate(sizes)][:-1],
-        shapes=[(picture.shape[0], picture.shape[1]) for picture in pictures],
-    )
+    offsets = [0, *itertools.accumulate(sizes)][:-1]
+    shapes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+    return RaggedImages(data=data, offsets=offsets, shapes=shapes)
 
 
 @functools.cache

@@ -185,15 +185,15 @@ class ImageReader:
 
     def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
         pictures, reasons = self._read(entries, True, lambda picture: picture)
-        full, canvases = crop_pixels.prepare_on_device(
+        full, canvases, canvas_of = crop_pixels.prepare_on_device(
             upload([picture.pixels for picture in pictures], self.device),
             [picture.plan for picture in pictures],
         )
-        rectangles = {
-            number: crop_pixels.rectangle(i, window)
-            for i, picture in enumerate(pictures)
-            for number, window in picture.windows.items()
-        }
+        rectangles = {}
+        for i, picture in enumerate(pictures):
+            for number, window in picture.windows.items():
+                image = canvas_of[i] if entries[number].kind == PATCH_ITEM_TYPE else i
+                rectangles[number] = crop_pixels.rectangle(image, window)
         stacks = {}
         for kind, side in self.sides.items():
             source = canvases if kind == PATCH_ITEM_TYPE else full

@@ -113,12 +113,13 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
     sheet.supxlabel(read, x=0.2 / 11, ha="left", size=9, color=colour)
     lengths, filled = sheet.subplots(1, 2)
     longer = data.sizes > data.capacity
-    told = [data.lengths, f"{longer.sum()} longer than the {data.capacity} tokens of a pack"]
+    told = [data.lengths, "_"]  # which the legend leaves out
+    if longer.any():
+        told[1] = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
+        lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     looks = {"stacked": True, "color": [style.SERIES[0], style.BROKEN], "edgecolor": "white"}
     parts = [data.sizes[~longer], data.sizes[longer]]
     lengths.hist(parts, _histogram(data.sizes)[0], label=told, **looks)
-    if longer.any():
-        lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
     told = [textwrap.fill(packing, 48) for packing in data.packings]
     filled.hist(shares, range(0, 101, 5), label=told, color=style.SERIES[:2], edgecolor="white")

@@ -168,7 +168,8 @@ def draw_pack(pack: PackDescription) -> style.Figure:
         if segment.source is not None:
             _paint(lines, segment.start, segment.end, "text")
             # Between the bar and the first image there is room for a number, if the text is long.
-            text_end = min([segment.end, *(image.start for image in segment.images)])
+            line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
+            text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
             _paint(lines, segment.start, text_end, "text", str(number))
         for start, end in segment.loss:
             _paint(lines, start, end, "trained")

@@ -34,12 +34,9 @@ def write_page(
     described = (describe_pack(packs, number) for number in numbers)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
-    text = page.render(
-        data=data,
-        total=len(packs),
-        picture=_encoded(draw_data_set(data)),
-        packs=[(pack, _encoded(draw_pack(pack))) for pack in described],
-    )
+    drawn = [(pack, _encoded(draw_pack(pack))) for pack in described]
+    picture = _encoded(draw_data_set(data))
+    text = page.render(data=data, total=len(packs), picture=picture, packs=drawn)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

@@ -319,7 +319,8 @@ def _cut(rows: Any, limits: Sequence[int]) -> list[Any]:
 def _as_counts(name: str, counts: Counts) -> list[int]:
     if isinstance(counts, torch.Tensor):
         counts = counts.reshape(-1).tolist()
-    if not isinstance(counts, Iterable) or any(isinstance(count, bool) for count in counts):
+    counts = list(counts) if isinstance(counts, Iterable) else counts
+    if not isinstance(counts, list) or any(isinstance(count, bool) for count in counts):
         raise ValueError(f"{name}: expected integers, got {counts!r}")
     return [checked_int(name, count, least=0) for count in counts]
 

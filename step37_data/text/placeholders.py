@@ -55,15 +55,16 @@ def checked_entries(name: str, given: Any, alone: int | None = None) -> list[Ima
     Raises:
         ValueError: it is none, or an element is of another form; the message has ``name``.
     """
-    form = "(path, type) or (path, type, window)"
+    form = "(path, type) or (path, type, window)" if alone is None else "a path or (path, type)"
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"{name}: expected a list of {form}, got {given!r}")
     entries = []
     for each in given:
         parts = each if isinstance(each, (list, tuple)) else (each, alone)
-        if len(parts) not in (2, 3) or not isinstance(parts[0], (str, os.PathLike, EncodedImage)):
+        path, kind, window = (*parts, None, None, None)[:3]
+        is_file = isinstance(path, (str, os.PathLike, EncodedImage))
+        if not is_file or kind is None or len(parts) > 3:
             raise ValueError(f"{name}: expected {form}, got {each!r}")
-        path, kind, window = (*parts, None)[:3]
         if window is not None:
             if not isinstance(window, (list, tuple)) or len(window) != 4:
                 told = f"expected a window (x, y, width, height), got {window!r} of {path}"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -463,3 +464,61 @@ def test_what_the_replaced_iterator_raises_is_raised_as_it_is():
     with pytest.raises(OSError, match="disk"):
         next(ahead)
     ahead.close()
+
+
+@pytest.mark.parametrize("kind", [Prefetcher, ReadAhead])
+def test_an_unfinished_prefetcher_is_let_go_though_a_pack_that_waits_has_failed(kind):
+    def prepare(pack):
+        if pack == 1:
+            raise ValueError("bad")
+        return pack
+
+    ahead = kind(iter([0, 1, 2, 3]), prepare, depth=2, device="cpu")
+    next(ahead)
+    time.sleep(0.1)
+    gone = weakref.ref(ahead)
+    del ahead
+    gc.collect()
+    assert gone() is None
+    assert not any(thread.name == "step37-prefetch" for thread in threading.enumerate())
+
+
+def test_what_a_failed_pack_held_is_let_go_with_its_error():
+    held = []
+
+    def prepare(pack):
+        memory = torch.zeros(8)
+        held.append(weakref.ref(memory))
+        raise ValueError(f"bad {pack}")
+
+    def met(prefetcher):
+        with pytest.raises(PackError, match="bad"):
+            next(prefetcher)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Prefetcher([0, 1, 2], prepare, depth=1, device="cpu") as prefetcher:
+            for _ in range(3):
+                met(prefetcher)
+            assert [memory() for memory in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_an_error_of_the_device_costs_no_pack():
+    class Failing(Prefetcher):
+        failures = 2
+
+        def _make(self):
+            if self.failures:
+                self.failures -= 1
+                raise RuntimeError("CUDA error")
+            return super()._make()
+
+    with Failing([1, 2, 3], int, device="cpu") as prefetcher:
+        for _ in range(2):
+            with pytest.raises(PackError, match="pack 0: RuntimeError: CUDA error"):
+                next(prefetcher)
+        assert prefetcher.state_dict() == {"next_pack": 0}
+        assert list(prefetcher) == [1, 2, 3]

@@ -234,7 +234,7 @@ def test_start_tokens_and_sizes_that_cannot_be_are_refused(photos, options, mess
     [
         (None, "expected a list of .*, got None"),
         ("a.jpg", "expected a list of .*, got 'a.jpg'"),
-        (["a.jpg"], r"a\.jpg: expected the item type 0 .* or 1 .*, got None"),
+        (["a.jpg"], r"expected \(path, type\) or .*, got 'a.jpg'"),
         ([("a.jpg",)], r"expected \(path, type\) or .*, got \('a.jpg',\)"),
         ([("a.jpg", 0, None, 3)], r"expected \(path, type\) or .*, got \('a.jpg', 0, None, 3\)"),
         ([(None, 0)], r"expected \(path, type\) or .*, got \(None, 0\)"),

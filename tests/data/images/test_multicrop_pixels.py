@@ -89,14 +89,15 @@ def assert_device_chain(pictures: list[Image.Image], impl: str, sides_: tuple[in
         pixels(padded_image(picture, plan)).to(DEVICE)
         for picture, plan in zip(pictures, plans, strict=True)
     ]
-    full, canvases = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)
+    full, canvases, canvas_of = prepare_on_device(RaggedImages.gather(padded), plans, impl=impl)
+    assert list(canvas_of) == [i for i, plan in enumerate(plans) if plan.windows]
     seen: list[Seen] = [see(picture) for picture in pictures]
     for i, each in enumerate(seen):
         assert torch.equal(full.image(i).cpu(), pixels(each.full))
     got = resize_clip_normalize(full, image_side, crops=full.whole(), impl=impl)
     expected = torch.stack([normalized(each.full, image_side) for each in seen])
     assert torch.equal(got.cpu(), expected)
-    rectangles = [rectangle(i, window) for i, plan in enumerate(plans) for window in plan.windows]
+    rectangles = [rectangle(k, window) for i, k in canvas_of.items() for window in plans[i].windows]
     got = resize_clip_normalize(canvases, crop_side, crops=rectangles, impl=impl)
     crops = [crop for each in seen for crop in each.crops]
     for place, crop in zip(rectangles, crops, strict=True):
@@ -141,8 +142,9 @@ def test_a_picture_without_crops_has_no_windows_and_is_not_resized_for_them():
     assert plan.windows == ()
     assert canvas_image(picture, plan) is full_image(picture, plan) is picture
     gathered = RaggedImages.gather([pixels(picture)])
-    full, canvases = prepare_on_device(gathered, [plan])
-    assert full is canvases is gathered
+    full, canvases, canvas_of = prepare_on_device(gathered, [plan])
+    assert full is gathered
+    assert (len(canvases), canvas_of) == (0, {})
 
 
 def antialiased(values: np.ndarray, size: int, axis: int) -> np.ndarray:

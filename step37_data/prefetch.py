@@ -27,7 +27,7 @@ _Input = TypeVar("_Input")
 
 # A pack that is in the making at the end of the interpreter may take that long.
 _LAST_WAIT_S = 1.0
-_END = object()
+_NO_MORE = object()
 
 
 class PackError(RuntimeError):
@@ -169,8 +169,8 @@ class Prefetcher(Iterator[_Input]):
             while True:
                 number, self._read = self._read, self._read + 1
                 try:
-                    pack = next(self._packs, _END)
-                    if pack is _END:
+                    pack = next(self._packs, _NO_MORE)
+                    if pack is _NO_MORE:
                         return None
                     if number >= self._start:
                         value = self._prepare(pack)

@@ -202,7 +202,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     ) -> list[list[MultimodalSFTSample]]:
         """Deal a buffer out to packs; samples that are longer than a pack are left out."""
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
-        loads = [self._vision_tokens(sample) for sample in samples]
+        to_balance = samples if self.packing == "balanced" else []
+        loads = [self._vision_tokens(sample) for sample in to_balance]
         order, result = pack_as(
             self.packing, sizes, loads, self.max_packing_seqlen, "drop", window=len(samples)
         )

@@ -143,6 +143,15 @@ def read_rgb(path: ImageFile, max_pixels: int | None = None) -> Image.Image:
         return rgb_image(image)
 
 
+def why_broken(path: ImageFile) -> str | None:
+    """What is wrong with an image file; None if it can be read."""
+    try:
+        read_rgb(path)
+    except BrokenImageError as error:
+        return error.reason
+    return None
+
+
 def rgb_image(image: Image.Image) -> Image.Image:
     """``image.convert("RGB")`` of a picture that :func:`open_image` has opened.
 

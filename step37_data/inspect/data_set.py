@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.common.threads import default_threads
-from step37_data.images.decode import BrokenImageError, read_rgb
+from step37_data.images.decode import why_broken
 from step37_data.inspect import style
 from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
@@ -69,16 +69,8 @@ class DataSetDescription:
 
 def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
     """Decode every file; the ones that cannot be read, each with the reason, in order."""
-
-    def reason(path: str) -> str | None:
-        try:
-            read_rgb(path)
-        except BrokenImageError as error:
-            return error.reason
-        return None
-
     bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
-    found = thread_map(reason, paths, max_workers=default_threads(), **bar)
+    found = thread_map(why_broken, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
 
 

@@ -25,6 +25,7 @@ from step37_data.images.decode import (
     BrokenImageError,
     BrokenImages,
     read_rgb,
+    why_broken,
 )
 from step37_data.preprocess import _load_image, load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_STD, clip_normalize
@@ -121,14 +122,6 @@ def test_an_exif_turn_is_not_made(tmp_path):
     path = tmp_path / "rotated.jpg"
     READABLE["rotated.jpg"](path)
     assert read_rgb(str(path)).size == (23, 17)
-
-
-def why_broken(path: str) -> str | None:
-    try:
-        read_rgb(path)
-    except BrokenImageError as error:
-        return error.reason
-    return None
 
 
 @pytest.mark.parametrize("name", BROKEN)

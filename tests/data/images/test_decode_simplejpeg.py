@@ -16,13 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_data.images import decode as module
-from step37_data.images.decode import (
-    BrokenImageError,
-    EncodedImage,
-    decode_into,
-    open_image,
-    read_rgb,
-)
+from step37_data.images.decode import BrokenImageError, decode_into, open_image, read_rgb
+from step37_data.images.encoded import EncodedImage
 
 simplejpeg = pytest.importorskip("simplejpeg", reason="the extra jpeg is not installed")
 

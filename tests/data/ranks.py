@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.limits import HANGS_AFTER_S
 
 
 def in_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -31,7 +32,7 @@ def in_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=60 - (time.monotonic() - begin))
+        process.join(timeout=HANGS_AFTER_S - (time.monotonic() - begin))
     stuck = [process for process in ranks if process.is_alive()]
     for process in stuck:
         process.kill()
@@ -49,7 +50,11 @@ def _rank(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=50)
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=HANGS_AFTER_S / 2),
     )
     try:
         results.put((rank, work(rank, *arguments)))

@@ -14,6 +14,7 @@ import pytest
 from step37_data.energon.shards import write_shards
 from step37_data.inspect.cli import main
 from tests.energon.conftest import SAMPLES
+from tests.limits import HANGS_AFTER_S
 
 pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
@@ -100,7 +101,7 @@ def test_energon_prepare_accepts_the_shards_without_questions(shards: Path, tmp_
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
         env=os.environ,
         check=False,
     )

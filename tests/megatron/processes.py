@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from tests import ptx
-
-LIMIT_S = 120
+from tests.limits import HANGS_AFTER_S
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -62,7 +61,7 @@ def start_megatron(store: str, rank: int, world: int, **parallel: Any) -> None:
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=LIMIT_S / 2),
+        timeout=timedelta(seconds=HANGS_AFTER_S / 2),
     )
     parallel_state.initialize_model_parallel(**parallel)
 
@@ -107,8 +106,8 @@ def run(work: Callable[..., Any], *arguments: Any, world: int = 2, **parallel: A
 
 
 def _answer(pipe: Any, rank: int) -> tuple[str, Any]:
-    if not pipe.poll(LIMIT_S):
-        return f"rank {rank}: no answer within {LIMIT_S} s", None
+    if not pipe.poll(HANGS_AFTER_S):
+        return f"rank {rank}: no answer within {HANGS_AFTER_S} s", None
     try:
         received = pipe.recv_bytes()
     except EOFError:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.limits import HANGS_AFTER_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +21,7 @@ def test_the_example_trains_to_half_its_first_loss():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANGS_AFTER_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

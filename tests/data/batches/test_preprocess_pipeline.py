@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.limits import HANGS_AFTER_S
 
 SCRIPT = Path(__file__).with_name("preprocess_pipeline.py")
 ROOT = SCRIPT.parents[3]
@@ -33,7 +34,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=HANGS_AFTER_S)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

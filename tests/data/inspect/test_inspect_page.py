@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from step37_data.inspect.cli import main
+from tests.limits import HANGS_AFTER_S
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
@@ -104,7 +105,7 @@ def browse(page: Path, *options: str, place: str = "") -> str:
             [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
              "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--window-size=1160,2600",
              "--virtual-time-budget=3000", *options, f"{page.as_uri()}{place}"],
-            capture_output=True, text=True, check=True, timeout=120,
+            capture_output=True, text=True, check=True, timeout=HANGS_AFTER_S,
         )  # fmt: skip
     return done.stdout
 

@@ -27,6 +27,7 @@ from torch.distributed.pipelining import (
 from torch.utils.checkpoint import checkpoint
 
 from step37_data.pp_media import prepare_vlm_media_for_pp, stage_vlm_media_for_pp
+from tests.limits import HANGS_AFTER_S
 
 N_MICROBATCHES = 4
 MICROBATCH_ROWS = 2  # rows of the largest microbatch of 5 to 8 samples
@@ -226,7 +227,7 @@ def left_on(module: torch.nn.Module, stage: PipelineStage) -> list[str]:
 
 
 def build_pipeline(name: str, parts: dict[int, torch.nn.Module], n_stages: int) -> SimpleNamespace:
-    group = dist.new_group(timeout=timedelta(seconds=30))
+    group = dist.new_group(timeout=timedelta(seconds=HANGS_AFTER_S))
     stages = [
         PipelineStage(part, index, n_stages, torch.device("cpu"), group=group)
         for index, part in parts.items()
@@ -295,7 +296,7 @@ def main() -> None:
         store=dist.FileStore(str(folder / "store"), world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=HANGS_AFTER_S),
     )
     results = {case: run_case(*case, rank, world_size) for case in CASES}
     torch.save(results, folder / f"rank{rank}.pt")

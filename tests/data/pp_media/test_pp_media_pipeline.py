@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.limits import HANGS_AFTER_S
 
 SCRIPT = Path(__file__).with_name("pp_media_pipeline.py")
 REPOSITORY = SCRIPT.parents[3]
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 LAYOUTS = ("grid", "step3")
 WORLD_SIZE = 2
-TIME_LIMIT_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
             with log.open("w") as out:
                 command = [sys.executable, SCRIPT, str(rank), str(WORLD_SIZE), folder]
                 processes.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-        codes = [process.wait(timeout=TIME_LIMIT_S) for process in processes]
+        codes = [process.wait(timeout=HANGS_AFTER_S) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.limits import HANGS_AFTER_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -50,7 +51,7 @@ def test_the_rule_follows_whichever_pillow_is_installed(version, turns_round, tm
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=HANGS_AFTER_S,
     )
     if fetched.returncode != 0:
         pytest.skip(f"pip cannot install pillow=={version}: {fetched.stderr.strip()[-200:]}")

@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from examples.row_map import draw_row_map
 from step37_data.common.extras import how_to_get
-from step37_data.inspect import style
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
+from step37_inspect import style
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, clip_normalize, plan_insert
 from step37_kernels import reference as ref
 from step37_kernels.testing import InsertCase, deviation, expected

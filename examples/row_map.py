@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from step37_data.inspect import style
+from step37_inspect import style
 from step37_kernels import InsertPlan
 
 COLUMNS = 24

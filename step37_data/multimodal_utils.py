@@ -1,6 +1,6 @@
 """The names of Megatron-Bridge's module of this name, for imports from it."""
 
+from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE  # noqa: F401
 from step37_data.preprocess import RopeArgs as RopeArgsFn  # noqa: F401
 from step37_data.preprocess import build_image_for_insert, compute_rope_args  # noqa: F401
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE  # noqa: F401
 from step37_kernels.image_insert_embedding import ImageForInsert  # noqa: F401

@@ -16,12 +16,18 @@ import torch
 from PIL import Image
 
 from step37_data.common.checks import checked_int
+from step37_data.common.image_entry import (
+    IMAGE_ITEM_TYPE,
+    PATCH_ITEM_TYPE,
+    Entry,
+    ImageEntry,
+    checked_entries,
+    checked_kind,
+)
 from step37_data.images import decode
 from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.device import Device, resolve_device, to_device
 from step37_data.images.stacks import ImageReader
-from step37_data.text.placeholders import Entry, ImageEntry, checked_entries, checked_kind
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.image_insert_embedding import ImageForInsert
 from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
 from step37_kernels.pixels.normalize import CLIP_STD as _CLIP_STD  # noqa: F401
@@ -55,7 +61,7 @@ def load_images(
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
             is decoded, and told to ``broken``, once, however many windows it has. An
-            :class:`~step37_data.images.encoded.EncodedImage` may stand in place of a path.
+            :class:`~step37_data.common.image_entry.EncodedImage` may stand in place of a path.
         image_size, patch_image_size: side in pixels of the images of either type.
         device: where the results go; None is the CUDA device, or the CPU where there is none.
         dtype: of the results.

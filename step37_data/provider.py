@@ -40,19 +40,18 @@ def _provider_base() -> Any:
             if (error.name or "").partition(".")[0] != "megatron":
                 raise
         else:
-            _allow_in_configurations()
+            allow_in_configurations(__name__)
             return base
     return _StandaloneProvider
 
 
-def _allow_in_configurations() -> None:
-    """Let Bridge instantiate the providers when it reads a configuration back."""
+def allow_in_configurations(module: str) -> None:
+    """Let Megatron-Bridge instantiate the classes of ``module`` when it reads a configuration."""
     try:
         from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     except ImportError:
         return  # A Bridge without a list of what is allowed.
-    for module in (__name__, "step37_data.energon.provider"):
-        register_allowed_target_prefix(f"{module}.")
+    register_allowed_target_prefix(f"{module}.")
 
 
 _Base: Any = _provider_base()

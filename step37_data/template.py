@@ -23,24 +23,29 @@ import numpy as np
 import torch
 
 from step37_data.common.checks import checked_int
+from step37_data.common.image_entry import (  # noqa: F401  all of the constants are offered here, too
+    IMAGE_ITEM_TYPE,
+    IMAGE_TOKEN_COUNT,
+    PATCH_ITEM_TYPE,
+    PATCH_TOKEN_COUNT,
+    EncodedImage,
+    Entry,
+    ImageFile,
+    checked_entries,
+)
 from step37_data.common.threads import within
-from step37_data.images.encoded import EncodedImage, ImageFile
 from step37_data.text.messages import ReservedTokens, checked_role, map_texts, strings
-from step37_data.text.placeholders import Entry, SampleImages, checked_entries
+from step37_data.text.placeholders import SampleImages
 from step37_data.text.tokens import (  # noqa: F401  all of the constants are offered here, too
     IMAGE_END_TOKEN,
-    IMAGE_ITEM_TYPE,
     IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
-    IMAGE_TOKEN_COUNT,
     MULTICROP_IMAGE_PLACEHOLDER,
     MULTICROP_PATCH_PLACEHOLDER,
     PATCH_END_TOKEN,
-    PATCH_ITEM_TYPE,
     PATCH_NEWLINE_TOKEN,
     PATCH_START_TOKEN,
-    PATCH_TOKEN_COUNT,
     ImageTokens,
     load_tokenizer,
 )
@@ -307,7 +312,7 @@ class Step37MultimodalTemplate(ImageTokens):
         given = () if images is None else images
         return [
             (path if isinstance(path, EncodedImage) else rewrite(path), kind)
-            for path, kind, _ in checked_entries("images", given, IMAGE_ITEM_TYPE)
+            for path, kind, _ in checked_entries("images", given, bare_path_kind=IMAGE_ITEM_TYPE)
         ]
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:

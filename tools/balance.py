@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from step37_data.common.image_entry import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 from step37_data.images.crops import plan_crops
 from step37_data.packing import PackingResult, pack, pack_balanced, pack_best_fit
-from step37_data.text.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
 
 CAPACITY = 4096
 Packed = tuple[np.ndarray, PackingResult]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from step37_data.inspect import style
+from step37_inspect import style
 
 Record = dict[str, Any]
 # Besides the colour, so that nobody needs it.

@@ -20,11 +20,11 @@ from PIL import Image
 
 from examples.row_map import draw_row_map
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
-from step37_data.inspect import style
-from step37_data.inspect.cli import main as step37_data
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import Step37MultimodalTemplate
+from step37_inspect import style
+from step37_inspect.cli import main as step37_data
 from step37_kernels import plan_insert
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,10 +30,10 @@ from bench.subjects.pixels import (
     stock_normalize,
     thread_counts,
 )
+from step37_data.common.image_entry import Entry
 from step37_data.common.threads import map_threads
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan, plan_crops
 from step37_data.images.decode import read_rgb
-from step37_data.text.placeholders import Entry
 
 SIZE = (1920, 1080)
 PICTURES = 9

@@ -26,6 +26,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from bench.harness import CpuClock, Implementation, environment, sample_rounds
+from step37_data.common.image_entry import Entry, ImageEntry
 from step37_data.common.threads import available_cores, default_threads, map_threads
 from step37_data.images import stacks
 from step37_data.images.crop_pixels import PixelOrder, normalize_into
@@ -33,7 +34,6 @@ from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_data.images.decode import decode_into, open_image
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
-from step37_data.text.placeholders import Entry, ImageEntry
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,8 +29,9 @@ from megatron import energon
 from PIL import Image
 
 from bench.harness import environment
-from step37_data.energon.task_encoder import Step37TaskEncoder, prepare_shards
-from step37_data.text.tokens import IMAGE_TOKEN_COUNT, load_tokenizer
+from step37_data.common.image_entry import IMAGE_TOKEN_COUNT
+from step37_data.text.tokens import load_tokenizer
+from step37_energon.task_encoder import Step37TaskEncoder, prepare_shards
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "examples" / "tokenizer")
 WORDS = ["a", "dog", "runs", "over", "green", "grass", "while", "children", "look", "on"]

@@ -1,1 +1,1 @@
-"""What every room needs: checks of arguments, names of extras, threads."""
+"""Argument checks, threads, install hints and the names that text and images share."""

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from step37_data.images.crops import CropPlan, Window
+from step37_data.common.image_entry import Window
+from step37_data.images.crops import CropPlan
 from step37_kernels.dispatch import Impl
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import Crop, RaggedImages

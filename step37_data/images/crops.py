@@ -19,8 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from step37_data.images.encoded import ImageFile
-from step37_data.text.tokens import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
+from step37_data.common.image_entry import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT, ImageFile, Window
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +35,6 @@ _ELONGATED = 4
 _ROUND_UP_ABOVE = 0.2
 # Padding to a square turns a file of some hundred bytes into side² · 3: 768 MiB at this side.
 _MAX_SQUARE_SIDE = 16384
-
-Window = tuple[int, int, int, int]
-"""A rectangle in pixels: x, y, width, height."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from step37_data.common.extras import how_to_get
-from step37_data.images.encoded import EncodedImage, ImageFile
+from step37_data.common.image_entry import EncodedImage, ImageFile
 
 logger = logging.getLogger(__name__)
 

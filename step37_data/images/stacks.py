@@ -22,12 +22,11 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from step37_data.common.checks import checked_choice
+from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE, ImageEntry, Window
 from step37_data.common.threads import map_threads
 from step37_data.images import crop_pixels, decode
-from step37_data.images.crops import CropPlan, Window, plan_crops, plan_whole
+from step37_data.images.crops import CropPlan, plan_crops, plan_whole
 from step37_data.images.device import pinned, to_device, upload
-from step37_data.text.placeholders import ImageEntry
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.resize import resize_clip_normalize
 

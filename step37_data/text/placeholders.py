@@ -2,78 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-from step37_data.images.crops import Window, plan_file
-from step37_data.images.encoded import EncodedImage, ImageFile
-from step37_data.text.tokens import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
-
-Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]
-
-
-class ImageEntry(NamedTuple):
-    """One entry of ``image_paths``, which holds them as plain tuples, without a window of None.
-
-    Attributes:
-        path: of the file, or the file itself.
-        kind: ``IMAGE_ITEM_TYPE`` or ``PATCH_ITEM_TYPE``.
-        window: of a picture that is seen in crops: that of a crop lies on the canvas, that of the
-            full image is ``CropPlan.full_window``. None is the whole file, as it is.
-    """
-
-    path: ImageFile
-    kind: int
-    window: Window | None = None
-
-    @property
-    def file(self) -> tuple[ImageFile, bool]:
-        """What is decoded for it: a file, as it is or to be seen in crops."""
-        return self.path, self.window is not None
-
-
-def checked_kind(name: str, kind: Any) -> int:
-    """``kind`` itself, one of the two item types.
-
-    Raises:
-        ValueError: it is another; the message has ``name``.
-    """
-    if kind not in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE):
-        raise ValueError(f"{name}: expected the item type 0 (image) or 1 (crop), got {kind!r}")
-    return int(kind)
-
-
-def checked_entries(name: str, given: Any, alone: int | None = None) -> list[ImageEntry]:
-    """A list of ``(path, item type)`` and ``(path, item type, window)``.
-
-    Args:
-        name: of the list.
-        given: the list.
-        alone: item type of a path that stands alone; None refuses it.
-
-    Raises:
-        ValueError: it is none, or an element is of another form; the message has ``name``.
-    """
-    form = "(path, type) or (path, type, window)" if alone is None else "a path or (path, type)"
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        raise ValueError(f"{name}: expected a list of {form}, got {given!r}")
-    entries = []
-    for each in given:
-        parts = each if isinstance(each, (list, tuple)) else (each, alone)
-        path, kind, window = (*parts, None, None, None)[:3]
-        is_file = isinstance(path, (str, os.PathLike, EncodedImage))
-        if not is_file or kind is None or len(parts) > 3:
-            raise ValueError(f"{name}: expected {form}, got {each!r}")
-        if window is not None:
-            if not isinstance(window, (list, tuple)) or len(window) != 4:
-                told = f"expected a window (x, y, width, height), got {window!r} of {path}"
-                raise ValueError(f"{name}: {told}")
-            x, y, width, height = map(int, window)
-            window = (x, y, width, height)
-        file = path if isinstance(path, EncodedImage) else os.fspath(path)
-        entries.append(ImageEntry(file, checked_kind(f"{name}: {path}", kind), window))
-    return entries
+from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE, Entry, ImageFile
+from step37_data.images.crops import plan_file
 
 
 class SampleImages:

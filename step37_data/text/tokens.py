@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step37_data.common.image_entry import IMAGE_TOKEN_COUNT, PATCH_TOKEN_COUNT
+
 IMAGE_PLACEHOLDER = "<image>"
 MULTICROP_IMAGE_PLACEHOLDER = "<@image@>"
 MULTICROP_PATCH_PLACEHOLDER = "<#image#>"
@@ -16,12 +18,6 @@ IMAGE_END_TOKEN = "<im_end>"
 PATCH_START_TOKEN = "<patch_start>"
 PATCH_NEWLINE_TOKEN = "<patch_newline>"
 PATCH_END_TOKEN = "<patch_end>"
-IMAGE_TOKEN_COUNT = 169
-PATCH_TOKEN_COUNT = 81
-
-# The second element of an entry of ``image_paths``.
-IMAGE_ITEM_TYPE = 0
-PATCH_ITEM_TYPE = 1
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

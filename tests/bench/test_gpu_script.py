@@ -53,9 +53,10 @@ def test_a_phase_that_fails_or_takes_too_long_ends_only_itself(tmp_path: Path) -
 
 def test_what_a_stopped_phase_has_started_is_stopped_too(tmp_path: Path) -> None:
     number = tmp_path / "number"
-    child = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep({HANGS_AFTER_S})"
+    child = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); "
+    child += f"time.sleep({HANGS_AFTER_S})"
     start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    run([Phase("slow", ("-c", start, child), 3)], tmp_path)
+    run([Phase("slow", ("-c", start, child), 5)], tmp_path)
     for _ in range(100):
         if not Path(f"/proc/{int(number.read_text())}").exists():
             return

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from tests.limits import HANGS_AFTER_S
 
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from step37_data.inspect.cli import main
+    from step37_inspect.cli import main
 
     out = tmp_path_factory.mktemp("shards")
     assert main(["shard", str(folder), str(out), "--samples-per-shard", "7", "--quiet"]) == 0

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
 from bench.subjects import shards
-from step37_data.energon import Step37TaskEncoder
+from step37_energon import Step37TaskEncoder
 
 COUNT = 60
 

@@ -16,7 +16,7 @@ energon = pytest.importorskip("megatron.energon", reason="the extra energon is n
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 moto = pytest.importorskip("moto.server", reason="the server of moto is not installed")
 
-from step37_data.energon import Step37TaskEncoder
+from step37_energon import Step37TaskEncoder
 
 KEYS = {"access_key": "nobody", "secret_key": "nothing"}
 

@@ -19,7 +19,7 @@ from tests.energon.conftest import SAMPLES, TOKENIZER
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
-from step37_data.energon import Step37TaskEncoder
+from step37_energon import Step37TaskEncoder
 
 TENSORS = ("tokens", "labels", "loss_masks", "cu_seqlens", "max_seq_len", "position_id")
 Build = Callable[..., Any]
@@ -132,7 +132,7 @@ def test_a_state_saved_in_the_middle_of_a_buffer_loses_and_doubles_nothing(
 def test_two_data_sets_are_blended_by_weight(
     shards: Path, in_order: Build, tmp_path: Path, folder: Path
 ) -> None:
-    from step37_data.inspect.cli import main
+    from step37_inspect.cli import main
 
     assert main(["shard", str(folder), str(tmp_path / "few"), "--sample-count", "6"]) == 0
     (tmp_path / "blend.yaml").write_text(

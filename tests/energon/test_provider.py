@@ -17,9 +17,9 @@ from tests.energon.conftest import SAMPLES, TOKENIZER
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
-from step37_data.energon.provider import EnergonPacks, Step37EnergonSFTDataProvider
 from step37_data.forward_step import ForwardStep
 from step37_data.prefetch import Prefetcher
+from step37_energon.provider import EnergonPacks, Step37EnergonSFTDataProvider
 
 
 def packs_of(shards: Path, **fields: Any) -> EnergonPacks:

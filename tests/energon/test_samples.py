@@ -17,10 +17,10 @@ from tests.energon.conftest import TOKENIZER
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
-from step37_data.energon.task_encoder import Step37TaskEncoder, cook_sample, prepare_shards
+from step37_data.common.image_entry import EncodedImage
 from step37_data.images.decode import BrokenImageError
-from step37_data.images.encoded import EncodedImage
 from step37_data.preprocess import preprocess_packed_batch
+from step37_energon.task_encoder import Step37TaskEncoder, cook_sample, prepare_shards
 
 Build = Callable[..., Any]
 Parts = dict[str, bytes | str | dict[str, Any]]

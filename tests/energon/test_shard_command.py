@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from step37_data.energon.shards import write_shards
-from step37_data.inspect.cli import main
+from step37_energon.shards import write_shards
+from step37_inspect.cli import main
 from tests.energon.conftest import SAMPLES
 from tests.limits import HANGS_AFTER_S
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.limits import HANGS_AFTER_S
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ import pytest
 
 from step37_kernels.automodel import unpatch_step3p7
 from step37_kernels.megatron import unpatch_step37
-from tests.door.test_snippets import WITH_SNIPPETS, Snippet, snippets
+from tests.project.test_snippets import WITH_SNIPPETS, Snippet, snippets
 
 NEEDED = {
     f"{page.name}-{snippet.line}": snippet

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.limits import HANGS_AFTER_S
 
 SCRIPT = Path(__file__).with_name("preprocess_pipeline.py")

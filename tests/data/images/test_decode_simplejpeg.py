@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from step37_data.common.image_entry import EncodedImage
 from step37_data.images import decode as module
 from step37_data.images.decode import BrokenImageError, decode_into, open_image, read_rgb
-from step37_data.images.encoded import EncodedImage
 
 simplejpeg = pytest.importorskip("simplejpeg", reason="the extra jpeg is not installed")
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from step37_data.caches.lengths import LengthCache, probe_lengths
+from step37_data.common.image_entry import ImageEntry
 from step37_data.images import stacks
 from step37_data.images.crop_pixels import normalize_then_resize, padded_image
 from step37_data.images.crops import plan_crops
@@ -25,7 +26,6 @@ from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
-from step37_data.text.placeholders import ImageEntry
 from step37_kernels import ImageInsertEmbedding, reference
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.ragged import RaggedImages

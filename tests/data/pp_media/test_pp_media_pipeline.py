@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.limits import HANGS_AFTER_S
 
 SCRIPT = Path(__file__).with_name("pp_media_pipeline.py")

@@ -19,8 +19,8 @@ from megatron.bridge.training.state import TrainState
 from megatron.bridge.utils.instantiate_utils import instantiate
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from step37_data.energon.provider import EnergonPacks, Step37EnergonSFTDataProvider
 from step37_data.forward_step import ForwardStep
+from step37_energon.provider import EnergonPacks, Step37EnergonSFTDataProvider
 from step37_kernels import ImageInsertEmbedding
 from step37_kernels.megatron import patch_step37
 from tests.energon.conftest import TOKENIZER, folder, shards  # noqa: F401

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from step37_data.common.image_entry import PATCH_ITEM_TYPE, ImageEntry
 from step37_data.images.crop_pixels import canvas_image, cut, full_image
 from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, read_rgb
-from step37_data.inspect import style
 from step37_data.packed_dataloader import MixedPackedDataloader
-from step37_data.text.placeholders import ImageEntry
-from step37_data.text.tokens import PATCH_ITEM_TYPE
+from step37_inspect import style
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "text": {"facecolor": style.TEXT},

@@ -13,9 +13,9 @@ from tqdm.contrib.concurrent import thread_map
 
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import why_broken
-from step37_data.inspect import style
 from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_best_fit
+from step37_inspect import style
 
 _BARS, _BAR_WIDTH = 16, 40
 

@@ -8,8 +8,8 @@ from pathlib import PureWindowsPath
 from step37_data.images.crop_pixels import canvas_image, full_image
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, picture_size, plan_crops
 from step37_data.images.decode import read_rgb
-from step37_data.inspect import style
 from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN, ImageTokens
+from step37_inspect import style
 
 
 def describe_picture(path: str) -> Iterator[str]:

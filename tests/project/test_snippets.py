@@ -98,7 +98,7 @@ def test_every_command_of_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    from step37_data.inspect.cli import _parser
+    from step37_inspect.cli import _parser
 
     commands = re.findall(r"^step37-data ([^#\n]*?)\s*(?:#.*)?$", text, re.MULTILINE)
     assert len(commands) == 2

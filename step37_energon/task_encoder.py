@@ -41,9 +41,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 
 from step37_data.common.checks import checked_choice
+from step37_data.common.image_entry import PICTURE_SUFFIXES, EncodedImage
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
-from step37_data.images.encoded import PICTURE_SUFFIXES, EncodedImage
 from step37_data.pack_transform import pack_samples
 from step37_data.packing import Packing, pack_as
 from step37_data.provider import collate_single_pack

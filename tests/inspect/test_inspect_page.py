@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from step37_data.inspect.cli import main
+from step37_inspect.cli import main
 from tests.limits import HANGS_AFTER_S
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 

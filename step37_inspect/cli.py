@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step37_data.common.extras import how_to_get
-from step37_data.energon import shard_command
-from step37_data.inspect import style
+from step37_energon import shard_command
+from step37_inspect import style
 
 if TYPE_CHECKING:
     from step37_data.packed_dataloader import MixedPackedDataloader, Packing
@@ -78,14 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:
     if options.picture is not None:
-        from step37_data.inspect.crop_picture import describe_picture, draw_crops
+        from step37_inspect.crop_picture import describe_picture, draw_crops
 
         yield from describe_picture(options.picture)
         yield from _save(options.out, draw_crops, options.picture)
     elif options.cache_dir is None or options.tokenizer_path is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
     elif options.pack is not None:
-        from step37_data.inspect.pack_picture import describe_pack, draw_pack, pack_lines
+        from step37_inspect.pack_picture import describe_pack, draw_pack, pack_lines
 
         packs = _packs(options, options.packing)
         if not 0 <= options.pack < len(packs):
@@ -133,7 +133,7 @@ def _packs(options: argparse.Namespace, packing: Packing) -> MixedPackedDataload
 
 
 def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.inspect import data_set
+    from step37_inspect import data_set
 
     # In the order drawn. Dropped samples are among them.
     packs = _packs(options, "next_fit")
@@ -149,7 +149,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
     yield from data_set.data_set_lines(data)
     yield from _save(options.out, data_set.draw_data_set, data)
     if options.html is not None:
-        from step37_data.inspect.page import write_page
+        from step37_inspect.page import write_page
 
         if options.packing != "next_fit":
             packs = _packs(options, options.packing)

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import step37_kernels
-from tests.door.test_snippets import snippets
+from tests.project.test_snippets import snippets
 
 ROOT = Path(__file__).parents[2]
 for tool in ("build", "twine", "setuptools"):
@@ -143,11 +143,13 @@ def test_the_sdist_holds_tests_docs_and_examples_and_the_wheel_only_the_packages
     assert not [name for name in held if "__pycache__" in name or name.startswith((".venv", "out"))]
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         held = set(wheel.namelist())
-        assert {"step37_kernels/py.typed", "step37_data/inspect/page.html"} <= held
+        assert {"step37_kernels/py.typed", "step37_inspect/page.html"} <= held
         tops = {name.partition("/")[0] for name in held}
     assert tops == {
-        "step37_kernels",
         "step37_data",
+        "step37_energon",
+        "step37_inspect",
+        "step37_kernels",
         f"step37-{step37_kernels.__version__}.dist-info",
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.harness import Ceilings, Key, Row, Work
-from tests.data.inspect.test_inspect import check_lettering
+from tests.inspect.test_inspect import check_lettering
 from tools import bench_pictures
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")

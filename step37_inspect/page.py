@@ -12,10 +12,10 @@ from pathlib import Path
 import jinja2
 from tqdm import tqdm
 
-from step37_data.inspect import style
-from step37_data.inspect.data_set import DataSetDescription, draw_data_set
-from step37_data.inspect.pack_picture import describe_pack, draw_pack
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_inspect import style
+from step37_inspect.data_set import DataSetDescription, draw_data_set
+from step37_inspect.pack_picture import describe_pack, draw_pack
 
 
 def write_page(

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, get_train_dataset
 
-from step37_data.energon import Step37TaskEncoder
 from step37_data.images.decode import OnBroken
 from step37_data.packing import Packing
-from step37_data.provider import PackProvider
+from step37_data.provider import PackProvider, allow_in_configurations
+from step37_energon import Step37TaskEncoder
+
+allow_in_configurations(__name__)
 
 
 class EnergonPacks(Iterator[dict[str, Any]]):

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from step37_data.images.crops import plan_crops
-from step37_data.inspect import style
-from step37_data.inspect.cli import main
-from step37_data.inspect.crop_picture import draw_crops
-from tests.data.inspect.test_inspect import check_lettering, drawn, rgb
+from step37_inspect import style
+from step37_inspect.cli import main
+from step37_inspect.crop_picture import draw_crops
+from tests.inspect.test_inspect import check_lettering, drawn, rgb
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOS = EXAMPLES / "flickr8k_mini" / "train"
 TOKENIZER = str(EXAMPLES / "tokenizer")
 

@@ -23,8 +23,8 @@ def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _run(options: argparse.Namespace) -> Iterator[str]:
-    from step37_data.energon.shards import write_shards
-    from step37_data.energon.task_encoder import prepare_shards
+    from step37_energon.shards import write_shards
+    from step37_energon.task_encoder import prepare_shards
 
     shards = write_shards(
         options.folder,

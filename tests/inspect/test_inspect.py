@@ -16,23 +16,23 @@ import pytest
 import torch
 from PIL import Image
 
-from step37_data.inspect import style
-from step37_data.inspect.cli import _parser, main
-from step37_data.inspect.data_set import (
+from step37_data.pack_transform import pack_samples
+from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.provider import Step37Flickr8kSFTDataProvider
+from step37_data.template import Step37MultimodalTemplate
+from step37_inspect import style
+from step37_inspect.cli import _parser, main
+from step37_inspect.data_set import (
     DataSetDescription,
     _histogram,
     draw_data_set,
     find_broken_images,
 )
-from step37_data.inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
-from step37_data.pack_transform import pack_samples
-from step37_data.packed_dataloader import MixedPackedDataloader
-from step37_data.provider import Step37Flickr8kSFTDataProvider
-from step37_data.template import Step37MultimodalTemplate
+from step37_inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TOKENIZER = str(EXAMPLES / "tokenizer")
 CROPS = "<im_start><@image@><im_end><patch_start><#image#><patch_end>"
 
@@ -228,7 +228,7 @@ def test_the_options_decide_about_the_packs(
 
 def test_the_module_runs_as_a_command(folder: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "step37_data.inspect.cli", "--help"],
+        [sys.executable, "-m", "step37_inspect.cli", "--help"],
         capture_output=True,
         text=True,
         check=True,

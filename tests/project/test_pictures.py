@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from examples.row_map import CELL_W, draw_row_map
-from step37_data.inspect import style
+from step37_inspect import style
 from step37_kernels import plan_insert
-from tests.data.inspect.test_inspect import check_lettering
+from tests.inspect.test_inspect import check_lettering
 from tools.pictures import draw_all, draw_demo_row_map, draw_step
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")

@@ -122,7 +122,7 @@ class ForwardStep:
             asked for.
         device: where the model is; None is the CUDA device, or the CPU where there is none.
         options: of ``preprocess_packed_batch``: ``dtype``, ``on_broken``, ``threads``,
-            ``max_pixels``, ``decode_scaled`` and so on.
+            ``max_pixels`` and so on.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative.

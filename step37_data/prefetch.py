@@ -137,7 +137,7 @@ class Prefetcher(Iterator[_Input]):
                     raise PackError(self._next_pack, error)
                 # Not moved by a pack before the start, which was read only to get past it.
                 self._next_pack = max(self._next_pack, error.pack + 1)
-                # Another, that knows of no frame of this function: nothing is kept alive by it.
+                # A fresh exception is raised: the stored traceback would keep this object alive.
                 raise PackError(error.pack, error.__cause__ or error)
             prepared = future.result()
             if prepared is None:

@@ -50,7 +50,6 @@ def load_images(
     threads: int | None = None,
     pixel_order: PixelOrder = "pillow",
     max_pixels: int | None = None,
-    decode_scaled: bool = False,
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
@@ -79,11 +78,6 @@ def load_images(
         max_pixels: a picture of more counts as unreadable, before it is decoded: that takes seven
             bytes a pixel and thread. None is Pillow's own limit, twice ``Image.MAX_IMAGE_PIXELS``:
             179 million, 1.3 GB.
-        decode_scaled: whether a JPEG of at least twice the side that is wanted, both ways, is
-            decoded by libjpeg at a half, a quarter or an eighth of its size, never below that side,
-            and resized from there: faster, and other pixels. Photographs, enlarged to 2…5 times
-            the side, came out 2.2 of 255 levels apart on average at most, 65 at an edge. Files of
-            other formats and pictures in crops are decoded whole.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
@@ -94,9 +88,15 @@ def load_images(
             two.
     """
     entries = checked_entries("image_paths", image_paths)
-    sides, target = _sides(image_size, patch_image_size), resolve_device(device)
     reader = ImageReader(
-        sides, target, dtype, on_broken, broken, threads, pixel_order, max_pixels, decode_scaled
+        sides=_sides(image_size, patch_image_size),
+        device=resolve_device(device),
+        dtype=dtype,
+        on_broken=on_broken,
+        broken=broken,
+        threads=threads,
+        pixel_order=pixel_order,
+        max_pixels=max_pixels,
     )
     stacks, _ = reader.load_stacks(entries)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
@@ -217,7 +217,6 @@ def preprocess_packed_batch(
     multicrop: bool | None = None,
     pixel_order: PixelOrder = "pillow",
     max_pixels: int | None = None,
-    decode_scaled: bool = False,
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
 
@@ -243,7 +242,7 @@ def preprocess_packed_batch(
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True and False refuse a pack that was made
             otherwise.
-        pixel_order, max_pixels, decode_scaled: see :func:`load_images`.
+        pixel_order, max_pixels: see :func:`load_images`.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -264,9 +263,16 @@ def preprocess_packed_batch(
     checked_int("encoder_patch_size", encoder_patch_size)
     _check_shapes(batch)
     on_broken = on_broken or batch.get("on_broken", "zero")
-    sides, target = _sides(image_size, patch_image_size), resolve_device(device)
+    target = resolve_device(device)
     reader = ImageReader(
-        sides, target, dtype, on_broken, broken, threads, pixel_order, max_pixels, decode_scaled
+        sides=_sides(image_size, patch_image_size),
+        device=target,
+        dtype=dtype,
+        on_broken=on_broken,
+        broken=broken,
+        threads=threads,
+        pixel_order=pixel_order,
+        max_pixels=max_pixels,
     )
     cu_seqlens = batch["cu_seqlens"]
     layout = {

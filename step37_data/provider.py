@@ -6,7 +6,7 @@ import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -54,7 +54,11 @@ def allow_in_configurations(module: str) -> None:
     register_allowed_target_prefix(f"{module}.")
 
 
-_Base: Any = _provider_base()
+if TYPE_CHECKING:
+    # The fields are the same whichever base is there, so a type checker checks users' arguments.
+    _Base = _StandaloneProvider
+else:
+    _Base = _provider_base()
 
 
 class _FixedPackDataset(torch.utils.data.Dataset[Any]):

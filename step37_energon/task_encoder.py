@@ -108,8 +108,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     and ``"next_fit"`` closes a pack where a buffer ends. A worker holds a buffer of encoded
     pictures: 256 photographs of 150 KB are 40 MB. Longer samples than a pack are dropped.
 
-    A sample that cannot be told (pictures and placeholders that differ in number, reserved tokens,
-    a broken ``json``) raises ``ValueError`` in Energon, whose error handler of the
+    A sample that cannot be encoded (pictures and placeholders that differ in number, reserved
+    tokens, a broken ``json``) raises ``ValueError`` in Energon, whose error handler of the
     ``WorkerConfig`` decides; Energon's own logs the sample, skips it, and gives up after 100 in a
     row. Every pack says in ``skipped_samples`` how many such samples, and in ``dropped_samples``
     how many too long ones, its worker has met since its last pack.

@@ -1,9 +1,9 @@
-"""What launches kernels, as ``torch.library`` operators, which ``torch.compile`` keeps whole.
+"""Registers each kernel launch as an operator that ``torch.compile`` does not trace into.
 
-Outside a compiled graph the functions here are themselves; inside one they are operators of the
-namespace ``step37``, with the schema that their annotations say and a fake implementation, so that
-the graph is traced without running a kernel. Integers are symbolic: a new packed length does not
-recompile.
+The functions here are plain functions in eager mode and custom operators of the namespace
+``step37`` under ``torch.compile``. Their annotations give the schema, and each has a fake
+implementation, so that a graph is traced without running a kernel. Integers are symbolic: a new
+packed length does not recompile.
 """
 
 from __future__ import annotations

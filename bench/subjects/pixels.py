@@ -232,7 +232,9 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
 
     def staged(threads: int) -> None:
         """Everything that is done before the copy to the device."""
-        reader = stacks.ImageReader({0: SIZE, 1: SIZE}, CPU, torch.bfloat16, threads=threads)
+        reader = stacks.ImageReader(
+            sides={0: SIZE, 1: SIZE}, device=CPU, dtype=torch.bfloat16, threads=threads
+        )
         for picture in reader._read(wanted, True, lambda picture: picture)[0]:
             warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
 

@@ -99,7 +99,7 @@ def probe_lengths(
             cache.record(_measure(dataset, todo, workers, progress, description))
 
     if together:
-        # What no rank can write every rank measures for itself.
+        # If the cache cannot be written, every rank measures the lengths itself.
         fill_cache_once(
             fill,
             lambda: not cache.is_writable() or bool((cache.look_up() >= 0).all()),

@@ -1,11 +1,11 @@
-"""The one road from image files to stacks of normalised pixels on a device.
+"""Turns image files into stacks of normalised pixels on a device; nothing else in the package does.
 
-Every picture of a pack is decoded once, however many windows of it are wanted; a file that is taken
-as it is has a single window. For the CPU, each decoding thread goes on to the end: Pillow cuts and
-resizes, a table of 256 levels normalises, into the picture's place in the stacks. For CUDA, the
-threads decode into pinned memory and no more: the pictures travel into one buffer, of which two
-launches a kind make the stacks, two or four more the canvases of pictures seen in crops; the values
-are the same.
+Every picture of a pack is decoded once, however many windows of it are wanted; without multicrop a
+file has a single window. For the CPU, each decoding thread does all the work: Pillow cuts and
+resizes, and a table of 256 levels normalises into the picture's place in the stacks. For CUDA, the
+threads only decode into pinned memory. The pictures are copied into one buffer on the device; two
+launches per image type build the stacks, and two to four more the canvases of pictures seen in
+crops. The values are the same on both.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Picture(NamedTuple):
     windows: dict[int, Window]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReader:
     """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
 
@@ -90,7 +90,6 @@ class ImageReader:
     threads: int | None = None
     pixel_order: crop_pixels.PixelOrder = "pillow"
     max_pixels: int | None = None
-    decode_scaled: bool = False
 
     def __post_init__(self) -> None:
         checked_choice("on_broken", self.on_broken, decode.OnBroken)
@@ -131,9 +130,6 @@ class ImageReader:
             reason = None
             try:
                 with decode.open_image(path, self.max_pixels) as image:
-                    if self.decode_scaled and not in_crops:
-                        side = max(self.sides[entries[i].kind] for i in numbers)
-                        image.draft(image.mode, (side, side))
                     shown = [entries[i] for i in numbers]
                     plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
                     pixels = _staged(image, plan) if staged else decode.rgb_image(image)

@@ -1,8 +1,9 @@
-"""uint8 pixels to normalised planes.
+"""Kernel that turns uint8 pixels into normalised planes.
 
-A channel has 256 possible inputs, so whoever launches knows all results. Where one multiplication
-and one addition in fp32 give every one of them, fused or not (bf16 and fp16 with CLIP's constants),
-the kernel does just that; where not, it divides, as IEEE does. Both are exact by construction.
+A channel has 256 possible inputs, so the host can compute all 256 results before the launch. Where
+one multiplication and one addition in fp32 give every one of them, fused or not (bf16 and fp16 with
+CLIP's constants), the kernel does only that; elsewhere it divides in IEEE arithmetic. Both are
+exact.
 """
 
 from __future__ import annotations

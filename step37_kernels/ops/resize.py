@@ -219,10 +219,10 @@ def resize_pass_kernel(
 
     ``VERTICAL_PASS``: whether rows are made from rows; None where that differs among the pictures.
     ``SOURCE_STEP``, ``TARGET_STEP``: elements from one pixel to the next, 3 interleaved, 1 in
-    planes. ``WHOLE``: rows of the result are whole vectors, and written in them. Nothing tells the
-    compiler that of the planes between the passes, and that is on purpose: vector stores would give
-    a thread adjacent columns, and the byte loads of a warp, which gather, many cache lines instead
-    of one or two. ``CLAMP``: see :func:`needs_clamp`.
+    planes. ``WHOLE``: rows of the result are whole vectors, and written in them. The planes between
+    the passes are deliberately not marked as whole vectors: that would give each thread adjacent
+    columns and make the byte loads of a warp uncoalesced (many cache lines instead of one or two).
+    ``CLAMP``: see :func:`needs_clamp`.
     """
     job = jobs_ptr + tl.load(tiles_ptr + 2 * tl.program_id(0)).to(tl.int64) * FIELDS
     tile = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from step37_data.common.threads import default_threads, map_threads
-from step37_data.images import decode
 from step37_data.images.crops import picture_size, plan_file
 from step37_data.images.decode import (
     BROKEN_SIZE,
@@ -28,8 +27,7 @@ from step37_data.images.decode import (
     why_broken,
 )
 from step37_data.preprocess import _load_image, load_images, preprocess_packed_batch
-from step37_kernels.pixels.normalize import CLIP_STD, clip_normalize
-from tests.data.images.test_multicrop import PHOTOS
+from step37_kernels.pixels.normalize import clip_normalize
 
 
 def noise(mode: str, size: tuple[int, int] = (23, 17), seed: int = 0) -> Image.Image:
@@ -367,49 +365,3 @@ def test_the_reasons_given_out_do_not_change_any_more():
     reasons = broken.reasons
     broken.record("b.jpg", "worse")
     assert reasons == {"a.jpg": "bad"}
-
-
-def large_photograph(path, size=(1470, 2190)):
-    photo = Image.open(PHOTOS[-1]).convert("RGB")
-    photo.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-    return str(path)
-
-
-def test_a_jpeg_is_decoded_at_the_size_that_is_needed_only_if_that_is_asked_for(tmp_path):
-    sides = {"image_size": 728, "patch_image_size": 504}
-    path = large_photograph(tmp_path / "large.jpg")
-    wanted = Image.open(path).convert("RGB").resize((728, 728), Image.Resampling.BILINEAR)
-    expected = clip_normalize(torch.tensor(np.asarray(wanted))[None], dtype=torch.float32)[0]
-    ((off, _),) = load_images([(path, 0)], **sides)
-    assert torch.equal(off, expected)
-    ((on, _),) = load_images([(path, 0)], decode_scaled=True, **sides)
-    levels = (on - off).abs() * torch.tensor(CLIP_STD).view(3, 1, 1) * 255
-    assert 0 < levels.mean() < 2.2
-    assert levels.max() < 66
-    assert (levels < 3.01).float().mean() > 0.82
-
-
-@pytest.mark.parametrize("width", [727, 728, 1455, 1456, 2912, 5824])
-def test_the_size_that_is_decoded_is_at_least_the_one_that_is_needed(tmp_path, monkeypatch, width):
-    path = large_photograph(tmp_path / "large.jpg", (width, 6000))
-    sizes = []
-    original = decode.rgb_image
-    monkeypatch.setattr(
-        decode, "rgb_image", lambda image: sizes.append(image.size) or original(image)
-    )
-    load_images([(path, 1), (path, 0)], image_size=728, patch_image_size=504, decode_scaled=True)
-    factor = max(f for f in (1, 2, 4, 8) if f <= max(1, width // 728))
-    assert sizes == [(-(-width // factor), -(-6000 // factor))]
-    assert min(sizes[0]) >= min(728, width)
-
-
-def test_scaled_decoding_leaves_other_formats_and_pictures_in_crops_alone(tmp_path):
-    png, jpeg = str(tmp_path / "a.png"), large_photograph(tmp_path / "a.jpg", (800, 1600))
-    Image.open(jpeg).save(png)
-    plan = plan_file(jpeg)
-    entries = [(jpeg, 1, window) for window in plan.windows]
-    entries += [(jpeg, 0, plan.full_window), (png, 0), (str(tmp_path / "missing.jpg"), 0)]
-    sides = {"image_size": 56, "patch_image_size": 28}
-    off, on = (load_images(entries, decode_scaled=scaled, **sides) for scaled in (False, True))
-    for (a, _), (b, _) in zip(off, on, strict=True):
-        assert torch.equal(a, b)

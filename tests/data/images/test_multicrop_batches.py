@@ -307,7 +307,7 @@ def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
     sides = {0: IMAGE_SIDE, 1: CROP_SIDE}
     wanted = [ImageEntry(*entry) for entry in entries]
     host, device = (
-        ImageReader(sides, of_reader, torch.bfloat16, pixel_order=order)
+        ImageReader(sides=sides, device=of_reader, dtype=torch.bfloat16, pixel_order=order)
         for of_reader in (torch.device("cpu"), DEVICE)
     )
     by_host, broken = host.load_stacks(wanted)
@@ -328,7 +328,9 @@ def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(pi
     def full(*_: object, **_options: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=2)
+    reader = ImageReader(
+        sides={0: IMAGE_SIDE, 1: CROP_SIDE}, device=DEVICE, dtype=torch.bfloat16, threads=2
+    )
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(MemoryError, match="pinned memory for 500×333 pixels: CUDA error: out"):
         reader._on_device([ImageEntry(picture(500, 333), 0)])
@@ -353,7 +355,9 @@ def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own
     monkeypatch.setattr(stacks, "upload", upload)
     sizes = [(500, 333), (500, 375), (40, 9), (1920, 1080)]
     wanted = [ImageEntry(*entry) for size in sizes for entry in entries_of(picture(*size))]
-    reader = ImageReader({0: IMAGE_SIDE, 1: CROP_SIDE}, DEVICE, torch.bfloat16, threads=1)
+    reader = ImageReader(
+        sides={0: IMAGE_SIDE, 1: CROP_SIDE}, device=DEVICE, dtype=torch.bfloat16, threads=1
+    )
     reader._on_device(wanted)
     assert [memory.data_ptr() for memory in given] == [sent.data_ptr() for sent in uploaded]
     for size, sent in zip(sizes, uploaded, strict=True):
@@ -608,7 +612,9 @@ def test_where_pillow_has_to_resize_the_crops_are_the_same(picture, monkeypatch)
 
 def test_stacks_of_nothing_are_empty():
     for order in ("pillow", "serving"):
-        reader = ImageReader({0: 8, 1: 4}, DEVICE, torch.float32, pixel_order=order)
+        reader = ImageReader(
+            sides={0: 8, 1: 4}, device=DEVICE, dtype=torch.float32, pixel_order=order
+        )
         images, broken = reader.load_stacks([])
         assert {kind: stack.shape for kind, stack in images.items()} == {
             0: (0, 3, 8, 8),

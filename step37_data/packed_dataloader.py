@@ -153,7 +153,13 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
         loads = self._vision_tokens(domains, indices) if packing == "balanced" else ()
         order, self.packing_result = pack_as(
-            packing, sizes, loads, max_length, oversize_policy, packing_window, balance_group
+            packing,
+            sizes,
+            loads,
+            max_len=max_length,
+            oversize_policy=oversize_policy,
+            window=packing_window,
+            group=balance_group,
         )
         # Reordered in place of the draws, so that pack ranges are slices in every case.
         domains, indices, sizes = domains[order], indices[order], sizes[order]

@@ -63,6 +63,7 @@ def pack_as(
     packing: Packing,
     sizes: Integers,
     loads: Integers,
+    *,
     max_len: int,
     oversize_policy: OversizePolicy,
     window: int,
@@ -85,7 +86,9 @@ def pack_as(
     elif packing == "best_fit":
         order, result = pack_best_fit(sizes, max_len, oversize_policy, window)
     else:
-        order, result = pack_balanced(sizes, loads, max_len, oversize_policy, window, group)
+        order, result = pack_balanced(
+            sizes, loads, max_len, oversize_policy, window=window, group=group
+        )
     if result.num_droped:
         logger.warning(
             f"{result.num_droped} of {len(sizes)} samples were dropped: longer than the {max_len} "
@@ -217,6 +220,7 @@ def pack_balanced(
     loads: Integers,
     max_len: int,
     oversize_policy: OversizePolicy,
+    *,
     window: int = 4096,
     group: int = 1,
 ) -> tuple[np.ndarray, PackingResult]:

@@ -205,7 +205,12 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         to_balance = samples if self.packing == "balanced" else []
         loads = [self._vision_tokens(sample) for sample in to_balance]
         order, result = pack_as(
-            self.packing, sizes, loads, self.max_packing_seqlen, "drop", window=len(samples)
+            self.packing,
+            sizes,
+            loads,
+            max_len=self.max_packing_seqlen,
+            oversize_policy="drop",
+            window=len(samples),
         )
         self._dropped += result.num_droped
         ordered = [samples[index] for index in np.arange(len(samples))[order]]

@@ -41,7 +41,7 @@ def packings(window: int, group: int) -> dict[str, Callable[[np.ndarray, np.ndar
         "next_fit": lambda sizes, _: (np.arange(len(sizes)), pack(sizes, CAPACITY, "drop")),
         "best_fit": lambda sizes, _: pack_best_fit(sizes, CAPACITY, "drop", window),
         "balanced": lambda sizes, loads: pack_balanced(
-            sizes, loads, CAPACITY, "drop", window, group
+            sizes, loads, CAPACITY, "drop", window=window, group=group
         ),
     }
 

@@ -7,6 +7,7 @@ changed caption is measured again, an interrupted run continues, another tokeniz
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -82,9 +83,12 @@ def probe_lengths(
         Exception: what the data set raises for a sample. What was measured until then is kept.
     """
     total = len(dataset)
+    measure = functools.partial(
+        _measure, dataset, workers=workers, progress=progress, description=description
+    )
     if cache_dir is None:
         lengths = np.empty(total, dtype=np.int64)
-        for chunk, values in _measure(dataset, np.arange(total), workers, progress, description):
+        for chunk, values in measure(np.arange(total)):
             lengths[chunk] = values
         return lengths
     cache = LengthCache(cache_dir, dataset, keys)
@@ -96,7 +100,7 @@ def probe_lengths(
         todo = missing[np.sort(firsts)]
         if len(todo):
             logger.info("%s: measuring %d of %d lengths", description, len(todo), total)
-            cache.record(_measure(dataset, todo, workers, progress, description))
+            cache.record(measure(todo))
 
     if together:
         # If the cache cannot be written, every rank measures the lengths itself.
@@ -202,7 +206,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _measure(
-    dataset: Any, indices: np.ndarray, workers: int | None, progress: bool, description: str
+    dataset: Any,
+    indices: np.ndarray,
+    *,
+    workers: int | None,
+    progress: bool,
+    description: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``(indices, lengths)`` chunk by chunk, in order."""
     if workers is None:

@@ -30,7 +30,7 @@ def test_no_sample_is_lost_or_doubled_no_pack_is_overfull_and_hardly_one_is_adde
     samples: list[tuple[int, int]], max_len: int, policy: Any, window: int, group: int
 ) -> None:
     sizes, loads = [size for size, _ in samples], [load for _, load in samples]
-    order, result = pack_balanced(sizes, loads, max_len, policy, window, group)
+    order, result = pack_balanced(sizes, loads, max_len, policy, window=window, group=group)
     best_order, best = pack_best_fit(sizes, max_len, policy, window)
     assert sorted(order.tolist()) == sorted(best_order.tolist())
     assert result.num_droped == best.num_droped
@@ -44,7 +44,9 @@ def test_no_sample_is_lost_or_doubled_no_pack_is_overfull_and_hardly_one_is_adde
         assert len({index // window for index in members}) == 1
         assert sum(sizes[i] for i in members) <= max_len or count == 1
     assert covered == len(order)
-    again, _ = pack_balanced(np.array(sizes, dtype=np.int64), loads, max_len, policy, window, group)
+    again, _ = pack_balanced(
+        np.array(sizes, dtype=np.int64), loads, max_len, policy, window=window, group=group
+    )
     assert order.tolist() == again.tolist()
 
 

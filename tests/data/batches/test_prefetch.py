@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from step37_data.images.decode import BrokenImages
-from step37_data.prefetch import PackError, Prefetcher, ReadAhead
+from step37_data.prefetch import PackError, Prefetcher, ReadAhead, _cuda_tensors
 from step37_data.preprocess import preprocess_packed_batch
 from tests.limits import HANGS_AFTER_S
 
@@ -523,3 +523,9 @@ def test_an_error_of_the_device_costs_no_pack():
                 next(prefetcher)
         assert prefetcher.state_dict() == {"next_pack": 0}
         assert list(prefetcher) == [1, 2, 3]
+
+
+def test_text_and_bytes_in_a_model_input_are_no_sequences_of_tensors():
+    # A string is a sequence of strings: looked into, it would never end.
+    model_input = {"name": "pack", "paths": ["a.jpg", b"bytes"], "input_ids": torch.zeros(1)}
+    assert list(_cuda_tensors(model_input)) == []

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step37_data.caches import lengths as lengths_module
+from step37_data.caches import rank_order
 from step37_data.caches.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample
@@ -475,6 +476,22 @@ def measure_read_only(_rank: int, folder: Path) -> list[int]:
 
 def test_ranks_that_share_a_read_only_folder_measure_for_themselves(tmp_path: Path) -> None:
     assert in_ranks(2, measure_read_only, tmp_path / "cache") == [LENGTHS, LENGTHS]
+
+
+def measure_as_node(rank: int, folder: Path) -> tuple[list[int], list[int]]:
+    """The lengths, and the samples that this rank itself has measured."""
+    # Rank 0 has a disk of its own, ranks 1 and 2 share another: their host names are made up.
+    node = "first" if rank == 0 else "second"
+    rank_order.socket.gethostname = lambda: node  # type: ignore[assignment]
+    dataset = Words(LENGTHS, log=folder / f"log{rank}")
+    cached = probe_lengths(dataset, cache_dir=folder / node, progress=False, together=True)
+    return cached.tolist(), dataset.read_since_last_time()
+
+
+def test_on_every_disk_one_rank_measures_and_the_others_read(tmp_path: Path) -> None:
+    everything = list(range(len(LENGTHS)))
+    outcomes = in_ranks(3, measure_as_node, tmp_path)
+    assert outcomes == [(LENGTHS, everything), (LENGTHS, everything), (LENGTHS, [])]
 
 
 @pytest.mark.parametrize("what", ["folder", "circle of links"])

@@ -180,7 +180,8 @@ def chunk_step3_media(
 
     if not flat and n_rows == n_images:
         chunks["pixel_values"] = _cut(pixel_values, image_limits)
-    elif (flat or n_crops == 0) and n_rows == n_crops:
+    elif (flat or (n_crops == 0 and n_images_per_sample is None)) and n_rows == n_crops:
+        # Without crops, no rows at all are a batch of text; unless images were counted.
         chunks["pixel_values"] = _cut(pixel_values, crop_limits)
     else:
         raise misaligned(f"{n_rows} pixel rows are neither {n_images} images nor {n_crops} crops")

@@ -377,3 +377,16 @@ def test_a_wrapped_collate_counts_samples_by_their_tokens_and_pickles() -> None:
     assert wrapped([{"input_ids": torch.zeros(7)}]).keys() == {"input_ids"}
     with pytest.raises(ValueError, match=r"media \(pixel_values\) but no input_ids"):
         wrapped([{"pixel_values": torch.zeros(3, 4, 4)}])
+
+
+@pytest.mark.parametrize("num_patches", [[0], None])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_pixels_of_another_number_than_the_images_that_were_counted_are_refused(rows, num_patches):
+    with pytest.raises(ValueError, match=f"{rows} pixel rows are neither 2 images nor 0 crops"):
+        chunk_step3_media(torch.zeros(rows, 3), 1, 1, num_patches, n_images_per_sample=[2])
+
+
+@pytest.mark.parametrize("counts", [None, [0]])
+def test_a_batch_of_text_alone_may_come_with_pixels_of_no_rows(counts):
+    chunks = chunk_step3_media(torch.zeros(0, 3), 1, 1, [0], n_images_per_sample=counts)
+    assert [len(chunk) for chunk in chunks["pixel_values"]] == [0]

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +29,36 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``step37-data``; returns the exit status."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that is not UTF-8 has no dash and no ×; it shows an escape in their place.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for line in options.run(options):
-            print(line)
+            print(_shown_as_text(line))
         return 0
     except (OSError, ValueError) as error:
-        print(f"step37-data: {error}", file=sys.stderr)
+        print(f"step37-data: {_shown_as_text(str(error))}", file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"step37-data: {options.command} {how_to_get(error)}", file=sys.stderr)
     return 1
+
+
+def _shown_as_text(line: str) -> str:
+    """Write control characters as escapes: a caption or a file name must not steer the terminal.
+
+    Covered are the control characters but for line breaks and tabs, lone surrogates, and the marks
+    that turn the direction of text.
+    """
+
+    def shown(character: str) -> str:
+        steers = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        turns = unicodedata.bidirectional(character) in _DIRECTION_MARKS
+        return repr(character)[1:-1] if steers or turns else character
+
+    return "".join(map(shown, line))
+
+
+_DIRECTION_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -198,6 +199,38 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     assert f"{metadata}: expected text in UTF-8" in error_of(*good)
     metadata.write_bytes(b"file_name,caption_0\na.jpg," + b"x" * 200_000)
     assert f"{metadata}, line 2: field larger than" in error_of(*good)
+
+
+@pytest.mark.parametrize(
+    "steering", ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\x08\x08", "\r", "\u202e", "\u2066"]
+)
+def test_characters_that_steer_a_terminal_are_shown_as_text(
+    capsys: pytest.CaptureFixture[str], folder: Path, steering: str
+) -> None:
+    metadata = folder / "train" / "metadata.csv"
+    header, first, *rest = metadata.read_text().splitlines()
+    name, _, captions = first.partition(",")
+    metadata.write_text("\n".join([header, f'{name},"A{steering}{captions}"', *rest]) + "\n")
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet"]
+    assert main([*command, "--pack", "0", "--sampling", "sequential"]) == 0
+    shown = capsys.readouterr().out
+    assert steering[0] not in shown
+    assert repr(steering)[1:-1] in shown
+    # An error names what cannot be read.
+    assert main(["inspect", "--picture", str(folder / f"no{steering}picture.jpg")]) == 1
+    message = capsys.readouterr().err
+    assert message
+    assert steering[0] not in message
+
+
+def test_a_terminal_that_is_not_utf8_gets_escapes_and_no_error(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "step37_inspect.cli", str(folder), "--tokenizer", TOKENIZER,
+         "--quiet"],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii")
 
 
 def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defaults() -> None:

@@ -232,16 +232,24 @@ def auto_layout(language_embedding: Any) -> SequenceLayout | None:
             makes no difference: they are divided once.
 
     Returns:
-        None without sequence parallelism: every rank holds the whole sequence.
+        None without sequence parallelism: every rank holds the whole sequence. None too for an
+        embedding without ``config`` where Megatron's groups are not initialised, or hold one
+        tensor- and one context-parallel rank.
 
     Raises:
         ValueError: under context parallelism, where it cannot be known whether ``input_ids`` are
-            whole, nor how packed sequences are cut; or the embedding is not Megatron's.
+            whole, nor how packed sequences are cut; or the embedding has no ``config`` and several
+            ranks share the model.
     """
     from megatron.core import parallel_state
 
     config = getattr(language_embedding, "config", None)
     if config is None:
+        if not parallel_state.model_parallel_is_initialized():
+            return None
+        tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        if tensor_ranks == parallel_state.get_context_parallel_world_size() == 1:
+            return None
         raise ValueError(
             "layout: 'auto' reads language_embedding.config, which "
             f"{type(language_embedding).__name__} has not; pass layout=sequence_layout(...), or "

@@ -53,7 +53,25 @@ def test_a_rule_is_asked_in_forward_and_not_before():
     assert asked == [words, words]
 
 
-def test_an_embedding_that_is_not_megatrons_is_refused():
+def test_an_embedding_without_a_config_holds_the_whole_sequence_before_groups_are_made():
+    assert auto_layout(torch.nn.Identity()) is None
+
+
+@pytest.mark.usefixtures("megatron")
+def test_an_embedding_without_a_config_holds_the_whole_sequence_on_one_rank():
+    assert auto_layout(torch.nn.Identity()) is None
+
+
+@pytest.mark.parametrize("divided", ["tensor", "context"])
+def test_an_embedding_without_a_config_is_refused_where_ranks_share_the_model(
+    divided: str, monkeypatch: pytest.MonkeyPatch
+):
+    # Two ranks of either kind are a stand-in: the message needs no process to be sent to.
+    state = "megatron.core.parallel_state"
+    monkeypatch.setattr(f"{state}.model_parallel_is_initialized", lambda: True)
+    for kind in ("tensor", "context"):
+        name = f"get_{kind}{'_model' * (kind == 'tensor')}_parallel_world_size"
+        monkeypatch.setattr(f"{state}.{name}", lambda kind=kind: 1 + (kind == divided))
     message = r"layout: 'auto' reads language_embedding\.config, which Identity has not; pass"
     with pytest.raises(ValueError, match=message):
         auto_layout(torch.nn.Identity())

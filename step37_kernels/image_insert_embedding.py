@@ -199,7 +199,8 @@ class ImageInsertEmbedding(nn.Module):
         self.layout = layout
         self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.text_only_gradient = text_only_gradient
-        # What takes the place of this projector may not tell its own.
+        # A module that replaces the projector may have no in_features; the last known width is
+        # kept.
         self._width = input_width(self.align_projector) or self._width
         self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
 
@@ -355,7 +356,8 @@ class ImageInsertEmbedding(nn.Module):
             run_forward_pre_hooks(projector)
             triton = use_triton(self.impl, features[0].device)
             rows = FeatureRows.of(features, features[0].dtype, triton)
-        # A graph keeps what the plan's operator does, and drops a copy that nobody reads.
+        # Under torch.compile the counts are checked inside the plan's operator; a separate copy
+        # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
         watch = compiling and not self.strict
         plan = whole = plan_runs(input_ids, runs, impl=self.impl, watch=watch)
@@ -391,10 +393,15 @@ class ImageInsertEmbedding(nn.Module):
         return result
 
     def _layout_now(self) -> SequenceLayout | None:
-        if self.layout is None or isinstance(self.layout, SequenceLayout):
-            return self.layout
-        rule = auto_layout if self.layout == "auto" else self.layout
-        layout = rule(self._language_embedding)
+        """The layout in force in this forward, with the projector's parameters marked for it.
+
+        They are marked every time: the layout may have been set, and parameters replaced (by
+        ``to_empty``, ``load_state_dict(assign=True)`` or by hand), since the last forward.
+        """
+        layout = self.layout
+        if not (layout is None or isinstance(layout, SequenceLayout)):
+            rule = auto_layout if layout == "auto" else layout
+            layout = rule(self._language_embedding)
         self._mark_projector(layout)
         return layout
 

@@ -70,6 +70,10 @@ def make_batch(batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, features, torch.randn(SEQ_LEN, batch_size, HIDDEN, generator=generator)
 
 
+# The option ``layout`` where it is not the layout that is wanted.
+WAYS = {"auto": "auto", "set later": None}
+
+
 def one_rank(
     rank: int,
     impl: str,
@@ -77,7 +81,7 @@ def one_rank(
     sequence_parallel: bool,
     scatter: bool,
     cu_seqlens: Tensor | None,
-    auto: bool = False,
+    way: str = "option",
 ) -> dict[str, Tensor]:
     """Forward and backward of one rank; ``positions`` says which rows are its own."""
     from megatron.core import parallel_state
@@ -92,7 +96,19 @@ def one_rank(
     words = make_words(sequence_parallel, tensor_ranks, scatter)
     module = ImageInsertEmbedding(words, WIDTH, HIDDEN, projector_bias=True, impl=impl, strict=True)
     module.align_projector = make_projector()
-    module.configure(impl=impl, strict=True, layout="auto" if auto else layout)
+    module.configure(impl=impl, strict=True, layout=WAYS.get(way, layout))
+    if way == "set later":
+        module.layout = layout
+    state = make_projector().state_dict()
+    if way == "made from meta":
+        module.to_empty(device="meta")
+        module.to_empty(device="cpu")
+        module.align_projector.load_state_dict(state)
+    if way == "assigned from a state dict":
+        module.align_projector.load_state_dict(state, assign=True)
+    if way == "replaced by hand":
+        for name, value in state.items():
+            setattr(module.align_projector, name, torch.nn.Parameter(value))
     ids, features, grad_output = make_batch(batch_size)
     features.requires_grad_()
     output = module(ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
@@ -156,12 +172,18 @@ CU_SEQLENS = torch.tensor([0, 8, 20, SEQ_LEN], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
-    ("impl", "scatter", "batch_size", "auto"),
-    [(IMPL, False, 1, False), ("torch", True, 2, True)],
-    ids=["divided here", "divided by the embedding"],
+    ("impl", "scatter", "batch_size", "way"),
+    [
+        (IMPL, False, 1, "option"),
+        ("torch", True, 2, "auto"),
+        ("torch", False, 1, "set later"),
+        ("torch", False, 1, "made from meta"),
+        ("torch", False, 1, "assigned from a state dict"),
+        ("torch", False, 1, "replaced by hand"),
+    ],
 )
-def test_two_sequence_parallel_ranks_are_one(impl, scatter, batch_size, auto):
-    arguments: tuple[Any, ...] = (impl, batch_size, True, scatter, None, auto)
+def test_two_sequence_parallel_ranks_are_one(impl, scatter, batch_size, way):
+    arguments: tuple[Any, ...] = (impl, batch_size, True, scatter, None, way)
     ranks = run(one_rank, *arguments, tensor_model_parallel_size=2)
     assert_same(ranks, whole(batch_size), vocabulary_parts=2)
     for rank in ranks:

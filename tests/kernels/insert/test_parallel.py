@@ -94,3 +94,13 @@ def test_the_projectors_mark_outlives_the_first_forward(alone):
     for _ in range(3):
         module(torch.tensor([[7, 5, 5]]), images)
         assert module.align_projector.weight.sequence_parallel
+
+
+def test_the_projectors_mark_goes_with_the_layout_and_comes_back_with_it(alone):
+    layout = SequenceLayout(sequence_parallel_group=alone)
+    module = ImageInsertEmbedding(lambda **_: torch.zeros(3, 1, 4), 6, 4)
+    for wanted in (layout, None, lambda _: layout, lambda _: None, layout):
+        module.layout = wanted
+        module(torch.tensor([[5, 5, 5]]))  # a batch of text alone marks as well
+        marked = getattr(module.align_projector.weight, "sequence_parallel", False)
+        assert marked == (module._layout_now() is layout)

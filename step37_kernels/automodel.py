@@ -165,7 +165,8 @@ class FusedMerge:
             shift=0,
             batch_first=True,
             impl=options.impl,
-            # A graph keeps what the plan's operator does, and drops a copy that nobody reads.
+            # Under torch.compile the counts are checked inside the plan's operator; a separate
+            # copy would be removed as dead code.
             watch=not options.strict,
         )
         if options.strict:

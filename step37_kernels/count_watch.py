@@ -77,8 +77,19 @@ class CountWatch:
 
     @staticmethod
     def _warn(tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor) -> None:
-        for mismatch in count_mismatches(tokens, group_sizes, start_counts.tolist()):
-            logger.warning("image features and start tokens differ in number: %s", mismatch)
+        for token, size, count in zip(tokens, group_sizes, start_counts.tolist(), strict=True):
+            for mismatch in count_mismatches([token], [size], [count]):
+                if count == 0:
+                    # Every picture of the batch is left out: a wrong id rather than a cut sample.
+                    logger.error(
+                        "image features and start tokens differ in number: %s. There is none of "
+                        "them: is %d the tokenizer's <im_start>? strict=True raises an error at "
+                        "once",
+                        mismatch,
+                        token,
+                    )
+                else:
+                    logger.warning("image features and start tokens differ in number: %s", mismatch)
 
 
 count_watch = CountWatch()

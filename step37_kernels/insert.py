@@ -44,7 +44,9 @@ def check_embeddings(
     """Raise ``ValueError`` unless they are ``[S, B, H]`` (``[B, S, H]`` if it is batch-first) of
     the plan, and of this H if given."""
     shape, planned = tuple(embeddings.shape), tuple(plan.row_at.shape)
-    if len(shape) != 3 or shape[:2] != planned or hidden not in (None, shape[2]):
+    fits = len(shape) == 3 and shape[:2] == planned
+    # Two comparisons, not one by membership, which torch.compile cannot trace for a symbolic size.
+    if not fits or (hidden is not None and hidden != shape[2]):
         letters = "B, S" if plan.batch_first else "S, B"
         raise ValueError(
             f"{name}: expected [{letters}, H] = [{planned[0]}, {planned[1]}, {hidden or 'H'}], "
@@ -123,8 +125,8 @@ class _ProjectAndInsert(torch.autograd.Function):
         after_plan: bool,
         *counted_tensors: Any,
     ) -> Tensor:
-        # Not a parameter of its own: where no gradient is wanted, Dynamo takes a forward with as
-        # many parameters as arguments for one without ctx, as it would be with two tensors.
+        # num_sources travels in *args: without gradients Dynamo decides by the number of arguments
+        # whether forward takes ctx, and would decide wrongly with two tensors.
         num_sources, *tensors = counted_tensors
         sources, features = tensors[:num_sources], tensors[num_sources:]
         if local_rows is not None:

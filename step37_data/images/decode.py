@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from step37_data.common.extras import how_to_get
 from step37_data.common.image_entry import EncodedImage, ImageFile
@@ -24,6 +24,42 @@ logger = logging.getLogger(__name__)
 OnBroken = Literal["zero", "raise", "skip-loss"]
 
 BROKEN_SIZE = (224, 224)
+
+# Pillow reads each of them by itself. It gives EPS to Ghostscript, an external program.
+_PICTURE_FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "SGI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+_formats_lock = threading.Lock()
+_formats: tuple[str, ...] = ()
+
+
+def picture_formats() -> tuple[str, ...]:
+    """The formats that are read, of those that the installed Pillow knows. Thread-safe.
+
+    Pillow loads its plugins at the first need, which is not thread-safe, so the first call loads
+    all of them and other threads wait for it.
+    """
+    global _formats
+    with _formats_lock:
+        if not _formats:
+            Image.init()
+            _formats = tuple(name for name in _PICTURE_FORMATS if name in Image.OPEN)
+        return _formats
 
 
 class BrokenImageError(ValueError):
@@ -92,7 +128,8 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
 
     Raises:
         BrokenImageError: there is no regular file, or Pillow cannot read it, here or where the
-            picture is used: its readers raise errors of any kind on damaged files. A
+            picture is used: its readers raise errors of any kind on damaged files. Also a file of
+            a format that is not among :func:`picture_formats`, whatever its name ends in. A
             ``MemoryError`` says nothing about the file and is raised as it is. Also a picture of
             more than ``max_pixels``.
         ImportError: the path begins with ``s3://`` and megfile is not installed. No image is at
@@ -108,7 +145,7 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
         # A pipe or a device can let its reader wait for ever.
         if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
             raise OSError("expected a regular file")
-        with Image.open(source) as image:
+        with _opened(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(
                     f"{image.width}×{image.height} pixels are more than max_pixels = {max_pixels}"
@@ -118,6 +155,22 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
         raise
     except Exception as error:
         raise _broken(path, error) from error
+
+
+def _opened(source: str | io.BytesIO) -> Image.Image:
+    formats = picture_formats()
+    try:
+        return Image.open(source, formats=formats)
+    except UnidentifiedImageError as error:
+        if isinstance(source, str):
+            with open(source, "rb") as file:
+                start = file.read(16)
+        else:
+            start = source.getvalue()[:16]
+        for name, (_, accept) in Image.OPEN.items():
+            if name not in formats and accept is not None and accept(start) is True:
+                raise ValueError(f"{name}: not a picture format that is read") from error
+        raise
 
 
 def _broken(path: ImageFile, error: Exception) -> BrokenImageError:

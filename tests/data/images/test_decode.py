@@ -292,7 +292,7 @@ def test_what_is_not_the_files_fault_is_no_broken_file(monkeypatch, tmp_path, er
 
 
 def fail_in_pillow(monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(*((Image, "open", fail) if step == "open" else (Image.Image, step, fail)))

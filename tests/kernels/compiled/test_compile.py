@@ -16,6 +16,7 @@ from step37_kernels import (
     automodel,
     plan_insert,
     plan_placeholders,
+    project_and_insert,
 )
 from step37_kernels.count_watch import count_watch
 from step37_kernels.integration.parallel import SequenceLayout
@@ -323,4 +324,28 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
         torch.library.opcheck(
             operators.add_weight_gradient.default,
             (grad_rows, x, torch.ones(HIDDEN, WIDTH, device=device), add),
+        )
+
+
+@pytest.mark.parametrize("placeholders", [False, True])
+def test_plan_and_insertion_compile_whole_as_functions(device, placeholders):
+    projector = nn.Linear(WIDTH, HIDDEN).to(device)
+
+    def fuse(input_ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
+        if placeholders:
+            plan = plan_placeholders(input_ids, IM_START, features.shape[0], impl="torch")
+        else:
+            plan = plan_insert(input_ids, [(IM_START, [2, 1])], impl="torch")
+        return project_and_insert(
+            embeddings, features, projector.weight, projector.bias, plan, impl="torch"
+        )
+
+    compiled = torch.compile(fuse, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len in (12, 17):
+        input_ids = torch.full((1, seq_len), FILLER, device=device)
+        input_ids[0, [1, 5, 9]] = IM_START
+        embeddings = torch.randn(seq_len, 1, HIDDEN, device=device)
+        features = torch.randn(3, WIDTH, device=device)
+        assert torch.equal(
+            compiled(input_ids, embeddings, features), fuse(input_ids, embeddings, features)
         )

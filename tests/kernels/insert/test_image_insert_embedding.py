@@ -210,6 +210,18 @@ def test_a_count_mismatch_is_warned_about_with_both_counts(device, count, text, 
     assert fused.shape == (4, 1, 16)
 
 
+@pytest.mark.parametrize(("ids", "level"), [([5, 5, 5], "ERROR"), ([5, 7, 5], "WARNING")])
+def test_no_start_token_at_all_is_an_error_that_asks_for_the_tokenizers_id(ids, level, caplog):
+    module = ImageInsertEmbedding(lambda **_: torch.zeros(3, 1, 4), 6, 4, impl="torch")
+    images = [ImageForInsert(insert_start_token=7, image_features=torch.ones(2, 1, 6))]
+    module(torch.tensor([ids]), images)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert f"start token 7: {ids.count(7)} in input_ids, 2 features" in record.getMessage()
+    for hint in ("is 7 the tokenizer's <im_start>?", "strict=True raises an error at once"):
+        assert (hint in record.getMessage()) == (level == "ERROR")
+
+
 def test_matching_counts_are_not_warned_about(device, caplog):
     module, _ = make_module(device)
     ids = torch.tensor([[IM_START, 2, IM_START, 3]], device=device)

@@ -1,4 +1,5 @@
-"""Damaged files of every format that Pillow writes: the picture that Pillow gives, or black."""
+"""Damaged files of every format that Pillow writes: Pillow's picture, or black; black of formats
+that are not read as pictures."""
 
 from __future__ import annotations
 
@@ -19,6 +20,11 @@ from step37_kernels.pixels.normalize import clip_normalize
 # A damaged header can ask for gigabytes, one thread at a time.
 MAX_PIXELS = 4_000_000
 MODES = ("RGB", "L", "RGBA", "P", "1", "CMYK", "I;16", "F", "I", "LA", "YCbCr")
+# The formats that are read as pictures; a file of any other is broken (an EPS would start a program).
+READ = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX"),
+    *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+)
 # Pillow leaves them to others, or they are no format of their own.
 NOT_READ = {"BUFR", "GRIB", "HDF5", "WMF", "MPO"}
 
@@ -39,7 +45,8 @@ def case(rng: np.random.Generator, folder: Path) -> None:
         with contextlib.suppress(BrokenImageError):
             got = np.asarray(read_rgb(str(path), MAX_PIXELS))
         try:
-            with Image.open(path) as image:
+            known = [name for name in READ if name in Image.OPEN]
+            with Image.open(path, formats=known) as image:
                 small = image.width * image.height <= MAX_PIXELS
                 wanted = np.asarray(image.convert("RGB")) if small else None
         except MemoryError:

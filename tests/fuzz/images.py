@@ -20,7 +20,7 @@ from step37_kernels.pixels.normalize import clip_normalize
 # A damaged header can ask for gigabytes, one thread at a time.
 MAX_PIXELS = 4_000_000
 MODES = ("RGB", "L", "RGBA", "P", "1", "CMYK", "I;16", "F", "I", "LA", "YCbCr")
-# The formats that are read as pictures; a file of any other is broken (an EPS would start a program).
+# The formats that are read as pictures. A file of any other is broken: EPS would start a program.
 READ = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX"),
     *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.insert import insert_rows, join_rows, project_and_insert
-from step37_kernels.integration.patching import ClassPatch, chunks_of
+from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
 from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
 from step37_kernels.plan import InsertPlan, plan_runs
 
@@ -27,6 +27,7 @@ __all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
 logger = logging.getLogger(__name__)
 
 _CLASS = "Step3p7Model"
+_REPLACED_METHODS = ("get_multimodal_embeddings", "prepare_inputs_embeds")
 _PATCH = ClassPatch(
     caller="patch_step3p7",
     remedy="step37_kernels.automodel.replace_in(model)",
@@ -333,18 +334,24 @@ def replace_in(
         preceded by the index).
 
     Raises:
-        ValueError: ``impl`` is none of the three.
+        ValueError: ``impl`` is none of the three, or an instance has a method of its own that our
+            class replaces. (A ``forward`` of its own is no harm: the class's, which it calls, is
+            not replaced.)
     """
     options = _Options(impl=impl, strict=strict)
-    found = []
-    for prefix, chunk in chunks_of(model):
-        for name, module in chunk.named_modules():
-            if not any(cls.__name__ == _CLASS for cls in type(module).__mro__):
-                continue
-            if not isinstance(module, FusedMerge):
-                module.__class__ = _fused(type(module))
-            module.step37_options = options
-            found.append(f"{prefix}{name}")
+    found: dict[str, Any] = {
+        f"{prefix}{name}": module
+        for prefix, chunk in chunks_of(model)
+        for name, module in chunk.named_modules()
+        if any(cls.__name__ == _CLASS for cls in type(module).__mro__)
+    }
+    for name, module in found.items():
+        if not isinstance(module, FusedMerge):
+            refuse_own_methods(name, module, _REPLACED_METHODS)
+    for module in found.values():
+        if not isinstance(module, FusedMerge):
+            module.__class__ = _fused(type(module))
+        module.step37_options = options
     if found:
         logger.info("fused merge in %s (%s)", ", ".join(found), options)
     else:

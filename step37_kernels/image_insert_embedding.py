@@ -27,9 +27,11 @@ from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_lay
 from step37_kernels.integration.projector import (
     ZeroGradient,
     allow_unfused,
+    input_like,
     input_width,
     is_plain,
     run_forward_pre_hooks,
+    tensors_of,
 )
 from step37_kernels.plan import Runs, plan_runs
 
@@ -289,7 +291,7 @@ class ImageInsertEmbedding(nn.Module):
         if not images:
             return self._without_image_rows(embeddings)
         plain = self._is_projector_plain()
-        runs, features = self._take_features(images, plain)
+        runs, features = self._take_features(images, plain, embeddings)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
         return self._insert(embeddings, input_ids, runs, features, positions, plain)
@@ -310,14 +312,18 @@ class ImageInsertEmbedding(nn.Module):
         return layout.shard(embeddings, seq_len, looked_up)
 
     def _take_features(
-        self, images: Sequence[ImageForInsert], plain: bool
+        self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
     ) -> tuple[Runs, list[Tensor]]:
         """The layout of all groups; their tensors that have rows, as the projector takes them."""
         if not isinstance(images, Sequence):
             raise TypeError(
                 f"images: expected a list of ImageForInsert, got {type(images).__name__}"
             )
-        like = next(self.align_projector.parameters())
+        if plain:
+            weight = self.align_projector.weight
+            device, dtype = weight.device, weight.dtype
+        else:
+            device, dtype = input_like(self.align_projector, embeddings)
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -333,7 +339,7 @@ class ImageInsertEmbedding(nn.Module):
             if plain:
                 _check_widths(tensors, self.align_projector.in_features, name, "the projector's")
             runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
-            features += [t.to(like.device, like.dtype) for t in tensors if _has_rows(t)]
+            features += [t.to(device, dtype) for t in tensors if _has_rows(t)]
         return tuple(runs), features
 
     def _insert(
@@ -428,14 +434,14 @@ class ImageInsertEmbedding(nn.Module):
         return plain
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
-        trained = any(parameter.requires_grad for parameter in self.align_projector.parameters())
+        trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
         if not (self.text_only_gradient and trained and torch.is_grad_enabled()):
             return embeddings
         result: Tensor
         if not self._is_projector_plain():
-            like = next(self.align_projector.parameters())
+            device, dtype = input_like(self.align_projector, embeddings)
             width = input_width(self.align_projector) or self._width
-            no_rows = torch.empty(0, width, device=like.device, dtype=like.dtype)
+            no_rows = torch.empty(0, width, device=device, dtype=dtype)
             result = ZeroGradient.apply(embeddings, self.align_projector(no_rows))
             return result
         run_forward_pre_hooks(self.align_projector)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.parallel import Layout, check_layout, sequence_layout
-from step37_kernels.integration.patching import ClassPatch, chunks_of
+from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
 
 __all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
@@ -224,8 +224,8 @@ def replace_in(
         (of a list: preceded by the index). Empty, rightly, on later pipeline stages.
 
     Raises:
-        ValueError: ``impl`` is none of the three, ``layout`` another word, or the module is an FSDP
-            unit of its own.
+        ValueError: ``impl`` is none of the three, ``layout`` another word, the module is an FSDP
+            unit of its own, or its instance has a ``forward`` of its own.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -248,6 +248,9 @@ def replace_in(
                 f"{name} is an FSDP unit of its own, whose class cannot be changed any more: call "
                 "patch_step37() before the model is built, or leave it to the enclosing unit"
             )
+    for name, module in ours.items():
+        if not isinstance(module, ImageInsertEmbedding):
+            refuse_own_methods(name, module, ("forward",))
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -141,6 +142,33 @@ def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
     if isinstance(model, nn.Module):
         return [("", model)]
     return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
+
+
+def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> None:
+    """Raise ``ValueError`` where the instance itself has one of the methods.
+
+    Python takes such a method before that of any class, so a change of the class would not
+    replace it. Hooks of accelerate and patches by method put one there.
+
+    Args:
+        name: of the module in its model, for the message.
+        module: whose class is to be changed.
+        methods: the methods that our class replaces.
+    """
+    for method in methods:
+        own = vars(module).get(method)
+        if own is None:
+            continue
+        function = own
+        while isinstance(function, functools.partial):
+            function = function.func
+        origin = getattr(function, "__module__", None) or type(function).__module__
+        origin += "." + getattr(function, "__qualname__", type(function).__qualname__)
+        raise ValueError(
+            f"{name or type(module).__name__}: the instance has a {method} of its own, which "
+            f"{origin} put there and which would run in place of the class's: remove it, call "
+            "replace_in, and put it there again"
+        )
 
 
 def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:

@@ -15,6 +15,8 @@ from step37_kernels.dispatch import Impl
 
 logger = logging.getLogger(__name__)
 
+_COMPUTED_IN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class ZeroGradient(torch.autograd.Function):
     """The embeddings as they are, and in backward zeros for everything else that comes in."""
@@ -69,6 +71,32 @@ def is_plain(projector: nn.Module) -> bool:
 def _is_of_megatron(hook: Callable[..., Any]) -> bool:
     function = getattr(hook, "func", hook)  # of a functools.partial
     return getattr(function, "__module__", "").split(".")[0] in ("megatron", "megatron_fsdp")
+
+
+def tensors_of(projector: nn.Module) -> list[Tensor]:
+    """The projector's parameters; where it has none, its ``weight`` and ``bias`` that are tensors.
+
+    A wrapper may keep the parameters elsewhere and set plain tensors in their place: FSDP 1 with
+    ``use_orig_params=False``, a replica of ``DataParallel``.
+    """
+    parameters: list[Tensor] = list(projector.parameters())
+    if parameters:
+        return parameters
+    attributes = (getattr(projector, name, None) for name in ("weight", "bias"))
+    return [tensor for tensor in attributes if isinstance(tensor, Tensor)]
+
+
+def input_like(projector: nn.Module, embeddings: Tensor) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype in which a projector that is called takes features.
+
+    The dtype is that of its first tensor of a floating dtype of 16, 32 or 64 bits. A weight that
+    is stored in another form (4 bits in uint8, int8, float8) does not say what its product takes;
+    where there are only such, or none, it is the embeddings' dtype.
+    """
+    tensors = tensors_of(projector)
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dtype in _COMPUTED_IN]
+    device = tensors[0].device if tensors else embeddings.device
+    return device, dtypes[0] if dtypes else embeddings.dtype
 
 
 def input_width(projector: nn.Module) -> int | None:

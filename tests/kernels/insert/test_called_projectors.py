@@ -1,0 +1,119 @@
+"""Projectors that are called as modules, and instances whose class cannot be swapped."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    automodel,
+    megatron,
+)
+
+IM_START = 128000
+IDS = torch.tensor([[IM_START, 2, 3]])
+
+
+class Words(nn.Module):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        del position_ids
+        return torch.ones(input_ids.shape[1], input_ids.shape[0], 16)
+
+
+def make_module(**options) -> ImageInsertEmbedding:
+    options = {"impl": "torch", **options}
+    return ImageInsertEmbedding(Words(), 24, 16, projector_bias=True, **options)
+
+
+def images() -> list[ImageForInsert]:
+    return [ImageForInsert(insert_start_token=IM_START, image_features=torch.ones(1, 2, 24))]
+
+
+class Quantized(nn.Module):
+    """A linear layer with its weight in uint8, and no parameter that says what it takes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, 24).to(dtype), requires_grad=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        assert rows.dtype == torch.float32
+        return rows @ self.weight.to(rows.dtype).T
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_features_are_not_cast_to_the_dtype_in_which_a_weight_is_stored(dtype):
+    module = make_module()
+    module.align_projector = Quantized(dtype)
+    features = torch.full((1, 2, 24), 0.5)
+    output = module(IDS, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
+    assert torch.equal(output[1:], torch.full((2, 1, 16), 12.0))
+
+
+class WithoutParameters(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[:, :16] * 3
+
+
+def test_a_projector_without_parameters_is_called():
+    module = make_module()
+    module.align_projector = WithoutParameters()
+    assert torch.equal(module(IDS, images())[1:], torch.full((2, 1, 16), 3.0))
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_linear_whose_weight_is_a_plain_tensor_is_projected(text_only):
+    module = make_module(text_only_gradient=True)
+    weight = torch.ones(16, 24, requires_grad=True)
+    projector = nn.Linear(24, 16, bias=False)
+    del projector.weight
+    projector.weight = weight
+    module.align_projector = projector
+    module(IDS, None if text_only else images()).sum().backward()
+    assert weight.grad is not None
+    assert bool(weight.grad.any()) is not text_only
+
+
+def stock_class(name: str) -> type[nn.Module]:
+    class Stock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.align_projector = nn.Linear(24, 16)
+            object.__setattr__(self, "_language_embedding", Words())
+            self.config = SimpleNamespace()
+
+        def forward(self) -> None:
+            pass
+
+    Stock.__name__ = name
+    return Stock
+
+
+def hooked(*_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize("function", [hooked, functools.partial(hooked, 1)])
+@pytest.mark.parametrize(
+    ("framework", "name", "method"),
+    [
+        (megatron, "ImageInsertEmbedding", "forward"),
+        (automodel, "Step3p7Model", "get_multimodal_embeddings"),
+        (automodel, "Step3p7Model", "prepare_inputs_embeds"),
+    ],
+)
+def test_replace_in_refuses_a_method_of_the_instance(framework, name, method, function):
+    model = nn.ModuleDict({"first": stock_class(name)(), "part": stock_class(name)()})
+    setattr(model["part"], method, function)
+    kept = type(model["first"])
+    with pytest.raises(
+        ValueError, match=rf"part: the instance has a {method} of its own, which .*\.hooked put"
+    ):
+        framework.replace_in(model)
+    assert type(model["first"]) is kept

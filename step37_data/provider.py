@@ -34,14 +34,11 @@ def _provider_base() -> Any:
     """``DatasetProvider`` of Megatron-Bridge, newest place first; a stand-in where it is absent."""
     for module in ("megatron.bridge.data.base", "megatron.bridge.training.config"):
         try:
-            base = importlib.import_module(module).DatasetProvider
+            return importlib.import_module(module).DatasetProvider
         except ModuleNotFoundError as error:
             # An installed but broken Megatron-Bridge says what it lacks.
             if (error.name or "").partition(".")[0] != "megatron":
                 raise
-        else:
-            allow_in_configurations(__name__)
-            return base
     return _StandaloneProvider
 
 
@@ -59,6 +56,8 @@ if TYPE_CHECKING:
     _Base = _StandaloneProvider
 else:
     _Base = _provider_base()
+
+allow_in_configurations(__name__)
 
 
 class _FixedPackDataset(torch.utils.data.Dataset[Any]):

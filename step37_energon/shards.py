@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from step37_data.caches.lengths import write_atomically
 from step37_data.common.checks import checked_int
-from step37_data.common.image_entry import PICTURE_SUFFIXES
 from step37_data.flickr8k_loader import Flickr8kSample, read_flickr8k_metadata
+
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""File name extensions under which a WebDataset sample may hold its picture."""
 
 # Kept in the folder of the shards of a split: what they were made of.
 _ORIGIN_FILE = ".step37_origin.json"

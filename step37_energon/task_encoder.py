@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 
 from step37_data.common.checks import checked_choice
-from step37_data.common.image_entry import PICTURE_SUFFIXES, EncodedImage
+from step37_data.common.image_entry import EncodedImage
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
 from step37_data.pack_transform import pack_samples
@@ -49,6 +49,7 @@ from step37_data.packing import Packing, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
 from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_energon.shards import PICTURE_SUFFIXES
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 

@@ -25,6 +25,9 @@ from step37_inspect import style
 if TYPE_CHECKING:
     from step37_data.packed_dataloader import MixedPackedDataloader, Packing
 
+# Characters that turn the direction of text, by their bidirectional class in Unicode.
+_DIRECTION_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``step37-data``; returns the exit status."""
@@ -56,9 +59,6 @@ def _shown_as_text(line: str) -> str:
         return repr(character)[1:-1] if steers or turns else character
 
     return "".join(map(shown, line))
-
-
-_DIRECTION_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def _parser() -> argparse.ArgumentParser:

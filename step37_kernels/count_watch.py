@@ -25,11 +25,17 @@ def count_mismatches(
         start_counts: start tokens of each group in ``input_ids``, on the host.
     """
     return [
-        f"start token {token}: {count} in input_ids, {features} features; "
-        f"inserting {min(count, features)}"
+        _mismatch(token, features, count)
         for token, features, count in zip(tokens, group_sizes, start_counts, strict=True)
         if count != features
     ]
+
+
+def _mismatch(token: int, features: int, count: int) -> str:
+    return (
+        f"start token {token}: {count} in input_ids, {features} features; "
+        f"inserting {min(count, features)}"
+    )
 
 
 class CountWatch:
@@ -77,19 +83,20 @@ class CountWatch:
 
     @staticmethod
     def _warn(tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor) -> None:
-        for token, size, count in zip(tokens, group_sizes, start_counts.tolist(), strict=True):
-            for mismatch in count_mismatches([token], [size], [count]):
-                if count == 0:
-                    # Every picture of the batch is left out: a wrong id rather than a cut sample.
-                    logger.error(
-                        "image features and start tokens differ in number: %s. There is none of "
-                        "them: is %d the tokenizer's <im_start>? strict=True raises an error at "
-                        "once",
-                        mismatch,
-                        token,
-                    )
-                else:
-                    logger.warning("image features and start tokens differ in number: %s", mismatch)
+        for token, features, count in zip(tokens, group_sizes, start_counts.tolist(), strict=True):
+            if count == features:
+                continue
+            mismatch = _mismatch(token, features, count)
+            if count == 0:
+                # Every picture of the group is left out: a wrong id rather than a cut sample.
+                logger.error(
+                    "image features and start tokens differ in number: %s. There is none of them: "
+                    "is %d the tokenizer's <im_start>? strict=True raises an error at once",
+                    mismatch,
+                    token,
+                )
+            else:
+                logger.warning("image features and start tokens differ in number: %s", mismatch)
 
 
 count_watch = CountWatch()

@@ -243,14 +243,14 @@ def replace_in(
             if isinstance(module, ImageInsertEmbedding) or _is_stock(module):
                 ours[f"{prefix}{name}"] = module
     for name, module in ours.items():
-        if isinstance(module, FSDPModule) and not isinstance(module, ImageInsertEmbedding):
+        if isinstance(module, ImageInsertEmbedding):
+            continue
+        if isinstance(module, FSDPModule):
             raise ValueError(
                 f"{name} is an FSDP unit of its own, whose class cannot be changed any more: call "
                 "patch_step37() before the model is built, or leave it to the enclosing unit"
             )
-    for name, module in ours.items():
-        if not isinstance(module, ImageInsertEmbedding):
-            refuse_own_methods(name, module, ("forward",))
+        refuse_own_methods(name, module, ("forward",))
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding

@@ -20,9 +20,6 @@ IMAGE_TOKEN_COUNT = 169
 PATCH_TOKEN_COUNT = 81
 """Rows, and so tokens, of a crop."""
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""File name extensions under which a WebDataset sample may hold its picture."""
-
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:

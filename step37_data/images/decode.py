@@ -230,8 +230,7 @@ def _by_simplejpeg(
 ) -> npt.NDArray[np.uint8] | None:
     """The pixels, in ``memory`` if given; None, and anything in it, if they are Pillow's to read"""
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-    # What Image.draft has set: by which factor, if by any, libjpeg makes the picture smaller.
-    if plain and image.decoderconfig in ((), (1, 0)) and (fast := _simplejpeg()):
+    if plain and (fast := _simplejpeg()):
         image.fp.seek(0)
         with contextlib.suppress(ValueError):  # any fault: Pillow knows what to do
             pixels = fast.decode_jpeg(image.fp.read(), strict=True, buffer=memory)

@@ -36,7 +36,7 @@ def images() -> list[ImageForInsert]:
 
 
 class Quantized(nn.Module):
-    """A linear layer with its weight in uint8, and no parameter that says what it takes."""
+    """A linear layer whose weight is stored in another dtype than its product takes."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ from step37_kernels.ops import gradient, pack, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
 from step37_kernels.pixels.resize import resize_uint8
+from step37_kernels.runs import FlatRuns
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 HIDDEN, WIDTH, ROWS = 512, 1024, 169
@@ -80,9 +81,9 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
 
 def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
     table = torch.empty(12, dtype=torch.int64)
-    groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
+    runs = FlatRuns(tokens=(128003, 128000), group_sizes=(2, 1), features=(2, 1), rows=(81, 169))
     ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
-    plan.plan_rows(ids, groups, runs, None if inline else table)
+    plan.plan_rows(ids, runs, None if inline else table)
 
 
 @contextlib.contextmanager

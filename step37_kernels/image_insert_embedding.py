@@ -7,14 +7,14 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_kernels.count_watch import count_watch
-from step37_kernels.dispatch import Impl, check_impl, use_triton
+from step37_kernels.dispatch import use_triton
 from step37_kernels.insert import (
     FeatureRows,
     check_embeddings,
@@ -23,7 +23,8 @@ from step37_kernels.insert import (
     join_rows,
     pick_rows,
 )
-from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout, check_layout
+from step37_kernels.integration.options import InsertOptions
+from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
     ZeroGradient,
     allow_unfused,
@@ -33,7 +34,13 @@ from step37_kernels.integration.projector import (
     run_forward_pre_hooks,
     tensors_of,
 )
-from step37_kernels.plan import Runs, plan_runs
+from step37_kernels.plan import plan_runs
+from step37_kernels.runs import FlatRuns, Runs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from step37_kernels.integration.options import InsertKeywords
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +121,15 @@ def _layout_name(layout: Layout) -> str:
     return f"SequenceLayout({', '.join(given)})"
 
 
+def _option(name: str) -> Any:
+    """A property of the module that reads and sets one of its :class:`.InsertOptions`."""
+
+    def set_option(module: ImageInsertEmbedding, value: Any) -> None:
+        module.options = dataclasses.replace(module.options, **{name: value})
+
+    return property(lambda module: getattr(module.options, name), set_option)
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -128,29 +144,19 @@ class ImageInsertEmbedding(nn.Module):
         encoder_output_dim: C, width of the features.
         hidden_size: H.
         projector_bias: give ``align_projector`` a bias.
-        impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
-        strict: raise ``ValueError`` at once where start tokens and features differ in number, a
-            span is cut off at the end of its sequence, or spans overlap. Waits for the device in
-            every forward, so ``torch.compile`` breaks its graph there, and refuses to under
-            ``fullgraph=True``. Off, differing numbers are paired up to the smaller one and logged
-            as a warning (on CUDA by a later forward, once the counts have arrived), and cut or
-            overlapping spans are taken as they are.
-        layout: which rows of the sequence this rank holds, under sequence or context parallelism;
-            None for all. ``forward`` takes the whole ``input_ids`` all the same. ``"auto"`` reads
-            Megatron's state in each forward (:func:`.auto_layout`); a
-            function is called with the language embedding and returns a layout or None.
-        gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
-            fp32, by Megatron-Core's conventions, instead of handing it to autograd.
-        text_only_gradient: give the projector a gradient of zeros where a forward has no image
-            rows. Without it such a microbatch gives no gradient at all, and data-parallel
-            reduction that overlaps with backward waits for it in vain. Costs one write of the
-            weight's size in backward; a frozen projector costs nothing. A vision tower that is
-            trained has the same need, which this class cannot meet.
+        **options: the fields of :class:`.InsertOptions`.
 
     A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
     shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
     the log once.
     """
+
+    # Each option reads and sets its field of ``options``.
+    impl = _option("impl")
+    strict = _option("strict")
+    layout = _option("layout")
+    gradient_accumulation_fusion = _option("gradient_accumulation_fusion")
+    text_only_gradient = _option("text_only_gradient")
 
     _width = 0
 
@@ -160,12 +166,7 @@ class ImageInsertEmbedding(nn.Module):
         encoder_output_dim: int,
         hidden_size: int,
         projector_bias: bool = False,
-        *,
-        impl: Impl = "auto",
-        strict: bool = False,
-        layout: Layout = None,
-        gradient_accumulation_fusion: bool = False,
-        text_only_gradient: bool = False,
+        **options: Unpack[InsertKeywords],
     ) -> None:
         super().__init__()
         # Around nn.Module's own __setattr__, which would register a module, and with it count the
@@ -176,46 +177,24 @@ class ImageInsertEmbedding(nn.Module):
         nn.init.kaiming_normal_(self.align_projector.weight, mode="fan_in", nonlinearity="relu")
         if projector_bias:
             nn.init.zeros_(self.align_projector.bias)
-        self.configure(
-            impl=impl,
-            strict=strict,
-            layout=layout,
-            gradient_accumulation_fusion=gradient_accumulation_fusion,
-            text_only_gradient=text_only_gradient,
-        )
+        self.configure(**options)
 
-    def configure(
-        self,
-        *,
-        impl: Impl = "auto",
-        strict: bool = False,
-        layout: Layout = None,
-        gradient_accumulation_fusion: bool = False,
-        text_only_gradient: bool = False,
-    ) -> None:
-        """Set all options, which are those of the constructor."""
-        check_impl(impl)
-        check_layout(layout)
-        self.impl = impl
-        self.strict = strict
-        self.layout = layout
-        self.gradient_accumulation_fusion = gradient_accumulation_fusion
-        self.text_only_gradient = text_only_gradient
+    def configure(self, **options: Unpack[InsertKeywords]) -> None:
+        """Set all options, which are the fields of :class:`.InsertOptions`."""
+        self.options = InsertOptions(**options)
         # A module that replaces the projector may have no in_features; the last known width is
         # kept.
         self._width = input_width(self.align_projector) or self._width
-        self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
+        self._mark_projector(self.layout if isinstance(self.layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
-        parts = [
-            f"impl={self.impl!r}",
-            f"strict={self.strict}",
-            f"text_only_gradient={self.text_only_gradient}",
-        ]
-        parts += ["gradient_accumulation_fusion=True"] * self.gradient_accumulation_fusion
-        if self.layout is not None:
-            parts.append(f"layout={_layout_name(self.layout)}")
-        return ", ".join(parts)
+        changed = []
+        for field in dataclasses.fields(self.options):
+            value = getattr(self.options, field.name)
+            if value != field.default:
+                shown = _layout_name(value) if field.name == "layout" else repr(value)
+                changed.append(f"{field.name}={shown}")
+        return ", ".join(changed)
 
     @staticmethod
     def _normalize_feature_list(
@@ -360,14 +339,14 @@ class ImageInsertEmbedding(nn.Module):
         rows = FeatureRows(features, None)
         if plain and features:
             run_forward_pre_hooks(projector)
-            triton = use_triton(self.impl, features[0].device)
+            triton = use_triton(self.options.impl, features[0].device)
             rows = FeatureRows.of(features, features[0].dtype, triton)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
-        watch = compiling and not self.strict
-        plan = whole = plan_runs(input_ids, runs, impl=self.impl, watch=watch)
-        if self.strict:
+        watch = compiling and not self.options.strict
+        plan = whole = plan_runs(input_ids, runs, impl=self.options.impl, watch=watch)
+        if self.options.strict:
             if compiling:
                 torch._dynamo.graph_break(
                     msg="strict=True of ImageInsertEmbedding waits for the device, which no graph "
@@ -387,15 +366,17 @@ class ImageInsertEmbedding(nn.Module):
                 projector.weight,
                 projector.bias,
                 plan,
-                gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-                after_plan=plan is whole and not (self.strict or compiling),
+                gradient_accumulation_fusion=self.options.fuses_gradient_of(
+                    projector.weight, self._language_embedding
+                ),
+                after_plan=plan is whole and not (self.options.strict or compiling),
             )
         else:
             check_embeddings(embeddings, plan, "language_embedding's result")
             projected = projector(pick_rows(join_rows(features), plan.local_rows))
             result = insert_rows(embeddings, projected.to(embeddings.dtype), plan)
-        if not (self.strict or compiling):
-            count_watch.watch(whole.tokens, whole.group_sizes, whole.start_counts)
+        if not (self.options.strict or compiling):
+            count_watch.watch(FlatRuns.of(whole.runs), whole.start_counts)
         return result
 
     def _layout_now(self) -> SequenceLayout | None:
@@ -430,12 +411,12 @@ class ImageInsertEmbedding(nn.Module):
         """
         plain = is_plain(self.align_projector)
         if not plain:
-            allow_unfused(self.align_projector, "align_projector", self.impl)
+            allow_unfused(self.align_projector, "align_projector", self.options.impl)
         return plain
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
         trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
-        if not (self.text_only_gradient and trained and torch.is_grad_enabled()):
+        if not (self.options.wants_text_only_gradient() and trained and torch.is_grad_enabled()):
             return embeddings
         result: Tensor
         if not self._is_projector_plain():
@@ -449,7 +430,7 @@ class ImageInsertEmbedding(nn.Module):
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         # The gradients must come in the order in which a forward with images gives them: ranks
         # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
-        if not use_triton(self.impl, weight.device):
+        if not use_triton(self.options.impl, weight.device):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = ZeroGradient.apply(embeddings, *parameters)
         return result

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from step37_kernels.count_watch import count_watch
 from step37_kernels.plan_tensors import make_plan
+from step37_kernels.runs import FlatRuns
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -76,11 +77,11 @@ def plan(
     With ``watch`` differing counts are warned about: in here, because a graph drops an operator
     whose result nobody needs.
     """
-    layout = tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows)
-    tensors = make_plan(input_ids, *layout, shift, batch_first, triton)
+    runs = FlatRuns(tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows))
+    tensors = make_plan(input_ids, runs, shift=shift, batch_first=batch_first, triton=triton)
     if watch:
         count_watch.poll()
-        count_watch.watch(tokens, group_sizes, tensors[3])
+        count_watch.watch(runs, tensors[3])
     return tensors
 
 

@@ -23,9 +23,9 @@ from bench.oracle import Oracle
 from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.dispatch import Impl
-from step37_kernels.testing import InsertCase, Layout
+from step37_kernels.testing import FeatureLayout, InsertCase
 
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")
+LAYOUTS: tuple[FeatureLayout, ...] = ("contiguous", "channels-first")
 OPERATIONS = ("forward", "backward", "forward+backward")
 GRAPHS = 2  # input sets of a graph replay: each graph keeps memory of its own
 Results = dict[str, Any]
@@ -104,7 +104,7 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
     return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
 
 
-def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implementation]:
+def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Implementation]:
     """The bare matrix products of an operation on packed operands; of forward, also one product
     and the scatter of its rows to places that are known."""
     destinations = inputs.batch.destinations
@@ -189,7 +189,7 @@ def replay(one: Implementation) -> Implementation:
 def implementations(
     operation: str,
     inputs: Inputs,
-    layout: Layout,
+    layout: FeatureLayout,
     insertions: Sequence[peers.Peer],
     settings: Settings,
 ) -> list[Implementation]:

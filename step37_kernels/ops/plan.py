@@ -34,6 +34,7 @@ from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, device_of, let_dependants_start
 from step37_kernels.ops.launch import launch
+from step37_kernels.runs import FlatRuns
 
 PLAN_BLOCK = 2048
 PLAN_WARPS = 16
@@ -200,15 +201,14 @@ def plan_kernel(
             tl.store(starts_ptr + offset + lane, nothing, mask=offset + lane < end)
 
 
-def fits_into_a_launch(groups: Sequence[object], runs: Sequence[object]) -> bool:
-    """Whether the layout needs no table."""
-    return max(len(groups), len(runs)) <= MAX_INLINE
+def fits_into_a_launch(runs: FlatRuns) -> bool:
+    """Whether the numbers fit into the arguments of a launch: no table is needed."""
+    return max(len(runs.tokens), len(runs.features)) <= MAX_INLINE
 
 
 def plan_rows(
     input_ids: Tensor,
-    groups: Sequence[tuple[int, int]],
-    runs: Sequence[tuple[int, int]],
+    runs: FlatRuns,
     table: Tensor | None,
     *,
     shift: int = 1,
@@ -218,8 +218,7 @@ def plan_rows(
 
     Args:
         input_ids: ``[B, S]`` int32 or int64, B·S > 0.
-        groups: ``(start token, features)`` of each group, at least one.
-        runs: ``(features, rows of each)``: the features of all groups, in order.
+        runs: of all groups, at least one.
         table: the same on the device unless it :func:`fits_into_a_launch`, flat int64:
             start token of each group; first feature of each, then N; rows of each feature
             of each run; first feature of each run, then N; first row of each run.
@@ -232,20 +231,19 @@ def plan_rows(
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
-    num_features = sum(features for _, features in groups)
-    num_rows = sum(features * rows for features, rows in runs)
+    num_groups, num_features, num_rows = len(runs.tokens), runs.num_features, runs.num_rows
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
     destinations = empty(num_rows)
     row_at = empty(batch_size, seq_len) if batch_first else empty(seq_len, batch_size)
-    starts, start_counts = empty(num_features), empty(len(groups))
+    starts, start_counts = empty(num_features), empty(num_groups)
     if table is None:
         few = MAX_INLINE
-        tokens = _padded([token for token, _ in groups], MAX_INLINE, 0)
-        firsts = _padded(_ends(groups, 1), MAX_INLINE - 1, num_features)
-        rows = _padded([each for _, each in runs], MAX_INLINE, 0)
-        begins = _padded(_ends(runs, 0), MAX_INLINE - 1, num_features)
+        tokens = _padded(runs.tokens, MAX_INLINE, 0)
+        firsts = _padded(_ends(runs.group_sizes), MAX_INLINE - 1, num_features)
+        rows = _padded(runs.rows, MAX_INLINE, 0)
+        begins = _padded(_ends(runs.features), MAX_INLINE - 1, num_features)
     else:
-        few = triton.next_power_of_2(len(groups))
+        few = triton.next_power_of_2(num_groups)
         tokens = rows = (0,) * MAX_INLINE
         firsts = begins = (0,) * (MAX_INLINE - 1)
     with device_of(input_ids):
@@ -255,7 +253,7 @@ def plan_rows(
             *(input_ids, input_ids if table is None else table),
             *(starts, start_counts, row_at, destinations),
             *(batch_size, seq_len, *input_ids.stride(), num_positions, num_rows),
-            *(shift, int(batch_first), num_features, len(groups), len(runs)),
+            *(shift, int(batch_first), num_features, num_groups, len(runs.features)),
             *(*tokens, *firsts, *rows, *begins),
             TABLE=table is not None,
             CONTIGUOUS=input_ids.is_contiguous(),
@@ -267,9 +265,9 @@ def plan_rows(
     return destinations, row_at, starts, start_counts
 
 
-def _ends(counted: Sequence[tuple[int, int]], index: int) -> list[int]:
-    """Running totals of one entry of each pair, without the last."""
-    return list(itertools.accumulate(pair[index] for pair in counted))[:-1]
+def _ends(counts: Sequence[int]) -> list[int]:
+    """Running totals without the last."""
+    return list(itertools.accumulate(counts))[:-1]
 
 
 def _padded(values: Sequence[int], length: int, fill: int) -> tuple[int, ...]:

@@ -84,16 +84,16 @@ def _store_rows(
 
 
 @triton.jit
-def _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, WHOLE: tl.constexpr):
+def _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, ALIGNED: tl.constexpr):
     """Where the text row of each position begins."""
-    s = (positions // batch_size).to(tl.int64) * in_vectors(stride_s, WHOLE)
-    return text_ptr + s + (positions % batch_size).to(tl.int64) * in_vectors(stride_b, WHOLE)
+    s = (positions // batch_size).to(tl.int64) * in_vectors(stride_s, ALIGNED)
+    return text_ptr + s + (positions % batch_size).to(tl.int64) * in_vectors(stride_b, ALIGNED)
 
 
 @triton.jit
 def _place_rows(
     block, rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size,
-    stride_s, stride_b, WHOLE: tl.constexpr, PROJECTED: tl.constexpr, INTERPRET: tl.constexpr,
+    stride_s, stride_b, ALIGNED: tl.constexpr, PROJECTED: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Write the rows of a block of positions: text, and if PROJECTED those of ``rows_ptr``."""
@@ -101,7 +101,7 @@ def _place_rows(
     inside = positions < num_positions
     row_at = tl.load(row_at_ptr + positions, mask=inside, other=0)
     is_text = (row_at < 0) & inside
-    text_rows = _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, WHOLE)
+    text_rows = _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, ALIGNED)
     for col in range(0, H, BLOCK_H):
         cols = col + tl.arange(0, BLOCK_H)
         in_width = (cols < H)[None, :]
@@ -142,7 +142,7 @@ def project_insert_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     PDL: tl.constexpr,  # the kernel before, which may still run, writes destinations, row_at, live
-    WHOLE: tl.constexpr,  # stride_s and stride_b are whole vectors
+    ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
     INTERPRET: tl.constexpr,
     TOP: tl.constexpr,
     REST: tl.constexpr,
@@ -158,7 +158,7 @@ def project_insert_kernel(
             tl.extra.cuda.gdc_wait()
         _place_rows(
             part - tail * parts, out_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h,
-            num_positions, batch_size, stride_s, stride_b, WHOLE, False, INTERPRET,
+            num_positions, batch_size, stride_s, stride_b, ALIGNED, False, INTERPRET,
             BLOCK_P, BLOCK_H,
         )  # fmt: skip
     else:
@@ -260,7 +260,7 @@ def sum_parts_kernel(
 def place_rows_kernel(
     rows_ptr,  # [R, H] contiguous, in the weight's dtype
     text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s, stride_b,
-    WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -268,7 +268,7 @@ def place_rows_kernel(
     """Feature rows that the library projected, and text rows, each to its position."""
     _place_rows(
         tl.program_id(0), rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions,
-        batch_size, stride_s, stride_b, WHOLE, True, INTERPRET, BLOCK_P, BLOCK_H,
+        batch_size, stride_s, stride_b, ALIGNED, True, INTERPRET, BLOCK_P, BLOCK_H,
     )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def project_insert(
     stride_s, stride_b, stride_h = text.stride()
     num_positions = seq_len * batch_size
     # What both ways have in common, and the programs that place or copy rows.
-    rows: dict[str, Any] = {
+    placing: dict[str, Any] = {
         "text_ptr": text,
         "row_at_ptr": row_at,
         "out_ptr": out,
@@ -317,7 +317,7 @@ def project_insert(
         "batch_size": batch_size,
         "stride_s": stride_s,
         "stride_b": stride_b,
-        "WHOLE": whole_vectors(stride_s, stride_b),
+        "ALIGNED": whole_vectors(stride_s, stride_b),
         "INTERPRET": INTERPRETED,
         "BLOCK_P": COPY_BLOCK_P,
         "BLOCK_H": COPY_BLOCK_H,
@@ -327,10 +327,10 @@ def project_insert(
     with device_of(text):
         if tile.library:
             projected = _by_library(sources, weight, bias)
-            launch(place_rows_kernel, (copies,), projected, num_warps=COPY_WARPS, **rows)
+            launch(place_rows_kernel, (copies,), projected, num_warps=COPY_WARPS, **placing)
         else:
             pdl = after_plan and not INTERPRETED
-            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, rows, pdl)
+            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, placing, pdl)
     return out
 
 
@@ -354,13 +354,13 @@ def _by_tiles(
     destinations: Tensor,
     live_rows: Tensor | None,
     copies: int,
-    rows: dict[str, Any],
+    placing: dict[str, Any],
     pdl: bool,
 ) -> None:
     hidden, width = weight.shape
     counts = [len(x) for x in sources]
-    plan = schedule(tile, counts, hidden, width, processors(weight.device))
-    size = plan.partials * tile.block_m * tile.block_n
+    split = schedule(tile, counts, hidden, width, processors(weight.device))
+    size = split.partials * tile.block_m * tile.block_n
     top = 1 << tile.block_m.bit_length() - 1
     rest = tile.block_m - top
     absent = MAX_SOURCES - len(sources)
@@ -377,8 +377,8 @@ def _by_tiles(
         "partial_ptr": torch.empty(size, dtype=torch.float32, device=weight.device),
         "bias_ptr": weight if bias is None else bias,
         "destinations_ptr": destinations,
-        "whole": plan.whole,
-        "parts": plan.parts,
+        "whole": split.whole,
+        "parts": split.parts,
         "SOURCES": len(sources),
         "PDL": pdl,
         **dict(zip(_ROWS, [*counts, *[0] * absent], strict=True)),
@@ -386,13 +386,13 @@ def _by_tiles(
     }
     launch(
         project_insert_kernel,
-        (plan.programs + copies,),
+        (split.programs + copies,),
         *of_sources(top),
         *of_sources(rest or top),
         weight=blocks(weight, tile.block_n),
         live_ptr=destinations if live_rows is None else live_rows,
         C=width,
-        tail=plan.tail,
+        tail=split.tail,
         HAS_BIAS=bias is not None,
         HAS_LIVE=live_rows is not None,
         TOP=top,
@@ -402,13 +402,13 @@ def _by_tiles(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **shared,
-        **rows,
+        **placing,
     )
-    if plan.partials:
+    if split.partials:
         launch(
             sum_parts_kernel,
-            (plan.tail * (tile.block_m // SUM_ROWS),),
-            out_ptr=rows["out_ptr"],
+            (split.tail * (tile.block_m // SUM_ROWS),),
+            out_ptr=placing["out_ptr"],
             H=hidden,
             INTERPRET=INTERPRETED,
             BLOCK_M=tile.block_m,

@@ -20,7 +20,7 @@ from step37_kernels import (
 )
 from step37_kernels.count_watch import count_watch
 from step37_kernels.integration.parallel import SequenceLayout
-from step37_kernels.plan import to_runs
+from step37_kernels.runs import to_runs
 from step37_kernels.testing import make_insert_case
 from tests.kernels.strategies import FILLER, TOKENS
 

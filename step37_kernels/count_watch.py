@@ -1,4 +1,5 @@
-"""Warns when start tokens and image features differ in number, without waiting for the device."""
+"""Warns when start tokens and image features differ in number, or ids are outside the table,
+without waiting for the device."""
 
 from __future__ import annotations
 
@@ -41,29 +42,31 @@ class CountWatch:
     """Compares numbers that are on their way from the device."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[FlatRuns, Tensor, torch.cuda.Event]]
+        self._pending: deque[tuple[FlatRuns, Tensor, int, torch.cuda.Event]]
         self._pending = deque()
         # Between looking at the oldest and taking it, another thread's forward may have taken it.
         self._polling = threading.Lock()
 
-    def watch(self, runs: FlatRuns, start_counts: Tensor) -> None:
+    def watch(self, runs: FlatRuns, counts: Tensor, vocabulary: int = 0) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA).
 
         Args:
             runs: of all groups of the plan.
-            start_counts: ``[G]`` int32 on the device.
+            counts: ``[G + 1]`` int32 on the device: start tokens of each group, then ids at text
+                positions that are outside the table.
+            vocabulary: rows of that table, for the message.
         """
-        if start_counts.is_meta or isinstance(start_counts, FakeTensor):
+        if counts.is_meta or isinstance(counts, FakeTensor):
             # Shapes without values: there is nothing to count.
             return
-        if not start_counts.is_cuda:
-            self._warn(runs, start_counts)
+        if not counts.is_cuda:
+            self._warn(runs, counts, vocabulary)
         elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(start_counts.shape, dtype=torch.int32, device="cpu", pin_memory=True)
-            host.copy_(start_counts, non_blocking=True)
+            host = torch.empty(counts.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+            host.copy_(counts, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(start_counts.device))
-            self._pending.append((runs, host, copied))
+            copied.record(torch.cuda.current_stream(counts.device))
+            self._pending.append((runs, host, vocabulary, copied))
 
     def poll(self) -> None:
         """Warn about the plans whose counts have arrived."""
@@ -73,15 +76,22 @@ class CountWatch:
             return
         arrived = []
         with self._polling:
-            while self._pending and self._pending[0][2].query():
+            while self._pending and self._pending[0][3].query():
                 arrived.append(self._pending.popleft())
-        for runs, host, _ in arrived:
-            self._warn(runs, host)
+        for runs, host, vocabulary, _ in arrived:
+            self._warn(runs, host, vocabulary)
 
     @staticmethod
-    def _warn(runs: FlatRuns, start_counts: Tensor) -> None:
-        counts = zip(runs.tokens, runs.group_sizes, start_counts.tolist(), strict=True)
-        for token, features, count in counts:
+    def _warn(runs: FlatRuns, counts: Tensor, vocabulary: int) -> None:
+        *start_counts, unknown = counts.tolist()
+        if unknown:
+            logger.error(
+                "%d ids at text positions are outside the table of %d rows, and give NaN: are "
+                "they the tokenizer's? strict=True raises an error at once",
+                unknown,
+                vocabulary,
+            )
+        for token, features, count in zip(runs.tokens, runs.group_sizes, start_counts, strict=True):
             if count == features:
                 continue
             mismatch = _mismatch(token, features, count)

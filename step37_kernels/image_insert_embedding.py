@@ -34,7 +34,14 @@ from step37_kernels.integration.projector import (
     run_forward_pre_hooks,
     tensors_of,
 )
-from step37_kernels.plan import plan_runs
+from step37_kernels.integration.table import (
+    PlainTable,
+    call_embedding,
+    plain_table,
+    tell_called,
+)
+from step37_kernels.lookup import TextRows, check_ids
+from step37_kernels.plan import InsertPlan, plan_runs
 from step37_kernels.runs import FlatRuns, Runs
 
 if TYPE_CHECKING:
@@ -138,9 +145,9 @@ class ImageInsertEmbedding(nn.Module):
     groups are projected and inserted by one pass of :func:`step37_kernels.project_and_insert`.
 
     Args:
-        language_embedding: Megatron-Core's ``LanguageModelEmbedding`` or anything called as
-            ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``. Borrowed: reachable
-            as ``_language_embedding``, not registered, not in the state dict.
+        language_embedding: Megatron-Core's ``LanguageModelEmbedding``, an ``nn.Embedding``, or
+            anything called as ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``.
+            Borrowed: reachable as ``_language_embedding``, not registered, not in the state dict.
         encoder_output_dim: C, width of the features.
         hidden_size: H.
         projector_bias: give ``align_projector`` a bias.
@@ -155,6 +162,7 @@ class ImageInsertEmbedding(nn.Module):
     impl = _option("impl")
     strict = _option("strict")
     layout = _option("layout")
+    lookup = _option("lookup")
     gradient_accumulation_fusion = _option("gradient_accumulation_fusion")
     text_only_gradient = _option("text_only_gradient")
 
@@ -266,29 +274,51 @@ class ImageInsertEmbedding(nn.Module):
         """
         count_watch.poll()
         layout = self._layout_now()
-        embeddings, positions = self._look_up(layout, input_ids, position_ids)
-        if not images:
-            return self._without_image_rows(embeddings)
+        text, positions = self._look_up(layout, input_ids, position_ids)
+        if not images and text.input_ids is None:
+            return self._without_image_rows(text.rows)
         plain = self._is_projector_plain()
-        runs, features = self._take_features(images, plain, embeddings)
+        runs, features = self._take_features(images or (), plain, text.rows)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
-        return self._insert(embeddings, input_ids, runs, features, positions, plain)
+        return self._insert(text, input_ids, runs, features, positions, plain)
 
     def _look_up(
         self, layout: SequenceLayout | None, input_ids: Tensor, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """This rank's word embeddings, and their positions in the whole sequence (None: all)."""
-        if layout is None:
-            return self._language_embedding(input_ids=input_ids, position_ids=position_ids), None
+    ) -> tuple[TextRows, Tensor | None]:
+        """Where this rank's text rows come from, and their positions in the whole sequence (None:
+        all)."""
         seq_len = input_ids.shape[1]
-        looked_up = layout.positions_looked_up(seq_len, input_ids.device)
-        if looked_up is not None:
-            input_ids = input_ids.index_select(1, looked_up)
-            if position_ids is not None:
-                position_ids = position_ids.index_select(1, looked_up)
-        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
-        return layout.shard(embeddings, seq_len, looked_up)
+        looked_up = None
+        if layout is not None:
+            looked_up = layout.positions_looked_up(seq_len, input_ids.device)
+            if looked_up is not None:
+                input_ids = input_ids.index_select(1, looked_up)
+                if position_ids is not None:
+                    position_ids = position_ids.index_select(1, looked_up)
+        if layout is None or not layout.divides_rows():
+            table = self._table()
+            if table is not None:
+                weight = table.weight
+                fused = self.options.fuses_gradient_of(weight, self._language_embedding)
+                table.run_hooks()
+                return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
+        embeddings = call_embedding(self._language_embedding, input_ids, position_ids)
+        if layout is None:
+            return TextRows(rows=embeddings), None
+        embeddings, positions = layout.shard(embeddings, seq_len, looked_up)
+        return TextRows(rows=embeddings), positions
+
+    def _table(self) -> PlainTable | None:
+        """The table that words are looked up in; None where the language embedding is called."""
+        if self.options.lookup == "call":
+            return None
+        table = plain_table(self._language_embedding)
+        if isinstance(table, PlainTable):
+            return table
+        if not torch.compiler.is_compiling():
+            tell_called(table)
+        return None
 
     def _take_features(
         self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
@@ -323,7 +353,7 @@ class ImageInsertEmbedding(nn.Module):
 
     def _insert(
         self,
-        embeddings: Tensor,
+        text: TextRows,
         input_ids: Tensor,
         runs: Runs,
         features: list[Tensor],
@@ -344,8 +374,13 @@ class ImageInsertEmbedding(nn.Module):
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
-        watch = compiling and not self.options.strict
-        plan = whole = plan_runs(input_ids, runs, impl=self.options.impl, watch=watch)
+        plan = whole = plan_runs(
+            input_ids,
+            runs,
+            vocabulary=0 if text.input_ids is None else text.rows.shape[0],
+            impl=self.options.impl,
+            watch=compiling and not self.options.strict,
+        )
         if self.options.strict:
             if compiling:
                 torch._dynamo.graph_break(
@@ -355,13 +390,10 @@ class ImageInsertEmbedding(nn.Module):
             plan.check()
         if positions is not None:
             plan = plan.shard(positions)
-        if not features:
-            result = self._without_image_rows(embeddings)
-        elif plain:
-            hidden = projector.out_features
-            check_embeddings(embeddings, plan, "language_embedding's result", hidden)
+        self._check_text(text, plan, projector.out_features if plain else None)
+        if plain and features:
             result = insert_projected(
-                embeddings,
+                text,
                 rows,
                 projector.weight,
                 projector.bias,
@@ -372,12 +404,31 @@ class ImageInsertEmbedding(nn.Module):
                 after_plan=plan is whole and not (self.options.strict or compiling),
             )
         else:
-            check_embeddings(embeddings, plan, "language_embedding's result")
-            projected = projector(pick_rows(join_rows(features), plan.local_rows))
-            result = insert_rows(embeddings, projected.to(embeddings.dtype), plan)
+            triton = not features and use_triton(self.options.impl, text.rows.device)
+            embeddings = text.embeddings(plan.row_at, triton=triton)
+            if features:
+                projected = projector(pick_rows(join_rows(features), plan.local_rows))
+                result = insert_rows(embeddings, projected.to(embeddings), plan)
+            else:
+                result = self._without_image_rows(embeddings)
         if not (self.options.strict or compiling):
-            count_watch.watch(FlatRuns.of(whole.runs), whole.start_counts)
+            count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
         return result
+
+    @staticmethod
+    def _check_text(text: TextRows, plan: InsertPlan, hidden: int | None) -> None:
+        """Raise ``ValueError`` unless text rows are of the plan's shape and of H, and
+        ``IndexError`` on the CPU where one has an id outside the table."""
+        if text.input_ids is None:
+            check_embeddings(text.rows, plan, "language_embedding's result", hidden)
+            return
+        num_rows, width = text.rows.shape
+        if hidden not in (None, width):
+            raise ValueError(
+                f"language_embedding's table: expected [V, H] = [V, {hidden}], "
+                f"got {tuple(text.rows.shape)}"
+            )
+        check_ids(text.input_ids, plan.row_at, num_rows)
 
     def _layout_now(self) -> SequenceLayout | None:
         """The layout in force in this forward, with the projector's parameters marked for it.

@@ -57,8 +57,8 @@ class InsertPlan:
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
     for a feature without a start token. So numbered whatever ``batch_first`` is."""
-    start_counts: Tensor
-    """``[G]`` int32: start tokens of each group in ``input_ids``."""
+    counts: Tensor
+    """``[G + 1]`` int32: :attr:`start_counts`, then :attr:`unknown_ids`."""
     runs: Runs
     """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
     local_rows: Tensor | None = None
@@ -69,6 +69,18 @@ class InsertPlan:
     there, so a rank computes its own rows, not M."""
     batch_first: bool = False
     """Whether the plan is for ``[B, S, H]``."""
+    vocabulary: int = 0
+    """Rows of the table that text positions are looked up in; 0 where the plan does not know."""
+
+    @property
+    def start_counts(self) -> Tensor:
+        """``[G]`` int32: start tokens of each group in ``input_ids``."""
+        return self.counts[:-1]
+
+    @property
+    def unknown_ids(self) -> Tensor:
+        """``[1]`` int32: text positions whose id is outside the table; 0 without a vocabulary."""
+        return self.counts[-1:]
 
     @property
     def num_rows(self) -> int:
@@ -133,7 +145,8 @@ class InsertPlan:
 
         Raises:
             ValueError: start tokens and features differ in number; a span is cut off at the end of
-                its sequence; two spans overlap. The message names group, feature and position.
+                its sequence; two spans overlap; ids at text positions are outside the table. The
+                message names group, feature and position.
         """
         problems = count_mismatches(FlatRuns.of(self.runs), self.start_counts.tolist())
         if self.local_rows is not None:
@@ -160,6 +173,10 @@ class InsertPlan:
                 if span[0] < furthest[1]:
                     problems.append(f"{span[2]} overlaps {furthest[2]}")
                 furthest = max(furthest, span, key=lambda item: item[1])
+        if unknown := self.unknown_ids.item():
+            problems.append(
+                f"{unknown} ids at text positions are outside the table of {self.vocabulary} rows"
+            )
         if problems:
             raise ValueError("input_ids and image features do not fit: " + "; ".join(problems))
 
@@ -254,6 +271,7 @@ def plan_runs(
     *,
     shift: int = 1,
     batch_first: bool = False,
+    vocabulary: int = 0,
     impl: Impl = "auto",
     watch: bool = False,
 ) -> InsertPlan:
@@ -264,12 +282,15 @@ def plan_runs(
         runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first, impl: as there.
-        watch: see to it that numbers of tokens and features that differ are warned about.
+        vocabulary: rows of the table that text positions are looked up in: ids outside it are
+            counted. 0 counts none.
+        watch: see to it that numbers of tokens and features that differ, and unknown ids, are
+            warned about.
     """
     triton = use_triton(impl, input_ids.device)
     flat = FlatRuns.of(runs)
     _check_ids(input_ids, flat)
-    destinations, row_at, starts, start_counts = operators.plan(
+    destinations, row_at, starts, counts = operators.plan(
         input_ids,
         list(flat.tokens),
         list(flat.group_sizes),
@@ -277,6 +298,7 @@ def plan_runs(
         list(flat.rows),
         shift,
         batch_first,
+        vocabulary,
         triton,
         watch,
     )
@@ -284,9 +306,10 @@ def plan_runs(
         destinations=destinations,
         row_at=row_at,
         starts=starts,
-        start_counts=start_counts,
+        counts=counts,
         runs=runs,
         batch_first=batch_first,
+        vocabulary=vocabulary,
     )
 
 

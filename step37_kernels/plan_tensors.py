@@ -14,7 +14,7 @@ from step37_kernels.runs import FlatRuns
 
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` of a batch-first plan), ``starts [N]``,
-``start_counts [G]``, all int32."""
+``counts [G + 1]`` (start tokens of each group, then ids outside the vocabulary), all int32."""
 
 # Numbers, not tensors, are what is kept for the runs seen last. A tensor would belong to where
 # it was made: to a stream, on which alone it is known to have arrived; to the pool of a CUDA graph,
@@ -56,8 +56,19 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
+def is_outside(input_ids: Tensor, num_rows: int) -> Tensor:
+    """Which ids are no row of a table of ``num_rows``."""
+    return (input_ids < 0) | (input_ids >= num_rows)
+
+
 def make_plan(
-    input_ids: Tensor, runs: FlatRuns, *, shift: int, batch_first: bool, triton: bool
+    input_ids: Tensor,
+    runs: FlatRuns,
+    *,
+    shift: int,
+    batch_first: bool,
+    vocabulary: int,
+    triton: bool,
 ) -> PlanTensors:
     """Plan by the kernel or by PyTorch; arguments are valid, and nothing waits for the device.
 
@@ -66,15 +77,24 @@ def make_plan(
         runs: of all groups.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first: number positions ``b * S + s``.
+        vocabulary: count the ids at text positions that are negative or not below this; 0 counts
+            none.
         triton: by the kernel.
     """
-    if triton and runs.tokens and input_ids.numel():
+    if triton and (runs.tokens or vocabulary) and input_ids.numel():
         from step37_kernels.ops import plan as ops
 
         table = None
         if not ops.fits_into_a_launch(runs):
             table = _upload(_table_of(runs), input_ids.device)
-        return ops.plan_rows(input_ids, runs, table, shift=shift, batch_first=batch_first)
+        return ops.plan_rows(
+            input_ids,
+            runs,
+            table,
+            shift=shift,
+            batch_first=batch_first,
+            vocabulary=vocabulary,
+        )
     # With a run of no feature at the end, so that there is something to send.
     each, repeats = _upload([*runs.rows, 0, *runs.features, 0], input_ids.device).view(2, -1)
     rows_each = each.repeat_interleave(repeats, output_size=runs.num_features)
@@ -106,6 +126,8 @@ def make_plan(
     row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
     kept = lands & (row_at[slot] == row)
     row_at = row_at[:-1].to(torch.int32).view(seq_len, batch_size)
+    outside = (row_at < 0) & is_outside(input_ids.T, vocabulary)
+    counts.append(outside.sum() * bool(vocabulary))
     if batch_first:
         row_at = row_at.t().contiguous()
         position = position % max(batch_size, 1) * seq_len + position // max(batch_size, 1)
@@ -113,5 +135,5 @@ def make_plan(
         torch.where(kept, position, -1).to(torch.int32),
         row_at,
         start.to(torch.int32),
-        torch.stack(counts).to(torch.int32) if counts else start.to(torch.int32),
+        torch.stack(counts).to(torch.int32),
     )

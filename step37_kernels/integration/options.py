@@ -11,6 +11,8 @@ from torch import Tensor
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.integration.parallel import Layout, check_layout
 
+Lookup = Literal["auto", "call"]
+
 
 class InsertKeywords(TypedDict, total=False):
     """The fields of :class:`InsertOptions`, for type checkers, which cannot derive keywords."""
@@ -18,6 +20,7 @@ class InsertKeywords(TypedDict, total=False):
     impl: Impl
     strict: bool
     layout: Layout
+    lookup: Lookup
     gradient_accumulation_fusion: bool | Literal["auto"]
     text_only_gradient: bool | Literal["auto"]
 
@@ -48,11 +51,20 @@ class InsertOptions:
     (:func:`.auto_layout`); under context parallelism it is an error, because packed sequences are
     cut one by one: pass :func:`.sequence_layout` of the batch. A function is called with the
     language embedding and returns a layout or None. None: every rank holds the whole sequence."""
+    lookup: Lookup = "auto"
+    """``"auto"`` looks words up in the launch that writes the output, where the language embedding
+    is nothing but a lookup: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` with one
+    tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
+    residual connection, muP factor, or hooks that are not Megatron's. The gradient of its table
+    then touches only the rows of the words that were there. Anything else is called, and the log
+    (INFO) says once why. ``"call"`` always calls."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
-    """Add the gradient of the projector's weight to its ``main_grad`` in fp32, by Megatron-Core's
-    conventions, instead of handing it to autograd. ``"auto"`` does so where the configuration of
-    the language embedding says ``gradient_accumulation_fusion``, as the other linear layers of that
-    model do, and the weight has a ``main_grad``. True is an error where it has none."""
+    """Add the gradient of the projector's weight, and of the table that words are looked up in, to
+    its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of
+    the table only the rows of the words that were there are read and written. ``"auto"`` does so
+    where the configuration of the language embedding says ``gradient_accumulation_fusion``, as the
+    other linear layers of that model do, and the parameter has a ``main_grad``. True is an error
+    where it has none."""
     text_only_gradient: bool | Literal["auto"] = "auto"
     """Give the projector a gradient of zeros where a forward has no image rows. Without it such a
     microbatch gives no gradient at all, and data-parallel reduction that overlaps with backward
@@ -63,6 +75,8 @@ class InsertOptions:
     def __post_init__(self) -> None:
         check_impl(self.impl)
         check_layout(self.layout)
+        if self.lookup not in ("auto", "call"):
+            raise ValueError(f"lookup: expected 'auto' or 'call', got {self.lookup!r}")
         for name in ("gradient_accumulation_fusion", "text_only_gradient"):
             value = getattr(self, name)
             if not (isinstance(value, bool) or value == "auto"):

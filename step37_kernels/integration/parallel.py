@@ -150,7 +150,7 @@ class SequenceLayout:
         if looked_up is None:
             looked_up = torch.arange(seq_len, device=embeddings.device)
         group = self.sequence_parallel_group
-        if group is None or dist.get_world_size(group) == 1:
+        if group is None or not self.divides_rows():
             return embeddings, looked_up
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = looked_up.shape[0]
@@ -166,12 +166,16 @@ class SequenceLayout:
             )
         return embeddings, looked_up.tensor_split(size)[rank]
 
+    def divides_rows(self) -> bool:
+        """Whether looked-up rows are divided among sequence-parallel ranks."""
+        group = self.sequence_parallel_group
+        return group is not None and dist.get_world_size(group) > 1
+
     def complete_gradient(self, features: Tensor) -> Tensor:
         """The features, with a gradient that is summed over the sequence-parallel ranks."""
-        group = self.sequence_parallel_group
-        if group is None or dist.get_world_size(group) == 1 or not features.requires_grad:
+        if not (self.divides_rows() and features.requires_grad):
             return features
-        result: Tensor = _SumGradient.apply(features, group)
+        result: Tensor = _SumGradient.apply(features, self.sequence_parallel_group)
         return result
 
 

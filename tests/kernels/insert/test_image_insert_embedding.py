@@ -355,9 +355,9 @@ class Arrived:
 
 class TestCountsThatArriveLater:
     @staticmethod
-    def pending(event: Arrived) -> tuple[FlatRuns, Tensor, Arrived]:
+    def pending(event: Arrived) -> tuple[FlatRuns, Tensor, int, Arrived]:
         plan = plan_insert(torch.tensor([[IM_START, 2, 3]]), [(IM_START, [1, 1])])
-        return FlatRuns.of(plan.runs), plan.start_counts, event
+        return FlatRuns.of(plan.runs), plan.counts, 0, event
 
     @pytest.fixture
     def watch(self, monkeypatch) -> CountWatch:

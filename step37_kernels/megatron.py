@@ -17,6 +17,7 @@ from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import sequence_layout
 from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
+from step37_kernels.integration.vocab_parallel import restore_dense_gradient, use_row_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,6 +75,8 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
         """Set all options, which are the fields of :class:`.InsertOptions`."""
         super().configure(**options)
         config = getattr(self._language_embedding, "config", None)
+        if isinstance(self._language_embedding, nn.Module) and self.options.fuses_gradients(config):
+            use_row_gradient(self._language_embedding)
         if self.layout == "auto" and getattr(config, "sequence_parallel", False):
             # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
             # copies their marks before the first forward sets this one.
@@ -156,13 +159,15 @@ def patch_step37(
 
 
 def unpatch_step37() -> tuple[str, ...]:
-    """Undo :func:`patch_step37`; models built in between keep the fused embedding.
+    """Undo :func:`patch_step37`; models built in between keep the fused embedding, but for the
+    gradient by rows of a ``VocabParallelEmbedding`` that is called.
 
     Returns:
         The dotted names that hold the stock class again; empty if nothing was patched.
     """
     global _options
     _options = {}
+    restore_dense_gradient()
     return _PATCH.undo() + _TOWER_PATCH.undo()
 
 
@@ -213,6 +218,12 @@ def replace_in(
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
         cast(ImageInsertEmbedding, module).configure(**options)
+    for _, chunk in chunks:
+        # The last stage looks words up for multi-token prediction, and has no ImageInsertEmbedding.
+        for module in chunk.modules():
+            config = getattr(module, "config", None)
+            if type(module).__name__ == "LanguageModelEmbedding" and given.fuses_gradients(config):
+                use_row_gradient(module)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():

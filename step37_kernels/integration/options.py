@@ -82,14 +82,19 @@ class InsertOptions:
             if not (isinstance(value, bool) or value == "auto"):
                 raise ValueError(f"{name}: expected True, False or 'auto', got {value!r}")
 
-    def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
-        """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
+    def fuses_gradients(self, config: Any) -> bool:
+        """Whether gradients are added to ``main_grad`` in a model of this configuration (or
+        None)."""
         if self.gradient_accumulation_fusion != "auto":
             return self.gradient_accumulation_fusion
-        config = getattr(language_embedding, "config", None)
-        return bool(getattr(config, "gradient_accumulation_fusion", False)) and (
-            hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__")
-        )
+        return bool(getattr(config, "gradient_accumulation_fusion", False))
+
+    def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
+        """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
+        fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
+        if self.gradient_accumulation_fusion != "auto":
+            return fuses
+        return fuses and (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__"))
 
     def wants_text_only_gradient(self) -> bool:
         """Whether a forward without image rows gives the projector a gradient of zeros."""

@@ -13,6 +13,7 @@ import torch
 from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_samples
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.packing import OversizePolicy, Packing, Sampling, ScheduleSettings
 from step37_data.template import Step37MultimodalTemplate
 from step37_data.text.tokens import ImageTokens
 
@@ -137,13 +138,13 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     max_packing_seqlen: int = 2048
     """Tokens in a pack."""
     seqlen_divisible_by: int = 64
-    oversize_policy: Literal["drop", "extend"] = "drop"
-    dataset_sampling: Literal["sequential", "random"] = "random"
-    packing: Literal["next_fit", "best_fit", "balanced"] = "next_fit"
+    oversize_policy: OversizePolicy = "drop"
+    dataset_sampling: Sampling = "random"
+    packing: Packing = ScheduleSettings.packing
     """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs;
     ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
-    packing_window: int = 4096
-    balance_group: int = 64
+    packing_window: int = ScheduleSettings.packing_window
+    balance_group: int = ScheduleSettings.balance_group
     """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
     """Give this one pack for every index: a deterministic overfit. None for training."""

@@ -291,7 +291,13 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["empty", "cut", "garbled", "link to nothing"])
 @pytest.mark.parametrize("revision", [None, COMMIT])
 def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
-    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, how: str, revision: Any
+    *,
+    hub: Hub,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    how: str,
+    revision: Any,
 ) -> None:
     prepare(hub, tmp_path, revision=revision)
     damage(tmp_path / name, how)

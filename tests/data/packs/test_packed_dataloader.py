@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import inspect
 import itertools
 import logging
 import os
@@ -24,6 +26,8 @@ from step37_data.caches import lengths as lengths_module
 from step37_data.caches import rank_order
 from step37_data.caches.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.packing import ScheduleSettings, pack_balanced, pack_best_fit
+from step37_data.provider import Step37Flickr8kSFTDataProvider as Provider
 from step37_data.template import MultimodalSFTSample
 from tests.data.ranks import in_ranks
 
@@ -118,6 +122,7 @@ DOMAINS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=7), min_siz
     policy=st.sampled_from(["drop", "extend"]),
 )
 def test_the_packs_are_those_of_the_contract(
+    *,
     sizes: list[list[int]],
     epochs: list[float],
     strategies: list[str],
@@ -162,6 +167,28 @@ def test_the_default_is_random_sampling_that_keeps_oversize_samples() -> None:
     assert [loader.pieces(i) for i in range(len(loader))] == expected
 
 
+def test_a_setting_has_one_default_wherever_it_can_be_given() -> None:
+    own = {field.name: field.default for field in dataclasses.fields(ScheduleSettings)}
+    provider = {field.name: field.default for field in dataclasses.fields(Provider)}
+    # The provider of Megatron-Bridge drops what a loader by itself keeps.
+    own_of_provider = {"oversize_policy": "drop"}
+    shared = own.keys() & provider.keys() - {"lengths_cache_dir"}
+    assert shared == {
+        "oversize_policy", "dataset_sampling", "packing", "packing_window", "balance_group",
+        "probe_workers",
+    }  # fmt: skip
+    for name in shared:
+        assert provider[name] == own_of_provider.get(name, own[name]), name
+    for function in (MixedPackedDataloader, pack_best_fit, pack_balanced):
+        for name, parameter in inspect.signature(function).parameters.items():
+            setting = {"window": "packing_window", "group": "balance_group"}.get(name, name)
+            if parameter.default is not parameter.empty and setting in own:
+                assert parameter.default == own[setting], (function, name)
+    settings = loader_of([1, 2]).settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.packing = "balanced"  # type: ignore[misc]
+
+
 def test_a_loop_over_the_packs_ends_behind_the_last_one() -> None:
     loader = loader_of([4, 5, 6, 7])
     assert list(itertools.islice(loader, 100)) == [loader[i] for i in range(len(loader))]
@@ -188,6 +215,11 @@ def test_wrong_arguments_are_refused() -> None:
         loader_of([1], dataset_sampling=["random", "random"])
     with pytest.raises(ValueError, match=r"packing: expected one of next_fit, .*, got 'best'"):
         loader_of([1], packing="best")
+    for name in ("packing_window", "balance_group", "max_length"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            loader_of([1], **{name: 0})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'packing_windows'"):
+        loader_of([1], packing_windows=8)
     with pytest.raises(
         ValueError, match="nothing was packed: no sample fits in a pack of 10 tokens"
     ):

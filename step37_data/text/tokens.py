@@ -75,7 +75,9 @@ def load_tokenizer(path: str) -> Any:
             told at once; the hub is asked for names such as ``owner/model`` only.
     """
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise ValueError(f"tokenizer_path: {path!r} is no folder; expected one with {list(_FILES)}")
+        raise ValueError(
+            f"tokenizer_path: there is no folder {path!r}; expected one with {list(_FILES)}"
+        )
     # Imported here: transformers takes seconds, and reading packs needs none of it.
     from transformers import AutoTokenizer
 

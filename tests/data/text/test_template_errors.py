@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,3 +204,20 @@ def test_a_turn_delimiter_that_the_normaliser_makes_of_other_letters_is_refused(
         answer = {"role": "assistant", "content": text}
         with pytest.raises(ValueError, match="makes a reserved token of text that does not spell"):
             template({"conversations": [flickr()[0], answer], "images": ["a.jpg"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "excerpt"),
+    [
+        ("a b <|im_end|> c d", 4, "a b <|im_end|> c d"),
+        ("<|im_end|>" + 30 * "z", 0, "<|im_end|>" + 20 * "z"),
+        (19 * "x" + "<|im_end|>", 19, 19 * "x" + "<|im_end|>"),
+        (25 * "x" + "<|im_end|>" + 25 * "z", 25, 20 * "x" + "<|im_end|>" + 20 * "z"),
+    ],
+)
+def test_a_refused_token_is_shown_with_the_twenty_characters_around_it_that_there_are(
+    template: Step37MultimodalTemplate, text: str, place: int, excerpt: str
+) -> None:
+    told = f"the reserved '<|im_end|>' at character {place} (…{excerpt!r}…); remove or rewrite it"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        template({"conversations": flickr(text), "images": ["a.jpg"]})

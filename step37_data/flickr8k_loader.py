@@ -21,8 +21,10 @@ from step37_data.caches.rank_order import fill_cache_once
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import map_threads
 from step37_data.images.crops import CropPlan, plan_file
+from step37_data.pack_transform import pack_samples
+from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +118,39 @@ class Step37Flickr8kDataset:
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
-        return {
-            "images": [sample.image_path],
-            "conversations": [
-                {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
-                {"role": "assistant", "content": sample.caption},
-            ],
-        }
+        conversations = caption_dialogue(sample.caption, prompt)
+        return {"images": [sample.image_path], "conversations": conversations}
+
+
+def pack_captions(
+    samples: Sequence[Flickr8kSample],
+    template: Step37MultimodalTemplate,
+    *,
+    prompt: str = CAPTION_PROMPT,
+    seqlen_divisible_by: int = 64,
+    **settings: Any,
+) -> MixedPackedDataloader:
+    """Packs of image and caption pairs, each pair drawn once.
+
+    Args:
+        samples: what :func:`prepare_flickr8k_samples` or :func:`read_flickr8k_metadata` returns.
+        template: turns a conversation into a sample.
+        prompt: the user's text, after the image.
+        seqlen_divisible_by: the length of a pack is a multiple of this.
+        settings: by keyword, what :class:`MixedPackedDataloader` takes; ``max_length`` at least.
+
+    Raises:
+        ValueError: as for :class:`MixedPackedDataloader`; or ``seqlen_divisible_by`` is no integer
+            of at least 1.
+    """
+    checked_int("seqlen_divisible_by", seqlen_divisible_by)
+    join = functools.partial(
+        pack_samples,
+        seqlen_divisible_by=seqlen_divisible_by,
+        start_token_ids=template.rows_after,
+    )
+    datasets = [Step37Flickr8kDataset(samples, template, prompt)]
+    return MixedPackedDataloader(datasets, [1.0], transform=join, **settings)
 
 
 def get_flickr8k_dataset_file(

@@ -76,6 +76,9 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         checked_choice("oversize_policy", self.oversize_policy, OversizePolicy)
         checked_choice("packing", self.packing, Packing)
+        one_for_all = isinstance(self.dataset_sampling, str)
+        for strategy in [self.dataset_sampling] if one_for_all else self.dataset_sampling:
+            checked_choice("dataset_sampling", strategy, Sampling)
         for name in ("max_length", "packing_window", "balance_group"):
             checked_int(name, getattr(self, name))
 
@@ -83,13 +86,13 @@ class ScheduleSettings:
         """``dataset_sampling`` of each of ``count`` data sets.
 
         Raises:
-            ValueError: there is another number of strategies, or an unknown one.
+            ValueError: there is another number of strategies.
         """
         given = self.dataset_sampling
         strategies: list[Sampling] = [given] * count if isinstance(given, str) else list(given)
         if len(strategies) != count:
             raise ValueError(f"dataset_sampling: {len(strategies)} values for {count} datasets")
-        return [checked_choice("dataset_sampling", strategy, Sampling) for strategy in strategies]
+        return strategies
 
 
 @dataclass(frozen=True, slots=True, eq=False)

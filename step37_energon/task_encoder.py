@@ -48,10 +48,8 @@ from step37_data.pack_transform import pack_samples
 from step37_data.packing import Packing, ScheduleSettings, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 from step37_energon.shards import PICTURE_SUFFIXES
-
-DEFAULT_PROMPT = "Describe this image in one sentence."
 
 
 @stateless
@@ -158,7 +156,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         self.max_packing_seqlen = max_packing_seqlen
         self.seqlen_divisible_by = seqlen_divisible_by
         self.packing = packing
-        self.prompt = DEFAULT_PROMPT if prompt is None else prompt
+        self.prompt = CAPTION_PROMPT if prompt is None else prompt
         self.on_broken = on_broken
         self._skipped = self._dropped = 0
 
@@ -187,10 +185,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         with self._skips_counted():
             told = dict(sample)
             if "caption" in sample:
-                told["conversations"] = [
-                    {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{self.prompt}"},
-                    {"role": "assistant", "content": sample["caption"]},
-                ]
+                told["conversations"] = caption_dialogue(sample["caption"], self.prompt)
             try:
                 encoded = self.template(told)
             except ValueError as error:

@@ -18,6 +18,7 @@ from step37_data.flickr8k_loader import (
     prepare_flickr8k_samples,
     read_flickr8k_metadata,
 )
+from step37_data.text.messages import caption_dialogue
 
 MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
 
@@ -255,3 +256,13 @@ def test_the_last_of_two_columns_of_one_name_counts_and_short_rows_have_empty_ce
     metadata.write_text("caption_0,file_name,caption_0\nx,a.jpg,first\ny,b.jpg\nz,c.jpg,third,\n")
     samples = read_flickr8k_metadata(metadata)
     assert [sample.caption for sample in samples] == ["first", "third"]
+
+
+def test_a_caption_is_asked_for_after_its_picture_and_answered_by_the_assistant() -> None:
+    dataset = Step37Flickr8kDataset(
+        [Flickr8kSample("a.jpg", "A dog .")], lambda data: data, "What?"
+    )  # type: ignore[arg-type]
+    asked = {"role": "user", "content": "<image>\nWhat?"}
+    answered = {"role": "assistant", "content": "A dog ."}
+    assert dataset[0] == {"images": ["a.jpg"], "conversations": [asked, answered]}
+    assert caption_dialogue("A dog .", "What?") == [asked, answered]

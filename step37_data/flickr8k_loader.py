@@ -1,4 +1,4 @@
-"""Flickr8k (``intro/flickr8k``): fetch its files once, then read image and caption pairs."""
+"""Image and caption pairs: download Flickr8k (``intro/flickr8k``), or read a folder like it."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def prepare_flickr8k_samples(
     all return together, or fail together with the error of the rank that failed.
 
     A folder of your own, whose ``metadata.csv`` did not come from the hub, has to be complete:
-    nothing is downloaded into it from the default data set. Name another ``repo_id`` to have its
-    missing pictures taken from there.
+    nothing is downloaded into it from the default data set. With another ``repo_id``, its missing
+    pictures are downloaded from there.
 
     Rows without a caption or file name are skipped, counted and logged.
 
@@ -277,7 +277,7 @@ def prepare_flickr8k_samples(
 
 
 def _told_missing(metadata: Path, flaws: Mapping[str, str]) -> str:
-    """What to say of the pictures that a folder of the user's own lacks."""
+    """The message about pictures that the user's own folder lacks."""
     listed = []
     spell = _Speller()
     for path, flaw in list(flaws.items())[:_SHOWN]:
@@ -285,20 +285,20 @@ def _told_missing(metadata: Path, flaws: Mapping[str, str]) -> str:
         listed.append(f"{path} {flaw}{hint}")
     more = f"; and {len(flaws) - _SHOWN} more" if len(flaws) > _SHOWN else ""
     return (
-        f"{metadata} names {len(flaws)} pictures that are not there: {'; '.join(listed)}{more}. "
-        "It did not come from the hub, so nothing is downloaded; set repo_id to take missing "
-        "pictures from a data set of the hub"
+        f"{metadata} names {len(flaws)} pictures that are missing or empty: {'; '.join(listed)}"
+        f"{more}. This metadata.csv did not come from the hub, so nothing is downloaded. To take "
+        f"pictures from a data set of the hub, set repo_id; for {_DEFAULT_REPO}, delete the file"
     )
 
 
 class _Speller:
-    """Finds files whose name is written a little differently."""
+    """Finds files whose name is written a little differently from the one that was asked for."""
 
     def __init__(self) -> None:
         self._listed: dict[str, dict[str, str]] = {}
 
     def similar(self, folder: str, name: str) -> str:
-        """What to add to "is missing": which file has that name in another spelling; or nothing."""
+        """Text that names the file with another spelling of ``name``; empty if there is none."""
         found: list[str] = []
         for part in name.split("/"):
             inside = "/".join([folder, *found])

@@ -50,14 +50,14 @@ class Fill:
 
     @classmethod
     def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
-        """Of samples of these ``sizes``, ``[N]``, which ``result`` packs."""
+        """How full the packs of ``result`` are with samples of these ``sizes``, ``[N]``."""
         bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         tokens = bounds[result.starts + result.counts] - bounds[result.starts]
         return cls(tokens, int(result.counts.sum()), result.num_droped, capacity)
 
     @property
     def share(self) -> float:
-        """Of the capacity of all packs, in use; a pack of an oversize sample is full."""
+        """Part of all packs' capacity in use, 0 to 1; an oversize sample's pack counts as full."""
         return float(self.tokens.sum() / np.maximum(self.tokens, self.capacity).sum())
 
     def __str__(self) -> str:

@@ -97,7 +97,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackingResult:
-    """What a packing decided.
+    """Which samples share a pack, and how many were left out.
 
     Attributes:
         num_droped: oversize samples left out (the spelling is Megatron-Bridge's).
@@ -282,18 +282,18 @@ def pack_balanced(
     window: int = ScheduleSettings.packing_window,
     group: int = ScheduleSettings.balance_group,
 ) -> tuple[np.ndarray, PackingResult]:
-    """Packs as full as best-fit's, of nearly equal load, and the more so within a step.
+    """Packs as full as those of best-fit, with nearly the same load in all packs of a step.
 
-    The ranks of a step wait for the slowest, which is the one with most to see. In each window of
-    ``window`` samples the longest sample goes first, to the pack that thereby comes nearest to the
-    share of load in length that the whole window has; a window that would need more than a percent
-    more packs than best-fit stays as best-fit has it. What is left (a picture that fills a pack of
-    its own) is met by order: packs of a window are sorted by load and dealt out in groups of
-    ``group``, so that the packs of a step are neighbours in that order. Deterministic.
+    The ranks of a step wait for the slowest one, whose pack has the most load. In each window of
+    ``window`` samples the longest sample goes first, into the pack whose ratio of load to length
+    comes nearest to that of the whole window. A window that would need over one percent more packs
+    than best-fit is packed by best-fit. Some packs stay uneven, such as a picture that fills a pack
+    of its own. Therefore the packs of a window are sorted by load and given out in groups of
+    ``group``, so that the packs of a step have similar loads. Deterministic.
 
     Args:
         sizes, max_len, oversize_policy, window: as for :func:`pack_best_fit`.
-        loads: ``[N]``, what is to be dealt out evenly, such as vision tokens.
+        loads: ``[N]``, what to spread evenly over the packs, such as vision tokens.
         group: packs of a step, or a multiple: any data-parallel size that divides it is served.
             The packs of all windows that make no whole group there are grouped at the end. 1 leaves
             the packs of a window in the order of their first samples.

@@ -120,6 +120,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Folder with ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
 
     repo_id: str = "intro/flickr8k"
+    """Data set on the hub. With the default, nothing is downloaded into a folder of your own."""
     split: str = "train"
     sample_count: int | None = 8
     """The first N samples, 8 for a smoke run; None takes all (about 6000 images, 1 GB)."""

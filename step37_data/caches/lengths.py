@@ -1,4 +1,4 @@
-"""How long every sample is, found out once and kept on disk.
+"""Measures how long every sample is, once, and keeps the lengths on disk.
 
 Packing needs the length of every sample before the first step, and a length costs a tokenisation.
 A data set that offers ``fingerprint()`` and ``sample_keys()`` has its lengths cached per sample: a

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from step37_data.caches.lengths import write_atomically
+from step37_data.common.checks import checked_int
 from step37_data.common.threads import map_threads
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ class HubFolder:
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
         max_workers: files downloaded at a time.
         progress: show a progress bar while downloading.
+
+    Raises:
+        ValueError: ``max_workers`` is no integer of at least 1.
     """
 
     repo_id: str
@@ -53,6 +57,9 @@ class HubFolder:
     endpoint: str | None = None
     max_workers: int = 8
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        checked_int("max_workers", self.max_workers)
 
     @property
     def root(self) -> Path:
@@ -116,6 +123,9 @@ class HubFolder:
     def fetch_all(self, names: Sequence[str], what: str) -> None:
         """Download files, several at a time; after a failure no other is begun.
 
+        The threads are not waited for after a failure or an interrupt: one may be waiting minutes
+        for the hub.
+
         Args:
             names: of the files.
             what: name of the work on the progress bar and in the log.
@@ -131,8 +141,14 @@ class HubFolder:
             if not hub.are_progress_bars_disabled():
                 hub.disable_progress_bars()
                 undo.callback(hub.enable_progress_bars)
-            bar = {"desc": f"Downloading {what}", "unit": "file", "disable": not self.progress}
-            thread_map(self.fetch, names, max_workers=self.max_workers, **bar)
+            looks: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
+            bar = undo.enter_context(tqdm(total=len(names), disable=not self.progress, **looks))
+
+            def fetch(name: str) -> None:
+                self.fetch(name)
+                bar.update()
+
+            map_threads(fetch, names, self.max_workers)
 
     def _download(self, name: str, path: str, flaw: str, *, last: bool) -> None:
         from huggingface_hub import hf_hub_download

@@ -23,13 +23,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from step37_data.caches import hub_cache, rank_order
+from step37_data.caches import rank_order
+from step37_data.caches.hub_cache import HubFolder
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
     get_flickr8k_dataset_file,
     prepare_flickr8k_samples,
 )
 from tests.data.ranks import in_ranks
+from tests.limits import HANGS_AFTER_S
 
 MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
 REPO = "intro/flickr8k"
@@ -161,7 +163,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     # time.sleep for everyone: whatever must take time here waits for an event instead.
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     served = Hub(mini_files())
+    before = set(threading.enumerate())
     yield served
+    # After a failure nobody has waited for the other downloads.
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("step37"):
+            thread.join(HANGS_AFTER_S)
     served.server.shutdown()
     served.server.server_close()
 
@@ -457,7 +464,7 @@ def test_a_limit_that_lasts_is_told_as_a_limit_and_not_as_a_missing_file(
     with pytest.raises(
         OSError, match=r"coffee\.jpg could not be downloaded: the hub limits requests, for longer"
     ) as caught:
-        prepare(hub, tmp_path)
+        prepare(hub, tmp_path, max_workers=1)
     assert not isinstance(caught.value, FileNotFoundError)
     assert "what is there is kept" in str(caught.value)
     failing.clear()
@@ -466,6 +473,44 @@ def test_a_limit_that_lasts_is_told_as_a_limit_and_not_as_a_missing_file(
     prepare(hub, tmp_path)
     assert set(hub.gets) == set(hub.files) - kept
     assert not the_client_waits() or 121.0 in pauses
+
+
+def test_a_failure_is_told_while_other_files_still_wait_for_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep, woken, slept = threading.Event(), threading.Event(), threading.Event()
+
+    def sleep(_: float) -> None:
+        asleep.set()
+        woken.wait(HANGS_AFTER_S)
+        slept.set()
+
+    real = HubFolder.fetch
+
+    def fetch(folder: HubFolder, name: str) -> str:
+        if name == "train/astronaut.jpg":
+            asleep.wait(HANGS_AFTER_S)
+            raise FileNotFoundError(name)
+        return real(folder, name)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(HubFolder, "fetch", fetch)
+    hub.failures["train/camera.jpg"] = ["503", "429"]
+    hub.head_failures["train/camera.jpg"] = ["429"] * 2
+    with pytest.raises(FileNotFoundError, match=r"astronaut\.jpg"):
+        prepare(hub, tmp_path, max_workers=2)
+    assert not slept.is_set()
+    woken.set()
+
+
+@pytest.mark.parametrize("count", [0, 1.5])
+def test_the_number_of_downloads_at_a_time_is_an_integer_of_at_least_1(
+    tmp_path: Path, count: Any
+) -> None:
+    with pytest.raises(ValueError, match="max_workers: expected a"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, max_workers=count)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_worker'"):
+        prepare_flickr8k_samples(cache_dir=tmp_path, max_worker=2)
 
 
 def test_a_full_download_asks_twice_for_every_file(hub: Hub, tmp_path: Path) -> None:
@@ -693,7 +738,7 @@ def test_a_refused_file_name_is_a_value_error_on_every_rank(hub: Hub, tmp_path: 
 
 def die_on_rank_0(rank: int, *arguments: Any) -> list[str]:
     if rank == 0:
-        hub_cache.thread_map = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        HubFolder.fetch_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     return prepare_in_rank(rank, *arguments)
 
 
@@ -710,7 +755,7 @@ def fail_on_rank_0(rank: int, *arguments: Any) -> list[str]:
         raise LookupError("odd")
 
     if rank == 0:
-        hub_cache.thread_map = fail
+        HubFolder.fetch_all = fail  # type: ignore[method-assign]
     return prepare_in_rank(rank, *arguments)
 
 

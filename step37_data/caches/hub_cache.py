@@ -257,20 +257,25 @@ def flaw_of(root: str | Path, path: str | Path, noted: bool = True) -> str | Non
         raise
     if not stat.S_ISREG(state.st_mode):
         return "is not a regular file"
-    expected = ""
-    if noted:
-        try:
-            note = Path(_note_of(root, path)).read_text("utf-8").splitlines()
-            expected = note[1].strip().lower() if len(note) > 1 else ""
-        except (OSError, ValueError):
-            pass  # no note, or none that can be read
-    if _HASHES.fullmatch(expected) is None:
+    expected = _noted_hash(root, path) if noted else None
+    if expected is None:
         return None if state.st_size else "is empty"
     found = _hashes(path, state.st_size, sha256=len(expected) == 64)
     if expected in found:
         return None
     told = " or ".join(found)
     return f"is damaged: expected the hash {expected}, found {told} of {state.st_size} bytes"
+
+
+def _noted_hash(root: str | Path, path: str | Path) -> str | None:
+    """The hash of a file in the note of huggingface_hub; None if there is none of a known kind."""
+    try:
+        with open(_note_of(root, path), encoding="utf-8") as note:
+            lines = note.read().splitlines()
+    except (OSError, ValueError):  # no note, or none that can be read
+        return None
+    expected = lines[1].strip().lower() if len(lines) > 1 else ""
+    return expected if _HASHES.fullmatch(expected) else None
 
 
 def _hashes(path: str | Path, size: int, *, sha256: bool) -> list[str]:

@@ -108,8 +108,9 @@ class Hub:
             request.send_header("ETag", f'"{etag}"')
             request.send_header("X-Repo-Commit", COMMIT)
             sent = body[: len(body) // 2] if failure in ("cut", "wrong length") else body
+            sent = b"" if failure == "empty" else sent
             # A wrong length is a whole answer with half of the bytes; a cut one breaks off.
-            promised = len(sent) if failure == "wrong length" else len(body)
+            promised = len(sent) if failure in ("wrong length", "empty") else len(body)
             request.send_header("Content-Length", str(promised))
             request.end_headers()
             if with_body:
@@ -245,7 +246,7 @@ def test_a_progress_bar_counts_the_files(
     assert "astronaut" not in shown
 
 
-@pytest.mark.parametrize("failure", ["500", "503", "cut", "wrong length"])
+@pytest.mark.parametrize("failure", ["500", "503", "cut", "wrong length", "empty"])
 def test_a_failure_in_passing_is_overcome(hub: Hub, tmp_path: Path, failure: str) -> None:
     hub.failures = {"train/coffee.jpg": [failure], "train/metadata.csv": [failure]}
     prepare(hub, tmp_path)
@@ -253,7 +254,7 @@ def test_a_failure_in_passing_is_overcome(hub: Hub, tmp_path: Path, failure: str
     assert hub.gets["train/coffee.jpg"] >= 2
 
 
-@pytest.mark.parametrize("failure", ["500", "cut", "wrong length"])
+@pytest.mark.parametrize("failure", ["500", "cut", "wrong length", "empty"])
 def test_a_lasting_failure_names_the_file_and_leaves_no_half_file(
     hub: Hub, tmp_path: Path, failure: str
 ) -> None:

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,8 @@ class HubFolder:
     def fetch_all(self, names: Sequence[str], what: str) -> None:
         """Download files, several at a time; after a failure no other is begun.
 
-        The threads are not waited for after a failure or an interrupt: one may be waiting minutes
-        for the hub.
+        An interrupt ends this at once, though a thread may be waiting minutes for the hub. An error
+        is raised as soon as the files before it in ``names`` are there.
 
         Args:
             names: of the files.
@@ -144,8 +145,16 @@ class HubFolder:
             looks: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
             bar = undo.enter_context(tqdm(total=len(names), disable=not self.progress, **looks))
 
+            failed = threading.Event()
+
             def fetch(name: str) -> None:
-                self.fetch(name)
+                if failed.is_set():
+                    return
+                try:
+                    self.fetch(name)
+                except BaseException:
+                    failed.set()
+                    raise
                 bar.update()
 
             map_threads(fetch, names, self.max_workers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from step37_data.flickr8k_loader import (
     read_flickr8k_metadata,
 )
 from step37_data.text.messages import caption_dialogue
+from tests.limits import HANGS_AFTER_S
 
 MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
 
@@ -165,6 +167,29 @@ def test_after_a_failure_nothing_more_is_fetched(
         prepare_flickr8k_samples(cache_dir=tmp_path, **options)
     assert asked[0] == "train/metadata.csv"
     assert 1 < len(asked) < 10
+
+
+def test_after_a_failure_nothing_more_is_fetched_while_an_earlier_file_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[str] = []
+    failed = threading.Event()
+
+    def fetch(_: HubFolder, name: str) -> None:
+        if name == "0.jpg":
+            failed.wait(HANGS_AFTER_S)
+            time.sleep(0.3)  # for whatever is begun in spite of the failure
+        elif name == "1.jpg":
+            failed.set()
+            raise OSError(f"{name}: no such file")
+        else:
+            others.append(name)
+
+    monkeypatch.setattr(HubFolder, "fetch", fetch)
+    folder = HubFolder(repo_id="a/b", cache_dir=tmp_path, max_workers=2, progress=False)
+    with pytest.raises(OSError, match=r"1\.jpg: no such file"):
+        folder.fetch_all([f"{n}.jpg" for n in range(50)], "a/b")
+    assert others == []
 
 
 def test_all_bad_lines_of_the_metadata_are_told_at_once(tmp_path: Path) -> None:

@@ -45,13 +45,11 @@ from step37_data.common.image_entry import EncodedImage
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
 from step37_data.pack_transform import pack_samples
-from step37_data.packing import Packing, pack_as
+from step37_data.packing import Packing, ScheduleSettings, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 from step37_energon.shards import PICTURE_SUFFIXES
-
-DEFAULT_PROMPT = "Describe this image in one sentence."
 
 
 @stateless
@@ -158,7 +156,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         self.max_packing_seqlen = max_packing_seqlen
         self.seqlen_divisible_by = seqlen_divisible_by
         self.packing = packing
-        self.prompt = DEFAULT_PROMPT if prompt is None else prompt
+        self.prompt = CAPTION_PROMPT if prompt is None else prompt
         self.on_broken = on_broken
         self._skipped = self._dropped = 0
 
@@ -187,10 +185,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         with self._skips_counted():
             told = dict(sample)
             if "caption" in sample:
-                told["conversations"] = [
-                    {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{self.prompt}"},
-                    {"role": "assistant", "content": sample["caption"]},
-                ]
+                told["conversations"] = caption_dialogue(sample["caption"], self.prompt)
             try:
                 encoded = self.template(told)
             except ValueError as error:
@@ -205,14 +200,14 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
         to_balance = samples if self.packing == "balanced" else []
         loads = [self._vision_tokens(sample) for sample in to_balance]
-        order, result = pack_as(
-            self.packing,
-            sizes,
-            loads,
-            max_len=self.max_packing_seqlen,
+        settings = ScheduleSettings(
+            max_length=self.max_packing_seqlen,
             oversize_policy="drop",
-            window=len(samples),
+            packing=self.packing,
+            packing_window=max(1, len(samples)),
+            balance_group=1,
         )
+        order, result = pack_as(settings, sizes, loads)
         self._dropped += result.num_droped
         ordered = [samples[index] for index in np.arange(len(samples))[order]]
         return [ordered[at : at + count] for at, count in result.packed_sample_ranges]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -19,9 +18,7 @@ from typing import Any
 from PIL import Image
 
 from examples.row_map import draw_row_map
-from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
-from step37_data.pack_transform import pack_samples
-from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.flickr8k_loader import pack_captions, read_flickr8k_metadata
 from step37_data.template import Step37MultimodalTemplate
 from step37_inspect import style
 from step37_inspect.cli import main as step37_data
@@ -109,10 +106,9 @@ def draw_demo_row_map() -> Any:
     template = Step37MultimodalTemplate(
         tokenizer_path=TOKENIZER, max_sequence_length=192, image_token_count=16
     )
-    dataset = Step37Flickr8kDataset(samples, template, "Describe this image in one sentence.")
-    packs = MixedPackedDataloader(
-        [dataset], [1.0], 192, "drop", functools.partial(pack_samples, seqlen_divisible_by=64),
-        "sequential", progress=False,
+    packs = pack_captions(
+        samples, template, max_length=192, oversize_policy="drop", dataset_sampling="sequential",
+        progress=False,
     )  # fmt: skip
     ids = packs[0]["tokens"][None]
     plan = plan_insert(

@@ -6,6 +6,24 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from step37_data.text.tokens import IMAGE_PLACEHOLDER
+
+CAPTION_PROMPT = "Describe this image in one sentence."
+"""What the user asks about a picture that comes with a caption, unless somebody says otherwise."""
+
+
+def caption_dialogue(caption: str, prompt: str) -> list[dict[str, str]]:
+    """A caption as a conversation: the user shows a picture and asks, the assistant answers.
+
+    Args:
+        caption: the answer.
+        prompt: the user's text, after the picture.
+    """
+    return [
+        {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
+        {"role": "assistant", "content": caption},
+    ]
+
 
 def checked_role(number: int, message: Any) -> str:
     """The role of message ``number``.

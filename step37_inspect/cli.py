@@ -177,7 +177,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
         if options.packing != "next_fit":
             packs = _packs(options, options.packing)
         shown = range(min(options.html_packs, len(packs)))
-        write_page(options.html, data, packs, shown, progress=not options.quiet)
+        write_page(options.html, data, packs, shown=shown, progress=not options.quiet)
         yield f"page      {options.html}, {len(shown)} of {len(packs)} packs"
 
 

@@ -55,7 +55,7 @@ def draw_crops(path: str) -> style.Figure:
     frame = {"facecolor": "none", "edgecolor": style.BROKEN, "linewidth": 1.5, "zorder": 3}
     tag = {"facecolor": "white", "edgecolor": style.BROKEN, "pad": 3}
     for number, (x, y, across, down) in enumerate(plan.windows):
-        style.box(axes, x, y, across, down, **frame)
+        style.box(axes, (x, y, across, down), **frame)
         axes.annotate(f"{number}", (x, y), (5, -12), textcoords="offset points", bbox=tag)
     return sheet
 

@@ -19,7 +19,12 @@ from step37_inspect.pack_picture import describe_pack, draw_pack
 
 
 def write_page(
-    path: Path, data: DataSetDescription, packs: MixedPackedDataloader, shown: range, progress: bool
+    path: Path,
+    data: DataSetDescription,
+    packs: MixedPackedDataloader,
+    *,
+    shown: range,
+    progress: bool,
 ) -> None:
     """Write the page of a data set.
 

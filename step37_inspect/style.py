@@ -22,6 +22,8 @@ TEXT, TRAINED, IMAGE, CROP = "#d5d8de", "#f0c05a", "#56b4e9", "#cc9fbf"
 PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 DPI = 100
+Point = tuple[float, float]
+"""A place on axes: x, y."""
 _MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
@@ -44,35 +46,40 @@ def sheet_of(width: float, height: float, title: str) -> Figure:
     return sheet
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, **looks: Any) -> None:
-    """A rectangle without an edge, unless ``looks`` (Matplotlib's) has one."""
+def box(axes: Axes, place: tuple[float, float, float, float], **looks: Any) -> None:
+    """Draw a rectangle, ``place`` = x, y, width, height; it has an edge only if ``looks`` has."""
     from matplotlib.patches import Rectangle
 
+    x, y, width, height = place
     axes.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **looks}))
 
 
 def label(
-    axes: Axes, x: float, y: float, text: str, size: float = 9, width: float = 1e9, **looks: Any
+    axes: Axes, at: Point, text: str, *, size: float = 9, width: float = 1e9, **looks: Any
 ) -> None:
-    """Text as it is (no formulas), its middle at height ``y``, cut to fit ``width`` inches."""
+    """Write ``text`` from ``at`` to the right, cut to ``width`` inches; ``$`` makes no formula.
+
+    ``at`` is the left end of the text, at half of its height.
+    """
     text = fit(text, width, size, looks.get("weight", "normal"))
     looks = {"color": INK, "va": "center", "fontsize": size, "parse_math": False, **looks}
-    axes.text(x, y, text, **looks)
+    axes.text(*at, text, **looks)
 
 
-def legend(axes: Axes, x: float, y: float, entries: Mapping[str, dict[str, Any]]) -> None:
-    """A row of swatches with their names, from the left, its middle at height ``y``."""
+def legend(axes: Axes, at: Point, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Draw a row of swatches with their names; ``at`` is its left end, at half of its height."""
     from matplotlib.patches import Patch
 
     edge = {"edgecolor": FRAME, "linewidth": 0.6}
     swatches = [Patch(label=name, **{**edge, **looks}) for name, looks in entries.items()]
-    place = {"loc": "center left", "bbox_to_anchor": (x, y), "bbox_transform": axes.transData}
+    place = {"loc": "center left", "bbox_to_anchor": at, "bbox_transform": axes.transData}
     space = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.3}
     axes.legend(handles=swatches, ncols=len(swatches), frameon=False, fontsize=9, **place, **space)
 
 
-def show(axes: Axes, picture: Image, x: float, y: float, side: float) -> None:
-    """A picture at the lower left of a square."""
+def show(axes: Axes, picture: Image, at: Point, side: float) -> None:
+    """Draw a picture at the lower left of the square whose top left corner is ``at``."""
+    x, y = at
     width, height = (side * pixels / max(picture.size) for pixels in picture.size)
     extent = (x, x + width, y + side, y + side - height)
     axes.imshow(picture, extent=extent, aspect="auto", zorder=1)

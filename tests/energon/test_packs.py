@@ -52,7 +52,7 @@ def pixels_of(pack: dict[str, Any], encoder: Step37TaskEncoder) -> dict[str, Any
     [("next_fit", SAMPLES, False), ("best_fit", 16, False), ("best_fit", 20, True)],
 )
 def test_packs_tokens_and_pixels_are_those_of_the_folders_provider_bit_for_bit(
-    folder: Path, shards: Path, in_order: Build, packing: Any, buffer: int, multicrop: bool
+    *, folder: Path, shards: Path, in_order: Build, packing: Any, buffer: int, multicrop: bool
 ) -> None:
     length = 1700 if multicrop else 700
     provider = Step37Flickr8kSFTDataProvider(

@@ -107,6 +107,8 @@ class Step37EnergonSFTDataProvider(PackProvider):
     """Samples that a worker packs together; it holds their encoded pictures."""
     multicrop: bool = False
     prompt: str | None = None
+    caption_key: str | None = None
+    """Where in ``json`` the captions are, as in ``"caption"``; None takes those of ``txt``."""
     on_broken: OnBroken = "zero"
     shuffle_buffer_size: int | None = 100
     """Samples that Energon draws from; None draws in the order of the slices."""
@@ -129,6 +131,7 @@ class Step37EnergonSFTDataProvider(PackProvider):
             packing=self.packing,
             multicrop=self.multicrop,
             prompt=self.prompt,
+            caption_key=self.caption_key,
             on_broken=self.on_broken,
         )
         self._resolve_special_token_ids(encoder.template)

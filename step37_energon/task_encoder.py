@@ -18,6 +18,7 @@ its pictures in place of their paths::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ try:
     from megatron.energon import (
         BaseWebdatasetFactory,
         Cooker,
+        SkipSample,
         TaskEncoder,
         basic_sample_keys,
         stateless,
@@ -39,9 +41,10 @@ except ModuleNotFoundError as error:
         raise
     # By its full name: other parts of megatron come with other extras.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
+from megatron.energon.errors import FatalSampleError
 
 from step37_data.common.checks import checked_choice
-from step37_data.common.image_entry import EncodedImage
+from step37_data.common.image_entry import IMAGE_ITEM_TYPE, EncodedImage, checked_kind
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
 from step37_data.pack_transform import pack_samples
@@ -53,52 +56,114 @@ from step37_energon.shards import PICTURE_SUFFIXES
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
+# Blank captions in a row that end the run.
+_MOST_BLANK = 10_000
+
 
 @stateless
-def cook_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """From the parts of a WebDataset sample to a conversation, or a caption, and its pictures.
+def cook_sample(sample: dict[str, Any], *, caption_key: str | None = None) -> dict[str, Any]:
+    """Find the conversation, or the caption, and the pictures in the parts of a WebDataset sample.
 
-    Parts that end in ``jpg``, ``jpeg``, ``png`` or ``webp`` are pictures. ``json`` holds
-    ``messages``, and ``images``, which name the parts in the order of the placeholders (``"0.jpg"``
-    of ``key.0.jpg``; ``["0.jpg", 1]`` is a crop); without ``images`` the pictures come in the order
-    of their names, in which 2 is before 10. Without ``json``, ``txt`` is a caption.
+    Parts whose names end in one of :data:`~step37_energon.shards.PICTURE_SUFFIXES` are pictures.
+    The text is the first of these that the sample has:
+
+    * ``messages`` in ``json``: a conversation. ``images`` beside them names the parts in the order
+      of the placeholders (``"0.jpg"`` is the part ``key.0.jpg``; ``["0.jpg", 1]`` is a crop).
+      Without ``images`` the pictures come in the order of their names, 2 before 10.
+    * ``caption_key`` in ``json``, if it is given: a caption.
+    * ``txt``: a caption. A ``json`` beside it is taken for metadata.
+
+    Args:
+        sample: the parts by name, as bytes, and Energon's keys.
+        caption_key: where in ``json`` the caption is; None if ``json`` holds no captions.
+
+    Returns:
+        ``conversations`` or ``caption``, ``images`` and Energon's keys of the sample.
 
     Raises:
-        ValueError: there is neither of the two, the ``json`` is of another form, or names a picture
-            that is not there.
+        ValueError: the sample has no such text, the text is not in UTF-8, ``json`` has another
+            form, or ``images`` names a picture that is not there. The message has the key.
+        SkipSample: the caption is empty or blank.
     """
+    key = sample["__key__"]
     pictures = {
-        part: EncodedImage(f"{sample['__key__']}.{part}", data)
+        part: EncodedImage(f"{key}.{part}", data)
         for part, data in sample.items()
         if part.rpartition(".")[2].lower() in PICTURE_SUFFIXES
     }
     cooked = basic_sample_keys(sample)
-    names: Sequence[Any] = sorted(pictures, key=_in_order)
-    if "json" in sample:
-        body = json.loads(sample["json"])
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            raise ValueError(f"{sample['__key__']}.json: expected an object with messages")
-        cooked["conversations"] = body["messages"]
-        names = body.get("images", names)
+    images = [pictures[name] for name in sorted(pictures, key=_in_order)]
+    body = _parsed(f"{key}.json", sample["json"]) if "json" in sample else None
+    if isinstance(body, dict) and "messages" in body:
+        if not isinstance(body["messages"], list):
+            raise ValueError(f"{key}.json: expected a list of messages, got {body['messages']!r}")
+        named = _named(f"{key}.json", body["images"], pictures) if "images" in body else images
+        return {**cooked, "conversations": body["messages"], "images": named}
+    if caption_key is not None and "json" in sample:
+        caption = _caption_in(f"{key}.json", body, caption_key)
     elif "txt" in sample:
-        cooked["caption"] = sample["txt"].decode().strip()
+        caption = _decoded(f"{key}.txt", sample["txt"])
+    elif "json" in sample:
+        told = "or a txt beside it, or a caption_key that says where in it the caption is"
+        raise ValueError(f"{key}.json: expected an object with messages, {told}; {_seen(body)}")
     else:
         parts = sorted(part for part in sample if not part.startswith("__"))
-        raise ValueError(f"{sample['__key__']}: expected json or txt, got the parts {parts}")
-    images = []
-    for given in names:
-        name, kind = given if isinstance(given, list) and len(given) == 2 else (given, None)
-        if name not in pictures:
-            raise ValueError(
-                f"{sample['__key__']}.json: images name {name!r}, its pictures are {list(pictures)}"
-            )
-        images.append(pictures[name] if kind is None else (pictures[name], kind))
-    return {**cooked, "images": images}
+        raise ValueError(f"{key}: expected json or txt, got the parts {parts}")
+    if not (caption := caption.strip()):
+        raise SkipSample(f"{key}: the caption is blank")
+    return {**cooked, "caption": caption, "images": images}
 
 
 def _in_order(name: str) -> list[Any]:
-    """Texts and numbers take turns in it, so that like is compared with like."""
+    """Split a name into texts and numbers, which take turns: like is compared with like."""
     return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8: {error}") from error
+
+
+def _parsed(name: str, data: bytes) -> Any:
+    try:
+        return json.loads(_decoded(name, data))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected JSON: {error}") from error
+    except RecursionError as error:  # Energon would end the run for it.
+        raise ValueError(f"{name}: its lists and objects are nested too deeply") from error
+
+
+def _seen(body: Any) -> str:
+    return f"got the keys {sorted(body)}" if isinstance(body, dict) else f"got {body!r}"
+
+
+def _caption_in(name: str, body: Any, caption_key: str) -> str:
+    if not isinstance(body, dict) or caption_key not in body:
+        raise ValueError(f"{name}: expected the caption_key {caption_key!r}, {_seen(body)}")
+    caption = body[caption_key]
+    if not isinstance(caption, str | None):
+        raise ValueError(f"{name}: expected a text under {caption_key!r}, got {caption!r}")
+    return caption or ""
+
+
+def _named(
+    name: str, given: Any, pictures: Mapping[str, EncodedImage]
+) -> list[EncodedImage | tuple[EncodedImage, int]]:
+    """Look up the pictures that ``images`` names."""
+    if not isinstance(given, list):
+        raise ValueError(f"{name}: expected images to be a list of names, got {given!r}")
+    images: list[EncodedImage | tuple[EncodedImage, int]] = []
+    for each in given:
+        part, kind = each if isinstance(each, list) and len(each) == 2 else (each, IMAGE_ITEM_TYPE)
+        if not isinstance(part, str):
+            raise ValueError(f"{name}: images: expected a name or [name, type], got {each!r}")
+        if part not in pictures:
+            raise ValueError(f"{name}: images name {part!r}, its pictures are {list(pictures)}")
+        kind = checked_kind(f"{name}: images: {part}", kind)
+        images.append(pictures[part] if each == part else (pictures[part], kind))
+    return images
 
 
 class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
@@ -110,10 +175,12 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     pictures: 256 photographs of 150 KB are 40 MB. Longer samples than a pack are dropped.
 
     A sample that cannot be encoded (pictures and placeholders that differ in number, reserved
-    tokens, a broken ``json``) raises ``ValueError`` in Energon, whose error handler of the
-    ``WorkerConfig`` decides; Energon's own logs the sample, skips it, and gives up after 100 in a
-    row. Every pack says in ``skipped_samples`` how many such samples, and in ``dropped_samples``
-    how many too long ones, its worker has met since its last pack.
+    tokens, a broken ``json``) raises ``ValueError`` in Energon, and the error handler of the
+    ``WorkerConfig`` decides about it. Energon's default handler logs the sample and skips it, and
+    100 such samples in a row end the run. A sample with a blank caption is skipped without an
+    error; 10,000 of them in a row end the run. Every pack says in ``skipped_samples`` how many of
+    both its worker has met since its last pack, and in ``dropped_samples`` how many samples were
+    longer than a pack.
 
     Args:
         tokenizer_path: folder of the tokenizer.
@@ -125,6 +192,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         multicrop: see pictures in crops, too.
         prompt: what the user asks about the picture of a caption; None is the question that the
             folder's provider asks.
+        caption_key: where in ``json`` the captions are, as in ``"caption"``; None takes those of
+            ``txt``. See :func:`cook_sample`.
         on_broken: what ``preprocess_packed_batch`` does about an unreadable picture of these packs
             unless it is told otherwise.
 
@@ -133,7 +202,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             template needs.
     """
 
-    cookers = (Cooker(cook_sample),)
+    cookers: Sequence[Cooker[Any]] = (Cooker(cook_sample),)
     decoder = None  # Pictures stay encoded until the pack is prepared.
 
     def __init__(
@@ -145,6 +214,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         packing: Packing = "next_fit",
         multicrop: bool = False,
         prompt: str | None = None,
+        caption_key: str | None = None,
         on_broken: OnBroken = "zero",
     ) -> None:
         super().__init__()
@@ -160,7 +230,10 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         self.packing = packing
         self.prompt = DEFAULT_PROMPT if prompt is None else prompt
         self.on_broken = on_broken
-        self._skipped = self._dropped = 0
+        if caption_key is not None:
+            cook = stateless(functools.partial(cook_sample, caption_key=caption_key))
+            self.cookers = (Cooker(cook),)
+        self._skipped = self._dropped = self._blank_in_a_row = 0
 
     @contextlib.contextmanager
     def _skips_counted(self) -> Iterator[None]:
@@ -172,9 +245,19 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def cook_crude_sample(self, sample: Any, cooker: Any, aux: Any) -> Any:
-        """Energon's, and counts what it cannot cook."""
+        """Cook a sample as Energon does, and count those that cannot be cooked."""
         with self._skips_counted():
-            return super().cook_crude_sample(sample, cooker, aux)
+            try:
+                cooked = super().cook_crude_sample(sample, cooker, aux)
+            except SkipSample as error:
+                # Energon would draw from a data set without captions for ever.
+                self._blank_in_a_row += 1
+                if self._blank_in_a_row >= _MOST_BLANK:
+                    told = f"the last {self._blank_in_a_row} samples have blank captions"
+                    raise FatalSampleError(f"{sample['__key__']}: {told}") from error
+                raise
+            self._blank_in_a_row = 0
+            return cooked
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> MultimodalSFTSample:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, get_train_dataset
 
+from step37_data.common.checks import checked_int, checked_state
 from step37_data.images.decode import OnBroken
 from step37_data.packing import Packing
 from step37_data.provider import PackProvider, allow_in_configurations
@@ -80,10 +81,29 @@ class EnergonPacks(Iterator[dict[str, Any]]):
                 # Of a worker that has not begun, Energon 7.4 says that a pack was taken.
                 if getattr(worker, "offset", 0) == 1 and worker.state is None:
                     worker.offset = 0
-            return {"loader": state, "unused": keys}
+            return {"loader": state, "unused": keys, **self._readers()}
+
+    def _readers(self) -> dict[str, int]:
+        config = self._loader.worker_config
+        return {"num_workers": config.num_workers, "data-parallel size": config.world_size}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the packs that were used when ``state`` was saved; before the first pack."""
+        """Go on after the packs that were used when ``state`` was saved.
+
+        Call it before the first pack is taken.
+
+        Raises:
+            ValueError: ``state`` was saved with another number of workers or data-parallel ranks,
+                or is not what :meth:`save_state` returns.
+        """
+        checked_state(state, "loader", "unused")
+        for name, now in self._readers().items():
+            saved = state.get(name, now)
+            if saved != now:
+                raise ValueError(
+                    f"{name}: the state was saved with {saved}, and this run has {now}; Energon "
+                    "goes on only with the same number"
+                )
         self._loader.restore_state_rank(copy.deepcopy(state["loader"]))
         self._again = deque(map(self._loader.restore_sample, state["unused"]))
 
@@ -123,7 +143,15 @@ class Step37EnergonSFTDataProvider(PackProvider):
         Args:
             context: Megatron-Bridge's build context. Where it has no groups, they are Megatron's,
                 if it is in use, and else all of ``torch.distributed``.
+
+        Raises:
+            ValueError: a field has none of the values that it may have; the message names it.
         """
+        checked_int("num_workers", self.num_workers, least=0)
+        checked_int("packing_buffer_size", self.packing_buffer_size)
+        for name in ("shuffle_buffer_size", "max_samples_per_sequence"):
+            if getattr(self, name) is not None:
+                checked_int(name, getattr(self, name))
         encoder = Step37TaskEncoder(
             self.tokenizer_path,
             max_packing_seqlen=self.max_packing_seqlen,

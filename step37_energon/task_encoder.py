@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 from megatron.energon.errors import FatalSampleError
 
-from step37_data.common.checks import checked_choice
+from step37_data.common.checks import checked_choice, checked_int
 from step37_data.common.image_entry import IMAGE_ITEM_TYPE, EncodedImage, checked_kind
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
@@ -56,8 +56,10 @@ from step37_energon.shards import PICTURE_SUFFIXES
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
 
-# Blank captions in a row that end the run.
+# What ends the run: so many blank captions in a row, or buffers without a sample that fits. After
+# a hundred such buffers Energon ends it with a message that does not name the reason.
 _MOST_BLANK = 10_000
+_MOST_EMPTY_BUFFERS = 100
 
 
 @stateless
@@ -180,7 +182,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     100 such samples in a row end the run. A sample with a blank caption is skipped without an
     error; 10,000 of them in a row end the run. Every pack says in ``skipped_samples`` how many of
     both its worker has met since its last pack, and in ``dropped_samples`` how many samples were
-    longer than a pack.
+    longer than a pack. 100 buffers in a row without a sample that fits end the run.
 
     Args:
         tokenizer_path: folder of the tokenizer.
@@ -218,6 +220,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         on_broken: OnBroken = "zero",
     ) -> None:
         super().__init__()
+        checked_int("max_packing_seqlen", max_packing_seqlen)
+        checked_int("seqlen_divisible_by", seqlen_divisible_by)
         checked_choice("packing", packing, Packing)
         checked_choice("on_broken", on_broken, OnBroken)
         self.template = Step37MultimodalTemplate(
@@ -233,7 +237,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         if caption_key is not None:
             cook = stateless(functools.partial(cook_sample, caption_key=caption_key))
             self.cookers = (Cooker(cook),)
-        self._skipped = self._dropped = self._blank_in_a_row = 0
+        self._skipped = self._dropped = 0
+        self._blank_in_a_row = self._empty_buffers = 0
 
     @contextlib.contextmanager
     def _skips_counted(self) -> Iterator[None]:
@@ -284,7 +289,11 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     def select_samples_to_pack(
         self, samples: list[MultimodalSFTSample]
     ) -> list[list[MultimodalSFTSample]]:
-        """Deal a buffer out to packs; samples that are longer than a pack are left out."""
+        """Deal a buffer out to packs; samples that are longer than a pack are left out.
+
+        Raises:
+            FatalSampleError: in 100 buffers in a row no sample fits in a pack.
+        """
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
         to_balance = samples if self.packing == "balanced" else []
         loads = [self._vision_tokens(sample) for sample in to_balance]
@@ -297,6 +306,13 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             window=len(samples),
         )
         self._dropped += result.num_droped
+        self._empty_buffers = 0 if result.num_packed_samples else self._empty_buffers + 1
+        if self._empty_buffers >= _MOST_EMPTY_BUFFERS:
+            raise FatalSampleError(
+                f"nothing was packed: no sample fits in a pack of {self.max_packing_seqlen} tokens "
+                f"(max_packing_seqlen); the shortest of the last {len(samples)} samples has "
+                f"{sizes.min()}"
+            )
         ordered = [samples[index] for index in np.arange(len(samples))[order]]
         return [ordered[at : at + count] for at, count in result.packed_sample_ranges]
 

@@ -295,8 +295,10 @@ def test_a_broken_picture_follows_on_broken(
     [
         ({"packing": "worst_fit"}, "packing: expected one of next_fit, best_fit, balanced"),
         ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
+        ({"seqlen_divisible_by": 0}, "seqlen_divisible_by: expected at least 1, got 0"),
+        ({"max_packing_seqlen": 0}, "max_packing_seqlen: expected at least 1, got 0"),
     ],
 )
-def test_an_unknown_word_is_refused(given: dict[str, Any], message: str) -> None:
+def test_a_value_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Step37TaskEncoder(TOKENIZER, **given)

@@ -43,6 +43,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 from megatron.energon.errors import FatalSampleError
 
+from step37_data.caches.hub_cache import refuse_links
 from step37_data.common.checks import checked_choice, checked_int
 from step37_data.common.image_entry import IMAGE_ITEM_TYPE, EncodedImage, checked_kind
 from step37_data.common.threads import default_threads
@@ -345,19 +346,40 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         return collate_single_pack(samples)
 
 
-def prepare_shards(folder: str | Path, shards: Mapping[str, Sequence[str]]) -> None:
-    """Write Energon's metadata beside shards: what ``energon prepare`` makes, nothing asked.
+def prepare_shards(
+    folder: str | Path, shards: Mapping[str, Sequence[str] | Mapping[str, int]]
+) -> None:
+    """Write Energon's metadata beside shards, as ``energon prepare`` does, without its questions.
 
     Args:
         folder: of the data set.
-        shards: per split the paths of its shards in ``folder``.
+        shards: per split the paths of its shards in ``folder``; where they are the keys of a
+            mapping, its values are the numbers of samples that Energon must find in them.
+
+    Raises:
+        ValueError: Energon cannot read a shard, finds another number of samples in it or the same
+            key in two; or ``.nv-meta`` is a link that leads outside of ``folder``.
     """
-    BaseWebdatasetFactory.prepare_dataset(
-        Path(folder),
-        [path for paths in shards.values() for path in paths],
-        split_parts_patterns=[(split, f"{re.escape(split)}/") for split in shards],
-        workers=default_threads(),
-    )
+    metadata = Path(folder, ".nv-meta")
+    refuse_links(Path(folder), metadata)
+    try:
+        BaseWebdatasetFactory.prepare_dataset(
+            Path(folder),
+            [path for paths in shards.values() for path in paths],
+            split_parts_patterns=[(split, f"{re.escape(split)}/") for split in shards],
+            workers=default_threads(),
+        )
+    except AssertionError as error:
+        raise ValueError(f"{folder}: Energon cannot index the shards: {error}") from error
+    except SystemExit as error:
+        told = "there are samples of one key in several of them"
+        raise ValueError(f"{folder}: Energon cannot index the shards: {told}") from error
     # The task encoder cooks the samples itself.
     definition = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-    Path(folder, ".nv-meta", "dataset.yaml").write_text(definition, encoding="utf-8")
+    (metadata / "dataset.yaml").write_text(definition, encoding="utf-8")
+    indexed = json.loads((metadata / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+    for of_split in shards.values():
+        for path, count in of_split.items() if isinstance(of_split, Mapping) else ():
+            if indexed.get(path) != count:
+                told = f"{count} samples were written, Energon finds {indexed.get(path)}"
+                raise ValueError(f"{Path(folder, path)}: {told}")

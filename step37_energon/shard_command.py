@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from step37_data.common.checks import checked_int
+
 
 def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command; ``command`` makes the parser of one, as ``add_parser`` of argparse does."""
@@ -20,13 +22,17 @@ def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder in the layout of the data set")
     add("out", type=Path, help="folder for the shards")
-    add("--samples-per-shard", type=int, default=1000, metavar="N")
+    count = "samples in a shard (%(default)s)"
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help=count)
 
 
 def _run(options: argparse.Namespace) -> Iterator[str]:
     from step37_energon.shards import one_writer, write_shards
     from step37_energon.task_encoder import prepare_shards
 
+    checked_int("--samples-per-shard", options.samples_per_shard)
+    if options.sample_count is not None:
+        checked_int("--sample-count", options.sample_count)
     with one_writer(options.out):
         shards = write_shards(
             options.folder,

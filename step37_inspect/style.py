@@ -1,8 +1,8 @@
-"""One look for every picture of this project: colours, lettering, and labels that fit.
+"""Draw the pictures of this project in one look: colours, lettering, and labels that fit.
 
-The colours are Okabe and Ito's, which people with any colour vision tell apart; what matters is
-also told by a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and touches none of its
-global state.
+The colours are Okabe and Ito's, which people with any colour vision tell apart; what matters also
+has a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and changes none of its global
+state.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ TEXT, TRAINED, IMAGE, CROP = "#d5d8de", "#f0c05a", "#56b4e9", "#cc9fbf"
 PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 DPI = 100
+TITLE_HEIGHT = 0.45
+"""In inches."""
 Point = tuple[float, float]
 """A place on axes: x, y."""
 _MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
 def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """A sheet with its title, and axes over all of it in inches, from the top left corner."""
+    """Make a sheet with its title, and axes over all of it, in inches from the top left corner."""
     sheet = sheet_of(width, height, title)
     axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
@@ -36,7 +38,7 @@ def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def sheet_of(width: float, height: float, title: str) -> Figure:
-    """A sheet of so many inches, empty below its title, which takes 0.5 of them."""
+    """A sheet of so many inches, empty below its title, which takes :data:`TITLE_HEIGHT`."""
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -87,9 +89,9 @@ def show(axes: Axes, picture: Image, at: Point, side: float) -> None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing.
+    """Cut ``text`` short with "…" until it is at most ``width`` inches wide; maybe to nothing.
 
-    Line ends become ↵, and what the font has no letter for □.
+    Line ends become ↵, and characters that the font does not have □.
     """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -109,7 +111,12 @@ def save(sheet: Figure, path: Path) -> None:
     sheet.savefig(path, dpi=DPI)
 
 
-def png_of(sheet: Figure) -> bytes:
+def png_of(sheet: Figure, *, titled: bool = True) -> bytes:
+    """The sheet as a PNG file, on request without the strip that its title takes."""
+    from matplotlib.transforms import Bbox
+
+    width, height = sheet.get_size_inches()
+    below = None if titled else Bbox.from_extents(0, 0, width, height - TITLE_HEIGHT)
     file = io.BytesIO()
-    sheet.savefig(file, format="png", dpi=DPI)
+    sheet.savefig(file, format="png", dpi=DPI, bbox_inches=below)
     return file.getvalue()

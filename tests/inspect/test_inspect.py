@@ -25,10 +25,10 @@ from step37_inspect import style
 from step37_inspect.cli import _parser, main
 from step37_inspect.data_set import (
     DataSetDescription,
-    _histogram,
     draw_data_set,
     find_broken_images,
 )
+from step37_inspect.histogram import Histogram
 from step37_inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     assert "there is no folder" in error_of("--tokenizer", str(tmp_path / "none"))
     good = ("--tokenizer", TOKENIZER)
     for count in ("0", "-3"):
-        message = f"sample_count: expected at least 1, got {count}"
+        message = f"--sample-count: expected at least 1, got {count}"
         assert message in error_of(*good, "--sample-count", count)
     metadata = folder / "train" / "metadata.csv"
     metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
@@ -423,4 +423,6 @@ def test_broken_images_are_found_in_order(folder: Path) -> None:
 
 def test_lengths_near_the_end_of_their_narrow_type_are_counted_as_they_are() -> None:
     sizes = [180, 200, 254, 171, 190]
-    assert _histogram(np.array(sizes, dtype=np.uint8)) == _histogram(np.array(sizes))
+    narrow, wide = np.array(sizes, dtype=np.uint8), np.array(sizes)
+    assert Histogram.of(narrow) == Histogram.of(wide)
+    assert Histogram.of(narrow).counts(narrow) == Histogram.of(wide).counts(wide)

@@ -116,7 +116,8 @@ class DataSetDescription:
         if not self.longer:
             return ""
         fate = "dropped" if self.oversize == "drop" else "each alone in a pack"
-        return f"{len(self.longer)} samples of more than {self.capacity} tokens, {fate}"
+        count = f"{len(self.longer)} of {len(self.sizes)} samples"
+        return f"{count} have more than {self.capacity} tokens: {fate}"
 
     @property
     def unlike_a_viewer(self) -> str:

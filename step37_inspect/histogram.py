@@ -11,7 +11,7 @@ import numpy as np
 from step37_inspect import style
 
 _BARS = 16
-# Lengths are far off beyond so many times the span of nine tenths of them.
+# Lengths are far off so many times the span of the middle half of them below or above that half.
 _FAR = 3
 
 
@@ -32,7 +32,7 @@ class Histogram:
     def of(cls, sizes: np.ndarray) -> Histogram:
         """The bins for samples of these lengths."""
         low, high = int(sizes.min()), int(sizes.max())  # sizes may be as narrow as one byte
-        left, right = np.percentile(sizes, [5, 95])
+        left, right = np.percentile(sizes, [25, 75])
         reach = _FAR * max(right - left, _BARS)
         near = sizes[(sizes >= left - reach) & (sizes <= right + reach)]
         start, stop = int(near.min()), int(near.max()) + 1
@@ -78,10 +78,19 @@ def draw_histogram(
         axes.bar(places, heights, body.step, floor, **looks)
         floor += heights
     whole = MaxNLocator(5, integer=True).tick_values(body.start, body.stop)
-    ticks = [(tick, f"{tick:.0f}") for tick in whole if body.start <= tick <= body.stop]
-    for place, bin_ in zip(places, histogram.bins, strict=True):
+    axes.set_xticks([tick for tick in whole if body.start <= tick <= body.stop])
+    for place, bin_, count in zip(places, histogram.bins, floor.astype(int), strict=True):
         if bin_.start < body.start:
-            ticks.append((place + body.step / 2, f"from\n{bin_.start}"))
+            told = f"{count} from\n{bin_.start}"
         elif bin_.start >= body.stop:
-            ticks.append((place + body.step / 2, f"up to\n{bin_.stop - 1}"))
-    axes.set_xticks([tick for tick, _ in ticks], [name for _, name in ticks])
+            told = f"{count} up to\n{bin_.stop - 1}"
+        else:
+            continue
+        above: Any = {
+            "xytext": (0, 3),
+            "textcoords": "offset points",
+            "va": "bottom",
+            "ha": "center",
+        }
+        axes.annotate(told, (place + body.step / 2, count), fontsize=8, **above)
+        axes.margins(y=0.25)

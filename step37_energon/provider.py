@@ -1,4 +1,4 @@
-"""A provider of packs from shards, for Megatron-Bridge and for a loop of one's own."""
+"""Provide packs from shards, for Megatron-Bridge or for a training loop of your own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ allow_in_configurations(__name__)
 
 
 class EnergonPacks(Iterator[dict[str, Any]]):
-    """Packs without end from Energon's savable loader, for a training loop that keeps its state.
+    """Packs without end from Energon's loader, whose position can be saved and restored.
 
-    A state is about the packs that were *used*: those that somebody has read ahead, and said so by
-    :meth:`read_ahead_by`, are given once more by whoever restores it.
+    A saved state is a position behind the packs that were *used*. Packs that a reader has taken
+    ahead of their use are given once more after a restore, if :meth:`read_ahead_by` was called.
     """
 
     def __init__(self, loader: SavableDataLoader[dict[str, Any]]) -> None:
@@ -50,13 +50,13 @@ class EnergonPacks(Iterator[dict[str, Any]]):
             return pack
 
     def __del__(self) -> None:
-        # Energon's loader and iterator hold each other. The garbage collector would find their
-        # workers' queues first and close them, and then wait for every worker for five seconds.
+        # Energon's loader and iterator hold references to each other. Without this the garbage
+        # collector may close the workers' queues first, and then waits five seconds a worker.
         if self._packs is not None:
             self._packs.close()
 
     def read_ahead_by(self, count_used: Callable[[], int]) -> None:
-        """From now on ``count_used()`` tells how many of the packs handed out since are used."""
+        """Say how many packs are used: ``count_used()`` counts those handed out from now on."""
         with self._lock:
             self._forget_used()
             self._used, self._count_used = 0, count_used
@@ -71,14 +71,14 @@ class EnergonPacks(Iterator[dict[str, Any]]):
         self._used = used
 
     def save_state(self) -> dict[str, Any]:
-        """For :meth:`restore_state`; Megatron-Bridge writes it into its checkpoints."""
+        """Return the position, for :meth:`restore_state` and Megatron-Bridge's checkpoints."""
         with self._lock:
             self._forget_used()
             keys = [*self._unused, *(pack["__restore_key__"] for pack in self._again)]
-            # Energon goes on changing the lists in it.
+            # Copied, because Energon changes the lists in it later.
             state = copy.deepcopy(self._loader.save_state_rank())
             for worker in getattr(state, "worker_states", ()):
-                # Of a worker that has not begun, Energon 7.4 says that a pack was taken.
+                # For a worker that has not begun, Energon 7.4 may save that a pack was taken.
                 if getattr(worker, "offset", 0) == 1 and worker.state is None:
                     worker.offset = 0
             return {"loader": state, "unused": keys, **self._readers()}
@@ -110,10 +110,11 @@ class EnergonPacks(Iterator[dict[str, Any]]):
 
 @dataclass(kw_only=True)
 class Step37EnergonSFTDataProvider(PackProvider):
-    """Shards for supervised fine-tuning of Step-3.7: the folder provider's counterpart.
+    """Packs from shards for supervised fine-tuning of Step-3.7.
 
-    Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, whose checkpoints then hold the state of
-    the data, or take the packs of ``build_datasets(None)`` in a loop of your own.
+    It is to shards what ``Step37Flickr8kSFTDataProvider`` is to a folder. Set it as ``cfg.dataset``
+    of a Megatron-Bridge recipe, whose checkpoints then hold the state of the data, or take the
+    packs of ``build_datasets(None)`` in a loop of your own.
     """
 
     path: str
@@ -131,14 +132,15 @@ class Step37EnergonSFTDataProvider(PackProvider):
     """Where in ``json`` the captions are, as in ``"caption"``; None takes those of ``txt``."""
     on_broken: OnBroken = "zero"
     shuffle_buffer_size: int | None = 100
-    """Samples that Energon draws from; None draws in the order of the slices."""
+    """Size of the buffer from which Energon draws at random; None draws without it, slice by
+    slice."""
     max_samples_per_sequence: int | None = 100
     """Samples of a shard that are read in a row; None reads whole shards."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
 
     def build_datasets(self, context: Any) -> tuple[EnergonPacks, None, None]:
-        """The packs of this data-parallel rank, and two None: there is no other split.
+        """Return the packs of this data-parallel rank, and None twice for the other splits.
 
         Args:
             context: Megatron-Bridge's build context. Where it has no groups, they are Megatron's,

@@ -44,7 +44,7 @@ _WRITTEN_FILE = ".step37_written.jsonl"
 # In the folder of all shards.
 _LOCK_FILE = ".step37_lock"
 
-# They wait for the file system, not for a core.
+# These threads wait for the file system, so there may be more of them than cores.
 _STAT_THREADS = 16
 # Pictures that cannot be taken, in a message.
 _SHOWN = 10
@@ -66,7 +66,7 @@ class _Split(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of the pictures of all samples, from the folder on."""
+        """Path of the picture of every sample, relative to the folder of the split."""
         return [
             Path(sample.image_path).relative_to(self.root).as_posix() for sample in self.samples
         ]
@@ -222,7 +222,7 @@ def _check_origin(target: Path, split: _Split, samples_per_shard: int) -> None:
         raise ValueError(f"{told}; delete {target} or use another folder") from error
     if found != wanted:
         raise ValueError(
-            f"{target} holds shards of other samples, or of another number of them a shard; use "
+            f"{target} holds shards of other samples, or shards of another number of samples; use "
             "another folder"
         )
 
@@ -244,7 +244,7 @@ def _write_split(
                 size = _write_shard(path, chunk, _keys(target.name, first))
                 line = {"shard": path.name, "pictures": pictures, "size": size}
                 with journal.open("a", encoding="utf-8") as file:
-                    file.write(f"\n{json.dumps(line)}")  # apart from a line that was cut off
+                    file.write(f"\n{json.dumps(line)}")  # the last line there may have been cut off
             bar.update(len(chunk))
             yield path.name, len(chunk)
 
@@ -291,7 +291,7 @@ def _write_samples(file: BinaryIO, samples: Sequence[Flickr8kSample], keys: Iter
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in zip(keys, samples, strict=False):
             for part, content in _parts(sample):
-                # No time, no owner: the same folder gives the same bytes.
+                # Without time and owner, so that the same folder gives the same bytes.
                 member = tarfile.TarInfo(f"{key}.{part}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

@@ -1,9 +1,10 @@
-"""Packs from WebDataset shards, through Megatron-Energon.
+"""Make packs from WebDataset shards, through Megatron-Energon.
 
-Energon reads (shards, object stores, blends, ranks, workers, exact resume); this is its task
-encoder for Step-3.7: the template, the packing and ``pack_samples`` of the folder's provider. A
-pack is the dictionary that ``preprocess_packed_batch`` and ``forward_step`` take, with the files of
-its pictures in place of their paths::
+Energon reads the shards (also from object stores and blends) and deals them out to ranks and
+workers; its task encoder for Step-3.7, here, makes packs of the samples with the template, the
+packing and ``pack_samples`` of the folder's provider. A pack is the dictionary that
+``preprocess_packed_batch`` and ``forward_step`` take. In it stand the contents of the image files
+where a folder's packs have their paths::
 
     workers = WorkerConfig(rank=0, world_size=1, num_workers=2)
     packs = get_train_dataset(
@@ -22,6 +23,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("megatron", "megatron.energon"):
         raise
-    # By its full name: other parts of megatron come with other extras.
+    # The full name, because other extras bring other parts of megatron.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 from megatron.energon.errors import FatalSampleError
 
@@ -169,13 +171,15 @@ def _named(
     return images
 
 
+@dataclass(eq=False, repr=False)
 class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     """Energon's task encoder for packed Step-3.7 samples.
 
-    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs
-    buffer after buffer, so ``"best_fit"`` is the folder's with a ``packing_window`` of that size,
-    and ``"next_fit"`` closes a pack where a buffer ends. A worker holds a buffer of encoded
-    pictures: 256 photographs of 150 KB are 40 MB. Longer samples than a pack are dropped.
+    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs the
+    samples of one buffer after the other. So ``"best_fit"`` makes the packs that the folder's
+    provider makes with a ``packing_window`` of that size, and ``"next_fit"`` closes a pack where a
+    buffer ends. A worker holds a buffer of encoded pictures in memory: 256 photographs of 150 KB
+    are 40 MB. Samples that are longer than a pack are dropped.
 
     A sample that cannot be encoded (pictures and placeholders that differ in number, reserved
     tokens, a broken ``json``) raises ``ValueError`` in Energon, and the error handler of the
@@ -190,9 +194,9 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         max_packing_seqlen: tokens in a pack.
         seqlen_divisible_by: padded to a multiple of this.
         packing: ``"next_fit"`` packs in the order that Energon draws, ``"best_fit"`` reorders
-            within the buffer for fuller packs, ``"balanced"`` besides makes the packs of a buffer
-            more alike in vision tokens (ranks do not talk to each other about it).
-        multicrop: see pictures in crops, too.
+            within the buffer for fuller packs, ``"balanced"`` also makes the packs of a buffer more
+            alike in vision tokens (of one worker: workers do not know of each other).
+        multicrop: show the model crops of a picture besides the full image.
         prompt: what the user asks about the picture of a caption; None is the question that the
             folder's provider asks.
         caption_key: where in ``json`` the captions are, as in ``"caption"``; None takes those of
@@ -201,42 +205,39 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             unless it is told otherwise.
 
     Raises:
-        ValueError: an argument is none of the values it may be, or the tokenizer has not what the
-            template needs.
+        ValueError: an argument has none of the values that it may have, or the tokenizer lacks
+            something that the template needs.
     """
 
-    cookers: Sequence[Cooker[Any]] = (Cooker(cook_sample),)
-    decoder = None  # Pictures stay encoded until the pack is prepared.
+    tokenizer_path: str
+    _: KW_ONLY
+    max_packing_seqlen: int = 2048
+    seqlen_divisible_by: int = 64
+    packing: Packing = "next_fit"
+    multicrop: bool = False
+    prompt: str | None = None
+    caption_key: str | None = None
+    on_broken: OnBroken = "zero"
 
-    def __init__(
-        self,
-        tokenizer_path: str,
-        *,
-        max_packing_seqlen: int = 2048,
-        seqlen_divisible_by: int = 64,
-        packing: Packing = "next_fit",
-        multicrop: bool = False,
-        prompt: str | None = None,
-        caption_key: str | None = None,
-        on_broken: OnBroken = "zero",
-    ) -> None:
+    # What Energon asks for, which is no field. Pictures are decoded when a pack is prepared.
+    cookers = (Cooker(cook_sample),)
+    decoder = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        checked_int("max_packing_seqlen", max_packing_seqlen)
-        checked_int("seqlen_divisible_by", seqlen_divisible_by)
-        checked_choice("packing", packing, Packing)
-        checked_choice("on_broken", on_broken, OnBroken)
+        checked_int("max_packing_seqlen", self.max_packing_seqlen)
+        checked_int("seqlen_divisible_by", self.seqlen_divisible_by)
+        checked_choice("packing", self.packing, Packing)
+        checked_choice("on_broken", self.on_broken, OnBroken)
         self.template = Step37MultimodalTemplate(
-            tokenizer_path=tokenizer_path,
-            max_sequence_length=max_packing_seqlen,
-            multicrop=multicrop,
+            tokenizer_path=self.tokenizer_path,
+            max_sequence_length=self.max_packing_seqlen,
+            multicrop=self.multicrop,
         )
-        self.max_packing_seqlen = max_packing_seqlen
-        self.seqlen_divisible_by = seqlen_divisible_by
-        self.packing = packing
-        self.prompt = DEFAULT_PROMPT if prompt is None else prompt
-        self.on_broken = on_broken
-        if caption_key is not None:
-            cook = stateless(functools.partial(cook_sample, caption_key=caption_key))
+        if self.prompt is None:
+            self.prompt = DEFAULT_PROMPT
+        if self.caption_key is not None:
+            cook = stateless(functools.partial(cook_sample, caption_key=self.caption_key))
             self.cookers = (Cooker(cook),)
         self._skipped = self._dropped = 0
         self._blank_in_a_row = self._empty_buffers = 0
@@ -322,7 +323,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def pack_selected_samples(self, samples: list[MultimodalSFTSample]) -> dict[str, Any]:
-        """One pack: what ``pack_samples`` gives, and Energon's keys of its samples."""
+        """Make one pack: what ``pack_samples`` returns, and Energon's keys of its samples."""
         packed = pack_samples(
             samples,
             seqlen_divisible_by=self.seqlen_divisible_by,
@@ -337,12 +338,12 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             "dropped_samples": dropped,
             "__key__": [sample["__key__"] for sample in samples],
             "__subflavors__": [sample["__subflavors__"] for sample in samples],
-            "__restore_key__": (),  # Energon's, set when it takes the pack
+            "__restore_key__": (),  # Energon sets it when it takes the pack
         }
 
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The pack itself: a pack is a batch already."""
+        """Return the pack itself, which is a whole batch."""
         return collate_single_pack(samples)
 
 

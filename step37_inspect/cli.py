@@ -34,10 +34,10 @@ _DIRECTION_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``step37-data``; returns the exit status."""
+    """Run the command ``step37-data`` and return its exit status."""
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that is not UTF-8 has no dash and no ×; it shows an escape in their place.
+        # A terminal that is not UTF-8 shows escapes in place of the dash and the ×.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for line in options.run(options):
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shown_as_text(line: str) -> str:
-    """Write control characters as escapes: a caption or a file name must not steer the terminal.
+    """Write control characters as escapes, so that a caption or file name controls no terminal.
 
-    Covered are the control characters but for line breaks and tabs, lone surrogates, and the marks
+    Escaped are all control characters except line breaks and tabs, lone surrogates, and the marks
     that turn the direction of text.
     """
 
@@ -96,31 +96,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--html-packs", type=int, default=12, metavar="N", help=packs_of_page)
     add("--out", type=Path, metavar="FILE", help="draw it into this file, such as p.png")
     add("--skip-images", action="store_true", help="do not read the images")
-    # Those that choose the packs have the names of the provider's fields.
+    # Options that choose the packs are stored under the names of the provider's fields.
     add("--tokenizer", dest="tokenizer_path", metavar="FOLDER", help="folder of the tokenizer")
     add("--multicrop", action="store_true", help="see images in crops")
-    add("--split", default="train", help="folder in the folder (%(default)s)")
+    add("--split", default="train", help="folder of the split in it (%(default)s)")
     question = "Describe this image in one sentence."
     add("--prompt", default=question, metavar="TEXT", help="what the user asks (%(default)s)")
     tokens = functools.partial(add, type=int, metavar="TOKENS")
-    capacity, multiple = "capacity of a pack (%(default)s)", "packs are padded to a multiple (64)"
+    capacity, multiple = "capacity of a pack (%(default)s)", "a pack is padded to a multiple of it"
     tokens("--max-length", dest="max_packing_seqlen", default=2048, help=capacity)
+    multiple += " (%(default)s)"
     tokens("--divisible-by", dest="seqlen_divisible_by", default=64, help=multiple)
-    choose = functools.partial(_add_choice, inspect)
-    choose("--oversize", "oversize_policy", ("drop", "extend"), "what happens to longer samples")
-    choose("--sampling", "dataset_sampling", ("random", "sequential"), "order of the samples")
-    choose("--packing", "packing", ("next_fit", "best_fit", "balanced"), "how samples are packed")
+    for option, dest, choices, told in (
+        ("--oversize", "oversize_policy", ("drop", "extend"), "what happens to longer samples"),
+        ("--sampling", "dataset_sampling", ("random", "sequential"), "order of the samples"),
+        ("--packing", "packing", ("next_fit", "best_fit", "balanced"), "how samples are packed"),
+    ):
+        told += " (%(default)s)"
+        add(option, dest=dest, choices=choices, default=choices[0], help=told)
     add("--lengths-cache", dest="lengths_cache_dir", metavar="FOLDER", help="keep lengths here")
     shard_command.add_to(command)
     return parser
-
-
-def _add_choice(
-    parser: argparse.ArgumentParser, option: str, dest: str, choices: tuple[str, ...], told: str
-) -> None:
-    """Add an option that takes one of several words; the first is the default."""
-    told += f" ({choices[0]})"
-    parser.add_argument(option, dest=dest, choices=choices, default=choices[0], help=told)
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:
@@ -199,17 +195,20 @@ def _metadata(options: argparse.Namespace) -> Path:
 def _packs(
     options: argparse.Namespace, samples: Sequence[Flickr8kSample], **other: Any
 ) -> MixedPackedDataloader:
-    """Packs as training sees them, of the files that are there, unless ``other`` says otherwise."""
+    """Pack the samples as training does; ``other`` replaces what the options say."""
     from step37_data.flickr8k_loader import Step37Flickr8kDataset
     from step37_data.pack_transform import pack_samples
     from step37_data.packed_dataloader import MixedPackedDataloader
     from step37_data.template import Step37MultimodalTemplate
 
-    template = Step37MultimodalTemplate(
-        tokenizer_path=options.tokenizer_path,
-        max_sequence_length=options.max_packing_seqlen,
-        multicrop=options.multicrop,
-    )
+    try:
+        template = Step37MultimodalTemplate(
+            tokenizer_path=options.tokenizer_path,
+            max_sequence_length=options.max_packing_seqlen,
+            multicrop=options.multicrop,
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("tokenizer_path", "--tokenizer", 1)) from error
     chosen = {"packing": options.packing, "oversize_policy": options.oversize_policy, **other}
     return MixedPackedDataloader(
         datasets=[Step37Flickr8kDataset(samples, template, options.prompt)],
@@ -270,7 +269,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    """What a report says about how it was made."""
+    """Tell how a report was made, for the report."""
     count, multiple = options.sample_count, options.seqlen_divisible_by
     return {
         "date": f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC",

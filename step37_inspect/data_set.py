@@ -55,7 +55,7 @@ class DataSetDescription:
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
-        """By the name of the packing: next-fit, best-fit and, where loads are known, balanced."""
+        """How full packs get, by packing: next-fit, best-fit and, with ``loads``, balanced."""
         how = (self.sizes, self.capacity, self.oversize)
         ways = {"next_fit": (np.arange(len(self.sizes)), pack(*how))}
         ways["best_fit"] = pack_best_fit(*how)
@@ -103,7 +103,7 @@ class DataSetDescription:
 
     @property
     def outliers(self) -> str:
-        """The samples whose length is far off, the first of them by name; maybe nothing."""
+        """Names some samples whose length is far off; empty if there are none."""
         if not self.far_off:
             return ""
         names = [f"{PureWindowsPath(file).name} ({size})" for file, size in self.far_off]
@@ -112,7 +112,7 @@ class DataSetDescription:
 
     @property
     def too_long(self) -> str:
-        """How many samples are longer than a pack, and what happens to them; maybe nothing."""
+        """Tells how many samples are longer than a pack and what happens to them; empty if none."""
         if not self.longer:
             return ""
         fate = "dropped" if self.oversize == "drop" else "each alone in a pack"
@@ -121,7 +121,7 @@ class DataSetDescription:
 
     @property
     def unlike_a_viewer(self) -> str:
-        """How many images a viewer shows otherwise; maybe nothing."""
+        """Tells how many images a viewer shows otherwise; empty if there are none."""
         count = len(self.shown_otherwise)
         told = "are not used as a viewer shows them"
         return f"{count} of {self.images} files {told}" if count else ""
@@ -134,7 +134,7 @@ class DataSetDescription:
 
 
 def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> int:
-    """Rows without a file name or a caption, as far as ``metadata.csv`` is read for the samples."""
+    """Count rows without a file name or a caption, up to the last of ``sample_count`` samples."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, restval="")
         whole = (
@@ -150,14 +150,14 @@ def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> 
 
 
 def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Decode every file; the ones that cannot be read, each with the reason, in order."""
+    """Decode every file and return those that cannot be read, in order, with the reason."""
     bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
     found = thread_map(why_broken, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
 
 
 def data_set_lines(data: DataSetDescription) -> Iterator[str]:
-    """The description, line by line."""
+    """Yield the description, line by line."""
     yield f"data set  {data.name}: {len(data.sizes)} samples, {data.images} image files"
     if data.skipped_rows:
         yield f"skipped   {data.skipped_rows} rows without a file name or a caption"
@@ -183,7 +183,7 @@ def data_set_lines(data: DataSetDescription) -> Iterator[str]:
 
 
 def draw_data_set(data: DataSetDescription) -> style.Figure:
-    """Histogram of lengths, how full the packs of both packings get, drops and broken images."""
+    """Draw a histogram of the lengths and of how full packs get, with drops and broken images."""
     sheet = style.sheet_of(11, 4.6, data.name)
     sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
@@ -215,6 +215,6 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
         axes.set(xlabel=across, ylabel=up)
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="y", integer=True)
-        # Below the axes, where no bar is.
+        # Below the axes it covers no bar.
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.18), frameon=False, fontsize=9)
     return sheet

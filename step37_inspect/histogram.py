@@ -1,4 +1,4 @@
-"""A histogram of lengths in which a few odd samples do not squeeze the others."""
+"""Make and draw a histogram of lengths in which a few odd samples do not squeeze the others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Histogram:
 
     @classmethod
     def of(cls, sizes: np.ndarray) -> Histogram:
-        """The bins for samples of these lengths."""
+        """Choose the bins for samples of these lengths."""
         low, high = int(sizes.min()), int(sizes.max())  # sizes may be as narrow as one byte
         left, right = np.percentile(sizes, [25, 75])
         reach = _FAR * max(right - left, _BARS)
@@ -46,13 +46,13 @@ class Histogram:
         return cls(body, bins)
 
     def counts(self, sizes: np.ndarray) -> list[int]:
-        """How many of the samples are in each bin."""
+        """Count the samples in each bin."""
         edges = [*(bin_.start for bin_ in self.bins), self.bins[-1].stop]
         counted: list[int] = np.histogram(sizes, edges)[0].tolist()
         return counted
 
     def places(self) -> list[int]:
-        """The left edge of every bar, in tokens along the body; a gap parts it from the others."""
+        """Left edge of every bar, in tokens along the body; lengths far off stand behind a gap."""
         width = self.body.step
         places = []
         for bin_ in self.bins:

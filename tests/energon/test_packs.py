@@ -1,4 +1,4 @@
-"""Shards through Energon are the folder: the same packs, tokens and pixels, each sample once."""
+"""Shards through Energon give the folder's packs, tokens and pixels, and each sample once."""
 
 from __future__ import annotations
 

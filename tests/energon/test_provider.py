@@ -1,4 +1,4 @@
-"""The provider: endless packs whose saved state is about those that were used."""
+"""The provider gives packs without end; its saved state stands behind those that were used."""
 
 from __future__ import annotations
 

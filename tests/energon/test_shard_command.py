@@ -1,4 +1,4 @@
-"""``step37-data shard``: the same folder, the same bytes; it goes on where it stopped."""
+"""``step37-data shard`` gives the same bytes for the same folder and goes on where it stopped."""
 
 from __future__ import annotations
 

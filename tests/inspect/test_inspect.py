@@ -1,4 +1,4 @@
-"""What the inspect command says about packs and data sets is what is in them."""
+"""The inspect command describes packs and data sets as they are."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def drawn(sheet: Any) -> np.ndarray:
 
 
 def low_in(sheet: Any, token: int) -> tuple[int, int]:
-    """Row and column of the pixel low in the middle of a token: no label is written there."""
+    """Row and column of a pixel in the lower half of a token, where no label is written."""
     line, column = divmod(token, TOKENS_A_LINE)
     x, y = sheet.axes[1].transData.transform((column + 0.5, line + 0.68))
     return round(sheet.bbox.height - y), round(x)
 
 
 def check_lettering(sheet: Any) -> None:
-    """No label is cut by the edge, none lies on another."""
+    """Check that no label is cut by the edge and that no two overlap."""
     from matplotlib.text import Text
 
     drawn(sheet)
@@ -300,7 +300,9 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     shutil.copytree(TOKENIZER, broken)
     (broken / "chat_template.jinja").write_text("{% for m in %}")
     assert "TemplateSyntaxError" in error_of("--tokenizer", str(broken))
-    assert "there is no folder" in error_of("--tokenizer", str(tmp_path / "none"))
+    told = error_of("--tokenizer", str(tmp_path / "none"))
+    assert told.startswith("step37-data: --tokenizer")
+    assert "there is no folder" in told
     good = ("--tokenizer", TOKENIZER)
     for count in ("0", "-3"):
         message = f"--sample-count: expected at least 1, got {count}"

@@ -1,4 +1,4 @@
-"""The page of a data set: whole in one file, and in a browser one pack at a time."""
+"""The page of a data set is one file, and a browser shows one pack of it at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 
 
 class Outline(html.parser.HTMLParser):
-    """Elements still open at the end, packs, cells, and everything that is fetched."""
+    """Collects elements that are not closed, packs, cells, and everything that is fetched."""
 
     VOID = frozenset({"meta", "img", "br"})
 

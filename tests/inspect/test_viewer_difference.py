@@ -51,7 +51,7 @@ def saved(folder: Path, image: Image.Image, suffix: str, **options: Any) -> str:
     ],
 )
 def test_a_picture_that_a_viewer_shows_otherwise_is_told_with_the_reason(
-    tmp_path: Path, image: Image.Image, suffix: str, options: dict[str, Any], told: str
+    *, tmp_path: Path, image: Image.Image, suffix: str, options: dict[str, Any], told: str
 ) -> None:
     assert told in (viewer_difference(saved(tmp_path, image, suffix, **options)) or "")
 

@@ -29,7 +29,8 @@ def checked_role(number: int, message: Any) -> str:
     """The role of message ``number``.
 
     Raises:
-        ValueError: it is no mapping, has no role, or a ``loss_mask`` other than 0 and 1.
+        ValueError: it is no mapping, has no role, a ``loss_mask`` other than 0 and 1, or a
+            ``reasoning_effort`` that is no text.
     """
     where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
@@ -39,6 +40,8 @@ def checked_role(number: int, message: Any) -> str:
         raise ValueError(f"{where}: expected a role, got {role!r}")
     if loss_mask not in (0, 1):
         raise ValueError(f"{where} ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}")
+    if not isinstance(effort := message.get("reasoning_effort"), str | None):
+        raise ValueError(f"{where} ({role}): expected a reasoning_effort as text, got {effort!r}")
     return role
 
 

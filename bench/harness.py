@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,18 +55,21 @@ MAX_BACKLOG_US = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run measures, and for how long."""
+    """What a subject measures, and for how long."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     impl: Literal["auto", "triton", "torch"] = "auto"  # implementation of the kernels under test
     shapes: tuple[str, ...] = ()  # names; empty for the subject's own choice
-    row_seconds: float = 0.25  # timing budget of one row
+    row_seconds: float = 0.25  # timing budget of one row, or of one figure of a table
     deadline: float = math.inf  # ``time.perf_counter()`` after which groups are reported as not run
     compile_backend: str | None = "inductor"  # of ``torch.compile`` peers; None leaves them out
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the options that the subject alone has, by name without dashes."""
 
     @property
     def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
         return time.perf_counter() > self.deadline
 
 
@@ -276,6 +279,7 @@ def measure(
     key: Key,
     work: Work,
     implementations: Sequence[Implementation],
+    *,
     check: Check,
     settings: Settings,
 ) -> list[Row]:
@@ -396,6 +400,12 @@ def measure_ceilings(settings: Settings) -> Ceilings:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of one of DTYPES."""
     return next(name for name, each in DTYPES.items() if each == dtype)
+
+
+def where(device: torch.device, **more: str) -> str:
+    """One line that says on what a table was measured; ``more`` is added to the environment."""
+    found = {**environment(device), **more}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Compile every kernel for every architecture, without a GPU, and report what it needs.
+"""Compiles every kernel for an architecture, without a GPU, and reports what it needs.
 
 ``python -m bench.resources`` prints a Markdown table; ``--json`` one object a line. Run it without
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
@@ -30,6 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
+from bench.report import Column, Table, print_table
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import gradient, pack, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
@@ -180,11 +181,11 @@ def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Reso
             for binary in compiled(kernel):
                 if id(binary) not in seen:
                     seen.add(id(binary))
-                    product = kernel is project.project_insert_kernel
-                    yield _read(kernel.__name__, variant, arch, product, binary)
+                    yield _read(kernel, binary, variant=variant, arch=arch)
 
 
-def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Resources:
+def _read(kernel: Any, binary: Any, *, variant: str, arch: str) -> Resources:
+    is_gemm = kernel is project.project_insert_kernel
     load_bytes = store_bytes = 0
     if arch.startswith("gfx"):
         assembly = binary.asm["amdgcn"]
@@ -195,7 +196,7 @@ def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Res
         registers, stack = usage(binary.asm["cubin"])
         load_bytes, store_bytes = _widest(assembly, "ld"), _widest(assembly, "st")
     return Resources(
-        kernel=name, variant=variant, arch=arch, gemm=is_gemm,
+        kernel=kernel.__name__, variant=variant, arch=arch, gemm=is_gemm,
         registers=registers, stack=stack, shared=binary.metadata.shared,
         matrix_unit="wgmma.mma_async" in assembly,
         copy_engine="cp.async.bulk.tensor" in assembly,
@@ -247,7 +248,21 @@ def _widest(ptx: str, access: str) -> int:
     return max(widths, default=0)
 
 
+COLUMNS = (
+    "kernel", "variant", "registers", "stack", "shared", "matrix unit", "TMA", "widest load",
+    "widest store",
+)  # fmt: skip
+
+
+def _cells(row: Resources) -> tuple[Any, ...]:
+    unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
+    unit += " (serialized)" * row.serialized
+    names = (row.kernel, row.variant, row.registers, row.stack, row.shared, unit)
+    return (*names, "yes" * row.copy_engine, row.load_bytes or None, row.store_bytes or None)
+
+
 def main() -> None:
+    """Print the table of one architecture, or one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", choices=sorted(CAPABILITY), default="sm_90")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -255,17 +270,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.resources: unset TRITON_INTERPRET; interpreted kernels do not compile")
-    titles = "kernel|variant|registers|stack|shared|matrix unit|TMA|widest load|widest store"
-    if not arguments.json:
-        print(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
-        print(f"| {titles.replace('|', ' | ')} |\n{'|---' * 9}|")
-    for row in resources(arguments.arch, arguments.dtypes):
-        unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
-        unit += " (serialized)" * row.serialized
-        cells = [row.kernel, row.variant, row.registers, row.stack, row.shared, unit]
-        cells += ["yes" * row.copy_engine, row.load_bytes or "", row.store_bytes or ""]
-        line = json.dumps(asdict(row)) if arguments.json else f"| {' | '.join(map(str, cells))} |"
-        print(line, flush=True)
+    found = resources(arguments.arch, arguments.dtypes)
+    if arguments.json:
+        for row in found:
+            print(json.dumps(asdict(row)), flush=True)
+        return
+    print()
+    title = f"{arguments.arch}, Triton {triton.__version__}"
+    print_table(Table(title=title, columns=[*map(Column, COLUMNS)], lines=map(_cells, found)))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def phases(out: Path) -> list[Phase]:
     pytest, needs = ("-m", "pytest", "-q", "-p", "no:cacheprovider"), ("pytest", "hypothesis")
 
     def bench(name: str, seconds: float, *arguments: str) -> Phase:
-        # Its budget ends before its limit, so that it can write what it has.
-        budget = f"--budget={seconds - 15:g}"
-        return Phase(name, ("-m", "bench", *arguments, budget, f"--out={out}", "--quick"), seconds)
+        # It begins nothing in its last seconds, so that it can write what it has.
+        limit = f"--limit={seconds - 15:g}"
+        return Phase(name, ("-m", "bench", *arguments, limit, f"--out={out}", "--quick"), seconds)
 
     def insert(shape: str, seconds: float, *more: str) -> Phase:
         return bench(f"insert {shape}", seconds, "insert", f"--shapes={shape}", *more)
@@ -147,7 +147,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 def compare(out: Path, python: str) -> None:
     """What was measured beside what was predicted: ``predicted.md``."""
     measured = sorted(map(str, out.glob("*.json")))
-    command = [python, "-m", "bench", "predict", "--measured", *measured]
+    command = [python, "-m", "bench", "predict", f"--out={out}", "--measured", *measured]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=RESERVE
     )

@@ -1,4 +1,4 @@
-"""Subject ``insert``: projecting feature rows and putting them in place, forward and backward.
+"""Subject ``insert``: times how feature rows are projected and put in place, with backward.
 
 Operations: ``forward`` (with everything recorded that backward needs), ``backward`` (of
 embeddings, features and weight), ``forward+backward``. Floors do a part of the work: on packed
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import peers
 from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.oracle import Oracle
-from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
+from bench.shapes import Batch, Shape, make_batch, make_case, shapes_named
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.dispatch import Impl
 from step37_kernels.testing import InsertCase, Layout
@@ -32,8 +32,11 @@ Results = dict[str, Any]
 
 
 def work_of(operation: str, shape: Shape, itemsize: int) -> Work:
-    """The least work of an operation: each tensor that is needed is read once, each result written
-    once. Forward copies text rows to its output, backward those of ``grad_output``."""
+    """Count the least work of an operation on elements of ``itemsize`` bytes.
+
+    Each tensor that is needed is read once, each result is written once. Forward copies text rows
+    to its output, backward those of ``grad_output``.
+    """
     R, S, H, C = shape.num_rows, shape.seq_len, shape.hidden, shape.width
     forward = R * C + H * C + (2 * S - R) * H
     backward = 2 * (S * H + R * C + H * C)
@@ -190,6 +193,7 @@ def implementations(
     operation: str,
     inputs: Inputs,
     layout: Layout,
+    *,
     insertions: Sequence[peers.Peer],
     settings: Settings,
 ) -> list[Implementation]:
@@ -203,13 +207,13 @@ def implementations(
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
-    """The rows of every shape, dtype, layout and operation, one list a group."""
-    for shape in shapes_named(settings.shapes or tuple(SHAPES)):
+    """Yield one group for each shape, dtype, layout and operation."""
+    for shape in shapes_named(settings.shapes):
         yield from run_shape(shape, settings)
 
 
 def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
-    """All groups of one shape."""
+    """Measure all groups of one shape."""
     batch = make_batch(shape, settings.device)
     for dtype in settings.dtypes:
         for layout in LAYOUTS:
@@ -229,10 +233,12 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
                     dtype=dtype_name(dtype),
                 )  # fmt: skip
                 work = work_of(operation, shape, dtype.itemsize)
-                compared = implementations(operation, inputs, layout, insertions, settings)
-                yield measure(key, work, compared, check, settings)
+                compared = implementations(
+                    operation, inputs, layout, insertions=insertions, settings=settings
+                )
+                yield measure(key, work, compared, check=check, settings=settings)
 
 
 def check_results(oracle: Oracle, implementation: Implementation, results: Results) -> str | None:
-    """The gate of one result."""
+    """Check one result; returns what is wrong with it, or None."""
     return oracle.check(results, narrow_partial_sums=implementation.kind != "ours")

@@ -87,13 +87,13 @@ def _own_options() -> Iterator[tuple[str, Option]]:
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
-    """Names of the subjects that were asked for: without names, all that run by default."""
+    """List the subjects that were asked for; without names, all that run by default."""
     default = [name for name, subject in SUBJECTS.items() if not subject.on_request]
     return options.subjects or default
 
 
 def runnable(names: Sequence[str], device: torch.device) -> dict[str, Subject]:
-    """The subjects that can run here; for each of the others a line says what it lacks."""
+    """Pick the subjects that can run here; for each of the others, print what it lacks."""
     found: dict[str, Subject] = {}
     for name in names:
         subject = SUBJECTS[name]
@@ -110,7 +110,7 @@ def runnable(names: Sequence[str], device: torch.device) -> dict[str, Subject]:
 def settings_of(
     subject: Subject, options: argparse.Namespace, device: torch.device, deadline: float
 ) -> Settings:
-    """What a subject is told by the options of the command line."""
+    """Make the settings of a subject from the options of the command line."""
     own = {}
     for option in subject.options:
         given = getattr(options, option.name)
@@ -170,7 +170,7 @@ class Process:
     subjects: dict[str, Subject] = field(default_factory=dict)
 
     def command(self, options: argparse.Namespace, part: Path, limit: float) -> list[str]:
-        """Its command line: it measures for ``limit`` seconds and writes the file ``part``."""
+        """Write its command line: it measures for ``limit`` seconds and writes the file ``part``."""
         command = [sys.executable, "-m", "bench", *self.subjects]
         command += [f"--part={part}", f"--limit={limit}", f"--shapes={','.join(self.shapes)}"]
         command += [f"--dtype={','.join(options.dtype)}"]
@@ -190,7 +190,7 @@ class Process:
 
 
 def processes(subjects: Mapping[str, Subject], options: argparse.Namespace) -> list[Process]:
-    """One for each shape, and one for each module that is not measured by shape."""
+    """Share subjects out: a process for each shape, and for each module without shapes."""
     found: dict[str, Process] = {}
     for name, subject in subjects.items():
         shapes = (options.shapes or [*subject.shapes]) if subject.shapes else []

@@ -23,7 +23,7 @@ LARGE = (1920, 1080)
 
 
 def photo_paths(count: int) -> list[str]:
-    """Paths of ``count`` JPEGs of the example, each again after the last."""
+    """List paths of ``count`` JPEGs of the example; after the last comes the first again."""
     files = sorted(str(path) for path in PHOTOS.glob("*.jpg"))
     if not files:
         raise FileNotFoundError(f"no photographs in {PHOTOS}")
@@ -31,7 +31,7 @@ def photo_paths(count: int) -> list[str]:
 
 
 def photographs(count: int, size: tuple[int, int] | None = None) -> list[Image.Image]:
-    """The photographs of the example, in turn; resized to (width, height) if one is given."""
+    """Load ``count`` photographs of the example, resized to (width, height) if given."""
     pictures = map(stock_decode, photo_paths(count))
     return [picture.resize(size, BILINEAR) if size else picture for picture in pictures]
 
@@ -66,7 +66,7 @@ def stock_windows(picture: Image.Image, plan: CropPlan) -> list[Image.Image]:
 
 
 def large_plan(size: tuple[int, int]) -> CropPlan:
-    """The crops of a picture of this size, which has to be taken as it is."""
+    """Plan the crops of a picture of this size, which has to be taken as it is."""
     plan = plan_crops(*size)
     if not plan.windows or plan.full_size != size:
         raise AssertionError(f"written for pictures that are cut as they are, got {plan}")

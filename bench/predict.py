@@ -53,7 +53,7 @@ Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
 
 def rates_of(chip: str, case: str) -> Rates:
-    """All nominal, or all at the fast or the slow end; in TFLOP/s, TB/s, µs."""
+    """Pick the rates of a chip, in TFLOP/s, TB/s and µs: case nominal, fast or slow."""
     found = {}
     for name, (low, nominal, high, unit, _) in RATES.items():
         fast, slow = (low, high) if unit == "µs" else (high, low)
@@ -75,7 +75,7 @@ class Launch(NamedTuple):
 
 
 def timed(rates: Rates, mnk: Extents, *, flops: float, l2: float, end: float) -> tuple[str, float]:
-    """What bounds a product, and µs; ``end`` of them follow the last wave."""
+    """Say what bounds a product, and its µs; ``end`` of them follow the last wave."""
     m, n, k = mnk
     times = {
         "tensor": flops / rates["products"] / 1e6 + end,
@@ -87,14 +87,14 @@ def timed(rates: Rates, mnk: Extents, *, flops: float, l2: float, end: float) ->
 
 
 def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
-    """µs of fp32 parts through L2 to a second launch, which writes their sums."""
+    """Time a second launch that reads fp32 parts and writes their sums, in µs."""
     moving = 8 * parts / rates["L2"] + 2 * results / rates["memory"]
     return rates["dependent"] + start + moving / 1e6
 
 
 @functools.cache
 def library(chip: str, case: str, extents: Extents) -> Launch:
-    """The library's product."""
+    """Predict the library's product: the fastest of :data:`LIBRARY`."""
     (m, n, k), rates, found = extents, rates_of(chip, case), []
     for block_m, block_n, split in LIBRARY:
         area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
@@ -112,8 +112,11 @@ def library(chip: str, case: str, extents: Extents) -> Launch:
 
 
 def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
-    """Our product with this tile, a program to a multiprocessor: between two waves stand the store
-    of one and the filling of the next. The launch that adds parts up is counted in it."""
+    """Predict our product with this tile; a multiprocessor runs one program at a time.
+
+    Between two waves stand the store of one and the filling of the next. The launch that adds parts
+    up is counted in it.
+    """
     shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
     area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
     tiles, waves = shares.whole + shares.tail, ceil_div(shares.programs, PROCESSORS)
@@ -130,14 +133,14 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
 
 
 def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
-    """µs of our product of ``rows`` rows with each tile, the fastest first."""
+    """Rank tiles by the µs of our product of ``rows`` rows, the fastest first."""
     rates = rates_of(chip, "nominal")
     found = [(own(rates, tile, [rows], SHAPES["flickr8k"]).us, tile) for tile in tiles]
     return sorted(found, key=lambda pair: pair[0])
 
 
 def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
-    """Launches of plan and product with the table's tile, and µs of both together."""
+    """List the launches of plan and product with the table's tile, and µs of all together."""
     rates, rows = rates_of(chip, case), shape.num_rows
     planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
     plan = Launch("plan", "", 1, 0, "launch", planning)
@@ -159,7 +162,7 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
 
 
 def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
-    """One operation on one shape: figures of all cases, launches of the nominal one."""
+    """Predict one operation on one shape: figures of all cases, launches of the nominal one."""
     rows, hidden, width = shape.num_rows, shape.hidden, shape.width
     extents = [(rows, hidden, width), (rows, width, hidden), (hidden, width, rows)]
     extents = extents[: 1 if operation == "forward" else 3]
@@ -222,7 +225,7 @@ COLUMNS = (
 
 
 def cells(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What :data:`COLUMNS` show of one row; ranges from the fast to the slow end of all rates."""
+    """Make the cells of one row; ranges go from the fast to the slow end of all rates."""
     return (
         row["shape"], row["rows"], (row["predicted_us"], row["low_us"], row["high_us"]),
         row["gemm_us"], (row["ratio"], row["low_ratio"], row["high_ratio"]), row["over_floor"],

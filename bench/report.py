@@ -65,7 +65,7 @@ class Table:
 
 
 def table_lines(columns: Sequence[Column], lines: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a Markdown table."""
+    """Write the lines of a Markdown table."""
     yield _line(column.name for column in columns)
     yield f"|{'---|' * len(columns)}"
     for cells in lines:
@@ -99,7 +99,7 @@ def _heading(title: str, text: str) -> str:
 
 
 def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]) -> Record:
-    """Rows as plain data, with what they are compared with and where they were measured."""
+    """Turn rows into plain data, with ceilings and environment beside."""
     records = []
     for row in rows:
         record = asdict(row)
@@ -109,7 +109,7 @@ def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]
 
 
 def group_of(record: Record) -> tuple[str, ...]:
-    """What the rows of one group share."""
+    """Return the names that the rows of one group share."""
     return tuple(record[name] for name in GROUP)
 
 
@@ -123,7 +123,7 @@ class Ratios(NamedTuple):
 
 
 def limit_us(record: Record, ceilings: Record) -> float | None:
-    """Least time of the work; None where the rate of its dtype was not measured."""
+    """Compute the least µs of the work; None where the rate of its dtype was not measured."""
     moving = record["bytes"] / ceilings["copy_bytes_per_s"]
     if not record["flops"]:
         return 1e6 * moving
@@ -154,7 +154,7 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
 
 
 def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Rows by group, in order of first appearance."""
+    """Yield the rows by group, in order of first appearance."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(group_of(record), []).append(record)
@@ -166,7 +166,7 @@ def _figure(value: float | None, form: str = ".2f") -> str:
 
 
 def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list[str]:
-    """The cells of one row, as :data:`COLUMNS` names them."""
+    """Make the cells of one row, one for each of :data:`COLUMNS`."""
     name = [record["shape"], record["variant"], record["dtype"], record["implementation"]]
     if record["problem"]:
         return [*name, record["problem"], *[""] * (len(COLUMNS) - NAMES - 1)]
@@ -188,7 +188,7 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
 
 
 def markdown(results: Record) -> str:
-    """The run as Markdown: where and when, what the device reaches, one table an operation."""
+    """Write a run as Markdown: where and when, ceilings, a table for each operation."""
     environment, ceilings = results["environment"], results["ceilings"]
     lines = ["# Benchmark", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items() if value]
@@ -223,7 +223,7 @@ def _columns(names: Iterable[str]) -> list[Column]:
 
 
 def targets(results: Record) -> list[str]:
-    """The targets that a run speaks to, as the lines of a Markdown table; none, no table."""
+    """Write the targets that a run has figures for, as lines of a table; else no line."""
     rows = [
         (target.text, target.limit, worst, where, target.verdict(worst))
         for target, worst, where in judge(list(grouped(results["rows"])))
@@ -236,7 +236,7 @@ def targets(results: Record) -> list[str]:
 
 
 def means(results: Record) -> list[str]:
-    """Geometric means of our ratios over the shapes of a run, an operation and layout a line."""
+    """Write geometric means of our ratios over shapes, a line for each operation and layout."""
     found: dict[str, list[Ratios]] = {}
     for group in grouped(results["rows"]):
         for record in group:
@@ -258,7 +258,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def console(group: Sequence[Row], ceilings: Ceilings) -> str:
-    """The rows of one group as a table, with a line above it that names the group."""
+    """Write the rows of one group as a table, below a line that names the group."""
     results = to_json(group, ceilings, {})
     records = results["rows"]
     shown = [table_row(record, records, results["ceilings"])[NAMES - 1 :] for record in records]
@@ -267,7 +267,7 @@ def console(group: Sequence[Row], ceilings: Ceilings) -> str:
 
 
 def compare(old: Record, new: Record) -> str:
-    """Medians of two runs side by side; changes above 3 % are marked, and counted at the end."""
+    """Write medians of two runs side by side; changes above 3 % are marked and counted."""
     lines = []
     for name in ("device", "driver", "torch", "triton", "commit"):
         before, after = old["environment"].get(name), new["environment"].get(name)
@@ -293,7 +293,7 @@ def compare(old: Record, new: Record) -> str:
 
 
 def file_name(device: str) -> str:
-    """A name for the results of a run on this device that ends now, without extension."""
+    """Name the results of a run that ends now on this device; without extension."""
     date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     return f"{date}-{re.sub(r'[^0-9A-Za-z_]+', '-', device).strip('-').lower()}"
 
@@ -308,7 +308,7 @@ def write(results: Record, stem: Path) -> list[Path]:
 
 
 def read(path: Path) -> Record:
-    """Results that :func:`write` wrote; ``ValueError`` where the file is something else."""
+    """Read results that :func:`write` wrote; ``ValueError`` where the file is something else."""
     try:
         results: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

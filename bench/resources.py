@@ -45,8 +45,11 @@ CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block; bytes
-    of the widest global load or asynchronous copy of a thread, and of its widest store (0 on AMD).
+    """What one compiled kernel needs.
+
+    Registers and bytes of stack are those of a thread, shared memory that of a block, in bytes.
+    ``load_bytes`` is the widest global load or asynchronous copy of a thread, ``store_bytes`` its
+    widest store (0 on AMD).
     """
 
     kernel: str
@@ -67,7 +70,7 @@ Launch = tuple[str, Callable[[], object]]
 
 
 def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
-    """``(variant, launch)`` of everything that can be launched."""
+    """Yield ``(variant, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
@@ -88,7 +91,7 @@ def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
 
 @contextlib.contextmanager
 def only(tile: tiles.Tile) -> Iterator[None]:
-    """Whatever the table says, inserts in here take this tile."""
+    """Make inserts take this tile, whatever the table says, inside the ``with`` block."""
     table = project.insert_tile
     project.insert_tile = lambda *_: tile
     try:
@@ -101,7 +104,7 @@ def insert_blank(
     tile: tiles.Tile, dtype: torch.dtype, *, bias: bool = False, shard: bool = False,
     sources: int = 1, after_plan: bool = False,
 ) -> None:  # fmt: skip
-    """An insert of tensors with nothing in them: to compile for."""
+    """Launch an insert of uninitialised tensors, to have it compiled."""
     weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
     numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
     with only(tile):
@@ -172,7 +175,7 @@ KERNELS = (
 
 
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
-    """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
+    """Compile every kernel for ``arch`` and these dtypes; yields what each needs."""
     NoDriver(arch).install()
     seen: set[int] = set()
     for variant, launch in _launches(arch, dtypes):
@@ -213,7 +216,7 @@ def _number(label: str, text: str) -> int:
 
 
 def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
-    """What a tool says of a file with these bytes."""
+    """Run a tool on a file with these bytes; returns what it prints."""
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         file.write(binary)
         file.flush()
@@ -223,21 +226,21 @@ def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
 
 
 def _serialized(ptx: str) -> bool:
-    """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
+    """Ask the assembler whether there are ``wgmma`` instructions that cannot overlap."""
     options = ("--verbose", "-arch=sm_90a", "-o", os.devnull)
     told = _told_of(ptx.encode(), ".ptx", get_ptxas(90).path, *options)
     return "wgmma.mma_async instructions are serialized" in told
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack of a kernel for NVIDIA."""
+    """Read registers a thread and bytes of stack from a binary for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     told = _told_of(cubin, ".cubin", str(tool), "--dump-resource-usage")
     return _number("REG:", told), _number("STACK:", told)
 
 
 def _widest(ptx: str, access: str) -> int:
-    """Bytes of the widest ``ld.global`` or ``st.global``; a ``cp.async`` is a load, too."""
+    """Find the bytes of the widest ``ld.global`` or ``st.global``; ``cp.async`` loads, too."""
     widths = [
         int(vector or 1) * int(bits) // 8
         for vector, bits in re.findall(access + r"\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+) ", ptx)

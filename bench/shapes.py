@@ -1,4 +1,4 @@
-"""The batches that the suite measures, by name, and random inputs for them."""
+"""Defines the batches that are measured, by name, and makes random inputs for them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def make_batch(shape: Shape, device: torch.device) -> Batch:
 
 
 def make_case(batch: Batch, *, dtype: torch.dtype, layout: Layout, seed: int) -> InsertCase:
-    """Random tensors of a batch, drawn on its device (a host takes seconds for the large ones).
+    """Draw random tensors of a batch, on its device (a host takes seconds for large ones).
 
     Nothing requires a gradient; who times a backward pass says for what.
     """

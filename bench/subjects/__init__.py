@@ -52,7 +52,7 @@ class Subject:
     options: tuple[Option, ...] = ()
 
     def missing(self) -> list[str]:
-        """The packages of :attr:`needs` that are not installed."""
+        """List the packages of :attr:`needs` that are not installed."""
         return [name for name in self.needs if not installed(name)]
 
     def load(self) -> Run:
@@ -62,7 +62,7 @@ class Subject:
 
 
 def installed(name: str) -> bool:
-    """Whether a module can be found, without importing it (its parents are imported)."""
+    """Say whether a module can be found, without importing it (its parents are imported)."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:

@@ -29,7 +29,7 @@ H100 = 90
 
 
 def operations() -> dict[str, Callable[[], object]]:
-    """The calls to time, by name."""
+    """Make the calls to time, by name."""
     zeros = functools.partial(torch.zeros, dtype=torch.bfloat16)
     input_ids = torch.tensor([[START] + [0] * (ROWS + 1)])
     words, gradient = zeros(ROWS + 2, 1, HIDDEN), zeros(ROWS + 2, 1, HIDDEN)
@@ -54,12 +54,12 @@ def operations() -> dict[str, Callable[[], object]]:
 
 
 def median_us(call: Callable[[], object], rounds: int) -> float:
-    """Median over rounds of what a call takes."""
+    """Time a call: the median over rounds, in µs."""
     return statistics.median(timeit.repeat(call, number=CALLS, repeat=rounds + 1)[1:]) / CALLS * 1e6
 
 
 def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
-    """Name, launches and µs of the host a call (median over rounds) of all operations."""
+    """Yield of each operation its name, launches a call, and µs of the host a call."""
     launches = [0]
 
     def count(*_: object) -> None:

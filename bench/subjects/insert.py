@@ -73,7 +73,7 @@ class Graph(NamedTuple):
 
 
 def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
-    """A forward pass on fresh leaves, all of which require a gradient."""
+    """Make a forward pass on fresh leaves, all of which require a gradient."""
     tensors = (case.embeddings, case.weight, *case.features)
     embeddings, weight, *features = (tensor.detach().requires_grad_() for tensor in tensors)
     groups = [(token, x) for (token, _), x in zip(case.groups, features, strict=True)]
@@ -89,7 +89,7 @@ def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
 
 
 def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementation:
-    """An implementation of any operation from a function that inserts."""
+    """Make an implementation of any operation from a function that inserts."""
 
     def ready(i: int) -> Callable[[], Graph]:
         return pass_of(peer.function, inputs.case(i))
@@ -108,8 +108,11 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
 
 
 def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implementation]:
-    """The bare matrix products of an operation on packed operands; of forward, also one product
-    and the scatter of its rows to places that are known."""
+    """Yield the floors of an operation: its bare matrix products, on packed operands.
+
+    Of forward also one product with the scatter of its rows to places that are known, and on the
+    channels-first view the product alone.
+    """
     destinations = inputs.batch.destinations
 
     def packed(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +159,7 @@ def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implement
 
 
 def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
-    """Our product with the plan made before, nothing recorded for backward."""
+    """Make our product alone: the plan exists before, nothing is recorded for backward."""
     batch = inputs.batch
     plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
@@ -168,7 +171,7 @@ def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
 
 
 def replay(one: Implementation) -> Implementation:
-    """An implementation as a CUDA graph, one for each input set."""
+    """Make an implementation replay CUDA graphs, one for each input set."""
     made: dict[int, tuple[torch.cuda.CUDAGraph, Results]] = {}
 
     def prepare(i: int) -> tuple[torch.cuda.CUDAGraph, Results]:
@@ -197,7 +200,7 @@ def implementations(
     insertions: Sequence[peers.Peer],
     settings: Settings,
 ) -> list[Implementation]:
-    """Everything that one group of rows compares."""
+    """List everything that one group of rows compares."""
     found = [insertion(peer, operation, inputs) for peer in insertions]
     if settings.device.type == "cuda" and operation != "backward":
         found.insert(1, replay(found[0]))

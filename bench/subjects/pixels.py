@@ -92,7 +92,7 @@ def interleaved(calls: Mapping[str, Call], each_s: float) -> dict[str, Took]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch's operations take one thread each in here, as they do in a data worker."""
+    """Let PyTorch's operations take one thread each, as in a data worker, inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,7 +102,7 @@ def one_thread() -> Iterator[None]:
 
 
 def machine(device: torch.device) -> str:
-    """One line on what the figures were measured with; what is missing is named."""
+    """Write in one line what the figures were measured with; what is missing is named."""
     versions = {name: getattr(peer(name), "__version__", "missing")
                 for name in ("simplejpeg", "torchvision")}  # fmt: skip
     return where(device, cores=str(available_cores()), pillow=pillow_version, **versions)
@@ -256,7 +256,7 @@ def stage_times(each_s: float) -> dict[tuple[str, int, str], Took]:
 
 
 def stage_table(text: str, times: Mapping[tuple[str, int, str], Took]) -> Table:
-    """µs a photograph by stage, threads and way."""
+    """Make the table of µs a photograph, by stage, threads and way."""
     names = ("ours", "stock", "torchvision", "floor")
     scale = 1e6 / IMAGES_A_PACK
 
@@ -276,7 +276,7 @@ def stage_table(text: str, times: Mapping[tuple[str, int, str], Took]) -> Table:
 
 
 def wait_table(device: torch.device, steps: int) -> Table:
-    """How long a step waits for its input."""
+    """Make the table of how long a step waits for its input."""
     return Table(
         text=f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a "
         f"pack, {available_cores()} cores: measured",
@@ -317,7 +317,7 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
 
 
 def cores_table(times: Mapping[tuple[str, int, str], Took]) -> Table:
-    """From µs a photograph with one thread, when its work hides behind a step: arithmetic."""
+    """Compute from µs a photograph when its work hides behind a step."""
     packs = (8, 39, 150)
 
     def cores(stage: str, photographs: int) -> int:
@@ -377,13 +377,13 @@ def stock_in_crops(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
 
 
 def thread_counts() -> list[int]:
-    """The powers of two below the threads that the data package would take, and these."""
+    """List numbers of threads: powers of two, and what the data package would take."""
     most = default_threads()
     return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
 
 def multicrop_calls(paths: Sequence[str], plan: CropPlan, device: torch.device) -> dict[str, Call]:
-    """The ways from files to bf16 on the device, stock first."""
+    """List the ways from files to bf16 on the device, stock first."""
     items = entries_in_crops(paths, plan)
 
     def stock_on_device() -> None:

@@ -170,7 +170,7 @@ class Process:
     subjects: dict[str, Subject] = field(default_factory=dict)
 
     def command(self, options: argparse.Namespace, part: Path, limit: float) -> list[str]:
-        """Write its command line: it measures for ``limit`` seconds and writes the file ``part``."""
+        """Write its command line; it measures ``limit`` seconds and writes the file ``part``."""
         command = [sys.executable, "-m", "bench", *self.subjects]
         command += [f"--part={part}", f"--limit={limit}", f"--shapes={','.join(self.shapes)}"]
         command += [f"--dtype={','.join(options.dtype)}"]

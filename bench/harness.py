@@ -138,7 +138,7 @@ class CpuClock:
         """By name of an implementation: what :meth:`warm_up` measured last."""
 
     def sample(self, implementation: Implementation, i: int) -> Callable[[], float]:
-        """Run once on set ``i``; returns a function that gives the time in µs after :meth:`settle`."""
+        """Run once on set ``i``; the function returned gives µs, after :meth:`settle`."""
         state = implementation.prepare(i)
         begin = time.perf_counter()
         implementation.run(state)

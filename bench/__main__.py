@@ -1,69 +1,41 @@
-"""``python -m bench [subjects…]``: measure, print tables, keep JSON and Markdown.
+"""``python -m bench [subjects…]``: measures, prints tables, and keeps JSON and Markdown.
 
-Subjects: plan, step, insert, automodel, normalize, resize, host, pixels, multicrop, data; all of
-them by default. Every shape is measured by a process of its own, so that a fault ends one shape.
-On request only: tune, and predict and shards, which need no GPU. From host on they are programs;
-one that is named alone takes options of its own (``python -m bench predict --help``).
+Without names it measures plan, step, insert, automodel, normalize, resize, host, pixels, multicrop
+and data, as far as this machine can; tune, predict and shards run when they are named. Every shape
+is measured by a process of its own, and so is every module without shapes, so that a fault ends
+nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import harness, report
 from bench.harness import DTYPES, LATE, Ceilings, Row, Settings
+from bench.report import Table
 from bench.shapes import SHAPES, shapes_named
-from bench.subjects import step, tune
+from bench.subjects import SUBJECTS, Option, Subject
 
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A module of rows, or a program that prints tables of its own."""
-
-    module: str
-    program: bool = False
-    """Run as ``python -m module``; else ``module.run(settings)`` gives groups of rows."""
-    shapes: tuple[str, ...] = ()
-    """Measured by default, each in a process; empty where rows are not about shapes."""
-    quick: tuple[str, ...] = ()  # options of a program for a short run
-    needs_gpu: bool = False
-    on_request: bool = False  # not among those that run by default
-
-
-SUBJECTS = {
-    "plan": Subject("bench.subjects.plan", shapes=tuple(SHAPES), needs_gpu=True),
-    "step": Subject("bench.subjects.step", shapes=step.SHAPES, needs_gpu=True),
-    "insert": Subject("bench.subjects.insert", shapes=tuple(SHAPES), needs_gpu=True),
-    "automodel": Subject("bench.subjects.automodel", needs_gpu=True),
-    "normalize": Subject("bench.subjects.pixel_kernels", needs_gpu=True),
-    "resize": Subject("bench.subjects.pixel_kernels", needs_gpu=True),
-    "host": Subject("bench.subjects.host", program=True, quick=("--rounds", "5")),
-    "pixels": Subject(
-        "bench.subjects.pixels", program=True, quick=("--budget", "0.5", "--steps", "5")
-    ),
-    "multicrop": Subject("bench.subjects.multicrop", program=True, quick=("--budget", "0.5")),
-    "data": Subject("bench.subjects.data", program=True, quick=("--quick",)),
-    "shards": Subject("bench.subjects.shards", program=True, on_request=True),
-    "predict": Subject("bench.predict", program=True, on_request=True),
-    "tune": Subject("bench.subjects.tune", shapes=tune.SHAPES, needs_gpu=True, on_request=True),
-}
+NOTHING = Ceilings(copy_bytes_per_s=0)
+"""Of runs without rows, which are compared with no ceiling."""
+PYPI_NAMES = {"PIL": "pillow", "megatron.energon": "megatron-energon"}
+"""Of modules that are imported under another name than they are installed under."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Command line → options, with what does not exist refused."""
+    """Turn the command line into options; what does not exist ends the program with a message."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
     names = ", ".join(SHAPES)
@@ -72,17 +44,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         return [name for name in text.split(",") if name]
 
     for option, default, text in (
-        ("--shapes", [], f"{names}, images-N (default: the subject's own)"),
+        ("--shapes", [], f"{names}, automodel, images-N (default: the subject's own)"),
         ("--dtype", ["bf16"], "bf16, fp16, fp32"),
     ):
         parser.add_argument(option, type=several, default=default, help=f"comma-separated: {text}")
     parser.add_argument("--compare", type=Path, help="JSON of an earlier run to compare with")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder for results"
+    )
     parser.add_argument("--quick", action="store_true", help="a fifth of the time; more noise")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile peers")
-    text = "seconds after which no row is begun (360)"
-    parser.add_argument("--budget", type=float, default=360, help=text)
+    text = "seconds of timing for each row or figure (default: the subject's own)"
+    parser.add_argument("--budget", type=float, help=text)
+    text = "seconds after which no group of rows is begun (360)"
+    parser.add_argument("--limit", type=float, default=360, help=text)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    for subject, own in _own_options():
+        many: dict[str, Any] = {"nargs": "*"} if own.several else {}
+        text = f"{subject}: {own.help} ({own.default})" if own.default else f"{subject}: {own.help}"
+        parser.add_argument(f"--{own.name}", type=own.type, help=text, **many)
     options = parser.parse_args(arguments)
     for what, given, known in (
         ("subject", options.subjects, SUBJECTS), ("--dtype", options.dtype, DTYPES)
@@ -90,6 +70,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         for name in given:
             if name not in known:
                 parser.error(f"{what} {name!r}: expected one of {', '.join(known)}")
+    for subject, own in _own_options():
+        if getattr(options, own.name) is not None and subject not in wanted(options):
+            parser.error(f"--{own.name} is an option of the subject {subject}, which is not named")
     try:
         options.shapes = [shape.name for shape in shapes_named(options.shapes)]
     except ValueError as error:
@@ -97,74 +80,165 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _own_options() -> Iterator[tuple[str, Option]]:
+    for name, subject in SUBJECTS.items():
+        for option in subject.options:
+            yield name, option
+
+
+def wanted(options: argparse.Namespace) -> list[str]:
+    """List the subjects that were asked for; without names, all that run by default."""
+    default = [name for name, subject in SUBJECTS.items() if not subject.on_request]
+    return options.subjects or default
+
+
 def runnable(names: Sequence[str], device: torch.device) -> dict[str, Subject]:
-    """The subjects that can run here, each module once; the others are named, with the reason."""
+    """Pick the subjects that can run here; for each of the others, print what it lacks."""
     found: dict[str, Subject] = {}
-    for name in names or [name for name, one in SUBJECTS.items() if not one.on_request]:
+    for name in names:
         subject = SUBJECTS[name]
-        if importlib.util.find_spec(subject.module) is None:
-            print(f"{name}: not in this checkout ({subject.module} is missing)")
+        missing = [PYPI_NAMES.get(package, package) for package in subject.missing()]
+        if missing:
+            print(f"{name}: not run, not installed here: {', '.join(missing)}", flush=True)
         elif subject.needs_gpu and device.type != "cuda":
-            print(f"{name}: needs a CUDA device, and there is none here")
-        elif all(subject.module != other.module for other in found.values()):
+            print(f"{name}: needs a CUDA device, and there is none here", flush=True)
+        else:
             found[name] = subject
     return found
 
 
-def measure_here(subjects: Sequence[Subject], settings: Settings) -> report.Record:
-    """Measure and show rows in this process. An error ends its subject, and is told."""
+def settings_of(
+    subject: Subject, options: argparse.Namespace, device: torch.device, deadline: float
+) -> Settings:
+    """Make the settings of a subject from the options of the command line."""
+    own = {}
+    for option in subject.options:
+        given = getattr(options, option.name)
+        default = option.quick if options.quick else option.default
+        own[option.name] = default if given is None else given
+    default_s = subject.row_seconds * (0.2 if options.quick else 1)
+    return Settings(
+        device=device,
+        dtypes=tuple(DTYPES[name] for name in options.dtype),
+        shapes=tuple(options.shapes) or subject.shapes,
+        row_seconds=default_s if options.budget is None else options.budget,
+        deadline=deadline,
+        compile_backend=None if options.no_compile else "inductor",
+        options=own,
+    )
+
+
+def measure_here(todo: Mapping[str, tuple[Subject, Settings]]) -> report.Record:
+    """Measure subjects in this process, and print their tables.
+
+    An error ends its subject; it is printed, and is among ``"errors"`` of the result.
+    """
     rows: list[Row] = []
+    tables: list[report.Record] = []
     errors: list[str] = []
-    where = harness.environment(settings.device)
-    ceilings = harness.measure_ceilings(settings)
-    state = {", ".join(settings.shapes) or "no shape": harness.device_state(settings.device)}
-    for subject in subjects:
+    ceilings = NOTHING
+    state: dict[str, dict[str, str]] = {}
+    where: dict[str, str] = {}
+    for name, (subject, settings) in todo.items():
+        where = where or harness.environment(settings.device)
+        # Subjects of rows need a GPU, the others print tables.
+        if subject.needs_gpu and not state:
+            ceilings = harness.measure_ceilings(settings)
+            shape = ", ".join(settings.shapes) or "no shape"
+            state = {shape: harness.device_state(settings.device)}
         try:
-            for group in importlib.import_module(subject.module).run(settings):
-                rows += group
-                print(report.console(group, ceilings), flush=True)
+            for part in subject.load()(settings):
+                if rows or tables:
+                    print()
+                if isinstance(part, Table):
+                    tables.append(report.print_table(part))
+                else:
+                    rows += part
+                    print(report.console(part, ceilings), flush=True)
         except Exception as error:
             traceback.print_exc()
-            errors.append(f"{subject.module}: {type(error).__name__}: {error}")
-    return {**report.to_json(rows, ceilings, where), "state": state, "errors": errors}
+            errors.append(f"{name}: {type(error).__name__}: {error}")
+    found = {"tables": tables, "state": state, "errors": errors}
+    return {**report.to_json(rows, ceilings, where), **found}
 
 
-def measure_apart(subjects: dict[str, Subject], options: argparse.Namespace) -> report.Record:
-    """Measure each shape in a process of its own."""
-    own: dict[str, list[str]] = {}
+@dataclass(slots=True)
+class Process:
+    """Subjects that are measured together, by a process of their own."""
+
+    shapes: list[str]
+    subjects: dict[str, Subject] = field(default_factory=dict)
+
+    def command(self, options: argparse.Namespace, part: Path, limit: float) -> list[str]:
+        """Write its command line; it measures ``limit`` seconds and writes the file ``part``."""
+        command = [sys.executable, "-m", "bench", *self.subjects]
+        command += [f"--part={part}", f"--limit={limit}", f"--shapes={','.join(self.shapes)}"]
+        command += [f"--dtype={','.join(options.dtype)}"]
+        if options.budget is not None:
+            command.append(f"--budget={options.budget}")
+        # All subjects together have eight minutes: tables of the host take their time when asked.
+        needs_gpu = any(subject.needs_gpu for subject in self.subjects.values())
+        quick = options.quick or not (options.subjects or needs_gpu)
+        command += ["--quick"] * quick + ["--no-compile"] * options.no_compile
+        for subject in self.subjects.values():
+            for own in subject.options:
+                given = getattr(options, own.name)
+                if given is not None:
+                    several = given if own.several else [given]
+                    command += [f"--{own.name}", *map(str, several)]
+        return command
+
+
+def processes(subjects: Mapping[str, Subject], options: argparse.Namespace) -> list[Process]:
+    """Share subjects out: a process for each shape, and for each module without shapes."""
+    found: dict[str, Process] = {}
     for name, subject in subjects.items():
-        for shape in (options.shapes or subject.shapes) if subject.shapes else [""]:
-            own.setdefault(shape, []).append(name)
-    here = harness.environment(torch.device("cpu"))
-    nothing = report.to_json([], Ceilings(copy_bytes_per_s=0), here)
-    results: report.Record = {**nothing, "state": {}, "errors": []}
-    end = time.perf_counter() + options.budget
-    for number, (shape, names) in enumerate(own.items()):
-        left = max(end - time.perf_counter(), 0) / (len(own) - number)
+        shapes = (options.shapes or [*subject.shapes]) if subject.shapes else []
+        if subject.shapes and not subject.shapes_together:
+            for shape in shapes:
+                found.setdefault(shape, Process([shape])).subjects[name] = subject
+        else:
+            found.setdefault(subject.module, Process(shapes)).subjects[name] = subject
+    return list(found.values())
+
+
+def measure_apart(subjects: Mapping[str, Subject], options: argparse.Namespace) -> report.Record:
+    """Measure subjects in processes of their own; returns what all of them measured."""
+    results = report.to_json([], NOTHING, harness.environment(torch.device("cpu")))
+    todo = processes(subjects, options)
+    end = time.perf_counter() + options.limit
+    for number, process in enumerate(todo):
+        left = max(end - time.perf_counter(), 0) / (len(todo) - number)
+        if number:
+            print(flush=True)
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
-            command = [sys.executable, "-m", "bench", *names, f"--part={part}", f"--budget={left}"]
-            command += [f"--shapes={shape}", f"--dtype={','.join(options.dtype)}"]
-            command += ["--quick"] * options.quick + ["--no-compile"] * options.no_compile
-            code = subprocess.run(command).returncode
+            code = subprocess.run(process.command(options, part, left)).returncode
             if not part.exists():
-                where = ", ".join([*names, shape])
+                where = ", ".join([*process.subjects, *process.shapes])
                 results["errors"].append(f"{where}: the process ended with {code}")
                 continue
             made = json.loads(part.read_text(encoding="utf-8"))
-        results["rows"] += made["rows"]
-        results["errors"] += made["errors"]
+        for name in ("rows", "tables", "errors"):
+            results[name] += made[name]
         results["state"].update(made["state"])
-        results |= {name: made[name] for name in ("environment", "ceilings")}
+        results["environment"] = made["environment"] or results["environment"]
+        if made["rows"]:
+            results["ceilings"] = made["ceilings"]
     return results
 
 
 def finish(results: report.Record, out: Path, earlier: report.Record | None) -> bool:
-    """Write, judge and compare what was measured; whether all rows of ours passed their gate."""
-    if results["rows"]:
+    """Write, judge and compare what was measured; returns whether nothing of ours failed.
+
+    Notices go to the standard error stream, so that the tables alone can be sent to a file.
+    """
+    if results["rows"] or results["tables"]:
         name = report.file_name(results["environment"]["device"])
-        print("\nwritten:", *report.write(results, out / name))
-    print("", *report.means(results), "", *report.targets(results), sep="\n")
+        print("\nwritten:", *report.write(results, out / name), file=sys.stderr)
+    for table in (report.means(results), report.targets(results)):
+        if table:
+            print("", *table, sep="\n")
     if earlier is not None:
         print(report.compare(earlier, results))
     failed = list(results["errors"])
@@ -172,50 +246,33 @@ def finish(results: report.Record, out: Path, earlier: report.Record | None) -> 
         if row["kind"] == "ours" and row["problem"] and row["problem"] != LATE:
             failed.append(f"{row['implementation']}, {report.group_of(row)}: {row['problem']}")
     for line in failed:
-        print(f"FAILED: {line}")
+        print(f"FAILED: {line}", file=sys.stderr)
     return not failed
 
 
-def run_program(subject: Subject, options: Sequence[str]) -> bool:
-    """Run a subject that prints its own tables; whether it ended well."""
-    return subprocess.run([sys.executable, "-m", subject.module, *options]).returncode == 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the subjects; 1 if a row of ours failed its gate or a program failed, else 0."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    alone = SUBJECTS.get(given[0]) if given else None
-    if alone and alone.program and not set(given[1:]) & SUBJECTS.keys():
-        return 0 if run_program(alone, given[1:]) else 1
-    options = parse(given)
+    """Run the subjects; 1 if a row of ours failed its gate or a subject failed, else 0."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         earlier = report.read(options.compare) if options.compare else None
     except (OSError, ValueError) as error:
         print(f"--compare: {error}", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subjects = runnable(options.subjects, device)
-    measured = {name: subject for name, subject in subjects.items() if not subject.program}
+    subjects = runnable(wanted(options), device)
     if options.part:
-        settings = Settings(
-            device=device,
-            dtypes=tuple(DTYPES[name] for name in options.dtype),
-            shapes=tuple(options.shapes),
-            row_seconds=0.05 if options.quick else 0.25,
-            deadline=time.perf_counter() + options.budget,
-            compile_backend=None if options.no_compile else "inductor",
+        deadline = time.perf_counter() + options.limit
+        results = measure_here(
+            {
+                name: (subject, settings_of(subject, options, device, deadline))
+                for name, subject in subjects.items()
+            }
         )
-        results = measure_here(list(measured.values()), settings)
         options.part.write_text(json.dumps(results), encoding="utf-8")
         return 0
-    well = finish(measure_apart(measured, options), options.out, earlier) if measured else True
-    # All subjects together have eight minutes: a program takes its time where it is asked for.
-    quick = options.quick or not options.subjects
-    for subject in subjects.values():
-        if subject.program:
-            print(f"\n{subject.module}", flush=True)
-            well = run_program(subject, subject.quick if quick else ()) and well
-    return 0 if well else 1
+    if not subjects:
+        return 0
+    return 0 if finish(measure_apart(subjects, options), options.out, earlier) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How everything in this suite is measured.
+"""Measures one implementation beside others: checks it, counts, times, reports.
 
 One *group* of rows is one operation on one set of inputs, done by several implementations in one
 process. :func:`measure` takes a group through four steps:
@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,18 +55,21 @@ MAX_BACKLOG_US = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run measures, and for how long."""
+    """What a subject measures, and for how long."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     impl: Literal["auto", "triton", "torch"] = "auto"  # implementation of the kernels under test
     shapes: tuple[str, ...] = ()  # names; empty for the subject's own choice
-    row_seconds: float = 0.25  # timing budget of one row
+    row_seconds: float = 0.25  # timing budget of one row, or of one figure of a table
     deadline: float = math.inf  # ``time.perf_counter()`` after which groups are reported as not run
     compile_backend: str | None = "inductor"  # of ``torch.compile`` peers; None leaves them out
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the options that the subject alone has, by name without dashes."""
 
     @property
     def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
         return time.perf_counter() > self.deadline
 
 
@@ -135,7 +138,7 @@ class CpuClock:
         """By name of an implementation: what :meth:`warm_up` measured last."""
 
     def sample(self, implementation: Implementation, i: int) -> Callable[[], float]:
-        """Run once on set ``i``: how to read the time, in µs, after :meth:`settle`."""
+        """Run once on set ``i``; the function returned gives µs, after :meth:`settle`."""
         state = implementation.prepare(i)
         begin = time.perf_counter()
         implementation.run(state)
@@ -146,7 +149,7 @@ class CpuClock:
         """Wait until samples can be read."""
 
     def warm_up(self, implementation: Implementation) -> None:
-        """Run a few times on an idle device: median time until the call returns to the host."""
+        """Run a few times on an idle device, and keep the median time until a call returns."""
         times = []
         for i in range(WARM_UP_ROUNDS):
             state = implementation.prepare(i)
@@ -162,7 +165,7 @@ class CpuClock:
         torch.full((max(numbytes, 4) // 4,), math.nan)
 
     def count(self, implementation: Implementation) -> dict[str, int | None]:  # noqa: ARG002
-        """Host syncs, launches and peak memory of one call, by field of :class:`Row`."""
+        """Count host syncs, launches and peak memory of one call, by field of :class:`Row`."""
         return {}
 
 
@@ -231,7 +234,7 @@ class CudaClock(CpuClock):
 
 
 def count_syncs(implementation: Implementation) -> int:
-    """Host synchronisations of one call, as far as PyTorch's debug mode detects them."""
+    """Count the host synchronisations of one call that PyTorch's debug mode detects."""
     state = implementation.prepare(1)
     torch.cuda.synchronize()
     previous = torch.cuda.get_sync_debug_mode()
@@ -246,7 +249,7 @@ def count_syncs(implementation: Implementation) -> int:
 
 
 def count_launches(implementation: Implementation) -> int | None:
-    """Kernels that one call ran, without copies and fills; None where the profiler saw none."""
+    """Count the kernels of one call, without copies and fills; None if the profiler saw none."""
     # Sometimes a profile lacks all device events, most often where nothing else is recorded.
     for _ in range(3):
         state = implementation.prepare(1)
@@ -268,7 +271,7 @@ def count_launches(implementation: Implementation) -> int | None:
 
 @functools.cache
 def clock_for(device: torch.device) -> CpuClock:
-    """The clock of a device; one for the process, since it holds a buffer."""
+    """Return the clock of a device: one for the process, since it holds a buffer."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
@@ -276,6 +279,7 @@ def measure(
     key: Key,
     work: Work,
     implementations: Sequence[Implementation],
+    *,
     check: Check,
     settings: Settings,
 ) -> list[Row]:
@@ -311,8 +315,10 @@ def measure(
 def gate(
     implementation: Implementation, check: Check, clock: CpuClock, poisoned: int
 ) -> str | None:
-    """Check one result, with NaN in ``poisoned`` bytes of memory that it may get; then run until
-    warm."""
+    """Check one result, and warm up; returns what is wrong, or None.
+
+    Before the run, ``poisoned`` bytes of memory that its result may get are filled with NaN.
+    """
     state = implementation.prepare(0)
     clock.poison(poisoned)
     result = implementation.run(state)
@@ -327,7 +333,7 @@ def gate(
 def sample_rounds(
     implementations: Sequence[Implementation], clock: CpuClock, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Interleaved samples for about ``seconds``; the timing fields of each row."""
+    """Take turns for about ``seconds``; returns the timing fields of each row, by name."""
     device: dict[str, list[float]] = {i.name: [] for i in implementations}
     end = time.perf_counter() + seconds
     for i in range(MAX_SAMPLES if implementations else 0):
@@ -348,13 +354,13 @@ def sample_rounds(
 
 
 def spread(times: Sequence[float]) -> list[float]:
-    """20th percentile, median and 80th percentile."""
+    """Compute 20th percentile, median and 80th percentile."""
     found: list[float] = np.percentile(times, (20, 50, 80)).tolist()
     return found
 
 
 def rotation(device: torch.device, set_bytes: int) -> int:
-    """How many input sets of this size pass L2 three times over before one comes up again."""
+    """Count the input sets of this size that fill L2 three times before one is used again."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -363,7 +369,7 @@ def rotation(device: torch.device, set_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """What the device reaches in this run, on random data: the limits that rows are held to."""
+    """Rates that the device reaches in this run, on random data; rows are compared with them."""
 
     copy_bytes_per_s: float  # of one large device-to-device copy, bytes read plus bytes written
     flops_per_s: dict[str, float] = field(default_factory=dict)
@@ -371,7 +377,7 @@ class Ceilings:
 
 
 def measure_ceilings(settings: Settings) -> Ceilings:
-    """Time one large copy and one large matrix product a dtype."""
+    """Time one large copy, and one large matrix product for each dtype."""
     device = settings.device
     cuda = device.type == "cuda"
     clock = clock_for(device)
@@ -394,12 +400,18 @@ def measure_ceilings(settings: Settings) -> Ceilings:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of one of DTYPES."""
+    """Return the name of a dtype in :data:`DTYPES`."""
     return next(name for name, each in DTYPES.items() if each == dtype)
 
 
+def where(device: torch.device, **more: str) -> str:
+    """Write on what a table was measured, in one line; ``more`` joins the environment."""
+    found = {**environment(device), **more}
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value)
+
+
 def environment(device: torch.device) -> dict[str, str]:
-    """Hardware, software, commit and date of this run."""
+    """Find hardware, software, commit and date of this run."""
     found = {
         "device": platform.processor() or platform.machine(),
         "driver": "",
@@ -420,7 +432,7 @@ STATE = "clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu
 
 
 def device_state(device: torch.device) -> dict[str, str]:
-    """Clocks, power and temperature while it multiplies, as nvidia-smi gives them."""
+    """Ask nvidia-smi for clocks, power and temperature while the device multiplies."""
     found = dict.fromkeys(STATE, "not reported")
     if device.type == "cuda":
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -440,7 +452,7 @@ def _nvidia_smi(device: torch.device, *fields: str) -> str:
 
 
 def _command(*command: str) -> str:
-    """First line of a command's output; empty where it is not there or fails."""
+    """Return the first line of a command's output; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,5 +1,7 @@
-"""A Triton driver for machines without a GPU: kernels are specialised, cached and compiled by
-Triton's own launch path for the architecture it names, and launched nowhere."""
+"""Compiles kernels without a GPU: a Triton driver for an architecture, which launches nothing.
+
+Kernels are specialised, cached and compiled by Triton's own launch path.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,10 @@ class NoDriver:
     utils = _Utils()
 
     def install(self) -> None:
-        """Become this process's driver, with ``impl="triton"`` for tensors on the CPU; before the
-        first launch, and without TRITON_INTERPRET."""
+        """Make this the driver of the process, and ``impl="triton"`` accept tensors on the CPU.
+
+        Call it before the first launch. ``RuntimeError`` where TRITON_INTERPRET is set.
+        """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
         triton.runtime.driver.set_active(self)
@@ -61,5 +65,5 @@ class NoDriver:
 
 
 def compiled(kernel: Any) -> list[Any]:
-    """What Triton has compiled of a ``@triton.jit`` function, oldest first."""
+    """List what Triton has compiled of a ``@triton.jit`` function, oldest first."""
     return list(kernel.device_caches[0][0].values())

@@ -1,4 +1,4 @@
-"""The gate of the insertion rows: right values in float64, and how far rounding may be from them.
+"""Checks results of the insert against float64 values, and bounds of what rounding may change.
 
 The bounds are the tests' (:func:`step37_kernels.testing.product_bound`). The reference would take
 minutes at this suite's sizes. So the same is computed here on the device, and of large products
@@ -64,7 +64,7 @@ class Oracle:
 
     @staticmethod
     def _sample(batch: Batch, multiplications: int) -> Tensor:
-        """Row numbers to compare."""
+        """Pick the numbers of the rows to compare."""
         num_rows = batch.destinations.shape[0]
         if multiplications < EXACT_BELOW:
             return torch.arange(num_rows, device=batch.destinations.device)
@@ -79,7 +79,7 @@ class Oracle:
     def check(
         self, results: Mapping[str, Tensor | list[Tensor]], *, narrow_partial_sums: bool
     ) -> str | None:
-        """What is wrong with the results of one implementation, by name, or None.
+        """Check results of one implementation, by name; returns what is wrong, or None.
 
         ``narrow_partial_sums``: allow sums of parts that were rounded to the narrow type, as
         PyTorch lets cuBLAS do (``allow_bf16_reduced_precision_reduction``), and as one weight

@@ -1,4 +1,4 @@
-"""Other ways to do what :func:`step37_kernels.project_and_insert` does, to be measured beside it.
+"""Does what :func:`step37_kernels.project_and_insert` does in other ways, to compare with.
 
 Each is a function ``(embeddings [S, B, H], input_ids [B, S], groups, weight [H, C]) → [S, B, H]``
 with ``groups`` a sequence of ``(start_token, features [N, L, C])``. The vectorised ones assume what
@@ -28,7 +28,7 @@ BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding
 
 
 def step37(impl: Impl) -> Forward:
-    """Ours: plan, then project and insert."""
+    """Make our way: plan, then project and insert."""
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
         counts = [(token, [x.shape[1]] * x.shape[0]) for token, x in groups]
@@ -40,8 +40,10 @@ def step37(impl: Impl) -> Forward:
 
 
 def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """The algorithm that is replaced, operation for operation: one product and one clone a group,
-    two ``.item()`` a picture."""
+    """Insert by the algorithm that is replaced, operation for operation.
+
+    It has one product and one clone for each group, and two ``.item()`` for each picture.
+    """
     for token, features in groups:
         projected = F.linear(features, weight)
         locations = (input_ids == token).nonzero()
@@ -54,7 +56,7 @@ def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor)
 
 
 def span_mask(input_ids: Tensor, token: int, rows: int) -> Tensor:
-    """``[B, S]`` bool: the ``rows`` positions after each start token."""
+    """Mark the ``rows`` positions after each start token: ``[B, S]`` bool."""
     seq_len = input_ids.shape[1]
     started = (input_ids == token).cumsum(1)
     recent = started - F.pad(started, (rows, 0))[:, :seq_len]
@@ -62,7 +64,7 @@ def span_mask(input_ids: Tensor, token: int, rows: int) -> Tensor:
 
 
 def masked_scatter(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """What most vision-language models in PyTorch do: a mask, and ``masked_scatter``."""
+    """Insert as most vision-language models in PyTorch do: a mask, and ``masked_scatter``."""
     fused = embeddings.transpose(0, 1)
     for token, features in groups:
         mask = span_mask(input_ids, token, features.shape[1])
@@ -71,7 +73,7 @@ def masked_scatter(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight
 
 
 def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """The best plain PyTorch we know: one product, one ``index_copy``, no synchronisation."""
+    """Insert by the best plain PyTorch we know: one product, one ``index_copy``, no waiting."""
     seq_len, batch_size, hidden = embeddings.shape
     positions = []
     for token, features in groups:
@@ -90,8 +92,10 @@ def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Te
 
 
 def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
-    """A class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``, on given tensors:
-    the word embedding that it borrows hands out the embeddings of the case."""
+    """Make a way of a class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``.
+
+    The word embedding that it borrows hands out the embeddings of the case.
+    """
     given: list[Tensor] = []
     # On the meta device: each call puts the weight of the case in its place.
     with torch.device("meta"):
@@ -108,7 +112,7 @@ def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
 
 
 def bridge(hidden: int, width: int) -> list[Peer]:
-    """Megatron-Bridge's own class, where it is installed."""
+    """Make Megatron-Bridge's own class a peer; an empty list where it is not installed."""
     try:
         module = importlib.import_module(BRIDGE)
     except ModuleNotFoundError:
@@ -126,7 +130,7 @@ class Peer(NamedTuple):
 
 
 def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> list[Peer]:
-    """Everything that does the whole insertion, ours first."""
+    """List everything that does the whole insertion, ours first."""
     found = [
         Peer("step37", "ours", step37(impl)),
         Peer("stock", "stock", stock),

@@ -1,4 +1,4 @@
-"""``python -m bench predict``: what every launch should cost, by arithmetic; nothing is measured.
+"""Subject ``predict``: says what every launch should cost, by arithmetic; nothing is measured.
 
 A product takes its start and the filling of its pipeline, then the slowest of three: the matrix
 units, in waves of tiles; the blocks that come through L2; operands and result through memory. The
@@ -7,18 +7,17 @@ store of the last wave follows. Library products are the best of :data:`LIBRARY`
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.shapes import SHAPES, Shape, shapes_named
-from bench.subjects.automodel import SHAPE as PLACEHOLDERS
+from bench.harness import Settings
+from bench.report import Column, Table, read
+from bench.shapes import AUTOMODEL, SHAPES, Shape, shapes_named
 from bench.subjects.insert import work_of
 from step37_kernels.ops import tiles as table
 from step37_kernels.ops.common import ceil_div
@@ -26,6 +25,7 @@ from step37_kernels.ops.tiles import Tile
 
 PROCESSORS = 132
 COMMAND = "python -m bench predict"
+CHIPS, OPERATIONS = ("H100", "H200"), ("forward", "forward+backward")
 MOVES = 26
 """PyTorch operations that number the rows of crops and images as Automodel's model has them."""
 # low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
@@ -53,7 +53,7 @@ Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
 
 def rates_of(chip: str, case: str) -> Rates:
-    """All nominal, or all at the fast or the slow end; in TFLOP/s, TB/s, µs."""
+    """Pick the rates of a chip, in TFLOP/s, TB/s and µs: case nominal, fast or slow."""
     found = {}
     for name, (low, nominal, high, unit, _) in RATES.items():
         fast, slow = (low, high) if unit == "µs" else (high, low)
@@ -74,8 +74,8 @@ class Launch(NamedTuple):
         return f"{self.kernel} {self.us:.1f}{how if self.tile else ''}"
 
 
-def timed(rates: Rates, mnk: Extents, flops: float, l2: float, end: float) -> tuple[str, float]:
-    """What bounds a product, and µs; ``end`` of them follow the last wave."""
+def timed(rates: Rates, mnk: Extents, *, flops: float, l2: float, end: float) -> tuple[str, float]:
+    """Say what bounds a product, and its µs; ``end`` of them follow the last wave."""
     m, n, k = mnk
     times = {
         "tensor": flops / rates["products"] / 1e6 + end,
@@ -87,14 +87,14 @@ def timed(rates: Rates, mnk: Extents, flops: float, l2: float, end: float) -> tu
 
 
 def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
-    """µs of fp32 parts through L2 to a second launch, which writes their sums."""
+    """Time a second launch that reads fp32 parts and writes their sums, in µs."""
     moving = 8 * parts / rates["L2"] + 2 * results / rates["memory"]
     return rates["dependent"] + start + moving / 1e6
 
 
 @functools.cache
 def library(chip: str, case: str, extents: Extents) -> Launch:
-    """The library's product."""
+    """Predict the library's product: the fastest of :data:`LIBRARY`."""
     (m, n, k), rates, found = extents, rates_of(chip, case), []
     for block_m, block_n, split in LIBRARY:
         area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
@@ -106,14 +106,17 @@ def library(chip: str, case: str, extents: Extents) -> Launch:
         flops = waves * PROCESSORS * 2 * area * k / split
         l2 = 2 * programs * read * k / split
         name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
-        cost = timed(rates, extents, flops, l2, end)
+        cost = timed(rates, extents, flops=flops, l2=l2, end=end)
         found.append(Launch("library product", name, programs, waves, *cost))
     return min(found, key=lambda launch: launch.us)
 
 
 def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
-    """Our product with this tile, a program to a multiprocessor: between two waves stand the store
-    of one and the filling of the next. The launch that adds parts up is counted in it."""
+    """Predict our product with this tile; a multiprocessor runs one program at a time.
+
+    Between two waves stand the store of one and the filling of the next. The launch that adds parts
+    up is counted in it.
+    """
     shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
     area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
     tiles, waves = shares.whole + shares.tail, ceil_div(shares.programs, PROCESSORS)
@@ -124,20 +127,20 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
     work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
     flops = work * PROCESSORS * 2 * area * like.width / rates["Triton"]
     mnk = (sum(row_counts), like.hidden, like.width)
-    cost = timed(rates, mnk, flops, 2 * tiles * read * like.width, end)
+    cost = timed(rates, mnk, flops=flops, l2=2 * tiles * read * like.width, end=end)
     name = f"{tile}" + f", {shares.tail} in {shares.parts} parts" * (shares.parts > 1)
     return Launch("project, scatter", name, shares.programs, waves, *cost)
 
 
 def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
-    """µs of our product of ``rows`` rows with each tile, the fastest first."""
+    """Rank tiles by the µs of our product of ``rows`` rows, the fastest first."""
     rates = rates_of(chip, "nominal")
     found = [(own(rates, tile, [rows], SHAPES["flickr8k"]).us, tile) for tile in tiles]
     return sorted(found, key=lambda pair: pair[0])
 
 
 def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
-    """Launches of plan and product with the table's tile, and µs of both together."""
+    """List the launches of plan and product with the table's tile, and µs of all together."""
     rates, rows = rates_of(chip, case), shape.num_rows
     planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
     plan = Launch("plan", "", 1, 0, "launch", planning)
@@ -148,7 +151,7 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     # The product starts beside the plan, and waits for it in its epilogue.
     late = max(rates["dependent"], planning - project.us)
     launches = [plan, project]
-    if shape is PLACEHOLDERS:  # or behind the operations that move the plan's rows
+    if shape is AUTOMODEL:  # or behind the operations that move the plan's rows
         moving = MOVES * (rates["dependent"] + rates["start"])
         launches.insert(1, Launch(f"{MOVES} small operations", "", 0, 0, "launch", moving))
         late = planning + moving + rates["dependent"]
@@ -159,7 +162,7 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
 
 
 def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
-    """One operation on one shape: figures of all cases, launches of the nominal one."""
+    """Predict one operation on one shape: figures of all cases, launches of the nominal one."""
     rows, hidden, width = shape.num_rows, shape.hidden, shape.width
     extents = [(rows, hidden, width), (rows, width, hidden), (hidden, width, rows)]
     extents = extents[: 1 if operation == "forward" else 3]
@@ -184,8 +187,7 @@ def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
         "predicted_us": totals[0], "low_us": min(totals), "high_us": max(totals),
         "gemm_us": bare[0], "floor_us": floor, "over_floor": totals[0] / floor,
         "ratio": ratios[0], "low_ratio": min(ratios), "high_ratio": max(ratios),
-        "launches": [each._asdict() for each in launches[0]],
-        "shown": "; ".join(map(str, launches[0])), "measured": "",
+        "launches": launches[0], "measured": "",
     }  # fmt: skip
 
 
@@ -213,49 +215,35 @@ multiprocessors, so parts of the reduction go through L2 to a second launch, or 
 from the second wave on, each wave's store and the next one's filling are not hidden. `automodel`
 is NeMo Automodel's merge into placeholders, crops among its pictures: PyTorch operations put the
 plan's rows in its order, and the product follows them.
-
-| assumed | low | nominal | high | unit | source |
-|---|---|---|---|---|---|
 """
-COLUMNS = """\
-| shape | rows | predicted µs | product µs | × product | × floor | launches | measured |
-|---|---|---|---|---|---|---|---|
-"""
-ROW = (
-    "| {shape} | {rows} | {predicted_us:.1f} [{low_us:.0f}–{high_us:.0f}] | {gemm_us:.1f} "
-    "| {ratio:.2f} [{low_ratio:.2f}–{high_ratio:.2f}] | {over_floor:.2f} | {shown} | {measured} |\n"
-)
+RATE_COLUMNS = tuple(map(Column, ("assumed", "low", "nominal", "high", "unit", "source")))
+COLUMNS = (
+    Column("shape"), Column("rows"), Column("predicted µs", "{:.1f} [{:.0f}–{:.0f}]"),
+    Column("product µs", "{:.1f}"), Column("× product", "{:.2f} [{:.2f}–{:.2f}]"),
+    Column("× floor", "{:.2f}"), Column("launches"), Column("measured"),
+)  # fmt: skip
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rates, then a table for each chip and operation."""
-    text = HEAD + "".join(f"| {name} | {' | '.join(map(str, r))} |\n" for name, r in RATES.items())
-    for (chip, operation), group in itertools.groupby(rows, lambda r: (r["chip"], r["operation"])):
-        text += f"\n## {chip}, {operation}, predicted\n\n{COLUMNS}"
-        text += "".join(ROW.format(**each) for each in group)
-    return text
+def cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Make the cells of one row; ranges go from the fast to the slow end of all rates."""
+    return (
+        row["shape"], row["rows"], (row["predicted_us"], row["low_us"], row["high_us"]),
+        row["gemm_us"], (row["ratio"], row["low_ratio"], row["high_ratio"]), row["over_floor"],
+        "; ".join(map(str, row["launches"])), row["measured"],
+    )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables, or one JSON object."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", action="store_true", help='print {"rows": […]}')
-    special = {PLACEHOLDERS.name: [PLACEHOLDERS]}
-    every = ",".join([*SHAPES, *special, *(f"images-{k}" for k in range(1, 17))])
-    parser.add_argument("--shapes", default=every, help="comma-separated")
-    parser.add_argument("--measured", type=Path, nargs="*", default=[], help="JSON of benchmarks")
-    options = parser.parse_args(arguments)
-    try:
-        named = options.shapes.split(",")
-        shapes = [one for name in named for one in special.get(name) or shapes_named([name])]
-    except ValueError as error:
-        parser.error(f"--shapes: {error}")
-    both = ("forward", "forward+backward")
-    rows = [row(one, chip, what) for chip in ("H100", "H200") for what in both for one in shapes]
-    for path in options.measured:
-        add_measured(rows, json.loads(path.read_text(encoding="utf-8")))
-    print(json.dumps({"rows": rows}, indent=1) if options.json else markdown(rows), end="")
-
-
-if __name__ == "__main__":
-    main()
+def run(settings: Settings) -> Iterator[Table]:
+    """Yield the table of assumed rates, and one for each chip and operation."""
+    shapes = shapes_named(settings.shapes)
+    # Files that cannot be read end it before anything is printed.
+    measured = [read(Path(path)) for path in settings.options["measured"]]
+    rates = [(name, *rate) for name, rate in RATES.items()]
+    yield Table(text=HEAD.strip(), columns=RATE_COLUMNS, lines=rates)
+    for chip in CHIPS:
+        for operation in OPERATIONS:
+            rows = [row(shape, chip, operation) for shape in shapes]
+            for results in measured:
+                add_measured(rows, results)
+            title = f"{chip}, {operation}, predicted"
+            yield Table(title=title, columns=COLUMNS, lines=map(cells, rows))

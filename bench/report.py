@@ -1,6 +1,7 @@
-"""From measured rows to JSON, and from JSON to tables and a comparison of two runs.
+"""Turns what was measured into JSON, and JSON into Markdown tables and a comparison of two runs.
 
-``python -m bench.report RESULTS.json`` prints the tables again.
+``python -m bench.report RESULTS.json`` prints the tables again. All tables of the suite, those of
+rows and those with columns of their own, are written by :func:`table_lines`.
 
 Ratios are computed here, from medians of one run, so that they cannot disagree with them:
 
@@ -19,7 +20,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ COLUMNS = (
     "shape", "layout", "dtype", "implementation", "µs (p20–p80)", "TFLOP/s", "GB/s", "× stock",
     "× best peer", "× GEMM", "× limit", "host µs", "syncs", "launches", "peak MiB", "temporary MiB",
 )  # fmt: skip
-NAMES = 4  # columns that name a row; they are aligned to the left
+NAMES = 4  # columns that name a row
 LEGEND = """\
 × stock and × best peer: times faster (above 1 is faster). × GEMM and × limit: time over that of the
 bare product, and over what the copy and product rates above allow (at best 1). Rates are those of
@@ -43,17 +44,72 @@ Record = dict[str, Any]
 """A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
 
 
+class Column(NamedTuple):
+    """A column of a table: its title, and how its figures are shown."""
+
+    name: str
+    form: str = "{}"
+    """For ``str.format``; a cell that is a tuple fills as many places as it has figures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table with columns of its own, for subjects whose figures are not rows of a group."""
+
+    title: str = ""  # becomes a heading
+    text: str = ""  # Markdown between heading and table
+    columns: Sequence[Column]
+    lines: Iterable[Sequence[Any]]
+    """One cell a column, ``None`` where there is no figure. May be a generator, which measures a
+    line when it is asked for the next one: each line is printed when it is there."""
+
+
+def table_lines(columns: Sequence[Column], lines: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Write the lines of a Markdown table."""
+    yield _line(column.name for column in columns)
+    yield f"|{'---|' * len(columns)}"
+    for cells in lines:
+        yield _line(map(_shown, columns, cells))
+
+
+def _shown(column: Column, cell: Any) -> str:
+    if cell is None:
+        return ""
+    return column.form.format(*cell) if isinstance(cell, tuple) else column.form.format(cell)
+
+
+def print_table(table: Table) -> Record:
+    """Print a table while its lines are measured; returns it as plain data, with all figures."""
+    kept: list[Sequence[Any]] = []
+
+    def lines() -> Iterator[Sequence[Any]]:
+        for cells in table.lines:
+            kept.append(list(cells))
+            yield cells
+
+    print(_heading(table.title, table.text), end="")
+    for line in table_lines(table.columns, lines()):
+        print(line, flush=True)
+    columns = [list(column) for column in table.columns]
+    return {"title": table.title, "text": table.text, "columns": columns, "lines": kept}
+
+
+def _heading(title: str, text: str) -> str:
+    return f"## {title}\n\n" * bool(title) + f"{text}\n\n" * bool(text)
+
+
 def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]) -> Record:
-    """The whole of a run as plain data."""
+    """Turn rows into plain data, with ceilings and environment beside."""
     records = []
     for row in rows:
         record = asdict(row)
         records.append({**record.pop("key"), **record.pop("work"), **record})
-    return {"environment": environment, "ceilings": asdict(ceilings), "rows": records}
+    found = {"environment": environment, "ceilings": asdict(ceilings), "rows": records}
+    return {**found, "tables": [], "state": {}, "errors": []}
 
 
 def group_of(record: Record) -> tuple[str, ...]:
-    """What the rows of one group share."""
+    """Return the names that the rows of one group share."""
     return tuple(record[name] for name in GROUP)
 
 
@@ -67,7 +123,7 @@ class Ratios(NamedTuple):
 
 
 def limit_us(record: Record, ceilings: Record) -> float | None:
-    """Least time of the work; None where the rate of its dtype was not measured."""
+    """Compute the least µs of the work; None where the rate of its dtype was not measured."""
     moving = record["bytes"] / ceilings["copy_bytes_per_s"]
     if not record["flops"]:
         return 1e6 * moving
@@ -98,7 +154,7 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
 
 
 def grouped(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Rows by group, in order of first appearance."""
+    """Yield the rows by group, in order of first appearance."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(group_of(record), []).append(record)
@@ -110,7 +166,7 @@ def _figure(value: float | None, form: str = ".2f") -> str:
 
 
 def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list[str]:
-    """The cells of one row, as :data:`COLUMNS` names them."""
+    """Make the cells of one row, one for each of :data:`COLUMNS`."""
     name = [record["shape"], record["variant"], record["dtype"], record["implementation"]]
     if record["problem"]:
         return [*name, record["problem"], *[""] * (len(COLUMNS) - NAMES - 1)]
@@ -132,56 +188,69 @@ def table_row(record: Record, group: Sequence[Record], ceilings: Record) -> list
 
 
 def markdown(results: Record) -> str:
-    """The run as Markdown: where and when, what the device reaches, one table an operation."""
+    """Write a run as Markdown: where and when, ceilings, a table for each operation."""
     environment, ceilings = results["environment"], results["ceilings"]
     lines = ["# Benchmark", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items() if value]
-    lines.append(f"- copy: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read plus written")
+    if results["rows"]:
+        lines.append(f"- copy: {ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, read plus written")
     for dtype, rate in ceilings["flops_per_s"].items():
         lines.append(f"- matrix product, {dtype}: {rate / 1e12:.1f} TFLOP/s")
     for shape, state in results.get("state", {}).items():
         figures = ", ".join(f"{name} {figure}" for name, figure in state.items())
         lines.append(f"- while multiplying, before {shape}: {figures}")
-    lines += ["", LEGEND]
-    operation = None
+    lines += ["", LEGEND] if results["rows"] else []
+    by_operation: dict[str, list[Sequence[Any]]] = {}
     for group in grouped(results["rows"]):
         title = f"{group[0]['subject']}: {group[0]['operation']}"
-        if title != operation:
-            operation = title
-            lines += ["", f"## {title}", "", _line(COLUMNS)]
-            lines.append(_line(["---"] * NAMES + ["---:"] * (len(COLUMNS) - NAMES)))
-        lines += [_line(table_row(record, group, ceilings)) for record in group]
+        rows = by_operation.setdefault(title, [])
+        rows += [table_row(record, group, ceilings) for record in group]
+    for title, rows in by_operation.items():
+        lines += ["", f"## {title}", "", *table_lines(_columns(COLUMNS), rows)]
     for title, table in (("Means", means(results)), ("Targets: worst groups", targets(results))):
         lines += ["", f"## {title}", "", *table] if table else []
+    for table in results.get("tables", []):
+        columns = [Column(*column) for column in table["columns"]]
+        # JSON has no tuples.
+        cells = [[tuple(c) if isinstance(c, list) else c for c in line] for line in table["lines"]]
+        lines += ["", *_heading(table["title"], table["text"]).splitlines()]
+        lines += table_lines(columns, cells)
     return "\n".join([*lines, ""])
 
 
+def _columns(names: Iterable[str]) -> list[Column]:
+    return [Column(name) for name in names]
+
+
 def targets(results: Record) -> list[str]:
-    """The targets that a run speaks to, as the lines of a Markdown table; none, no table."""
-    lines = [
-        _line((target.text, f"≤ {target.limit:.3g}", f"{worst:.3g}", where, verdict))
+    """Write the targets that a run has figures for, as lines of a table; else no line."""
+    rows = [
+        (target.text, target.limit, worst, where, target.verdict(worst))
         for target, worst, where in judge(list(grouped(results["rows"])))
-        for verdict in [target.verdict(worst)]
     ]
-    header = [_line(("target", "limit", "measured", "where", "")), _line(["---"] * 5)]
-    return header + lines if lines else []
+    columns = [
+        Column("target"), Column("limit", "≤ {:.3g}"), Column("measured", "{:.3g}"),
+        Column("where"), Column(""),
+    ]  # fmt: skip
+    return list(table_lines(columns, rows)) if rows else []
 
 
 def means(results: Record) -> list[str]:
-    """Geometric means of our ratios over the shapes of a run, an operation and layout a line."""
+    """Write geometric means of our ratios over shapes, a line for each operation and layout."""
     found: dict[str, list[Ratios]] = {}
     for group in grouped(results["rows"]):
         for record in group:
             if record["implementation"] == "step37" and record["median_us"]:
                 key = " ".join(record[name] for name in GROUP if record[name] and name != "shape")
                 found.setdefault(key, []).append(ratios(record, group, results["ceilings"]))
-    lines = []
+    rows = []
     for key, several in found.items():
-        columns = [[value for value in column if value] for column in zip(*several, strict=True)]
-        cells = (_figure(statistics.geometric_mean(each)) if each else "" for each in columns)
-        lines.append(_line((key, str(len(several)), *cells)))
-    header = ("geometric mean", "shapes", "× stock", "× best peer", "× GEMM", "× limit")
-    return [_line(header), _line(["---"] * 6), *lines] if lines else []
+        measured = [[value for value in column if value] for column in zip(*several, strict=True)]
+        figures = (statistics.geometric_mean(each) if each else None for each in measured)
+        rows.append((key, len(several), *figures))
+    ratio = (Column(f"× {name}", "{:.2f}") for name in ("stock", "best peer", "GEMM", "limit"))
+    columns = [Column("geometric mean"), Column("shapes"), *ratio]
+    return list(table_lines(columns, rows)) if rows else []
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -189,17 +258,16 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def console(group: Sequence[Row], ceilings: Ceilings) -> str:
-    """The rows of one group as a table."""
+    """Write the rows of one group as a table, below a line that names the group."""
     results = to_json(group, ceilings, {})
     records = results["rows"]
-    cells = [table_row(record, records, results["ceilings"]) for record in records]
+    shown = [table_row(record, records, results["ceilings"])[NAMES - 1 :] for record in records]
     title = " · ".join(filter(None, group_of(records[0])))
-    lines = [_line(line[NAMES - 1 :]) for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
-    return "\n".join(["", title, "", *lines])
+    return "\n".join([title, "", *table_lines(_columns(COLUMNS[NAMES - 1 :]), shown)])
 
 
 def compare(old: Record, new: Record) -> str:
-    """Medians of two runs side by side; changes above 3 % are marked, and counted at the end."""
+    """Write medians of two runs side by side; changes above 3 % are marked and counted."""
     lines = []
     for name in ("device", "driver", "torch", "triton", "commit"):
         before, after = old["environment"].get(name), new["environment"].get(name)
@@ -225,7 +293,7 @@ def compare(old: Record, new: Record) -> str:
 
 
 def file_name(device: str) -> str:
-    """A name for the results of a run on this device that ends now, without extension."""
+    """Name the results of a run that ends now on this device; without extension."""
     date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     return f"{date}-{re.sub(r'[^0-9A-Za-z_]+', '-', device).strip('-').lower()}"
 
@@ -240,7 +308,7 @@ def write(results: Record, stem: Path) -> list[Path]:
 
 
 def read(path: Path) -> Record:
-    """Results that :func:`write` wrote; ``ValueError`` where the file is something else."""
+    """Read results that :func:`write` wrote; ``ValueError`` where the file is something else."""
     try:
         results: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

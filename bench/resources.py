@@ -1,4 +1,4 @@
-"""Compile every kernel for every architecture, without a GPU, and report what it needs.
+"""Compiles every kernel for an architecture, without a GPU, and reports what it needs.
 
 ``python -m bench.resources`` prints a Markdown table; ``--json`` one object a line. Run it without
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
@@ -30,10 +30,12 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
+from bench.report import Column, Table, print_table
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import gradient, pack, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.resize import resize_uint8
 from step37_kernels.runs import FlatRuns
 
@@ -45,8 +47,11 @@ CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """A compiled kernel: registers a thread, bytes of stack, bytes of shared memory a block; bytes
-    of the widest global load or asynchronous copy of a thread, and of its widest store (0 on AMD).
+    """What one compiled kernel needs.
+
+    Registers and bytes of stack are those of a thread, shared memory that of a block, in bytes.
+    ``load_bytes`` is the widest global load or asynchronous copy of a thread, ``store_bytes`` its
+    widest store (0 on AMD).
     """
 
     kernel: str
@@ -67,7 +72,7 @@ Launch = tuple[str, Callable[[], object]]
 
 
 def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
-    """``(variant, launch)`` of everything that can be launched."""
+    """Yield ``(variant, launch)`` of everything that can be launched."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
@@ -76,6 +81,7 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
     for short in dtypes:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
         yield from _gradients(DTYPES[short], short)
+        yield from _tables(DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
@@ -88,7 +94,7 @@ def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
 
 @contextlib.contextmanager
 def only(tile: tiles.Tile) -> Iterator[None]:
-    """Whatever the table says, inserts in here take this tile."""
+    """Make inserts take this tile, whatever the table says, inside the ``with`` block."""
     table = project.insert_tile
     project.insert_tile = lambda *_: tile
     try:
@@ -99,20 +105,21 @@ def only(tile: tiles.Tile) -> Iterator[None]:
 
 def insert_blank(
     tile: tiles.Tile, dtype: torch.dtype, *, bias: bool = False, shard: bool = False,
-    sources: int = 1, after_plan: bool = False,
+    sources: int = 1, lookup: bool = False, after_plan: bool = False,
 ) -> None:  # fmt: skip
-    """An insert of tensors with nothing in them: to compile for."""
+    """Launch an insert of uninitialised tensors, to have it compiled."""
     weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
     numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
     with only(tile):
         project.project_insert(
-            torch.empty(sources * ROWS, 1, HIDDEN, dtype=dtype),
+            torch.empty((ROWS, HIDDEN) if lookup else (sources * ROWS, 1, HIDDEN), dtype=dtype),
             [torch.empty(ROWS, WIDTH, dtype=dtype)] * sources,
             weight,
             weight[:, 0].contiguous() if bias else None,
             numbers.flatten(),
             numbers,
             torch.empty(1, dtype=torch.int32) if shard else None,
+            input_ids=numbers.long() if lookup else None,
             after_plan=after_plan,
         )
 
@@ -124,8 +131,9 @@ def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch
     yield f"{short} rows apart", functools.partial(pack.pack_rows, [apart])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
     variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
+    variants.append({"lookup": True})
     for tile in entries:
-        for options in [{}] if tile.library else variants:
+        for options in [{}, {"lookup": True}] if tile.library else variants:
             for after_plan in [False] if tile.library else [False, True]:
                 variant = f"{short} {tile}" + "".join(f" {name}" for name in options)
                 launch = functools.partial(insert_blank, tile, dtype, after_plan=after_plan)
@@ -142,6 +150,16 @@ def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
             embeddings=True, rows=rows, bias=bias,
         )  # fmt: skip
         yield f"{short}{' rows' * rows}{' bias' * bias}", launch
+
+
+def _tables(dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    """Yield the gradient of the table: dense in its dtype, and added to fp32 ``main_grad``."""
+    grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    order = torch.empty(ROWS, dtype=torch.int64)
+    for add in (False, True):
+        out = torch.empty(ROWS, HIDDEN, dtype=torch.float32 if add else dtype)
+        launch = functools.partial(table_ops.put_table_gradient, grad, order, order, out, add=add)
+        yield f"{short}{' main_grad' * add}", launch
 
 
 def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
@@ -166,13 +184,14 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan.plan_kernel, gradient.gradient_rows_kernel,
+    table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
     pack.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip
 
 
 def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Resources]:
-    """What every kernel needs on ``arch``, as its launchers compile it for these of DTYPES."""
+    """Compile every kernel for ``arch`` and these dtypes; yields what each needs."""
     NoDriver(arch).install()
     seen: set[int] = set()
     for variant, launch in _launches(arch, dtypes):
@@ -181,11 +200,11 @@ def resources(arch: str, dtypes: Iterable[str] = tuple(DTYPES)) -> Iterator[Reso
             for binary in compiled(kernel):
                 if id(binary) not in seen:
                     seen.add(id(binary))
-                    product = kernel is project.project_insert_kernel
-                    yield _read(kernel.__name__, variant, arch, product, binary)
+                    yield _read(kernel, binary, variant=variant, arch=arch)
 
 
-def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Resources:
+def _read(kernel: Any, binary: Any, *, variant: str, arch: str) -> Resources:
+    is_gemm = kernel is project.project_insert_kernel
     load_bytes = store_bytes = 0
     if arch.startswith("gfx"):
         assembly = binary.asm["amdgcn"]
@@ -196,7 +215,7 @@ def _read(name: str, variant: str, arch: str, is_gemm: bool, binary: Any) -> Res
         registers, stack = usage(binary.asm["cubin"])
         load_bytes, store_bytes = _widest(assembly, "ld"), _widest(assembly, "st")
     return Resources(
-        kernel=name, variant=variant, arch=arch, gemm=is_gemm,
+        kernel=kernel.__name__, variant=variant, arch=arch, gemm=is_gemm,
         registers=registers, stack=stack, shared=binary.metadata.shared,
         matrix_unit="wgmma.mma_async" in assembly,
         copy_engine="cp.async.bulk.tensor" in assembly,
@@ -213,7 +232,7 @@ def _number(label: str, text: str) -> int:
 
 
 def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
-    """What a tool says of a file with these bytes."""
+    """Run a tool on a file with these bytes; returns what it prints."""
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         file.write(binary)
         file.flush()
@@ -223,21 +242,21 @@ def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
 
 
 def _serialized(ptx: str) -> bool:
-    """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
+    """Ask the assembler whether there are ``wgmma`` instructions that cannot overlap."""
     options = ("--verbose", "-arch=sm_90a", "-o", os.devnull)
     told = _told_of(ptx.encode(), ".ptx", get_ptxas(90).path, *options)
     return "wgmma.mma_async instructions are serialized" in told
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack of a kernel for NVIDIA."""
+    """Read registers a thread and bytes of stack from a binary for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     told = _told_of(cubin, ".cubin", str(tool), "--dump-resource-usage")
     return _number("REG:", told), _number("STACK:", told)
 
 
 def _widest(ptx: str, access: str) -> int:
-    """Bytes of the widest ``ld.global`` or ``st.global``; a ``cp.async`` is a load, too."""
+    """Find the bytes of the widest ``ld.global`` or ``st.global``; ``cp.async`` loads, too."""
     widths = [
         int(vector or 1) * int(bits) // 8
         for vector, bits in re.findall(access + r"\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+) ", ptx)
@@ -248,7 +267,21 @@ def _widest(ptx: str, access: str) -> int:
     return max(widths, default=0)
 
 
+COLUMNS = (
+    "kernel", "variant", "registers", "stack", "shared", "matrix unit", "TMA", "widest load",
+    "widest store",
+)  # fmt: skip
+
+
+def _cells(row: Resources) -> tuple[Any, ...]:
+    unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
+    unit += " (serialized)" * row.serialized
+    names = (row.kernel, row.variant, row.registers, row.stack, row.shared, unit)
+    return (*names, "yes" * row.copy_engine, row.load_bytes or None, row.store_bytes or None)
+
+
 def main() -> None:
+    """Print the table of one architecture, or one JSON object a line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", choices=sorted(CAPABILITY), default="sm_90")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -256,17 +289,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("bench.resources: unset TRITON_INTERPRET; interpreted kernels do not compile")
-    titles = "kernel|variant|registers|stack|shared|matrix unit|TMA|widest load|widest store"
-    if not arguments.json:
-        print(f"\n## {arguments.arch}, Triton {triton.__version__}\n")
-        print(f"| {titles.replace('|', ' | ')} |\n{'|---' * 9}|")
-    for row in resources(arguments.arch, arguments.dtypes):
-        unit = ("yes" if row.matrix_unit else "no") if row.gemm else ""
-        unit += " (serialized)" * row.serialized
-        cells = [row.kernel, row.variant, row.registers, row.stack, row.shared, unit]
-        cells += ["yes" * row.copy_engine, row.load_bytes or "", row.store_bytes or ""]
-        line = json.dumps(asdict(row)) if arguments.json else f"| {' | '.join(map(str, cells))} |"
-        print(line, flush=True)
+    found = resources(arguments.arch, arguments.dtypes)
+    if arguments.json:
+        for row in found:
+            print(json.dumps(asdict(row)), flush=True)
+        return
+    print()
+    title = f"{arguments.arch}, Triton {triton.__version__}"
+    print_table(Table(title=title, columns=[*map(Column, COLUMNS)], lines=map(_cells, found)))
 
 
 if __name__ == "__main__":

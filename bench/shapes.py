@@ -1,4 +1,4 @@
-"""The batches that the suite measures, by name, and random inputs for them."""
+"""Defines the batches that are measured, by name, and makes random inputs for them."""
 
 from __future__ import annotations
 
@@ -50,17 +50,29 @@ SHAPES = {
 }
 
 
+AUTOMODEL_CROPS = (6, 4, 9, 6)
+"""Crops of each image of :data:`AUTOMODEL`."""
+AUTOMODEL = Shape(
+    name="automodel", seq_len=4096, images=len(AUTOMODEL_CROPS), crops=sum(AUTOMODEL_CROPS)
+)
+"""The one shape of the subject ``automodel``: 2701 rows, the crops of each image before it."""
+
+
 def shapes_named(names: Sequence[str]) -> list[Shape]:
-    """Look shapes up: those of :data:`SHAPES`, and ``images-N``; else ``ValueError``."""
+    """Look shapes up: those of :data:`SHAPES`, ``automodel``, and ``images-N``.
+
+    Any other name raises ``ValueError``.
+    """
     found: list[Shape] = []
+    known = {**SHAPES, AUTOMODEL.name: AUTOMODEL}
     for name in names:
         prefix, _, count = name.partition("-")
-        if name in SHAPES:
-            found.append(SHAPES[name])
+        if name in known:
+            found.append(known[name])
         elif prefix == "images" and count.isdecimal() and int(count) > 0:
             found.append(_images(int(count)))
         else:
-            raise ValueError(f"shape {name!r}: expected one of {', '.join(SHAPES)}, or images-N")
+            raise ValueError(f"shape {name!r}: expected one of {', '.join(known)}, or images-N")
     return found
 
 
@@ -113,7 +125,7 @@ def make_batch(shape: Shape, device: torch.device) -> Batch:
 
 
 def make_case(batch: Batch, *, dtype: torch.dtype, layout: FeatureLayout, seed: int) -> InsertCase:
-    """Random tensors of a batch, drawn on its device (a host takes seconds for the large ones).
+    """Draw random tensors of a batch, on its device (a host takes seconds for large ones).
 
     Nothing requires a gradient; who times a backward pass says for what.
     """

@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach, and whether a run reached it.
+"""Says what the kernels are meant to reach, and whether a run reached it.
 
 The insert is free: it costs what the bare matrix product of the same shape costs. Pixels move at
 the speed of memory: as fast as a copy of as many bytes, or a share of that.
@@ -20,7 +20,7 @@ ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def time_over(ours: str, *theirs: str) -> Figure:
-    """Our time over the least of theirs, each given by how its name begins."""
+    """Make the figure of our time over the least of theirs; names are given by their beginning."""
 
     def figure(group: dict[str, Record]) -> float | None:
         others = [row["median_us"] for name, row in group.items() if name.startswith(theirs)]
@@ -32,13 +32,13 @@ def time_over(ours: str, *theirs: str) -> Figure:
 
 
 def syncs(group: dict[str, Record]) -> float | None:
-    """Most host synchronisations of ours."""
+    """Return the most host synchronisations of a row of ours."""
     counts = [row["host_syncs"] for row in group.values() if row["kind"] == "ours"]
     return max((count for count in counts if count is not None), default=None)
 
 
 def memory_over_output(group: dict[str, Record]) -> float | None:
-    """Our peak over the output, which is new memory."""
+    """Compute our peak memory over that of the output."""
     ours = group.get("step37", {})
     if ours.get("peak_bytes") is None:
         return None
@@ -75,18 +75,18 @@ LARGE = ("flickr8k", "long", "huge", "multicrop")
 
 
 def forward_over(text: str, *theirs: str, **more: Any) -> Target:
-    """Our forward over the fastest of theirs."""
+    """Make a target for our forward over the fastest of theirs."""
     return Target(text=text, operations=FORWARD, figure=time_over("step37", *theirs), **more)
 
 
 def times_stock(shape: str, times: float) -> Target:
-    """Forward and backward so many times faster than stock."""
+    """Make a target: forward and backward so many times faster than stock."""
     text, stock = f"forward + backward / stock, {shape}", time_over("step37", "stock")
     return Target(text=text, operations=BOTH, shapes=(shape,), figure=stock, limit=1 / times)
 
 
 def pixels(subject: str, operation: str, shape: str, limit: float) -> Target:
-    """A pixel kernel over a copy that moves as many bytes."""
+    """Make a target for a pixel kernel over a copy that moves as many bytes."""
     return Target(
         text=f"{operation} / {COPY}", subject=subject, operations=(operation,), layouts=("",),
         shapes=(shape,), figure=time_over("step37", COPY), limit=limit,
@@ -129,7 +129,7 @@ TARGETS = (
 
 
 def judge(groups: Sequence[Sequence[Record]]) -> Iterator[tuple[Target, float, str]]:
-    """Each target that a run speaks to: its worst figure, and in which group that was."""
+    """Yield each target that a run has figures for: its worst figure, and in which group."""
     for target in TARGETS:
         figures = []
         for group in groups:

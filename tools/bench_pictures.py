@@ -1,8 +1,8 @@
 """Pictures of benchmark results: ``python -m tools.bench_pictures RESULTS.json``. Needs Matplotlib.
 
-From the JSON of ``python -m bench``: bars of each shape, and the roofline. From that of ``python -m
-bench predict --json``: predicted times over the predicted product's, which say so in their title.
-Written beside the file.
+From the JSON that ``python -m bench`` writes: bars of each shape, and the roofline; of the subject
+``predict`` the predicted times over the predicted product's, which say so in their title. Written
+beside the file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ _HATCHES, _MARKERS = ("", "//", "..", "xx", "\\\\", "oo", "--"), "osD^vP*X"
 
 def pictures_of(results: Record) -> Iterator[tuple[str, Any]]:
     """``(name, figure)`` of everything that these results can show."""
-    if "environment" not in results:
-        yield "predicted", draw_predicted(results["rows"])
-        return
+    if predicted := predicted_rows(results):
+        yield "predicted", draw_predicted(predicted)
     timed = [row for row in results["rows"] if row["median_us"]]
     where = " · ".join(
         str(results["environment"][name])
@@ -44,6 +43,22 @@ def pictures_of(results: Record) -> Iterator[tuple[str, Any]]:
         ]
         title = ", ".join(filter(None, kind))
         yield re.sub(r"\W+", "-", title), draw_bars(same, title, where)
+
+
+def predicted_rows(results: Record) -> list[Record]:
+    """The rows of the tables of the subject ``predict``, each with its chip and operation."""
+    found = []
+    for table in results.get("tables", []):
+        chip, operation, kind = (*table["title"].split(", "), "", "")[:3]
+        if kind == "predicted":
+            names = [name for name, _ in table["columns"]]
+            for cells in table["lines"]:
+                row = dict(zip(names, cells, strict=True))
+                ratio = dict(
+                    zip(("ratio", "low_ratio", "high_ratio"), row["× product"], strict=True)
+                )
+                found.append({"shape": row["shape"], "chip": chip, "operation": operation, **ratio})
+    return found
 
 
 def draw_bars(rows: Sequence[Record], title: str, where: str) -> Any:
@@ -108,7 +123,7 @@ def draw_predicted(rows: Sequence[Record]) -> Any:
         axes.plot(images, [row["ratio"] for row in own], marker=marker, markersize=4,
                   color=_colour(number), label=f"{operation}, {chip}")  # fmt: skip
         # Of one chip: those of several would hide each other.
-        if chip == kinds[0][0] and all("low_ratio" in row for row in own):
+        if chip == kinds[0][0]:
             ends = ([row[name] for row in own] for name in ("low_ratio", "high_ratio"))
             axes.fill_between(images, *ends, color=_colour(number), alpha=0.15, linewidth=0)
     axes.axhline(1, color=style.INK, linewidth=1)
@@ -144,7 +159,7 @@ def _colour(number: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the results of a benchmark.")
-    parser.add_argument("results", type=Path, help="JSON of bench, or of bench predict --json")
+    parser.add_argument("results", type=Path, help="JSON that python -m bench has written")
     path = parser.parse_args().results
     for name, sheet in pictures_of(json.loads(path.read_text(encoding="utf-8"))):
         out = path.with_name(f"{path.stem}-{name}.png")

@@ -1,22 +1,28 @@
-"""``make gpu``: all that wants a GPU, in one call of at most ten minutes.
+"""``make gpu``: runs all that wants a GPU, in one call of at most ten minutes.
 
-``PYTHONPATH=. python3 tools/gpu.py`` needs torch and Triton, no network and no .venv; phases that
-need more say so. Each phase is a process with a limit and a log of its own, the most wanted first;
-one that fails or takes too long ends only itself. Everything lies in one folder, a table last.
+``PYTHONPATH=. python3 tools/gpu.py`` needs torch, Triton, NumPy, Pillow and a C compiler with
+Python's headers; pytest and hypothesis for the tests; no network and no .venv. Each phase is a
+process with a limit and a log of its own, the most wanted first; one that fails or takes too long
+ends only itself. Everything lies in one folder, a table last.
+
+``--rehearse`` takes every phase as far as it goes without a GPU, to find what would fail: imports,
+command lines, collection of the tests, compiling for Hopper, and the benchmarks' checks of
+correctness at small shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,11 +30,100 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 590
 RESERVE = 25
 """Seconds kept for the comparison with what was predicted."""
+REHEARSAL_S = 150
+"""Most seconds of one phase in a rehearsal."""
+SYNCHRONOUS = {"CUDA_LAUNCH_BLOCKING": "1"}
+"""Every launch is waited for, so that an error is reported where it happens."""
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+"""Kernels run in Triton's interpreter."""
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+GPU_TESTS = (
+    "tests/bench/test_harness.py",
+    "tests/bench/test_insert_subject.py",
+    "tests/bench/test_pixel_kernels.py",
+    "tests/data/batches/test_prefetch.py",
+    "tests/data/batches/test_preprocess.py",
+    "tests/data/images/test_multicrop_batches.py",
+    "tests/kernels/compiled/test_cuda.py",
+    "tests/kernels/pixels/test_pixels_normalize.py",
+    "tests/kernels/pixels/test_pixels_resize.py",
+    "tests/megatron/test_forward_step_waits.py",
+)
+"""The files with tests marked ``gpu``. Others import packages that may be missing."""
+
 WHERE = """
 import torch, triton
 if not torch.cuda.is_available():
     raise SystemExit(f"no GPU: torch {torch.__version__} sees no CUDA device; nothing was run")
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
+"""
+REHEARSED = """
+import torch, triton
+print("rehearsal, no GPU is used: torch", torch.__version__, "triton", triton.__version__)
+"""
+NEEDED = """
+import importlib.util, os, shutil, subprocess, sys, sysconfig
+for module, package in (("numpy", "NumPy"), ("PIL", "Pillow")):
+    if importlib.util.find_spec(module) is None:
+        sys.exit(f"{package} is not installed for {sys.executable}; nothing was run")
+compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+if compiler is None:
+    sys.exit("no C compiler, with which Triton builds its launcher: neither the variable CC nor "
+             "gcc nor clang; nothing was run")
+scheme = sysconfig.get_default_scheme()
+if scheme == "posix_local":  # Debian's; Triton looks where this leads
+    scheme = "posix_prefix"
+folder = sysconfig.get_paths(scheme=scheme)["include"]
+command = [compiler, "-x", "c", "-fsyntax-only", f"-I{folder}", "-"]
+try:
+    done = subprocess.run(command, input="#include <Python.h>", capture_output=True, text=True)
+except OSError as error:
+    sys.exit(f"the C compiler {compiler} does not start: {error}; nothing was run")
+if done.returncode:
+    reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[0]
+    sys.exit(f"{compiler} cannot compile with Python.h of {folder}, with which Triton builds its "
+             f"launcher: {reason}; nothing was run")
+"""
+"""What Triton and the phases need beside torch and Triton: one line says what is missing."""
+
+SMALL = """
+import sys
+import torch
+from bench import shapes
+shapes.SHAPES["small"] = shapes.Shape(
+    name="small", seq_len=64, images=3, crops=4, image_rows=9, crop_rows=4, hidden=16, width=24
+)
+"""
+SMALL_SMOKE = (
+    SMALL
+    + """
+from tools import smoke
+smoke.main(["small"], torch.device("cpu"), "triton")
+"""
+)
+SMALL_BENCH = (
+    SMALL
+    + """
+from bench import __main__ as command, harness
+from bench.subjects import SUBJECTS, pixel_kernels, step
+harness.MIN_SAMPLES = harness.WARM_UP_ROUNDS = 1
+pixel_kernels.SIZE, pixel_kernels.BATCHES, pixel_kernels.FLICKR8K = 40, (1,), (30, 20)
+pixel_kernels.LARGE, pixel_kernels.LARGE_PICTURES = (800, 600), 1
+step.PICTURE = (40, 60)
+impl, *names = sys.argv[1:]
+settings = harness.Settings(
+    device=torch.device("cpu"), impl=impl, shapes=("small",), row_seconds=0, compile_backend=None
+)
+results = command.measure_here({name: (SUBJECTS[name], settings) for name in names})
+rows = [row for row in results["rows"] if row["kind"] == "ours"]
+problems = [row["problem"] for row in rows if row["problem"]] + results["errors"]
+sys.exit("\\n".join(problems) or (0 if rows else "no row of ours"))
+"""
+)
+SMALL_TUNE = """
+from bench.subjects import tune
+if __name__ == "__main__":
+    raise SystemExit(0 if tune.sound(tune.candidates(169)) else "no tile compiles")
 """
 
 
@@ -41,8 +136,10 @@ class Phase:
     seconds: float
     needs: tuple[str, ...] = ()
     """Modules without which it is not run."""
-    synchronous: bool = False
-    """Every launch is waited for, so that an error is reported where it happens."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Of its environment, beside those that this process has."""
+    rehearsal: Phase | None = None
+    """What is run in its place without a GPU; itself if there is none."""
 
 
 @dataclass(frozen=True)
@@ -55,39 +152,67 @@ class Outcome:
     log: Path | None = None
 
     def line(self) -> str:
+        """A line of the table."""
         log = self.log.name if self.log else ""
-        return f"| {self.phase.name} | {self.result} | {self.seconds:.0f} | {log} |"
+        seconds = f"{self.seconds:.0f} of {self.phase.seconds:.0f}"
+        return f"| {self.phase.name} | {self.result} | {seconds} | {log} |"
 
 
 def phases(out: Path) -> list[Phase]:
-    """The most wanted first; the last takes what time is left."""
+    """List the phases, the most wanted first; the last takes what time is left."""
     pytest, needs = ("-m", "pytest", "-q", "-p", "no:cacheprovider"), ("pytest", "hypothesis")
 
-    def bench(name: str, seconds: float, *arguments: str) -> Phase:
-        # Its budget ends before its limit, so that it can write what it has.
-        budget = f"--budget={seconds - 15:g}"
-        return Phase(name, ("-m", "bench", *arguments, budget, f"--out={out}", "--quick"), seconds)
+    def small(code: str, *subjects: str) -> Phase:
+        return Phase("", ("-c", code, *subjects), REHEARSAL_S, variables=INTERPRETED)
 
-    def insert(shape: str, seconds: float, *more: str) -> Phase:
-        return bench(f"insert {shape}", seconds, "insert", f"--shapes={shape}", *more)
+    def tests(name: str, seconds: float, *arguments: str) -> Phase:
+        collect = Phase("", (*pytest, "--collect-only", *arguments), REHEARSAL_S, needs)
+        return Phase(name, (*pytest, *arguments), seconds, needs, rehearsal=collect)
 
-    left_over = (*pytest, "-m", "not slow and not gpu", "tests/kernels")
+    def bench(name: str, seconds: float, *arguments: str, rehearsal: Phase | None = None) -> Phase:
+        # It begins nothing in its last seconds, so that it can write what it has.
+        limit = f"--limit={seconds - 15:g}"
+        command = ("-m", "bench", *arguments, limit, f"--out={out}", "--quick")
+        return Phase(name, command, seconds, rehearsal=rehearsal)
+
+    def insert(shape: str, seconds: float, *more: str, rehearsal: Phase | None = None) -> Phase:
+        arguments = ("insert", f"--shapes={shape}", *more)
+        return bench(f"insert {shape}", seconds, *arguments, rehearsal=rehearsal)
+
+    # Their kernels are in the smoke test: resizing takes minutes in the interpreter.
+    pixels = ("normalize", "resize", "step")
+    smoke = small(SMALL_SMOKE)
     return [
-        Phase("smoke", ("-m", "tools.smoke"), 50, synchronous=True),
-        Phase("GPU tests", (*pytest, "-m", "gpu"), 90, needs),
-        insert("flickr8k", 90),
+        Phase("smoke", ("-m", "tools.smoke"), 50, variables=SYNCHRONOUS, rehearsal=smoke),
+        tests("GPU tests", 90, "-m", "gpu", *GPU_TESTS),
+        insert("flickr8k", 90, rehearsal=small(SMALL_BENCH, "triton", "plan", "insert")),
         *(
             insert(shape, 40, "--no-compile")
             for shape in ("one-image", "long", "huge", "multicrop")
         ),
-        bench("tune", 80, "tune"),
-        bench("pixels", 60, "normalize", "resize", "step", "--no-compile"),
-        Phase("kernel tests", left_over, LIMIT, needs),
+        bench("tune", 80, "tune", rehearsal=Phase("", ("-c", SMALL_TUNE), REHEARSAL_S)),
+        bench(
+            "pixels", 60, *pixels, "--no-compile", rehearsal=small(SMALL_BENCH, "torch", *pixels)
+        ),
+        tests("kernel tests", LIMIT, "-m", "not slow and not gpu", "tests/kernels"),
+    ]
+
+
+def rehearsals(out: Path) -> list[Phase]:
+    """List what a rehearsal runs: for each phase what needs no GPU, and what compiles the rest."""
+    found = [
+        Phase("compile for Hopper", ("-m", "bench.resources", "--arch", "sm_90"), 2 * REHEARSAL_S)
+    ]
+    for phase in phases(out):
+        found.append(dataclasses.replace(phase.rehearsal or phase, name=phase.name))
+    return [
+        dataclasses.replace(each, variables={**each.variables, **WITHOUT_GPU}) for each in found
     ]
 
 
 def run(todo: Sequence[Phase], out: Path, python: str, limit: float) -> Iterator[Outcome]:
-    """Run phases one after the other, none beyond ``limit`` seconds from now."""
+    """Run phases one after the other and yield their outcomes; none runs beyond ``limit``
+    seconds from now."""
     end = time.monotonic() + limit
     for number, phase in enumerate(todo):
         left = end - time.monotonic()
@@ -104,26 +229,27 @@ def run(todo: Sequence[Phase], out: Path, python: str, limit: float) -> Iterator
 
 
 def environment(**more: str) -> dict[str, str]:
+    """The variables of a phase: this checkout comes first, kernels are not interpreted."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**found, "PYTHONPATH": path, **more}
 
 
 def importable(python: str, module: str) -> bool:
+    """Say whether a Python can import these modules."""
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
 def run_one(phase: Phase, python: str, log: Path, seconds: float) -> str:
-    """``ok``, or how it ended."""
+    """Run a phase, into its log; returns ``ok``, or how it ended."""
     command = [python, *phase.arguments]
-    more = {"CUDA_LAUNCH_BLOCKING": "1"} if phase.synchronous else {}
     with log.open("w", encoding="utf-8") as file:
         print(shlex.join(command), file=file, flush=True)
         # A session of its own: what it starts ends with it.
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment(**more),
+            env=environment(**phase.variables),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -145,9 +271,9 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def compare(out: Path, python: str) -> None:
-    """What was measured beside what was predicted: ``predicted.md``."""
+    """Write what was measured beside what was predicted: ``predicted.md``."""
     measured = sorted(map(str, out.glob("*.json")))
-    command = [python, "-m", "bench", "predict", "--measured", *measured]
+    command = [python, "-m", "bench", "predict", f"--out={out}", "--measured", *measured]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=RESERVE
     )
@@ -155,8 +281,8 @@ def compare(out: Path, python: str) -> None:
 
 
 def report(where: str, outcomes: Sequence[Outcome], out: Path) -> str:
-    """The table of all phases, in ``summary.md`` too."""
-    lines = [where, "", "| phase | result | s | log |", "|---|---|---|---|"]
+    """Write the table of all phases, into ``summary.md`` too."""
+    lines = [where, "", "| phase | result | s, of at most | log |", "|---|---|---|---|"]
     lines += [outcome.line() for outcome in outcomes]
     text = "\n".join(lines) + "\n"
     (out / "summary.md").write_text(text, encoding="utf-8")
@@ -164,40 +290,53 @@ def report(where: str, outcomes: Sequence[Outcome], out: Path) -> str:
 
 
 def pick_python() -> str | None:
-    """One that has torch and Triton: this one, or that of the .venv."""
+    """Find a Python with torch and Triton: this one, or that of the .venv."""
     for python in (sys.executable, str(ROOT / ".venv" / "bin" / "python")):
         if Path(python).exists() and importable(python, "torch, triton"):
             return python
     return None
 
 
+def told(python: str, code: str) -> tuple[bool, str]:
+    """Run code; whether it ended well, and the last line that it printed."""
+    done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True)
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode == 0, (lines or [""])[-1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every phase that ran is well."""
+    """Run or rehearse all phases; 0 if every phase that ran is well."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds in all ({LIMIT})")
     parser.add_argument("--out", type=Path, help="folder (bench/results/gpu-DATE)")
+    text = "go through all phases as far as it goes without a GPU"
+    parser.add_argument("--rehearse", action="store_true", help=text)
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     python = pick_python()
     if python is None:
         print("neither this Python nor .venv has torch and Triton; nothing was run")
         return 1
-    looked = subprocess.run(
-        [python, "-c", WHERE], env=environment(), capture_output=True, text=True
-    )
-    if looked.returncode:
-        print((looked.stderr.strip().splitlines() or ["no GPU"])[-1])
+    well, where = told(python, REHEARSED if options.rehearse else WHERE)
+    complete, missing = told(python, NEEDED) if well else (False, where)
+    if not complete:
+        print(missing)
         return 1
     date = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     out = (options.out or ROOT / "bench" / "results" / f"gpu-{date}").resolve()
     out.mkdir(parents=True, exist_ok=True)
+    todo = phases(out)
+    if options.rehearse:
+        for phase in todo:
+            print(f"with a GPU: {phase.name}, at most {phase.seconds:.0f} s")
+        todo = rehearsals(out)
     outcomes = []
     left = options.limit - RESERVE - (time.monotonic() - begin)
-    for outcome in run(phases(out), out, python, left):
+    for outcome in run(todo, out, python, left):
         print(outcome.line(), flush=True)
         outcomes.append(outcome)
     compare(out, python)
-    print(report(looked.stdout.strip(), outcomes, out))
+    print(report(where, outcomes, out))
     return int(any(outcome.result.startswith("FAILED") for outcome in outcomes))
 
 

@@ -1,6 +1,6 @@
-"""Subject ``automodel``: NeMo Automodel's own merge beside ours, images with their crops, B = 1.
+"""Subject ``automodel``: times NeMo Automodel's own merge of images and crops beside ours, B = 1.
 
-Stock's merge after the tower is written out here, so that Automodel need not be installed.
+Its merge after the vision tower is written out here, so that Automodel need not be installed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
-from bench.shapes import Shape
+from bench.shapes import AUTOMODEL, AUTOMODEL_CROPS
 from step37_kernels import plan_placeholders, project_and_insert
 from step37_kernels.automodel import places_of_rows, with_rows_moved
 from step37_kernels.testing import gamma
 
 IMAGE = 128001
-CROPS = (6, 4, 9, 6)  # of each image: 2,701 rows
-SHAPE = Shape(name="automodel", seq_len=4096, images=len(CROPS), crops=sum(CROPS))
 
 
 def stock(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
+    """Merge as NeMo Automodel does; ``rest`` is the weight and the crops of each image."""
     weight, counts = rest
     crop_rows, image_rows = F.linear(crops, weight), F.linear(images, weight)
     merged, first = [], 0
@@ -38,6 +37,7 @@ def stock(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tens
 
 
 def ours(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
+    """Merge as our patch of NeMo Automodel does, of the same arguments."""
     weight, counts = rest
     num_rows = crops.shape[:2].numel() + images.shape[:2].numel()
     plan = plan_placeholders(ids, IMAGE, num_rows, batch_first=True)
@@ -46,21 +46,28 @@ def ours(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tenso
 
 
 def run(
-    settings: Settings, hidden: int = SHAPE.hidden, width: int = SHAPE.width
+    settings: Settings, hidden: int = AUTOMODEL.hidden, width: int = AUTOMODEL.width
 ) -> Iterator[list[Row]]:
-    """Forward, and forward with backward to the words, the features and the weight."""
+    """Yield two groups: forward, and forward with backward to words, features and weight."""
 
     def leaf(*shape: int) -> Tensor:
         values = torch.randn(*shape, device=settings.device, dtype=torch.bfloat16)
         return values.requires_grad_()
 
-    num_rows, seq_len = SHAPE.num_rows, SHAPE.seq_len
+    num_rows, seq_len = AUTOMODEL.num_rows, AUTOMODEL.seq_len
     ids = torch.full((1, seq_len), 5, device=settings.device)
     ids[0, 16 : 16 + num_rows] = IMAGE
     words, weight = leaf(1, seq_len, hidden), leaf(hidden, width)
-    crops = leaf(SHAPE.crops, SHAPE.crop_rows, width)
-    images = leaf(SHAPE.images, SHAPE.image_rows, width)
-    inputs = (words, ids, crops, images, weight, torch.tensor(CROPS, device=settings.device))
+    crops = leaf(AUTOMODEL.crops, AUTOMODEL.crop_rows, width)
+    images = leaf(AUTOMODEL.images, AUTOMODEL.image_rows, width)
+    inputs = (
+        words,
+        ids,
+        crops,
+        images,
+        weight,
+        torch.tensor(AUTOMODEL_CROPS, device=settings.device),
+    )
     leaves, grad = (words, crops, images, weight), torch.randn_like(words)
     terms = max(width, num_rows)
     slack = gamma(terms) * terms  # of sums in any order; then each rounds once to bf16
@@ -85,7 +92,7 @@ def run(
             return Implementation(name=name, kind=kind, prepare=lambda _: merge, run=merged)
 
         compared = [way("step37", "ours", ours), way("Automodel", "stock", stock)]
-        key = Key(subject="automodel", operation=operation, shape="crops", dtype="bf16")
+        key = Key(subject="automodel", operation=operation, shape=AUTOMODEL.name, dtype="bf16")
         moved = products * sum(tensor.nbytes for tensor in leaves)
         work = Work(flops=2 * products * num_rows * hidden * width, bytes=moved, rows=num_rows)
-        yield measure(key, work, compared, check, settings)
+        yield measure(key, work, compared, check=check, settings=settings)

@@ -1,33 +1,30 @@
-"""Data side: measuring lengths, starting again, scheduling, collating; against the plain loop.
+"""Subject ``data``: times lengths, second start, schedule and collation beside a plain loop.
 
-The peers are the straightforward implementations: every prefix of a conversation rendered and
-tokenised, a Python loop over a heap and a list of tuples, positions filled sub-sequence by
-sub-sequence. Each row first checks that both give the same result.
-
-Run ``python -m bench data`` (about half a minute; ``--quick`` stops at 10⁵ samples).
+The loops are the straightforward ways: every prefix of a conversation rendered and tokenised, a
+Python loop over a heap and a list of tuples, positions filled sub-sequence by sub-sequence. Each
+line of the table first checks that both ways give the same result. All lines take about half a
+minute; in a quick run the schedule ends at 10⁵ samples.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import heapq
-import json
+import multiprocessing
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.harness import environment
+from bench.harness import Settings, where
+from bench.report import Column, Table
 from step37_data.caches.lengths import probe_lengths
 from step37_data.flickr8k_loader import Flickr8kSample, Step37Flickr8kDataset
 from step37_data.pack_transform import pack_samples
@@ -39,10 +36,17 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROMPT = "Describe this image in one sentence."
 FLICKR8K = 6000
 MAX_LENGTH = 2048
+Line = tuple[Any, ...]
+"""Cells of :data:`COLUMNS`."""
+COLUMNS = (
+    Column("what"), Column("size", "{:,}"), Column("ours", "{:.4g}"),
+    Column("plain loop", "{:.4g}"), Column("unit"), Column("×", "{:.4g}"),
+    Column("process memory, ours / loop", "{:.0f} / {:.0f} MB"),
+)  # fmt: skip
 
 
 def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Least wall time of ``repeats`` runs."""
+    """Measure the least wall time of ``repeats`` runs."""
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -52,7 +56,7 @@ def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def make_dataset(count: int) -> Step37Flickr8kDataset:
-    """``count`` different captions in the style of the data set."""
+    """Make a data set of ``count`` different captions, of Flickr8k's words."""
     with (EXAMPLES / "flickr8k_mini/train/metadata.csv").open(newline="") as file:
         words = [w for row in csv.DictReader(file) for k, v in row.items() if k != "file_name"
                  for w in v.split()]  # fmt: skip
@@ -66,7 +70,7 @@ def make_dataset(count: int) -> Step37Flickr8kDataset:
 
 
 def plain_tokenise(tokenizer: Any, dialog: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """All placeholders written out, every prefix rendered and tokenised."""
+    """Tokenise with all placeholders written out, and every prefix rendered by itself."""
     image = "<im_start>" + "<im_patch>" * 169 + "<im_end>"
     messages = [
         {**message, "content": message["content"].replace("<image>", image)}
@@ -85,7 +89,7 @@ def plain_tokenise(tokenizer: Any, dialog: dict[str, Any]) -> tuple[list[int], l
 
 
 def plain_schedule(lengths: list[int], max_length: int) -> tuple[list[Any], list[Any]]:
-    """The loop over a heap of domains, then over the samples, with lists of tuples."""
+    """Schedule by a loop over a heap of domains, then over the samples, with lists of tuples."""
     size = len(lengths)
     heap = [(0.0, 0)]
     step = float(np.float32(1) / np.float32(size))
@@ -113,7 +117,7 @@ def plain_schedule(lengths: list[int], max_length: int) -> tuple[list[Any], list
 
 
 def plain_pack(pieces: list[Any]) -> dict[str, Any]:
-    """Concatenate, then fill the positions sub-sequence by sub-sequence."""
+    """Concatenate a pack, then fill its positions sub-sequence by sub-sequence."""
     padding = -sum(len(piece) for piece in pieces) % 64
     parts = [(p["tokens"], p["loss_mask"]) for p in pieces]
     if padding:
@@ -133,7 +137,8 @@ def plain_pack(pieces: list[Any]) -> dict[str, Any]:
     }
 
 
-def bench_probing(rows: list[dict[str, Any]]) -> None:
+def probing() -> Iterator[Line]:
+    """Measure the lengths of 2000 samples, with one process."""
     dataset = make_dataset(2000)
     template, tokenizer = dataset.template, dataset.template.tokenizer
     dialogs = [dataset._to_dialog(sample, PROMPT) for sample in dataset.samples]
@@ -144,13 +149,12 @@ def bench_probing(rows: list[dict[str, Any]]) -> None:
         assert sample["loss_mask"].tolist() == mask
     ours = seconds(lambda: probe_lengths(dataset, workers=0, progress=False))
     plain = seconds(lambda: [plain_tokenise(tokenizer, d) for d in dialogs[:500]], 2) * 4
-    rows.append(
-        {"subject": "measure lengths, one process", "size": 2000, "unit": "samples/s",
-         "ours": 2000 / ours, "loop": 2000 / plain, "times": plain / ours}
-    )  # fmt: skip
+    rates = (2000 / ours, 2000 / plain)
+    yield "measure lengths, one process", 2000, *rates, "samples/s", plain / ours, None
 
 
-def bench_second_start(rows: list[dict[str, Any]]) -> None:
+def second_start() -> Iterator[Line]:
+    """Start a data loader for the first time, and again from its cache of lengths."""
     dataset = make_dataset(FLICKR8K)
     with tempfile.TemporaryDirectory() as cache:
         start = functools.partial(
@@ -161,23 +165,16 @@ def bench_second_start(rows: list[dict[str, Any]]) -> None:
         first = seconds(lambda: made.append(start()), 1)
         second = seconds(lambda: made.append(start()))
     assert len({loader.schedule_fingerprint() for loader in made}) == 1
-    rows.append(
-        {"subject": "second start from the length cache", "size": FLICKR8K, "unit": "s",
-         "ours": second, "loop": first, "times": first / second}
-    )  # fmt: skip
-
-
-def schedule(count: int) -> dict[str, float]:
-    """Seconds, and peak memory of the process, of scheduling ``count`` samples on their own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.subjects.data", "--schedule", str(count)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    result: dict[str, float] = json.loads(run.stdout)
-    return result
+    times = first / second
+    yield "second start from the length cache", FLICKR8K, second, first, "s", times, None
 
 
 def schedule_here(count: int) -> dict[str, float]:
+    """Schedule ``count`` samples: seconds, and the peak memory of this process in MB.
+
+    The peak is that of the process so far, so each count needs a process of its own.
+    """
+
     def peak() -> float:
         # Not ru_maxrss, which counts the parent of a forked process too.
         status = Path("/proc/self/status").read_text()
@@ -201,17 +198,18 @@ def schedule_here(count: int) -> dict[str, float]:
     return figures
 
 
-def bench_schedule(rows: list[dict[str, Any]], largest: int) -> None:
+def schedule(largest: int) -> Iterator[Line]:
+    """Schedule 10⁴ samples, and ten times as many up to 10 to the power of ``largest``."""
     for power in range(4, largest + 1):
-        figures = schedule(10**power)
-        rows.append(
-            {"subject": "schedule", "size": 10**power, "unit": "s", "ours": figures["seconds"],
-             "loop": figures["loop seconds"], "times": figures["loop seconds"] / figures["seconds"],
-             "MB": figures["megabytes"], "loop MB": figures["loop megabytes"]}
-        )  # fmt: skip
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            figures = fresh.submit(schedule_here, 10**power).result()
+        times = (figures["seconds"], figures["loop seconds"])
+        memory = (figures["megabytes"], figures["loop megabytes"])
+        yield "schedule", 10**power, *times, "s", times[1] / times[0], memory
 
 
-def bench_collate(rows: list[dict[str, Any]]) -> None:
+def collate() -> Iterator[Line]:
+    """Collate nine samples to a pack."""
     dataset = make_dataset(9 * 20)
     packs = [[dataset[9 * p + i] for i in range(9)] for p in range(20)]
     for pieces in packs:
@@ -219,13 +217,11 @@ def bench_collate(rows: list[dict[str, Any]]) -> None:
         assert all(torch.equal(ours[key], plain[key]) for key in plain)
     fast = seconds(lambda: [pack_samples(pieces) for pieces in packs], 10) / 20
     slow = seconds(lambda: [plain_pack(pieces) for pieces in packs], 10) / 20
-    rows.append(
-        {"subject": "collate 9 samples to a pack", "size": 9, "unit": "packs/s",
-         "ours": 1 / fast, "loop": 1 / slow, "times": slow / fast}
-    )  # fmt: skip
+    yield "collate 9 samples to a pack", 9, 1 / fast, 1 / slow, "packs/s", slow / fast, None
 
 
-def bench_fill(rows: list[dict[str, Any]]) -> None:
+def fill() -> Iterator[Line]:
+    """Fill packs with ``best_fit`` and with the loop's next fit: % of their room that is used."""
     draw = np.random.default_rng(0)
     long_tailed = draw.lognormal(6.6, 0.8, 65536).clip(180, 4096).astype(int)
     for name, sizes, capacity in (
@@ -233,59 +229,26 @@ def bench_fill(rows: list[dict[str, Any]]) -> None:
         ("log-normal 180–4096", long_tailed, 4096),
     ):
         greedy = pack(sizes, capacity, "drop").num_packed_samples
-        begin = time.perf_counter()
         best = pack_best_fit(sizes, capacity, "drop")[1].num_packed_samples
-        took = time.perf_counter() - begin
-        total = int(sizes.sum())
-        rows.append(
-            {"subject": f"fill, {name} at {capacity}: best_fit", "size": len(sizes), "unit": "%",
-             "ours": 100 * total / best / capacity, "loop": 100 * total / greedy / capacity,
-             "times": greedy / best, "seconds": took}
-        )  # fmt: skip
+        used = 100 * int(sizes.sum()) / capacity
+        what = f"fill, {name} at {capacity}: best_fit"
+        yield what, len(sizes), used / best, used / greedy, "%", greedy / best, None
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    commit = environment(torch.device("cpu"))["commit"]
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"commit {commit or 'unknown'}\n"
+def lines(largest: int) -> Iterator[Line]:
+    """Measure the lines of the table, one after the other."""
+    yield from probing()
+    yield from second_start()
+    yield from schedule(largest)
+    yield from collate()
+    yield from fill()
+
+
+def run(settings: Settings) -> Iterator[Table]:
+    """Yield the one table of this subject."""
+    more = {"cores": str(os.cpu_count()), "numpy": np.__version__}
+    yield Table(
+        text=where(torch.device("cpu"), **more),
+        columns=COLUMNS,
+        lines=lines(settings.options["largest"]),
     )
-    print("| subject | size | ours | plain loop | unit | × | process memory, ours / loop |")
-    print("|---|---|---|---|---|---|---|")
-
-    def figure(row: dict[str, Any], key: str) -> str:
-        return f"{row[key]:.4g}" if key in row else ""
-
-    for row in rows:
-        memory = ""
-        if "MB" in row:
-            memory = f"{row['MB']:.0f} / {row['loop MB']:.0f} MB"
-        print(
-            f"| {row['subject']} | {row['size']:,} | {figure(row, 'ours')} | {figure(row, 'loop')} "
-            f"| {row['unit']} | {figure(row, 'times')} | {memory} |"
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="schedule 10⁵ samples at most")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--schedule", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.schedule:
-        print(json.dumps(schedule_here(options.schedule)))
-        return
-    rows: list[dict[str, Any]] = []
-    bench_probing(rows)
-    bench_second_start(rows)
-    bench_schedule(rows, 5 if options.quick else 7)
-    bench_collate(rows)
-    bench_fill(rows)
-    show(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

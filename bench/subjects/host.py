@@ -1,25 +1,24 @@
-"""What an operation costs the host: Python time and launches, with nothing launched.
+"""Subject ``host``: times what a call costs the host, and counts its launches, without a GPU.
 
-``python -m bench host`` needs no GPU. The launchers run as they would on an H100, on a driver that
-launches nothing (:mod:`bench.no_gpu`): what is timed is the host's part of a call, without the
-driver's own. Tensors are narrow, so that what PyTorch computes on the host meanwhile costs nothing.
+The launchers run as they would on an H100, on a driver that launches nothing
+(:mod:`bench.no_gpu`): what is timed is the host's part of a call, without the driver's own. That
+driver stays for the rest of the process, and ``TRITON_INTERPRET`` must not be set. Tensors are
+narrow, so that what PyTorch computes on the host meanwhile costs nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
-import sys
 import timeit
 from collections.abc import Callable, Iterator
 
 import torch
-import triton
 from torch import Tensor
 
-from bench.harness import environment
+from bench.harness import Settings, where
 from bench.no_gpu import NoDriver
+from bench.report import Column, Table
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.ops import tiles
 
@@ -30,6 +29,7 @@ H100 = 90
 
 
 def operations() -> dict[str, Callable[[], object]]:
+    """Make the calls to time, by name."""
     zeros = functools.partial(torch.zeros, dtype=torch.bfloat16)
     input_ids = torch.tensor([[START] + [0] * (ROWS + 1)])
     words, gradient = zeros(ROWS + 2, 1, HIDDEN), zeros(ROWS + 2, 1, HIDDEN)
@@ -54,11 +54,12 @@ def operations() -> dict[str, Callable[[], object]]:
 
 
 def median_us(call: Callable[[], object], rounds: int) -> float:
+    """Time a call: the median over rounds, in µs."""
     return statistics.median(timeit.repeat(call, number=CALLS, repeat=rounds + 1)[1:]) / CALLS * 1e6
 
 
 def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
-    """Name, launches and µs of the host a call (median over rounds) of all operations."""
+    """Yield of each operation its name, launches a call, and µs of the host a call."""
     launches = [0]
 
     def count(*_: object) -> None:
@@ -73,20 +74,10 @@ def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
         yield name, launches[0], median_us(call, rounds)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    if triton.knobs.runtime.interpret:
-        print("bench.subjects.host: unset TRITON_INTERPRET; interpreted kernels are not launched")
-        return 1
-    where = environment(torch.device("cpu"))
-    print(", ".join(f"{key} {value}" for key, value in where.items() if value))
-    print("\n| operation | launches | µs of the host |\n|---|---|---|")
-    for name, launches, us in measure(options.rounds):
-        print(f"| {name} | {launches} | {us:.0f} |")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(settings: Settings) -> Iterator[Table]:
+    """Yield one table: launches, and µs of the host, of every operation."""
+    yield Table(
+        text=where(torch.device("cpu")),
+        columns=(Column("operation"), Column("launches"), Column("µs of the host", "{:.0f}")),
+        lines=measure(settings.options["rounds"]),
+    )

@@ -1,4 +1,4 @@
-"""Subject ``insert``: projecting feature rows and putting them in place, forward and backward.
+"""Subject ``insert``: times how feature rows are projected and put in place, with backward.
 
 Operations: ``forward`` (with everything recorded that backward needs), ``backward`` (of
 embeddings, features and weight), ``forward+backward``. Floors do a part of the work: on packed
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import peers
 from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.oracle import Oracle
-from bench.shapes import SHAPES, Batch, Shape, make_batch, make_case, shapes_named
+from bench.shapes import Batch, Shape, make_batch, make_case, shapes_named
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.dispatch import Impl
 from step37_kernels.testing import FeatureLayout, InsertCase
@@ -32,8 +32,11 @@ Results = dict[str, Any]
 
 
 def work_of(operation: str, shape: Shape, itemsize: int) -> Work:
-    """The least work of an operation: each tensor that is needed is read once, each result written
-    once. Forward copies text rows to its output, backward those of ``grad_output``."""
+    """Count the least work of an operation on elements of ``itemsize`` bytes.
+
+    Each tensor that is needed is read once, each result is written once. Forward copies text rows
+    to its output, backward those of ``grad_output``.
+    """
     R, S, H, C = shape.num_rows, shape.seq_len, shape.hidden, shape.width
     forward = R * C + H * C + (2 * S - R) * H
     backward = 2 * (S * H + R * C + H * C)
@@ -70,7 +73,7 @@ class Graph(NamedTuple):
 
 
 def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
-    """A forward pass on fresh leaves, all of which require a gradient."""
+    """Make a forward pass on fresh leaves, all of which require a gradient."""
     tensors = (case.embeddings, case.weight, *case.features)
     embeddings, weight, *features = (tensor.detach().requires_grad_() for tensor in tensors)
     groups = [(token, x) for (token, _), x in zip(case.groups, features, strict=True)]
@@ -86,7 +89,7 @@ def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
 
 
 def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementation:
-    """An implementation of any operation from a function that inserts."""
+    """Make an implementation of any operation from a function that inserts."""
 
     def ready(i: int) -> Callable[[], Graph]:
         return pass_of(peer.function, inputs.case(i))
@@ -105,8 +108,11 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
 
 
 def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Implementation]:
-    """The bare matrix products of an operation on packed operands; of forward, also one product
-    and the scatter of its rows to places that are known."""
+    """Yield the floors of an operation: its bare matrix products, on packed operands.
+
+    Of forward also one product with the scatter of its rows to places that are known, and on the
+    channels-first view the product alone.
+    """
     destinations = inputs.batch.destinations
 
     def packed(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +159,7 @@ def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Im
 
 
 def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
-    """Our product with the plan made before, nothing recorded for backward."""
+    """Make our product alone: the plan exists before, nothing is recorded for backward."""
     batch = inputs.batch
     plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
@@ -165,7 +171,7 @@ def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
 
 
 def replay(one: Implementation) -> Implementation:
-    """An implementation as a CUDA graph, one for each input set."""
+    """Make an implementation replay CUDA graphs, one for each input set."""
     made: dict[int, tuple[torch.cuda.CUDAGraph, Results]] = {}
 
     def prepare(i: int) -> tuple[torch.cuda.CUDAGraph, Results]:
@@ -190,10 +196,11 @@ def implementations(
     operation: str,
     inputs: Inputs,
     layout: FeatureLayout,
+    *,
     insertions: Sequence[peers.Peer],
     settings: Settings,
 ) -> list[Implementation]:
-    """Everything that one group of rows compares."""
+    """List everything that one group of rows compares."""
     found = [insertion(peer, operation, inputs) for peer in insertions]
     if settings.device.type == "cuda" and operation != "backward":
         found.insert(1, replay(found[0]))
@@ -203,13 +210,13 @@ def implementations(
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
-    """The rows of every shape, dtype, layout and operation, one list a group."""
-    for shape in shapes_named(settings.shapes or tuple(SHAPES)):
+    """Yield one group for each shape, dtype, layout and operation."""
+    for shape in shapes_named(settings.shapes):
         yield from run_shape(shape, settings)
 
 
 def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
-    """All groups of one shape."""
+    """Measure all groups of one shape."""
     batch = make_batch(shape, settings.device)
     for dtype in settings.dtypes:
         for layout in LAYOUTS:
@@ -229,10 +236,12 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
                     dtype=dtype_name(dtype),
                 )  # fmt: skip
                 work = work_of(operation, shape, dtype.itemsize)
-                compared = implementations(operation, inputs, layout, insertions, settings)
-                yield measure(key, work, compared, check, settings)
+                compared = implementations(
+                    operation, inputs, layout, insertions=insertions, settings=settings
+                )
+                yield measure(key, work, compared, check=check, settings=settings)
 
 
 def check_results(oracle: Oracle, implementation: Implementation, results: Results) -> str | None:
-    """The gate of one result."""
+    """Check one result; returns what is wrong with it, or None."""
     return oracle.check(results, narrow_partial_sums=implementation.kind != "ours")

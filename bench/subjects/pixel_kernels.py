@@ -1,4 +1,4 @@
-"""Subjects ``normalize`` and ``resize``: the pixel kernels by themselves, in bytes a second.
+"""Subjects ``normalize`` and ``resize``: times the pixel kernels by themselves.
 
 The pictures are on the device already; what decoding and the host add is measured by the subjects
 ``pixels`` and ``multicrop``. The gate is Pillow and the reference, bit for bit. PyTorch's own
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Implementation, Key, Kind, Row, Settings, Work
-from bench.subjects.pixels import photo_paths, stock_decode
-from step37_data.images.crop_pixels import canvas_image, cut, prepare_on_device, rectangle
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, plan_crops
+from bench.photographs import LARGE, large_plan, photographs, stock_resize, stock_windows
+from step37_data.images.crop_pixels import prepare_on_device, rectangle
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD, clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
@@ -34,9 +34,7 @@ SIZE = 728
 BATCHES = (9, 64)  # pictures: those of a pack, and enough to fill the device
 FLICKR8K = (500, 375)
 """(width, height) of most of its pictures."""
-LARGE = (1920, 1080)
 LARGE_PICTURES = 9
-BILINEAR = Image.Resampling.BILINEAR
 NEAR = 2  # how many of the 256 levels a resize that is not Pillow's may be away from it
 COPY = "copy of as many bytes"
 
@@ -44,48 +42,44 @@ Way = tuple[str, Kind, Callable[[int], Any], Callable[[Any], Any]]
 """Name, kind, ``prepare`` and ``run`` of an implementation; peers need not have Pillow's values."""
 
 
-def photographs(count: int, size: tuple[int, int] | None = None) -> list[Image.Image]:
-    """The photographs of the example, in turn; resized to (width, height) if one is given."""
-    pictures = map(stock_decode, photo_paths(count))
-    return [picture.resize(size, BILINEAR) if size else picture for picture in pictures]
-
-
 def pixels_of(pictures: Sequence[Image.Image], device: torch.device) -> list[Tensor]:
+    """Put pictures on a device: ``[h, w, 3]`` uint8 each."""
     return [torch.from_numpy(np.array(picture)).to(device) for picture in pictures]
 
 
 def by_pillow(pictures: Sequence[Image.Image], side: int, dtype: torch.dtype) -> Tensor:
-    """The values to get: Pillow's resize and the reference's normalisation, on the host."""
-    resized = [np.asarray(picture.resize((side, side), BILINEAR)) for picture in pictures]
+    """Compute the values to get: Pillow's resize, the reference's normalisation, on the host."""
+    resized = [np.asarray(stock_resize(picture, side)) for picture in pictures]
     return reference_pixels.clip_normalize(torch.from_numpy(np.stack(resized)), dtype=dtype)
 
 
 def plain_normalize(pixels: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-    """The expression as one writes it in PyTorch; ``constants`` are mean and std, ``[2, 3, 1, 1]``
-    on the device."""
+    """Normalise as one writes it in PyTorch.
+
+    ``constants`` are mean and std, ``[2, 3, 1, 1]`` on the device.
+    """
     mean, std = constants
     return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
 
 def plain_resize(pixels: Tensor, constants: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-    """PyTorch's antialiased resize of ``[N, h, w, 3]``, in fp32."""
+    """Resize ``[N, h, w, 3]`` with PyTorch's antialiased filter, in fp32, and normalise."""
     x = pixels.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
     return plain_normalize(x.round().permute(0, 2, 3, 1), constants, dtype)
 
 
 def constants_on(device: torch.device) -> Tensor:
+    """Put mean and std on a device, ``[2, 3, 1, 1]``."""
     return torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
 
 
 def measured(
-    names: tuple[str, str, str], ways: list[Way], wanted: Sequence[Tensor], read: int,
-    dtype: torch.dtype, settings: Settings,
-) -> list[Row]:  # fmt: skip
+    key: Key, ways: list[Way], *, wanted: Sequence[Tensor], read: int, settings: Settings
+) -> list[Row]:
     """Gate and time ways to make the wanted tensors, and a copy that moves as many bytes.
 
-    ``names``: subject, operation, and a shape that begins with the number of pictures; ``read``:
-    bytes of these.
+    The key's shape begins with the number of pictures; ``read`` is how many bytes these have.
     """
     moved = read + sum(tensor.nbytes for tensor in wanted)
     half = torch.empty(moved // 2, dtype=torch.uint8, device=settings.device)
@@ -108,19 +102,17 @@ def measured(
                 return f"{different} of {got.numel()} values differ from Pillow's"
         return None
 
-    subject, operation, shape = names
-    short = harness.dtype_name(dtype)
     return harness.measure(
-        Key(subject=subject, operation=operation, shape=shape, dtype=short),
-        Work(flops=0, bytes=moved, rows=int(shape.split()[0])),
+        key,
+        Work(flops=0, bytes=moved, rows=int(key.shape.split()[0])),
         [Implementation(name=n, kind=k, prepare=p, run=r) for n, k, p, r in ways],
-        check,
-        settings,
+        check=check,
+        settings=settings,
     )
 
 
 def peers(name: str, prepare: Callable[[int], Any], plain: Any, settings: Settings) -> list[Way]:
-    """PyTorch's way, eager and compiled. On CUDA it multiplies by rounded reciprocals."""
+    """List PyTorch's way, eager and compiled. On CUDA it multiplies by rounded reciprocals."""
     found: list[Way] = [(f"PyTorch{name}", "peer", prepare, plain)]
     if settings.compile_backend is not None:
         compiled = torch.compile(plain, dynamic=False, backend=settings.compile_backend)
@@ -129,20 +121,26 @@ def peers(name: str, prepare: Callable[[int], Any], plain: Any, settings: Settin
 
 
 def rotated(first: Any, numbytes: int, copy: Callable[[Any], Any], settings: Settings) -> Any:
-    """``prepare`` of an implementation: as many sets of inputs as pass the cache, in turn."""
+    """Make ``prepare`` of an implementation: as many input sets as pass the cache, in turn."""
     sets = [first] + [copy(first) for _ in range(harness.rotation(settings.device, numbytes) - 1)]
     return lambda i: sets[i % len(sets)]
 
 
 def copy_of(images: RaggedImages) -> RaggedImages:
+    """Copy pictures to memory of their own."""
     return RaggedImages(data=images.data.clone(), offsets=images.offsets, shapes=images.shapes)
 
 
-def run(settings: Settings) -> Iterator[list[Row]]:
-    """The groups of both subjects."""
+def run_normalize(settings: Settings) -> Iterator[list[Row]]:
+    """Yield one group for each dtype and number of pictures."""
     for dtype in settings.dtypes:
         for count in BATCHES:
             yield normalize(count, settings, dtype)
+
+
+def run_resize(settings: Settings) -> Iterator[list[Row]]:
+    """Yield for each dtype a group for pictures of one size, of eight sizes, and in crops."""
+    for dtype in settings.dtypes:
         for count in BATCHES:
             yield resize(photographs(count, FLICKR8K), settings, dtype)
         # Of eight sizes, as they are.
@@ -151,7 +149,7 @@ def run(settings: Settings) -> Iterator[list[Row]]:
 
 
 def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
-    """Pictures that have their size."""
+    """Measure pictures that have their size."""
     pictures = photographs(count, (SIZE, SIZE))
     pixels = torch.stack(pixels_of(pictures, settings.device))
     prepare = rotated(pixels, pixels.nbytes, Tensor.clone, settings)
@@ -160,13 +158,16 @@ def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
     plain = functools.partial(plain_normalize, constants=constants, dtype=dtype)
     ways: list[Way] = [("step37", "ours", prepare, ours)]
     ways += peers("", prepare, plain, settings)
-    names = ("normalize", "normalize", f"{count} × {SIZE}×{SIZE}")
+    key = Key(
+        subject="normalize", operation="normalize", shape=f"{count} × {SIZE}×{SIZE}",
+        dtype=harness.dtype_name(dtype),
+    )  # fmt: skip
     wanted = [by_pillow(pictures, SIZE, dtype)]
-    return measured(names, ways, wanted, pixels.nbytes, dtype, settings)
+    return measured(key, ways, wanted=wanted, read=pixels.nbytes, settings=settings)
 
 
 def resize(pictures: Sequence[Image.Image], settings: Settings, dtype: torch.dtype) -> list[Row]:
-    """Pictures to ``SIZE``, of one size or of several."""
+    """Measure pictures of one size or of several, resized to ``SIZE``."""
     sizes = {picture.size for picture in pictures}
     width, height = pictures[0].size
     images = RaggedImages.gather(pixels_of(pictures, settings.device))
@@ -180,16 +181,17 @@ def resize(pictures: Sequence[Image.Image], settings: Settings, dtype: torch.dty
         in_turn = rotated(batch, batch.nbytes, Tensor.clone, settings)
         ways += peers(", not Pillow's values", in_turn, plain, settings)
     name = f"{width}×{height}" if len(sizes) == 1 else f"{len(sizes)} sizes"
-    names = ("resize", "resize+normalize", f"{len(pictures)} × {name} → {SIZE}")
+    key = Key(
+        subject="resize", operation="resize+normalize",
+        shape=f"{len(pictures)} × {name} → {SIZE}", dtype=harness.dtype_name(dtype),
+    )  # fmt: skip
     wanted = [by_pillow(pictures, SIZE, dtype)]
-    return measured(names, ways, wanted, images.data.nbytes, dtype, settings)
+    return measured(key, ways, wanted=wanted, read=images.data.nbytes, settings=settings)
 
 
 def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
-    """A pack of large pictures in crops. The canvas need not leave the chip."""
-    plan = plan_crops(*LARGE)
-    if plan.full_size != LARGE:
-        raise AssertionError(f"written for pictures that are taken as they are, got {plan}")
+    """Measure a pack of large pictures in crops. The canvas need not leave the chip."""
+    plan = large_plan(LARGE)
     pictures = photographs(LARGE_PICTURES, LARGE)
     images = RaggedImages.gather(pixels_of(pictures, settings.device))
     last_resize = functools.partial(resize_clip_normalize, dtype=dtype, impl=settings.impl)
@@ -200,10 +202,12 @@ def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
         crops = [rectangle(i, window) for i in range(len(plans)) for window in plan.windows]
         return last_resize(canvases, CROP_SIZE, crops=crops), last_resize(full, IMAGE_SIZE)
 
-    canvases = [canvas_image(picture, plan) for picture in pictures]
-    windows = [cut(canvas, window) for canvas in canvases for window in plan.windows]
+    windows = [window for picture in pictures for window in stock_windows(picture, plan)]
     wanted = [by_pillow(windows, CROP_SIZE, dtype), by_pillow(pictures, IMAGE_SIZE, dtype)]
-    names = ("resize", "multicrop", f"{len(pictures)} × {LARGE[0]}×{LARGE[1]}")
+    key = Key(
+        subject="resize", operation="multicrop",
+        shape=f"{len(pictures)} × {LARGE[0]}×{LARGE[1]}", dtype=harness.dtype_name(dtype),
+    )  # fmt: skip
     prepare = rotated(images, images.data.nbytes, copy_of, settings)
     ways: list[Way] = [("step37", "ours", prepare, whole)]
-    return measured(names, ways, wanted, images.data.nbytes, dtype, settings)
+    return measured(key, ways, wanted=wanted, read=images.data.nbytes, settings=settings)

@@ -1,106 +1,117 @@
-"""Photographs from files to pixels on the host: µs by stage, the ways beside, the wait of a step.
+"""Subjects ``pixels`` and ``multicrop``: times the way from image files to pixels on the host.
 
-``python -m bench pixels`` checks first that everything of ours computes stock's bits, then prints
-Markdown tables. All figures of a table come from one run, in which everything takes turns. The
-kernels by themselves are the subjects ``normalize`` and ``resize``.
+``pixels`` has every stage of a photograph beside stock, torchvision and the floor, and how long a
+training step waits for its input; ``multicrop`` has a pack of 1920×1080 pictures in crops. Both
+check first that everything of ours computes stock's bits. All figures of a table come from one
+run, in which everything takes turns. The kernels by themselves are the subjects ``normalize`` and
+``resize``.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
 import importlib
 import math
-import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL import __version__ as pillow_version
 
-from bench.harness import CpuClock, Implementation, environment, sample_rounds
+from bench.harness import CpuClock, Implementation, Settings, sample_rounds, where
+from bench.photographs import (
+    BILINEAR,
+    LARGE,
+    large_plan,
+    photo_paths,
+    stock_decode,
+    stock_normalize,
+    stock_pixels,
+    stock_resize,
+    stock_windows,
+)
+from bench.report import Column, Table
 from step37_data.common.image_entry import Entry, ImageEntry
 from step37_data.common.threads import available_cores, default_threads, map_threads
 from step37_data.images import stacks
 from step37_data.images.crop_pixels import PixelOrder, normalize_into
-from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
-from step37_data.images.decode import decode_into, open_image
+from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan
+from step37_data.images.decode import decode_into, open_image, read_rgb
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
-ROOT = Path(__file__).resolve().parents[2]
-PHOTOS = ROOT / "examples" / "flickr8k_mini" / "train"
 SIZE = IMAGE_SIZE
-BILINEAR = Image.Resampling.BILINEAR
 IMAGES_A_PACK = 8  # photographs of examples, each once: a file met twice is decoded once
+LARGE_PICTURES = 9
 STEP_S = 0.05
 CPU = torch.device("cpu")
+THREADS = (1, 2)
+FOR_CUDA, FOR_CPU = "all, for CUDA: the host's part", "all, for the CPU"
 
 Call = Callable[[], object]
-Memory = Mapping[str, "np.ndarray[Any, Any]"]
+Ways = dict[str, Callable[[str], object]]
 
 
-class Row(NamedTuple):
-    """What one call took, which works on so many images: median, and 20th percentile."""
+class Took(NamedTuple):
+    """Seconds of one call: median, and 20th percentile."""
 
-    name: str
-    seconds: float
+    median_s: float
     quiet_s: float
-    images: int
-
-    def line(self, baseline: float) -> str:
-        each = self.seconds / self.images
-        return f"| {self.name} | {each * 1e6:.0f} | {1 / each:.0f} | {baseline / each:.2f}× |"
 
 
-def way(name: str, call: Call) -> Implementation:
-    return Implementation(name=name, kind="ours", prepare=lambda _: None, run=lambda _: call())
+def _itself(call: Call, _: int) -> Call:
+    return call
 
 
-def interleaved(calls: Mapping[str, Call], images: int, budget_s: float) -> Iterator[Row]:
+def _run(call: Call) -> object:
+    return call()
+
+
+def interleaved(calls: Mapping[str, Call], each_s: float) -> dict[str, Took]:
     """Time calls by turns, so that a neighbour that wakes up meets all of them alike."""
-    ways = [way(name, call) for name, call in calls.items()]
+    ways = [
+        Implementation(name=name, kind="ours", prepare=functools.partial(_itself, call), run=_run)
+        for name, call in calls.items()
+    ]
     for one in ways:
-        one.run(None)
-    for name, figures in sample_rounds(ways, CpuClock(), budget_s * len(ways)).items():
-        yield Row(name, figures["median_us"] / 1e6, figures["p20_us"] / 1e6, images)
+        one.run(one.prepare(0))
+    return {
+        name: Took(figures["median_us"] / 1e6, figures["p20_us"] / 1e6)
+        for name, figures in sample_rounds(ways, CpuClock(), each_s * len(ways)).items()
+    }
 
 
-def photo_paths(count: int) -> list[str]:
-    files = sorted(str(path) for path in PHOTOS.glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(f"no photographs in {PHOTOS}")
-    return [files[i % len(files)] for i in range(count)]
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch's operations take one thread each, as in a data worker, inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def stock_decode(path: str) -> Image.Image:
-    return Image.open(path).convert("RGB")
-
-
-def stock_normalize(image: Image.Image) -> torch.Tensor:
-    """NumPy and PyTorch, three passes over fp32."""
-    array = np.asarray(image, dtype=np.float32) / 255.0
-    tensor = torch.from_numpy(array).permute(2, 0, 1).contiguous()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (tensor - mean) / std
-
-
-def stock_image(path: str) -> torch.Tensor:
-    return stock_normalize(stock_decode(path).resize((SIZE, SIZE), BILINEAR)).to(torch.bfloat16)
+def machine(device: torch.device) -> str:
+    """Write in one line what the figures were measured with; what is missing is named."""
+    versions = {name: getattr(peer(name), "__version__", "missing")
+                for name in ("simplejpeg", "torchvision")}  # fmt: skip
+    return where(device, cores=str(available_cores()), pillow=pillow_version, **versions)
 
 
 def ours(
     items: Sequence[Entry], device: torch.device, threads: int, pixel_order: PixelOrder = "pillow"
 ) -> list[torch.Tensor]:
-    """From files to bf16 on the device, and waited for."""
+    """Load files as the data package does, to bf16 on the device, and wait for it."""
     loaded = load_images(
         items, image_size=IMAGE_SIZE, patch_image_size=CROP_SIZE, device=device,
         dtype=torch.bfloat16, threads=threads, pixel_order=pixel_order,
@@ -110,39 +121,34 @@ def ours(
     return [image for image, _ in loaded]
 
 
-def check(paths: Sequence[str], device: torch.device) -> None:
-    """What is timed computes the same bits, or there is nothing to time."""
-    expected = torch.stack([stock_image(path) for path in paths])
-    for threads in (1, 2):
-        got = torch.stack(ours([(path, 0) for path in paths], device, threads)).cpu()
-        if different := int((got != expected).sum()):
+def check(items: Sequence[Entry], wanted: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Raise ``AssertionError`` where ours computes other bits than those wanted, an item each."""
+    for threads in THREADS:
+        got = ours(items, device, threads)
+        different = sum(int((a.cpu() != b).sum()) for a, b in zip(got, wanted, strict=True))
+        if different:
             raise AssertionError(f"{different} values differ from stock with {threads} threads")
 
 
-def thread_counts() -> list[int]:
-    most = default_threads()
-    return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
-
-
 def peer(name: str) -> ModuleType | None:
-    """A package that may be missing, or of another PyTorch, which torchvision finds out late."""
+    """Import a package that may be missing, or of another PyTorch: torchvision finds out late."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError):
         return None
 
 
-Ways = dict[str, Callable[[str], object]]
-
-
 def stages(paths: Sequence[str]) -> dict[str, Ways]:
-    """What is done to one photograph, by stage and by way; ``ours`` decodes into warm memory."""
+    """List what is done to one photograph, by stage and by way; ours decodes into warm memory."""
     pictures = {path: stock_decode(path) for path in paths}
     memory = {path: np.array(picture) for path, picture in pictures.items()}
-    resized = {path: picture.resize((SIZE, SIZE), BILINEAR) for path, picture in pictures.items()}
+    resized = {path: stock_resize(picture, SIZE) for path, picture in pictures.items()}
     out = torch.empty((3, SIZE, SIZE), dtype=torch.bfloat16)
     spare = {path: pixels.copy() for path, pixels in memory.items()}
     small, large = np.array(resized[paths[0]]), np.empty((SIZE, SIZE, 3), np.uint8)
+
+    def stock_image(path: str) -> torch.Tensor:
+        return stock_pixels(stock_decode(path), SIZE)
 
     def into_memory(path: str) -> None:
         with open_image(path) as image:
@@ -160,8 +166,8 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
         },
         "read, decode (simplejpeg)": {"ours": into_memory},
         "resize": {
-            "ours": lambda path: pictures[path].resize((SIZE, SIZE), BILINEAR),
-            "stock": lambda path: pictures[path].resize((SIZE, SIZE), BILINEAR),
+            "ours": lambda path: stock_resize(pictures[path], SIZE),
+            "stock": lambda path: stock_resize(pictures[path], SIZE),
             "floor": lambda _: np.copyto(large, small),
         },
         "normalise": {
@@ -169,8 +175,8 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
             "stock": lambda path: stock_normalize(resized[path]).to(torch.bfloat16),
             "floor": lambda _: out.clone(),
         },
-        "all, for CUDA: the host's part": {"stock": stock_image},
-        "all, for the CPU": {"stock": stock_image},
+        FOR_CUDA: {"stock": stock_image},
+        FOR_CPU: {"stock": stock_image},
     }
     if (simplejpeg := peer("simplejpeg")) is None:
         del found["read, decode (simplejpeg)"]["ours"]
@@ -180,7 +186,7 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
         def bare(path: str) -> object:
             return simplejpeg.decode_jpeg(encoded[path], buffer=memory[path])
 
-        for stage in list(found)[1], *list(found)[-2:]:
+        for stage in "read, decode (simplejpeg)", FOR_CUDA, FOR_CPU:
             found[stage]["floor"] = bare
     if (vision := peer("torchvision")) is not None and peer("torchvision.transforms.v2"):
         transforms = vision.transforms.v2.functional
@@ -214,24 +220,22 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
     return found
 
 
-def host_table(budget_s: float) -> dict[tuple[str, int], float]:
-    """Print µs a photograph by stage, threads and way; those of ours come back."""
+def stage_times(each_s: float) -> dict[tuple[str, int, str], Took]:
+    """Time every stage of a photograph: by stage, number of threads, and way."""
     paths = photo_paths(IMAGES_A_PACK)
     entries: list[Entry] = [(path, 0) for path in paths]
     wanted = [ImageEntry(*entry) for entry in entries]
-    calls: dict[str, Call] = {}
     by_stage = stages(paths)
-    for stage, ways in by_stage.items():
-        for way, function in ways.items():
-            for threads in (1, 2):
-                calls[f"{stage}|{threads}|{way}"] = functools.partial(
-                    map_threads, function, paths, threads
-                )
+    keys = [(s, t, way) for s, ways in by_stage.items() for way in ways for t in THREADS]
+    calls: dict[tuple[str, int, str], Call] = {
+        (stage, threads, way): functools.partial(map_threads, by_stage[stage][way], paths, threads)
+        for stage, threads, way in keys
+    }
     # Memory as PyTorch's pinned allocator hands it out: used before.
     warm: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     def staged(threads: int) -> None:
-        """Everything that is done before the copy to the device."""
+        """Do everything that comes before the copy to the device."""
         reader = stacks.ImageReader(
             sides={0: SIZE, 1: SIZE}, device=CPU, dtype=torch.bfloat16, threads=threads
         )
@@ -242,32 +246,47 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
         kept = warm.get((height, width))
         return kept.pop() if kept else torch.empty((height, width, 3), dtype=torch.uint8)
 
-    for threads in (1, 2):
-        stage, last = list(by_stage)[-2:]
-        calls[f"{stage}|{threads}|ours"] = functools.partial(staged, threads)
-        calls[f"{last}|{threads}|ours"] = functools.partial(ours, entries, CPU, threads)
+    for threads in THREADS:
+        calls[FOR_CUDA, threads, "ours"] = functools.partial(staged, threads)
+        calls[FOR_CPU, threads, "ours"] = functools.partial(ours, entries, CPU, threads)
+    named = {str(key): call for key, call in calls.items()}
     with mock.patch.object(stacks, "pinned", pinned):
-        rows = {row.name: row for row in interleaved(calls, len(paths), budget_s)}
-    columns = ("ours", "stock", "torchvision", "floor")
-    print(f"| | threads | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
-    for stage in by_stage:
-        for threads in (1, 2):
-            cells = []
-            for way in columns:
-                row = rows.get(f"{stage}|{threads}|{way}")
-                us = [1e6 / len(paths) * s for s in (row.quiet_s, row.seconds)] if row else []
-                cells.append(f"{us[0]:.0f} ({us[1]:.0f})" if us else "–")
-            print(f"| {stage} | {threads} | {' | '.join(cells)} |")
-    print(flush=True)
-    return {
-        (stage, threads): rows[f"{stage}|{threads}|ours"].quiet_s / len(paths)
-        for stage in list(by_stage)[-2:]
-        for threads in (1, 2)
-    }
+        times = interleaved(named, each_s)
+    return {key: times[str(key)] for key in calls}
+
+
+def stage_table(text: str, times: Mapping[tuple[str, int, str], Took]) -> Table:
+    """Make the table of µs a photograph, by stage, threads and way."""
+    names = ("ours", "stock", "torchvision", "floor")
+    scale = 1e6 / IMAGES_A_PACK
+
+    def figures(took: Took | None) -> tuple[float, float] | None:
+        return (scale * took.quiet_s, scale * took.median_s) if took else None
+
+    rows = dict.fromkeys((stage, threads) for stage, threads, _ in times)
+    return Table(
+        text=f"{text}\n\nµs a photograph of {IMAGES_A_PACK}, to {SIZE} × {SIZE} bf16: "
+        "20th percentile (median) of calls by turns",
+        columns=(Column(""), Column("threads"), *(Column(n, "{:.0f} ({:.0f})") for n in names)),
+        lines=[
+            (stage, threads, *(figures(times.get((stage, threads, name))) for name in names))
+            for stage, threads in rows
+        ],
+    )
+
+
+def wait_table(device: torch.device, steps: int) -> Table:
+    """Make the table of how long a step waits for its input."""
+    return Table(
+        text=f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a "
+        f"pack, {available_cores()} cores: measured",
+        columns=(Column(""), Column("ms a step", "{:.2f}")),
+        lines=waits(device, steps),
+    )
 
 
 def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
-    """Seconds a step waits for its input while steps of 50 ms run."""
+    """Measure the wait of steps of 50 ms for their input: yields how it is prepared, and ms."""
     tokens = torch.tensor([7, 1] * IMAGES_A_PACK)
     pack = {
         "tokens": tokens, "labels": tokens, "loss_masks": torch.ones(len(tokens)),
@@ -289,7 +308,7 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
             times.append(time.perf_counter() - began)
             # The training step, which leaves the host idle.
             time.sleep(STEP_S)
-        return statistics.median(times)
+        return 1e3 * statistics.median(times)
 
     yield "prepared within the step", waited(map(prepare, packs))
     for depth in (1, 2):
@@ -297,62 +316,111 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
             yield f"prefetched, depth {depth}", waited(prefetcher)
 
 
-def cores_table(measured: Mapping[tuple[str, int], float]) -> None:
-    """From µs a photograph with one thread, when its work hides behind a step: arithmetic."""
+def cores_table(times: Mapping[tuple[str, int, str], Took]) -> Table:
+    """Compute from µs a photograph when its work hides behind a step."""
     packs = (8, 39, 150)
-    print(f"| | {' | '.join(f'{n} a pack' for n in packs)} |\n|---|{'---|' * len(packs)}")
-    for (stage, threads), seconds in measured.items():
-        if threads == 1:
-            cores = (str(math.ceil(n * seconds / (STEP_S + 1e-3))) for n in packs)
-            print(f"| {stage} | {' | '.join(cores)} |")
-    print()
 
+    def cores(stage: str, photographs: int) -> int:
+        seconds = photographs * times[stage, 1, "ours"].quiet_s / IMAGES_A_PACK
+        return math.ceil(seconds / (STEP_S + 1e-3))
 
-def print_rows(rows: Iterator[Row]) -> None:
-    print("| | µs an image | images/s | speed |\n|---|---|---|---|")
-    baseline = None
-    for row in rows:
-        baseline = baseline or row.seconds / row.images
-        print(row.line(baseline), flush=True)
-    print()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds a figure may take")
-    parser.add_argument("--steps", type=int, default=20, help="steps to measure the wait over")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    here = environment(device)
-    versions = [f"PyTorch {torch.__version__}", f"Pillow {pillow_version}"]
-    for name in ("simplejpeg", "torchvision"):
-        version = getattr(peer(name), "__version__", "missing")
-        versions.append(f"{name} {version}")
-    print(
-        f"{where or here['device']}, {available_cores()} cores, Python "
-        f"{platform.python_version()}, {', '.join(versions)}, commit {here['commit'] or 'unknown'},"
-        f" {here['date']}\n"
+    return Table(
+        text=f"Cores at which a prefetched step of {STEP_S * 1e3:.0f} ms waits less than 1 ms: "
+        "computed from the µs above, one thread",
+        columns=(Column(""), *(Column(f"{count} a pack") for count in packs)),
+        lines=[(s, *(cores(s, count) for count in packs)) for s in (FOR_CUDA, FOR_CPU)],
     )
-    check(photo_paths(4), device)
-    print(
-        f"µs a photograph of {IMAGES_A_PACK}, to {SIZE} × {SIZE} bf16: 20th percentile (median) of "
-        "calls by turns\n"
-    )
-    measured = host_table(options.budget)
-    print(
-        f"Wait for the input of a step of {STEP_S * 1e3:.0f} ms, {IMAGES_A_PACK} images a pack, "
-        f"{available_cores()} cores: measured\n\n| | ms a step |\n|---|---|"
-    )
-    for name, seconds in waits(device, options.steps):
-        print(f"| {name} | {seconds * 1e3:.2f} |", flush=True)
-    print(
-        f"\nCores at which a prefetched step of {STEP_S * 1e3:.0f} ms waits less than 1 ms: "
-        "computed from the µs above, one thread\n"
-    )
-    cores_table(measured)
 
 
-if __name__ == "__main__":
-    main()
+def run_pixels(settings: Settings) -> Iterator[Table]:
+    """Yield the tables of the stages of a photograph, of a step's wait, and of cores."""
+    paths = photo_paths(4)
+    wanted = [stock_pixels(stock_decode(path), SIZE) for path in paths]
+    with one_thread():
+        check([(path, 0) for path in paths], wanted, settings.device)
+        times = stage_times(settings.row_seconds)
+        yield stage_table(machine(settings.device), times)
+        yield wait_table(settings.device, settings.options["steps"])
+        yield cores_table(times)
+
+
+def make_large_pictures(folder: Path, count: int) -> list[str]:
+    """Write JPEGs of the size :data:`LARGE`: photographs, enlarged."""
+    paths = []
+    for i, source in enumerate(photo_paths(count)):
+        path = folder / f"{i}.jpg"
+        stock_decode(source).resize(LARGE, BILINEAR).save(path, quality=92)
+        paths.append(str(path))
+    return paths
+
+
+def entries_in_crops(paths: Sequence[str], plan: CropPlan) -> list[Entry]:
+    """Items of the data package: the crops of each picture, and then all of it."""
+    result: list[Entry] = []
+    for path in paths:
+        result += [(path, 1, window) for window in plan.windows]
+        result.append((path, 0, plan.full_window))
+    return result
+
+
+def stock_in_crops(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
+    """Crops and full image of each picture in turn, bf16, with one thread.
+
+    Every window is resized and normalised by itself.
+    """
+    images = []
+    for path in paths:
+        picture = stock_decode(path)
+        images += [stock_pixels(window, CROP_SIZE) for window in stock_windows(picture, plan)]
+        images.append(stock_pixels(picture, IMAGE_SIZE))
+    return images
+
+
+def thread_counts() -> list[int]:
+    """List numbers of threads: powers of two, and what the data package would take."""
+    most = default_threads()
+    return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
+
+
+def multicrop_calls(paths: Sequence[str], plan: CropPlan, device: torch.device) -> dict[str, Call]:
+    """List the ways from files to bf16 on the device, stock first."""
+    items = entries_in_crops(paths, plan)
+
+    def stock_on_device() -> None:
+        images = stock_in_crops(paths, plan)
+        for side in (CROP_SIZE, IMAGE_SIZE):
+            torch.stack([image for image in images if image.shape[-1] == side]).to(device)
+
+    calls: dict[str, Call] = {"stock, 1 thread": stock_on_device}
+    for threads in thread_counts():
+        plural = "s" if threads > 1 else ""
+        one = functools.partial(ours, items, device, threads)
+        calls[f"ours, {threads} thread{plural}"] = one
+        calls[f"ours, {threads} thread{plural}, pixel_order='serving'"] = functools.partial(
+            one, "serving"
+        )
+        calls[f"of which decoding, {threads} thread{plural}"] = functools.partial(
+            map_threads, read_rgb, paths, threads
+        )
+    return calls
+
+
+def run_multicrop(settings: Settings) -> Iterator[Table]:
+    """Yield one table: a pack of large pictures in crops, stock's way beside ours."""
+    plan = large_plan(LARGE)
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        paths = make_large_pictures(Path(folder), LARGE_PICTURES)
+        some = paths[:2]
+        check(entries_in_crops(some, plan), stock_in_crops(some, plan), settings.device)
+        times = interleaved(multicrop_calls(paths, plan, settings.device), settings.row_seconds)
+    each = {name: took.median_s / len(paths) for name, took in times.items()}
+    stock = next(iter(each.values()))
+    yield Table(
+        text=f"{machine(settings.device)}\n\n{len(paths)} pictures of {LARGE[0]} × {LARGE[1]}, "
+        f"{len(plan.windows)} crops each, from files to bf16, wall time",
+        columns=(
+            Column(""), Column("µs a picture", "{:.0f}"), Column("pictures/s", "{:.0f}"),
+            Column("speed", "{:.2f}×"),
+        ),
+        lines=[(name, 1e6 * s, 1 / s, stock / s) for name, s in each.items()],
+    )  # fmt: skip

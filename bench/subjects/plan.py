@@ -1,4 +1,4 @@
-"""Subject ``plan``: from token ids to the destination of every feature row."""
+"""Subject ``plan``: times the step from token ids to the destination of every feature row."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bench.harness import Implementation, Key, Kind, Row, Settings, Work, measure
-from bench.shapes import SHAPES, Batch, Shape, make_batch, shapes_named
+from bench.shapes import Batch, Shape, make_batch, shapes_named
 from step37_kernels import plan_insert
 from step37_kernels.dispatch import Impl
 
 
 def locations(batch: Batch) -> Tensor:
-    """How stock finds where its features begin: one position a feature, read one by one."""
+    """Find where features begin as stock does: their positions are read one by one."""
     found = []
     for token, _, _ in batch.groups:
         for location in (batch.input_ids == token).nonzero():
@@ -24,13 +24,13 @@ def locations(batch: Batch) -> Tensor:
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
-    """One group a shape."""
-    for shape in shapes_named(settings.shapes or tuple(SHAPES)):
+    """Yield one group for each shape."""
+    for shape in shapes_named(settings.shapes):
         yield run_shape(shape, settings)
 
 
 def run_shape(shape: Shape, settings: Settings) -> list[Row]:
-    """The group of one shape."""
+    """Measure the group of one shape."""
     batch = make_batch(shape, settings.device)
     groups = [(token, [rows] * n) for token, n, rows in batch.groups]
 
@@ -54,4 +54,5 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
     key = Key(subject="plan", operation="plan", shape=shape.name, dtype="int64")
     # Ids are read; destinations and what each position receives are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
-    return measure(key, Work(flops=0, bytes=moved, rows=shape.num_rows), compared, check, settings)
+    work = Work(flops=0, bytes=moved, rows=shape.num_rows)
+    return measure(key, work, compared, check=check, settings=settings)

@@ -1,21 +1,19 @@
-"""Drawing from shards: memory of the workers, samples and packs a second, beside a plain encoder.
+"""Subject ``shards``: times drawing from shards, and its memory, beside a plain encoder.
 
-``python -m bench shards --samples 1000000`` writes as many samples (16 small pictures in turn, a
-caption of 1 to 40 words each) and draws them all, shuffled, from two workers: through
-``Step37TaskEncoder``, and through what Energon's documentation shows as its example, in words of
-our own: pictures decoded by Energon, captions tokenised, samples sorted by length and concatenated.
-The example has no chat template, no loss mask and no check of anything.
+It writes ``--samples`` samples (16 small pictures in turn, a caption of 1 to 40 words each) and
+draws them all, shuffled, from ``--workers`` worker processes: through ``Step37TaskEncoder``, and
+through the example of Energon's documentation, written anew: pictures decoded by Energon, captions
+tokenised, samples sorted by length and concatenated. The example has no chat template, no loss
+mask and no check of anything.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import multiprocessing
 import os
 import random
 import re
-import sys
 import tarfile
 import tempfile
 import time
@@ -28,7 +26,8 @@ import torch
 from megatron import energon
 from PIL import Image
 
-from bench.harness import environment
+from bench.harness import Settings, where
+from bench.report import Column, Table
 from step37_data.common.image_entry import IMAGE_TOKEN_COUNT
 from step37_data.text.tokens import load_tokenizer
 from step37_energon.task_encoder import Step37TaskEncoder, prepare_shards
@@ -39,6 +38,7 @@ SHARD, PICTURES, BUFFER, LENGTH, REPORTS = 10_000, 16, 256, 2048, 10
 
 
 def write(folder: Path, samples: int) -> None:
+    """Write so many samples into a folder, as WebDataset shards with Energon's index."""
     draw = random.Random(0)
     pictures = []
     for _ in range(PICTURES):
@@ -61,11 +61,12 @@ def write(folder: Path, samples: int) -> None:
 
 @energon.stateless
 def cook(sample: dict[str, Any]) -> dict[str, Any]:
+    """Name the parts of a raw sample."""
     return {**energon.basic_sample_keys(sample), "image": sample["jpg"], "text": sample["txt"]}
 
 
 class ExampleEncoder(energon.TaskEncoder[Any, Any, Any, Any]):
-    """What Energon's documentation shows, with packs as long as ours."""
+    """Packs as the example of Energon's documentation does, into packs as long as ours."""
 
     cookers = (energon.Cooker(cook),)
     decoder = energon.SampleDecoder(image_decode="torchrgb")
@@ -104,7 +105,7 @@ class ExampleEncoder(energon.TaskEncoder[Any, Any, Any, Any]):
 
 
 def of_workers() -> tuple[list[int], float]:
-    """MiB that every worker has in memory, and the CPU seconds of all of them."""
+    """Look up the MiB that each worker has in memory, and the CPU seconds of all of them."""
     memory, ticks = [], 0
     for pid in sorted(child.pid or 0 for child in multiprocessing.active_children()):
         status = Path(f"/proc/{pid}/status").read_text()
@@ -116,7 +117,11 @@ def of_workers() -> tuple[list[int], float]:
 
 
 def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tuple[Any, ...]]:
-    """Samples, packs, samples a second, packs a second, µs of CPU a sample, and MiB by worker."""
+    """Draw the samples, and report ten times on the way.
+
+    Yields samples, packs, samples a second, packs a second, µs of CPU a sample, and the MiB of each
+    worker.
+    """
     ranks = energon.WorkerConfig(rank=0, world_size=1, num_workers=workers)
     sizes = {"batch_size": 1, "packing_buffer_size": BUFFER, "shuffle_buffer_size": 100}
     dataset = energon.get_train_dataset(
@@ -137,25 +142,23 @@ def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tup
     loader.close()  # ends the workers
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args()
-    where = environment(torch.device("cpu")) | {"megatron-energon": version("megatron-energon")}
-    print(", ".join(f"{key} {value}" for key, value in where.items() if value))
-    print(f"{options.samples} samples, {options.workers} workers, {os.cpu_count()} cores")
+def run(settings: Settings) -> Iterator[Table]:
+    """Yield one table: ten lines for each encoder, the more samples drawn the further down."""
+    samples, workers = settings.options["samples"], settings.options["workers"]
+    figures = ("samples", "packs", "samples/s", "packs/s", "µs of CPU a sample")
+    columns = (Column("encoder"), *(Column(name, "{:.0f}") for name in figures), Column("MiB"))
+    text = where(
+        torch.device("cpu"),
+        **{"megatron-energon": version("megatron-energon"), "cores": str(os.cpu_count())},
+    )
     ours = Step37TaskEncoder(TOKENIZER, max_packing_seqlen=LENGTH, packing="best_fit")
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), options.samples)
-        print("\n| encoder | samples | packs | samples/s | packs/s | µs of CPU a sample | MiB |")
-        print("|---|---|---|---|---|---|---|")
-        for name, encoder in (("Step37TaskEncoder", ours), ("example", ExampleEncoder())):
-            for row in draw(Path(folder), encoder, options.samples, options.workers):
-                cells = [name, *(f"{figure:.0f}" for figure in row[:-1]), f"{row[-1]}"[1:-1]]
-                print("|", " | ".join(cells), "|", flush=True)
-    return 0
+        write(Path(folder), samples)
 
+        def lines() -> Iterator[tuple[Any, ...]]:
+            for name, encoder in (("Step37TaskEncoder", ours), ("example", ExampleEncoder())):
+                for *row, memory in draw(Path(folder), encoder, samples, workers):
+                    yield name, *row, ", ".join(map(str, memory))
 
-if __name__ == "__main__":
-    sys.exit(main())
+        text += f"\n\n{samples} samples, {workers} workers; MiB of each worker."
+        yield Table(text=text, columns=columns, lines=lines())

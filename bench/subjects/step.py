@@ -1,4 +1,4 @@
-"""Subject ``step``: the front end of a training step, from decoded pictures to fused embedding.
+"""Subject ``step``: times the front end of a training step, decoded pictures to fused embedding.
 
 Decoded uint8 pictures in host memory → upload → resize, CLIP normalise → (the vision tower: its
 features are given, as the channels-first view that it returns) → word embedding → plan, project,
@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from bench import peers
 from bench.harness import Implementation, Key, Row, Settings, Work, dtype_name, measure, rotation
 from bench.oracle import Oracle
+from bench.photographs import stock_normalize, stock_resize
 from bench.shapes import PATCH_END, Batch, Shape, make_batch, make_case, shapes_named
 from bench.subjects.insert import work_of
-from bench.subjects.pixel_kernels import BILINEAR
-from bench.subjects.pixels import stock_normalize
 from step37_data.images.device import upload
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, resize_clip_normalize
 from step37_kernels.testing import InsertCase
 
-SHAPES = ("flickr8k", "long", "multicrop")
 PIXELS_PER_ROW_SIDE = 56  # 13 rows a side of a 728-pixel image, 9 of a 504-pixel crop
 PICTURE = (333, 500)  # height and width of a decoded picture: what Flickr8k has most
 
@@ -44,16 +42,16 @@ class Inputs(NamedTuple):
 
 
 def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
-    """What stock's data code does, picture after picture: ``[N, 3, side, side]``."""
-    resized = [Image.fromarray(one.numpy()).resize((side, side), BILINEAR) for one in pictures]
-    normalized = torch.stack([stock_normalize(picture) for picture in resized])
+    """Make ``[N, 3, side, side]`` as stock's data code does, picture after picture."""
+    images = [Image.fromarray(one.numpy()) for one in pictures]
+    normalized = torch.stack([stock_normalize(stock_resize(image, side)) for image in images])
     return normalized.to(device=like.device, dtype=like.dtype)
 
 
 def implementations(
     sets: list[Inputs], words: Tensor, batch: Batch, settings: Settings
 ) -> list[Implementation]:
-    """Ours through the module that users have, and stock."""
+    """List what is compared: ours through the module that users have, and stock."""
     weight = sets[0].case.weight
 
     def lookup(input_ids: Tensor, **_: object) -> Tensor:
@@ -94,14 +92,14 @@ def implementations(
 
 
 def run(settings: Settings) -> Iterator[list[Row]]:
-    """One group a shape and dtype."""
-    for shape in shapes_named(settings.shapes or SHAPES):
+    """Yield one group for each shape and dtype."""
+    for shape in shapes_named(settings.shapes):
         for dtype in settings.dtypes:
             yield run_shape(shape, dtype, settings)
 
 
 def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]:
-    """The group of one shape."""
+    """Measure the group of one shape."""
     device = settings.device
     batch = make_batch(shape, device)
     sides = [PIXELS_PER_ROW_SIDE * round(rows**0.5) for _, _, rows in batch.groups]
@@ -145,4 +143,4 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
         variant="channels-first", dtype=dtype_name(dtype),
     )  # fmt: skip
     work = Work(flops=insert.flops, bytes=insert.bytes + pixels, rows=shape.num_rows)
-    return measure(key, work, compared, check, settings)
+    return measure(key, work, compared, check=check, settings=settings)

@@ -1,4 +1,4 @@
-"""Subject ``tune``: the insert's product with other tiles, beside the table's entry and cuBLAS.
+"""Subject ``tune``: times the insert's product with other tiles than the table's, and cuBLAS.
 
 Nothing is tuned at run time: this is run once for a kind of GPU, and a person changes the table in
 ``ops/tiles.py`` by what it advises. Of all tiles that fit the chip those are tried that the model
@@ -23,6 +23,7 @@ from bench.harness import Implementation, Key, Row, Settings, dtype_name, measur
 from bench.no_gpu import NoDriver, compiled
 from bench.oracle import Oracle
 from bench.predict import best
+from bench.report import Column, Table
 from bench.resources import SHARED_LIMIT, insert_blank, only, usage
 from bench.shapes import Shape, make_batch, make_case, shapes_named
 from bench.subjects.insert import Inputs, floors, work_of
@@ -30,7 +31,6 @@ from step37_kernels import plan_insert
 from step37_kernels.ops import project
 from step37_kernels.ops.tiles import Tile, entry
 
-SHAPES = ("images-1", "images-4", "images-9", "long")
 TRIED = 8
 GAIN = 0.02  # a tile has to be this much faster to take another's place
 ACCUMULATORS = range(32, 193)
@@ -48,12 +48,12 @@ def family() -> Iterator[Tile]:
 
 
 def describe(tile: Tile) -> str:
-    """All of a tile: ``192×256×64 TMA, 8 warps, 4 stages``."""
+    """Write a tile out: ``192×256×64, 8 warps, 4 stages``."""
     return f"{tile}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def candidates(rows: int) -> list[Tile]:
-    """Those that the model ranks first for so many rows; the best alone of each pair of blocks."""
+    """The tiles that the model ranks first for so many rows, one for each pair of blocks first."""
     ranked: dict[tuple[int, int], list[Tile]] = {}
     for _, tile in best(rows, "H100", family()):
         ranked.setdefault((tile.block_m, tile.block_n), []).append(tile)
@@ -62,7 +62,7 @@ def candidates(rows: int) -> list[Tile]:
 
 
 def problem_of(tile: Tile) -> str | None:
-    """What is wrong with a tile on Hopper. Compiles it, into Triton's cache, and needs no GPU."""
+    """Compile a tile for Hopper, without a GPU; returns what is wrong with it, or None."""
     NoDriver("sm_90").install()
     try:
         insert_blank(tile, torch.bfloat16)
@@ -73,7 +73,7 @@ def problem_of(tile: Tile) -> str | None:
 
 
 def sound(tiles: Sequence[Tile]) -> list[Tile]:
-    """Those that compile without spills; the others are told."""
+    """Keep the tiles that compile without spills; the others are printed with the reason."""
     workers = max(1, min(len(tiles), len(os.sched_getaffinity(0)) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         answers = [(tile, pool.submit(problem_of, tile)) for tile in tiles]
@@ -90,17 +90,19 @@ def sound(tiles: Sequence[Tile]) -> list[Tile]:
     return found
 
 
-def run(settings: Settings) -> Iterator[list[Row]]:
-    """One group a shape."""
-    for shape in shapes_named(settings.shapes or SHAPES):
+def run(settings: Settings) -> Iterator[list[Row] | Table]:
+    """Yield one group for each shape, and then what to do about the tile table."""
+    for shape in shapes_named(settings.shapes):
         tiles = sound(candidates(shape.num_rows))
         rows = run_shape(shape, tiles, settings)
         yield rows
-        print(advice(shape.num_rows, rows))
+        columns = (Column("shape"), Column("rows"), Column("advice for the tile table"))
+        lines = [(shape.name, shape.num_rows, advice(rows))]
+        yield Table(columns=columns, lines=lines)
 
 
 def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[Row]:
-    """The kernel alone with each tile, the table's first, and cuBLAS."""
+    """Measure the kernel alone with each tile, the table's first, and cuBLAS."""
     dtype = settings.dtypes[0]
     batch = make_batch(shape, settings.device)
     work = work_of("forward", shape, dtype.itemsize)
@@ -134,19 +136,19 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
 
     short = dtype_name(dtype)
     key = Key(subject="tune", operation="forward", shape=shape.name, dtype=short)
-    return measure(key, work, compared, check, settings)
+    return measure(key, work, compared, check=check, settings=settings)
 
 
-def advice(rows: int, measured: Sequence[Row]) -> str:
-    """What the table should say for so many rows."""
+def advice(measured: Sequence[Row]) -> str:
+    """Say which tile the table should have, by the rows of one shape."""
     times = {row.implementation: row.median_us for row in measured if row.kind == "peer"}
     timed = {name: us for name, us in times.items() if us is not None}
     if not timed:
-        return f"{rows} rows: nothing was timed"
+        return "nothing was timed"
     fastest = min(timed, key=timed.__getitem__)
     present = next(iter(times))
     held, best_us = timed.get(present), timed[fastest]
     if held is not None and held < (1 + GAIN) * best_us:
-        return f"{rows} rows: {present} stays, {held:.1f} µs; the fastest takes {best_us:.1f} µs"
+        return f"{present} stays, {held:.1f} µs; the fastest takes {best_us:.1f} µs"
     before = f"{held:.1f} µs" if held is not None else "which failed"
-    return f"{rows} rows: take {fastest}, {best_us:.1f} µs, for {present}, {before}"
+    return f"take {fastest}, {best_us:.1f} µs, for {present}, {before}"

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ import torch
 from bench import __main__ as command
 from bench import report, shapes
 from bench.harness import Settings
+from bench.report import Column, Table
 from bench.shapes import Shape
-from bench.subjects import plan, step
+from bench.subjects import SUBJECTS, pixels, plan, step
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -40,29 +45,98 @@ def test_without_a_gpu_the_subjects_that_need_one_say_so(
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_programs_run_once_quickly_unless_asked_for_and_a_missing_one_is_named(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_subject_that_lacks_a_package_says_which_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = command.Subject("calendar", program=True, quick=("--type", "text", "1999", "12"))
-    subjects = {
-        "one": program,
-        "same": program,
-        "none": command.Subject("bench.no_such_module", program=True),
-    }
-    monkeypatch.setattr(command, "SUBJECTS", subjects)
-    assert command.main([]) == 0
-    out = capfd.readouterr().out
-    assert "none: not in this checkout (bench.no_such_module is missing)" in out
-    assert out.count("December 1999") == 1
-    assert command.main(["one"]) == 0
-    assert "December 1999" not in capfd.readouterr().out
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    found = command.runnable(["step", "data", "host"], torch.device("cpu"))
+    assert list(found) == ["host"]
+    assert capsys.readouterr().out.splitlines() == [
+        "step: not run, not installed here: pillow",
+        "data: not run, not installed here: pillow, tqdm",
+    ]
+
+
+def test_every_subject_can_be_loaded_and_needs_no_package_that_it_does_not_name() -> None:
+    optional = {name for subject in SUBJECTS.values() for name in subject.needs}
+    by_needs: dict[tuple[str, ...], list[str]] = {}
+    for name, subject in SUBJECTS.items():
+        if not subject.missing():
+            by_needs.setdefault(subject.needs, []).append(name)
+    for needs, names in by_needs.items():
+        blocked = optional - set(needs) - {name.partition(".")[0] for name in needs}
+        code = (
+            "import sys\n"
+            f"sys.modules.update(dict.fromkeys({sorted(blocked)}))\n"
+            "from bench.subjects import SUBJECTS\n"
+            f"for name in {names}: SUBJECTS[name].load()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_plan_is_measured_where_pillow_tqdm_and_transformers_are_missing(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['PIL', 'tqdm', 'transformers', 'jinja2']))\n"
+        "from bench import __main__ as command\n"
+        f"sys.exit(command.main(['plan', '--out', {str(tmp_path)!r}]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.cuda.is_available() or done.stdout.startswith("plan: needs a CUDA device")
+
+
+def table_of_two(settings: Settings) -> Iterator[Table]:
+    columns = (Column("what"), Column("µs", "{:.1f} ({:.0f})"))
+    lines = [("a | b", (1.25, settings.options["steps"])), ("none", None)]
+    yield Table(title="Two", text="Of nothing.", columns=columns, lines=lines)
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_program_that_fails_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = command.Subject("calendar", program=True, quick=("no year",))
-    monkeypatch.setattr(command, "SUBJECTS", {"failing": failing})
-    assert command.main(["--quick"]) == 1
+def test_a_table_is_printed_and_kept_with_its_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = command.SUBJECTS["pixels"]
+    monkeypatch.setattr(pixels, "run_pixels", table_of_two)
+    options = command.parse(["pixels", "--quick"])
+    settings = command.settings_of(subject, options, torch.device("cpu"), 9.0)
+    assert (settings.row_seconds, settings.deadline) == (pytest.approx(0.4), 9.0)
+    results = command.measure_here({"pixels": (subject, settings)})
+    shown = [
+        "## Two", "", "Of nothing.", "", "| what | µs |", "|---|---|", "| a \\| b | 1.2 (5) |",
+        "| none |  |",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == shown
+    assert command.finish(results, tmp_path, None)
+    (path,) = tmp_path.glob("*.json")
+    assert report.read(path)["tables"][0]["lines"][0] == ["a | b", [1.25, 5]]
+    written = path.with_suffix(".md").read_text()
+    assert written.endswith("\n".join(["", *shown, ""]))
+    assert "copy:" not in written  # what rows are compared with, and there are none
+    assert capsys.readouterr().out == ""
+
+
+def test_options_of_a_subject_reach_it_and_are_refused_without_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    subject = command.SUBJECTS["shards"]
+    options = command.parse(["shards", "--samples", "7", "--budget", "3"])
+    settings = command.settings_of(subject, options, torch.device("cpu"), 1.0)
+    assert settings.options == {"samples": 7, "workers": 2}
+    assert settings.row_seconds == 3
+    (process,) = command.processes({"shards": subject}, options)
+    given = process.command(options, Path("part.json"), 5.0)
+    assert command.parse(given[3:]).samples == 7
+    with pytest.raises(SystemExit):
+        command.parse(["plan", "--samples", "7"])
+    said = capsys.readouterr().err
+    assert "--samples is an option of the subject shards, which is not named" in said
 
 
 @pytest.mark.parametrize(
@@ -98,14 +172,14 @@ def test_what_cannot_be_compared_with_is_said_before_anything_is_measured(
     assert captured.out == ""
 
 
-def measured_here(*modules: str, settings: Settings) -> report.Record:
-    return command.measure_here([command.Subject(module) for module in modules], settings)
+def measured_here(*names: str, settings: Settings) -> report.Record:
+    return command.measure_here({name: (SUBJECTS[name], settings) for name in names})
 
 
 def test_rows_are_measured_written_and_compared(
     here: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, None)
+    assert command.finish(measured_here("plan", settings=here), tmp_path, None)
     (path,) = tmp_path.glob("*.json")
     earlier = report.read(path)
     assert [row["implementation"] for row in earlier["rows"]] == [
@@ -116,7 +190,7 @@ def test_rows_are_measured_written_and_compared(
     table = path.with_suffix(".md").read_text()
     assert table.startswith("# Benchmark")
     assert "- while multiplying, before tiny: clocks.sm not reported, clocks.mem not" in table
-    assert command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, earlier)
+    assert command.finish(measured_here("plan", settings=here), tmp_path, earlier)
     assert "of 3 rows changed by more than 3%" in capsys.readouterr().out
 
 
@@ -133,9 +207,8 @@ def test_a_row_of_ours_that_fails_its_gate_fails_the_run(
         return dataclasses.replace(made, destinations=made.destinations.flip(0))
 
     monkeypatch.setattr(plan, "plan_insert", wrong)
-    assert not command.finish(measured_here("bench.subjects.plan", settings=here), tmp_path, None)
-    out = capsys.readouterr().out
-    assert "FAILED: step37" in out
+    assert not command.finish(measured_here("plan", settings=here), tmp_path, None)
+    assert "FAILED: step37" in capsys.readouterr().err
     (path,) = tmp_path.glob("*.json")
     assert report.read(path)["rows"][0]["median_us"] is None
 
@@ -150,9 +223,9 @@ def test_an_error_ends_its_subject_and_no_other(
         raise RuntimeError("illegal access")
 
     monkeypatch.setattr(step, "run", crash)
-    results = measured_here("bench.subjects.step", "bench.subjects.plan", settings=here)
+    results = measured_here("step", "plan", settings=here)
     assert not command.finish(results, tmp_path, None)
-    assert "FAILED: bench.subjects.step: RuntimeError: illegal access" in capsys.readouterr().out
+    assert "FAILED: step: RuntimeError: illegal access" in capsys.readouterr().err
     (path,) = tmp_path.glob("*.json")
     assert len(report.read(path)["rows"]) == 3
 
@@ -174,13 +247,13 @@ def test_each_shape_has_a_process_and_one_that_dies_costs_only_its_rows(
         assert options.no_compile
         if options.shapes == ["long"]:
             return subprocess.CompletedProcess(arguments, -11)
-        results = measured_here("bench.subjects.plan", settings=here)
+        results = measured_here("plan", settings=here)
         options.part.write_text(json.dumps(results))
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(command.subprocess, "run", run)
     subjects = {name: command.SUBJECTS[name] for name in ("plan", "step", "normalize")}
-    options = command.parse(["--no-compile", "--budget", "60"])
+    options = command.parse(["--no-compile", "--limit", "60"])
     results = command.measure_apart(subjects, options)
     assert [(call[:-5], call[-3]) for call in calls] == [
         (["plan"], "--shapes=one-image"),
@@ -192,7 +265,7 @@ def test_each_shape_has_a_process_and_one_that_dies_costs_only_its_rows(
     ]
     assert len(results["rows"]) == 5 * 3
     assert not command.finish(results, tmp_path, None)
-    assert "FAILED: plan, step, long: the process ended with -11" in capsys.readouterr().out
+    assert "FAILED: plan, step, long: the process ended with -11" in capsys.readouterr().err
 
 
 def test_a_process_without_a_part_of_its_own_measures_what_it_is_told(tmp_path: Path) -> None:

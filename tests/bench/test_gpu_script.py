@@ -1,10 +1,13 @@
-"""``tools/gpu.py`` with phases made up for it, and its smoke test on what runs here."""
+"""``tools/gpu.py``: with phases made up for it, its rehearsal, its smoke test on what runs here."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,32 @@ from tools import gpu, smoke
 from tools.gpu import Phase
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+THERE = ("torch", "triton", "numpy", "pillow", "pytest", "hypothesis")
+"""Distributions that a lent machine with a GPU has; it has what these require, too."""
+NEVER = {"jinja2", "setuptools", "yaml"}
+"""Required by torch for things that no test does."""
+
+
+def missing_there() -> list[str]:
+    """Names of all modules installed here that a lent machine need not have."""
+    there, todo = set(), list(THERE)
+    while todo:
+        name = todo.pop().lower().replace("_", "-")
+        if name not in there:
+            there.add(name)
+            try:
+                required = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # of another platform
+                continue
+            todo += [re.split(r"[^\w.-]", one)[0] for one in required if "extra ==" not in one]
+    ours = {path.name for path in ROOT.iterdir()} | set(sys.stdlib_module_names)
+    return [
+        module
+        for module, distributions in metadata.packages_distributions().items()
+        if module not in ours
+        and (module in NEVER or not there & {d.lower().replace("_", "-") for d in distributions})
+    ]
 
 
 def run(todo: list[Phase], out: Path, limit: float = HANGS_AFTER_S) -> dict[str, str]:
@@ -76,7 +105,7 @@ def test_launches_are_synchronous_where_asked_for_and_never_interpreted(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code = "import os; print(*(os.environ.get(k) for k in "
     code += "('CUDA_LAUNCH_BLOCKING', 'TRITON_INTERPRET')))"
-    run([python("one", code, synchronous=True), python("two", code)], tmp_path)
+    run([python("one", code, variables=gpu.SYNCHRONOUS), python("two", code)], tmp_path)
     assert (tmp_path / "00-one.log").read_text().splitlines()[1] == "1 None"
     assert (tmp_path / "01-two.log").read_text().splitlines()[1] == "None None"
 
@@ -91,6 +120,101 @@ def test_the_phases_fit_and_name_what_exists(tmp_path: Path) -> None:
     for phase in todo:
         if phase.arguments[:2] == ("-m", "bench"):
             assert command.parse(phase.arguments[2:]).out == tmp_path
+
+
+def test_every_test_marked_gpu_is_in_the_files_that_the_phase_names() -> None:
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if re.search(r"\bpytest\.mark\.gpu\b", path.read_text("utf-8"))
+    }
+    assert sorted(marked) == sorted(gpu.GPU_TESTS)
+    (phase,) = (phase for phase in gpu.phases(Path("out")) if phase.name == "GPU tests")
+    assert phase.arguments[-len(gpu.GPU_TESTS) :] == gpu.GPU_TESTS
+
+
+@pytest.mark.parametrize("name", ["GPU tests", "kernel tests"])
+def test_the_tests_can_be_collected_where_only_torch_triton_and_pillow_are_installed(
+    name: str, tmp_path: Path
+) -> None:
+    (phase,) = (phase for phase in gpu.rehearsals(tmp_path) if phase.name == name)
+    module, *arguments = phase.arguments[1:]
+    assert module == "pytest"
+    missing = missing_there()
+    assert not {"torch", "triton", "numpy", "PIL", "pytest", "hypothesis"} & set(missing)
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({missing}))\n"
+        "import pytest\n"
+        f"sys.exit(pytest.main(['-p', '_hypothesis_pytestplugin', *{arguments}]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**gpu.environment(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    if name == "GPU tests":
+        assert all(f"{file}: " in done.stdout for file in gpu.GPU_TESTS), done.stdout
+
+
+@pytest.mark.parametrize(("module", "package"), [("numpy", "NumPy"), ("PIL", "Pillow")])
+def test_a_missing_package_is_said_before_anything_is_run(module: str, package: str) -> None:
+    well, line = gpu.told(
+        sys.executable, f"import sys; sys.modules[{module!r}] = None" + gpu.NEEDED
+    )
+    assert not well
+    assert line.startswith(f"{package} is not installed for ")
+
+
+def test_a_missing_compiler_or_header_is_said_before_anything_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'Python.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert gpu.main(["--rehearse", "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"{compiler} cannot compile with Python.h of .*: Python.h: No such.*", line)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert "does not start" in gpu.told(sys.executable, gpu.NEEDED)[1]
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    well, line = gpu.told(sys.executable, gpu.NEEDED)
+    assert (well, line.partition(",")[0]) == (False, "no C compiler")
+
+
+def test_a_rehearsal_goes_through_every_phase_and_says_what_time_it_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [phase.name for phase in gpu.phases(tmp_path)]
+    rehearsed = gpu.rehearsals(tmp_path)
+    assert [phase.name for phase in rehearsed] == ["compile for Hopper", *names]
+    from bench import __main__ as command
+
+    for phase in rehearsed:
+        assert phase.variables["CUDA_VISIBLE_DEVICES"] == ""
+        if phase.arguments[:2] == ("-m", "bench"):
+            assert command.parse(phase.arguments[2:]).out == tmp_path
+        if phase.arguments[0] == "-c":
+            compile(phase.arguments[1], phase.name, "exec")
+    monkeypatch.setattr(gpu, "NEEDED", "")
+    one = Phase("one", ("-c", "raise SystemExit(3)"), 70, rehearsal=python("", "print('tried')"))
+    monkeypatch.setattr(gpu, "phases", lambda _: [one])
+    monkeypatch.setattr(gpu, "rehearsals", lambda _: [one.rehearsal])
+    assert gpu.main(["--rehearse", "--out", str(tmp_path), "--limit", "120"]) == 0
+    said = capsys.readouterr().out
+    assert "with a GPU: one, at most 70 s" in said
+    assert "rehearsal, no GPU is used: torch" in said
+
+
+@pytest.mark.parametrize("code", ["SMALL_SMOKE", "SMALL_BENCH"])
+def test_small_shapes_pass_their_gates_in_a_rehearsal(code: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    names = ("torch", "plan", "normalize") if code == "SMALL_BENCH" else ()
+    phase = Phase("", ("-c", getattr(gpu, code), *names), 0, variables=gpu.INTERPRETED)
+    assert gpu.run_one(phase, sys.executable, log, HANGS_AFTER_S) == "ok", log.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -108,6 +232,7 @@ def test_a_table_of_all_phases_ends_a_run(
 ) -> None:
     todo = [python("good", ""), python("bad", "raise SystemExit(3)")]
     monkeypatch.setattr(gpu, "WHERE", "print('a device')")
+    monkeypatch.setattr(gpu, "NEEDED", "")
     monkeypatch.setattr(gpu, "phases", lambda _: todo)
     assert gpu.main(["--out", str(tmp_path), "--limit", "120"]) == 1
     summary = (tmp_path / "summary.md").read_text().splitlines()

@@ -42,7 +42,9 @@ def accept(_: Implementation, __: object) -> None:
 
 
 def test_every_implementation_is_timed_and_its_spread_is_ordered(settings: Settings) -> None:
-    rows = measure(KEY, WORK, [implementation("a"), implementation("b")], accept, settings)
+    rows = measure(
+        KEY, WORK, [implementation("a"), implementation("b")], check=accept, settings=settings
+    )
     assert [row.implementation for row in rows] == ["a", "b"]
     for row in rows:
         assert row.problem is None
@@ -52,7 +54,9 @@ def test_every_implementation_is_timed_and_its_spread_is_ordered(settings: Setti
 
 def test_a_slower_call_measures_slower(settings: Settings) -> None:
     pause = implementation("pause", lambda _: time.sleep(0.002))
-    quick, slow = measure(KEY, WORK, [implementation("quick"), pause], accept, settings)
+    quick, slow = measure(
+        KEY, WORK, [implementation("quick"), pause], check=accept, settings=settings
+    )
     assert quick.median_us < 2000 <= slow.median_us
 
 
@@ -62,7 +66,7 @@ def test_samples_of_the_implementations_alternate_and_inputs_rotate(settings: Se
     def recording(name: str) -> Implementation:
         return implementation(name, lambda i: calls.append((name, i)))
 
-    measure(KEY, WORK, [recording("a"), recording("b")], accept, settings)
+    measure(KEY, WORK, [recording("a"), recording("b")], check=accept, settings=settings)
     rounds = calls[-2 * MIN_SAMPLES :]
     assert [name for name, _ in rounds] == ["a", "b"] * MIN_SAMPLES
     numbers = [i for name, i in rounds if name == "a"]
@@ -76,7 +80,7 @@ def test_a_row_that_fails_its_gate_is_reported_and_not_timed(settings: Settings)
         return "wrong by 3" if one.name == "wrong" else None
 
     wrong = implementation("wrong", calls.append, kind="ours")
-    rows = measure(KEY, WORK, [wrong, implementation("right")], check, settings)
+    rows = measure(KEY, WORK, [wrong, implementation("right")], check=check, settings=settings)
     assert rows[0].problem == "failed the gate: wrong by 3"
     assert rows[0].median_us is None
     assert calls == [0]
@@ -87,7 +91,13 @@ def test_an_error_of_a_competitor_is_its_rows_problem(settings: Settings) -> Non
     def crash(_: object) -> None:
         raise torch.OutOfMemoryError("no memory left\nand more")
 
-    rows = measure(KEY, WORK, [implementation("x", crash), implementation("y")], accept, settings)
+    rows = measure(
+        KEY,
+        WORK,
+        [implementation("x", crash), implementation("y")],
+        check=accept,
+        settings=settings,
+    )
     assert rows[0].problem == "OutOfMemoryError: no memory left"
     assert rows[1].problem is None
 
@@ -96,7 +106,13 @@ def test_any_error_of_a_competitor_is_its_rows_problem(settings: Settings) -> No
     def give_up(_: object) -> None:
         raise AssertionError
 
-    rows = measure(KEY, WORK, [implementation("x", give_up), implementation("y")], accept, settings)
+    rows = measure(
+        KEY,
+        WORK,
+        [implementation("x", give_up), implementation("y")],
+        check=accept,
+        settings=settings,
+    )
     assert rows[0].problem == "AssertionError: "
     assert rows[1].problem is None
 
@@ -106,7 +122,9 @@ def test_an_error_of_ours_ends_the_run(settings: Settings) -> None:
         raise RuntimeError("illegal access")
 
     with pytest.raises(RuntimeError, match="illegal access"):
-        measure(KEY, WORK, [implementation("x", crash, kind="ours")], accept, settings)
+        measure(
+            KEY, WORK, [implementation("x", crash, kind="ours")], check=accept, settings=settings
+        )
 
 
 def test_host_time_is_taken_on_a_settled_device(
@@ -129,7 +147,7 @@ def test_host_time_is_taken_on_a_settled_device(
             time.sleep(0.01)
 
     monkeypatch.setattr(harness, "clock_for", lambda _: Busy())
-    (row,) = measure(KEY, WORK, [implementation("stock", wait)], accept, settings)
+    (row,) = measure(KEY, WORK, [implementation("stock", wait)], check=accept, settings=settings)
     assert row.host_us is not None
     assert row.median_us is not None
     assert row.host_us < 5000 < row.median_us
@@ -140,14 +158,16 @@ def test_preparation_is_not_timed(settings: Settings) -> None:
         time.sleep(0.002)
         return i
 
-    (row,) = measure(KEY, WORK, [implementation("a", prepare=prepare)], accept, settings)
+    (row,) = measure(
+        KEY, WORK, [implementation("a", prepare=prepare)], check=accept, settings=settings
+    )
     assert row.median_us < 2000
 
 
 def test_past_the_deadline_nothing_runs(settings: Settings) -> None:
     late = dataclasses.replace(settings, deadline=time.perf_counter() - 1)
     calls: list[int] = []
-    (row,) = measure(KEY, WORK, [implementation("a", calls.append)], accept, late)
+    (row,) = measure(KEY, WORK, [implementation("a", calls.append)], check=accept, settings=late)
     assert row.problem == LATE
     assert calls == []
 
@@ -209,5 +229,5 @@ def test_a_copy_on_the_gpu_takes_the_time_of_its_bytes() -> None:
     source = torch.rand(2**27, device="cuda")
     target = torch.empty_like(source)
     copy = implementation("copy", lambda _: target.copy_(source))
-    (row,) = measure(KEY, WORK, [copy], accept, settings)
+    (row,) = measure(KEY, WORK, [copy], check=accept, settings=settings)
     assert row.median_us == pytest.approx(2e6 * source.nbytes / ceilings.copy_bytes_per_s, rel=0.1)

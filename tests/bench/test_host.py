@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.kernels.checks import run_compiling
 
 
-def test_launches_are_counted_and_every_operation_has_a_time():
-    done = run_compiling("-m", "bench.subjects.host", "--rounds", "1")
+def test_launches_are_counted_and_every_operation_has_a_time(tmp_path: Path) -> None:
+    done = run_compiling("-m", "bench", "host", "--rounds", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[4:]]
     assert [(name, int(launches)) for name, launches, *_ in rows] == [

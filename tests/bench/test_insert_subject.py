@@ -87,6 +87,7 @@ def test_the_oracle_says_what_the_reference_says(tiny: Shape, layout, dtype) -> 
 def test_all_implementations_pass_the_gate_in_every_operation(
     tiny: Shape,
     settings: Settings,
+    *,
     layout,
     sampled: bool,
     impl,
@@ -106,7 +107,9 @@ def test_all_implementations_pass_the_gate_in_every_operation(
     every = peers.peers(tiny.hidden, tiny.width, impl, None)
     every.append(peers.Peer("module", "peer", module))
     for operation in insert.OPERATIONS:
-        compared = insert.implementations(operation, inputs, layout, every, settings)
+        compared = insert.implementations(
+            operation, inputs, layout, insertions=every, settings=settings
+        )
         names = {one.name for one in compared}
         assert {"step37", "GEMM alone"} <= names
         on_forward_only = {"step37 kernel alone", "cuBLAS + scatter"}

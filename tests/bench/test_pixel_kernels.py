@@ -36,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> Settings:
 
 
 def groups(settings: Settings) -> list[list[Row]]:
-    return list(pixel_kernels.run(settings))
+    return [*pixel_kernels.run_normalize(settings), *pixel_kernels.run_resize(settings)]
 
 
 def test_every_group_passes_the_gate_beside_a_copy_and_peers(small: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
 from bench import predict
-from bench.shapes import SHAPES, shapes_named
-from bench.subjects.automodel import CROPS
+from bench.report import read
+from bench.shapes import AUTOMODEL, AUTOMODEL_CROPS, SHAPES, shapes_named
 from step37_kernels import plan_placeholders
 from step37_kernels.automodel import places_of_rows, with_rows_moved
 from step37_kernels.ops import tiles
@@ -29,37 +28,37 @@ CANDIDATES = [
 
 
 def test_the_page_of_the_docs_is_what_the_command_prints(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    predict.main([])
-    assert capsys.readouterr().out == PAGE.read_text(encoding="utf-8"), (
+    assert command.main(["predict", "--out", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == PAGE.read_text(encoding="utf-8"), (
         f"run `{predict.COMMAND} > docs/predicted.md`"
     )
 
 
-def test_json_has_a_row_for_each_shape_chip_and_operation(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    assert command.main(["predict", "--json", "--shapes", "one-image,images-3"]) == 0
-    rows = json.loads(capfd.readouterr().out)["rows"]
-    assert [(row["shape"], row["chip"], row["operation"]) for row in rows] == [
-        (shape, chip, operation)
-        for chip in ("H100", "H200")
-        for operation in ("forward", "forward+backward")
-        for shape in ("one-image", "images-3")
-    ]
-    for row in rows:
+def test_rows_tell_ratios_ranges_and_what_bounds_the_product() -> None:
+    for name, chip, operation in itertools.product(
+        ("one-image", "images-3"), predict.CHIPS, predict.OPERATIONS
+    ):
+        (shape,) = shapes_named([name])
+        row = predict.row(shape, chip, operation)
         assert row["ratio"] == pytest.approx(row["predicted_us"] / row["gemm_us"])
         assert row["low_us"] <= row["predicted_us"] <= row["high_us"]
         assert row["floor_us"] < row["gemm_us"]
-        assert row["launches"][1]["bound"] in ("tensor", "L2", "HBM")
-        assert row["launches"][1]["programs"] >= 1
+        assert row["launches"][1].bound in ("tensor", "L2", "HBM")
+        assert row["launches"][1].programs >= 1
 
 
-def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        predict.main(["--shapes", "tall"])
-    assert "--shapes: shape 'tall': expected one of one-image" in capsys.readouterr().err
+def test_the_command_keeps_a_table_for_each_chip_and_operation(tmp_path: Path) -> None:
+    arguments = ["predict", "--shapes", "one-image,automodel", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    _, *tables = read(path)["tables"]
+    assert [(table["title"], [line[0] for line in table["lines"]]) for table in tables] == [
+        (f"{chip}, {operation}, predicted", ["one-image", "automodel"])
+        for chip in ("H100", "H200")
+        for operation in ("forward", "forward+backward")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,21 +123,21 @@ class Launches(TorchDispatchMode):
 
 
 def test_the_merge_into_placeholders_is_predicted_with_the_operations_that_it_has() -> None:
-    shape = predict.PLACEHOLDERS
+    shape = AUTOMODEL
     crops = torch.empty(shape.crops, shape.crop_rows, 1)
-    images, counts = torch.empty(shape.images, shape.image_rows, 1), torch.tensor(CROPS)
+    images, counts = torch.empty(shape.images, shape.image_rows, 1), torch.tensor(AUTOMODEL_CROPS)
     ids = torch.zeros(1, shape.seq_len, dtype=torch.int64)
     plan = plan_placeholders(ids, 7, shape.num_rows, batch_first=True)
     with Launches() as launches:
         with_rows_moved(plan, places_of_rows(counts, crops, images))
     assert launches.count == predict.MOVES
     forward = predict.row(shape, "H100", "forward")
-    assert [launch["kernel"] for launch in forward["launches"]] == [
+    assert [launch.kernel for launch in forward["launches"]] == [
         "plan",
         f"{predict.MOVES} small operations",
         "project, scatter",
     ]
-    assert forward["predicted_us"] > sum(launch["us"] for launch in forward["launches"])
+    assert forward["predicted_us"] > sum(launch.us for launch in forward["launches"])
 
 
 def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> None:
@@ -156,4 +155,4 @@ def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> Non
     }  # fmt: skip
     predict.add_measured(rows, results)
     assert [row["measured"] for row in rows] == ["120.0 µs, product 100.0, × 1.20", ""]
-    assert "| 120.0 µs, product 100.0, × 1.20 |" in predict.markdown(rows)
+    assert predict.cells(rows[0])[-1] == "120.0 µs, product 100.0, × 1.20"

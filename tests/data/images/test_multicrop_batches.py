@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_data.caches.lengths import LengthCache, probe_lengths
 from step37_data.common.image_entry import ImageEntry
 from step37_data.images import stacks
 from step37_data.images.crop_pixels import normalize_then_resize, padded_image
@@ -24,7 +23,6 @@ from step37_data.images.decode import BrokenImageError, BrokenImages
 from step37_data.images.stacks import ImageReader
 from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
-from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import Step37MultimodalTemplate
 from step37_kernels import ImageInsertEmbedding, reference
 from step37_kernels.pixels import reference as reference_pixels
@@ -43,6 +41,7 @@ Make = Any
 
 @pytest.fixture(scope="module")
 def template() -> Step37MultimodalTemplate:
+    pytest.importorskip("transformers")
     return Step37MultimodalTemplate(
         tokenizer_path=str(EXAMPLES / "tokenizer"), max_sequence_length=32768, multicrop=True
     )
@@ -50,6 +49,7 @@ def template() -> Step37MultimodalTemplate:
 
 @pytest.fixture(scope="module")
 def plain() -> Step37MultimodalTemplate:
+    pytest.importorskip("transformers")
     return Step37MultimodalTemplate(
         tokenizer_path=str(EXAMPLES / "tokenizer"), max_sequence_length=32768
     )
@@ -530,7 +530,11 @@ def folder(picture, tmp_path) -> Path:
     return train.parent
 
 
-def provider(folder: Path, **options: Any) -> Step37Flickr8kSFTDataProvider:
+def provider(folder: Path, **options: Any) -> Any:
+    pytest.importorskip("transformers")
+    pytest.importorskip("tqdm")
+    from step37_data.provider import Step37Flickr8kSFTDataProvider
+
     return Step37Flickr8kSFTDataProvider(
         tokenizer_path=str(EXAMPLES / "tokenizer"),
         cache_dir=str(folder),
@@ -564,6 +568,9 @@ def test_lengths_are_found_without_decoding_a_pixel(folder):
 
 
 def test_cached_lengths_know_the_size_of_the_picture(folder, picture, tmp_path):
+    pytest.importorskip("tqdm")
+    from step37_data.caches.lengths import LengthCache, probe_lengths
+
     def dataset(multicrop: bool) -> Any:
         built, _, _ = provider(folder, multicrop=multicrop, cache_lengths=False).build_datasets(
             None

@@ -14,6 +14,7 @@ from step37_kernels import (
     ImageForInsert,
     ImageInsertEmbedding,
     automodel,
+    embed_project_and_insert,
     plan_insert,
     plan_placeholders,
     project_and_insert,
@@ -362,3 +363,48 @@ def test_plan_and_insertion_compile_whole_as_functions(device, placeholders):
         assert torch.equal(
             compiled(input_ids, embeddings, features), fuse(input_ids, embeddings, features)
         )
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_the_whole_embedding_is_one_graph_for_all_lengths(device, impl):
+    torch.manual_seed(0)
+    words = nn.Embedding(64, HIDDEN).to(device)
+    module = ImageInsertEmbedding(words, WIDTH, HIDDEN, impl=impl).to(device)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def step(ids: Tensor, features: Tensor) -> Tensor:
+        return module(ids, [ImageForInsert(insert_start_token=7, image_features=features)])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for seq_len in (20, 33, 50):
+        ids = torch.arange(seq_len, device=device)[None] % 11
+        ids[0, [1, 9]] = 7
+        features = torch.randn(2, 3, WIDTH, device=device)
+        results = []
+        for function in (step, compiled):
+            output = function(ids, features)
+            grads = torch.autograd.grad(output.square().sum(), [words.weight, *module.parameters()])
+            results.append([output, *grads])
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(eager, graph)
+    assert len(graphs) == 1
+
+
+def test_embed_project_and_insert_compiles_whole_as_a_function(device):
+    table = torch.randn(16, HIDDEN, device=device, requires_grad=True)
+    weight = torch.randn(HIDDEN, WIDTH, device=device)
+
+    def fuse(ids: Tensor, features: Tensor) -> Tensor:
+        plan = plan_insert(ids, [(7, [2, 1])], impl="torch")
+        return embed_project_and_insert(ids, table, features, weight, None, plan, impl="torch")
+
+    compiled = torch.compile(fuse, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len in (12, 17):
+        ids = torch.arange(seq_len, device=device)[None] % 16
+        features = torch.randn(3, WIDTH, device=device)
+        assert torch.equal(compiled(ids, features), fuse(ids, features))

@@ -121,6 +121,37 @@ print(json.dumps(names))
     assert run(script) == [[2, 1], [2, 1], [2 + split_product, 1]]
 
 
+def test_the_whole_embedding_is_two_launches_forward_and_three_backward():
+    # The sort of the ids and the matrix products are the library's.
+    script = """
+project.processors = lambda _: 8
+words = torch.nn.Embedding(16, H, dtype=torch.bfloat16)
+fused = ImageInsertEmbedding(words, C, H, impl="triton").bfloat16()
+from step37_kernels.ops import table
+
+step(fused, 169, 2048, 9).sum().backward()
+out = step(fused, 169, 2048, 9)
+launched.clear()
+step(fused, 169, 2048, 9)
+forward = len(launched)
+out.backward(torch.zeros_like(out))
+backward = len(launched) - forward
+kernels = [plan.plan_kernel, gradient.gradient_rows_kernel]
+kernels += [table.sum_segments_kernel, table.join_segments_kernel]
+before = [len(compiled(kernel)) for kernel in kernels]
+for rows, seq_len, images in ((169, 100, 1), (81, 2049, 3), (16, 17, 1)):
+    step(fused, rows, seq_len, images).sum().backward()
+after = [len(compiled(kernel)) for kernel in kernels]
+launched.clear()
+step(fused, 1, 64, 0)  # text alone: the ids are counted, the rows looked up
+print(json.dumps([forward, backward, len(launched), before, after]))
+"""
+    text_alone = 2
+    forward, backward, launches, before, after = run(script)
+    assert (forward, backward, launches) == (2, 3, text_alone)
+    assert before == after
+
+
 def test_launches_of_one_binary_differ_in_what_a_batch_brings():
     script = """
 memory = torch.zeros(40 * H + 1, dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ import torch
 
 from step37_kernels.ops import gradient as gradient_ops
 from step37_kernels.ops import pack, project
+from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
@@ -121,3 +122,40 @@ def test_the_warps_of_a_resize_read_neighbours_and_write_vectors():
     assert 1 not in second.loads
     assert second.stores.keys() == {16}
     assert second.stores[16].requests <= 1.1 * out.nbytes / 512
+
+
+def test_a_row_of_the_table_is_read_once_and_a_row_of_main_grad_read_and_written_once():
+    ids = torch.arange(48, dtype=torch.int32).repeat_interleave(5)  # 48 words, five times each
+    table = torch.zeros(64, HIDDEN, dtype=torch.bfloat16)
+    row_at = torch.full((40, 6), -1, dtype=torch.int32)
+    row_at[5:30, 2] = torch.arange(25, dtype=torch.int32)
+    x, weight = torch.zeros(25, 8), torch.zeros(HIDDEN, 8)
+    with recorded() as launches:
+        project.project_insert(
+            table,
+            [x],
+            weight,
+            None,
+            row_at[5:30, 2].contiguous(),
+            row_at,
+            input_ids=ids.view(40, 6),
+        )
+    launch = one(launches, "place_rows_kernel")
+    text, vectors = 240 - 25, 32 * 16
+    assert launch.loads[16].requests == (text * HIDDEN * 2 + 25 * HIDDEN * 4) // vectors
+    gradient = torch.zeros(40, 6, HIDDEN, dtype=torch.bfloat16)
+    main_grad = torch.zeros(64, HIDDEN)
+    with recorded() as launches:
+        table_ops.put_table_gradient(gradient, ids, torch.arange(240), main_grad, add=True)
+    added, joined = (
+        one(launches, kernel) for kernel in ("sum_segments_kernel", "join_segments_kernel")
+    )
+    # Blocks are 16 positions: of the 14 boundaries between them, 2 are between words as well.
+    spanning = 12
+    rows = 240 * HIDDEN * 2 + (48 - spanning) * HIDDEN * 4
+    assert added.loads[16].requests == rows // vectors
+    assert added.stores.keys() == {16}
+    assert added.stores[16].requests == (48 - spanning + 2 * spanning) * HIDDEN * 4 // vectors
+    assert sum(size * kind.requests for size, kind in joined.stores.items()) * 32 == (
+        spanning * HIDDEN * 4
+    )

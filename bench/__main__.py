@@ -141,8 +141,7 @@ def measure_here(todo: Mapping[str, tuple[Subject, Settings]]) -> report.Record:
     where: dict[str, str] = {}
     for name, (subject, settings) in todo.items():
         where = where or harness.environment(settings.device)
-        # Subjects of rows need a GPU, the others print tables.
-        if subject.needs_gpu and not state:
+        if subject.rows and not state:
             ceilings = harness.measure_ceilings(settings)
             shape = ", ".join(settings.shapes) or "no shape"
             state = {shape: harness.device_state(settings.device)}

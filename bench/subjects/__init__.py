@@ -46,6 +46,8 @@ class Subject:
     shapes_together: bool = False  # in one process; else each shape has a process of its own
     needs: tuple[str, ...] = ()
     """Packages beside torch, Triton and NumPy, as they are imported."""
+    rows: bool = False
+    """Yields groups of rows, which are compared with the device's ceilings; else tables."""
     needs_gpu: bool = False
     on_request: bool = False  # not among those that run when none is named
     row_seconds: float = 0.25  # timing of one row or figure; a fifth of it in a quick run
@@ -81,20 +83,26 @@ MEASURED = Option(
 )  # fmt: skip
 
 SUBJECTS = {
-    "plan": Subject(module="bench.subjects.plan", shapes=tuple(SHAPES), needs_gpu=True),
+    "plan": Subject(module="bench.subjects.plan", shapes=tuple(SHAPES), rows=True, needs_gpu=True),
     "step": Subject(
         module="bench.subjects.step", shapes=("flickr8k", "long", "multicrop"), needs=("PIL",),
-        needs_gpu=True,
+        rows=True, needs_gpu=True,
     ),
-    "insert": Subject(module="bench.subjects.insert", shapes=tuple(SHAPES), needs_gpu=True),
-    "automodel": Subject(module="bench.subjects.automodel", needs_gpu=True),
+    "insert": Subject(
+        module="bench.subjects.insert", shapes=tuple(SHAPES), rows=True, needs_gpu=True,
+    ),
+    "embedding": Subject(
+        module="bench.subjects.embedding", shapes=("flickr8k", "long", "huge", "multicrop"),
+        rows=True,
+    ),
+    "automodel": Subject(module="bench.subjects.automodel", rows=True, needs_gpu=True),
     "normalize": Subject(
         module="bench.subjects.pixel_kernels", function="run_normalize", needs=("PIL",),
-        needs_gpu=True,
+        rows=True, needs_gpu=True,
     ),
     "resize": Subject(
         module="bench.subjects.pixel_kernels", function="run_resize", needs=("PIL",),
-        needs_gpu=True,
+        rows=True, needs_gpu=True,
     ),
     "host": Subject(module="bench.subjects.host", options=(ROUNDS,)),
     "pixels": Subject(
@@ -115,7 +123,7 @@ SUBJECTS = {
     ),
     "tune": Subject(
         module="bench.subjects.tune", shapes=("images-1", "images-4", "images-9", "long"),
-        needs_gpu=True, on_request=True,
+        rows=True, needs_gpu=True, on_request=True,
     ),
 }  # fmt: skip
 """Every subject by its name on the command line, in the order in which they run."""

@@ -32,6 +32,7 @@ from step37_data.images import stacks
 from step37_data.images.crop_pixels import PixelOrder, normalize_into
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_data.images.decode import decode_into, open_image
+from step37_data.images.options import ImageOptions
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
@@ -232,10 +233,9 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
 
     def staged(threads: int) -> None:
         """Everything that is done before the copy to the device."""
-        reader = stacks.ImageReader(
-            sides={0: SIZE, 1: SIZE}, device=CPU, dtype=torch.bfloat16, threads=threads
-        )
-        for picture in reader._read(wanted, True, lambda picture: picture)[0]:
+        options = ImageOptions(image_size=SIZE, patch_image_size=SIZE, threads=threads)
+        read = stacks._read(wanted, options, to_pixels=stacks._staged, use=lambda one: one)
+        for picture in read[0]:
             warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
 
     def pinned(height: int, width: int) -> torch.Tensor:

@@ -258,7 +258,7 @@ def _simplejpeg() -> Any:
     return simplejpeg
 
 
-def pass_over(error: BrokenImageError, on_broken: OnBroken) -> str:
+def pass_over(error: BrokenImageError, on_broken: OnBroken | None) -> str:
     """Its reason, with a warning that black is used; raised, if ``on_broken`` is ``"raise"``."""
     if on_broken == "raise":
         raise error

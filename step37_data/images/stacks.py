@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +20,12 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from step37_data.common.checks import checked_choice
 from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE, ImageEntry, Window
 from step37_data.common.threads import map_threads
 from step37_data.images import crop_pixels, decode
 from step37_data.images.crops import CropPlan, plan_crops, plan_whole
-from step37_data.images.device import pinned, to_device, upload
+from step37_data.images.device import pinned, resolve_device, to_device, upload
+from step37_data.images.options import ImageOptions
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.resize import resize_clip_normalize
 
@@ -71,136 +70,134 @@ class _Picture(NamedTuple):
     windows: dict[int, Window]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageReader:
-    """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
+def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks:
+    """Make the stack of every kind at once.
 
-    Attributes:
-        sides: per kind, the side of its images in pixels.
+    Returns:
+        Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or what is
+        wrong with its file.
 
     Raises:
-        ValueError: ``on_broken`` or ``pixel_order`` is none of the names they may be.
+        BrokenImageError: a file is unreadable, or of another size than its windows were planned
+            for, and ``options.on_broken`` is ``"raise"``.
     """
+    device = resolve_device(options.device)
+    if device.type == "cuda" and kernels_match_pillow():
+        return _on_device(entries, options, device)
+    return _on_host(entries, options, device)
 
-    sides: Mapping[int, int]
-    device: torch.device
-    dtype: torch.dtype
-    on_broken: decode.OnBroken = "zero"
-    broken: decode.BrokenImages | None = None
-    threads: int | None = None
-    pixel_order: crop_pixels.PixelOrder = "pillow"
-    max_pixels: int | None = None
 
-    def __post_init__(self) -> None:
-        checked_choice("on_broken", self.on_broken, decode.OnBroken)
-        checked_choice("pixel_order", self.pixel_order, crop_pixels.PixelOrder)
+def find_broken(entries: Sequence[ImageEntry], options: ImageOptions) -> list[str | None]:
+    """What :func:`load_stacks` would find wrong with the file of every entry."""
+    return _read(entries, options, to_pixels=_as_picture, use=lambda _: None)[1]
 
-    def load_stacks(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        """Make the stack of every kind at once.
 
-        Returns:
-            Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or
-            what is wrong with its file.
+def _read(
+    entries: Sequence[ImageEntry],
+    options: ImageOptions,
+    *,
+    to_pixels: Callable[[Image.Image, CropPlan], Any],
+    use: Callable[[_Picture], Any],
+) -> tuple[list[Any], list[str | None]]:
+    """Decode every picture once and hand it to ``use``, both in the decoding threads.
 
-        Raises:
-            BrokenImageError: a file is unreadable, or of another size than its windows were
-                planned for, and ``on_broken`` is ``"raise"``.
-        """
-        by_device = self.device.type == "cuda" and kernels_match_pillow()
-        return (self._on_device if by_device else self._on_host)(entries)
+    Args:
+        entries: what is shown of the pictures.
+        options: how they are read.
+        to_pixels: makes ``_Picture.pixels`` of an opened file: :func:`_as_picture` on the host,
+            :func:`_staged` for a device.
+        use: what to do with a picture.
 
-    def find_broken(self, entries: Sequence[ImageEntry]) -> list[str | None]:
-        """What :meth:`load_stacks` would find wrong with the file of every entry."""
-        return self._read(entries, False, lambda _: None)[1]
+    Returns:
+        What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
+    """
+    numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
+    for number, entry in enumerate(entries):
+        numbers_of.setdefault(entry.file, []).append(number)
 
-    def _read(
-        self, entries: Sequence[ImageEntry], staged: bool, use: Callable[[_Picture], Any]
-    ) -> tuple[list[Any], list[str | None]]:
-        """Decode and ``use`` every picture, in the decoding threads; ``staged`` for a device.
+    def read(numbers: list[int]) -> tuple[Any, str | None]:
+        path, in_crops = entries[numbers[0]].file
+        reason = None
+        try:
+            with decode.open_image(path, options.max_pixels) as image:
+                shown = [entries[i] for i in numbers]
+                plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
+                pixels = to_pixels(image, plan)
+            windows = {i: entries[i].window or plan.full_window for i in numbers}
+        except decode.BrokenImageError as error:
+            reason = decode.pass_over(error, options.on_broken)
+            plan = plan_whole(1, 1)
+            pixels = to_pixels(Image.new("RGB", plan.size), plan)
+            windows = dict.fromkeys(numbers, plan.full_window)
+        return use(_Picture(pixels, plan, windows)), reason
 
-        Returns:
-            What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
-        """
-        numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
-        for number, entry in enumerate(entries):
-            numbers_of.setdefault(entry.file, []).append(number)
+    done = map_threads(read, numbers_of.values(), options.threads)
+    reasons: list[str | None] = [None] * len(entries)
+    for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
+        for number in numbers:
+            reasons[number] = reason
+            # A picture seen in crops counts once, a file that is taken whole every time.
+            if options.broken is not None and not (in_crops and number > numbers[0]):
+                options.broken.record(str(path), reason)
+    return [used for used, _ in done], reasons
 
-        def read(numbers: list[int]) -> tuple[Any, str | None]:
-            path, in_crops = entries[numbers[0]].file
-            reason = None
-            try:
-                with decode.open_image(path, self.max_pixels) as image:
-                    shown = [entries[i] for i in numbers]
-                    plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
-                    pixels = _staged(image, plan) if staged else decode.rgb_image(image)
-                windows = {i: entries[i].window or plan.full_window for i in numbers}
-            except decode.BrokenImageError as error:
-                reason = decode.pass_over(error, self.on_broken)
-                plan, pixels = plan_whole(1, 1), Image.new("RGB", (1, 1))
-                pixels = _staged(pixels, plan) if staged else pixels
-                windows = dict.fromkeys(numbers, plan.full_window)
-            return use(_Picture(pixels, plan, windows)), reason
 
-        done = map_threads(read, numbers_of.values(), self.threads)
-        reasons: list[str | None] = [None] * len(entries)
-        for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
-            for number in numbers:
-                reasons[number] = reason
-                # A picture seen in crops counts once, a file as it is whenever it is met.
-                if self.broken is not None and not (in_crops and number > numbers[0]):
-                    self.broken.record(str(path), reason)
-        return [used for used, _ in done], reasons
+def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device) -> _Stacks:
+    """Everything in the decoding threads, then the stacks to ``device``."""
+    kinds = [entry.kind for entry in entries]
+    sides = options.sides
+    stacks = {
+        kind: torch.empty((kinds.count(kind), 3, side, side), dtype=options.dtype)
+        for kind, side in sides.items()
+    }
+    rows = {kind: iter(stack) for kind, stack in stacks.items()}
+    places = [next(rows[kind]) for kind in kinds]
 
-    def _on_host(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        kinds = [entry.kind for entry in entries]
-        stacks = {
-            kind: torch.empty((kinds.count(kind), 3, side, side), dtype=self.dtype)
-            for kind, side in self.sides.items()
-        }
-        rows = {kind: iter(stack) for kind, stack in stacks.items()}
-        places = [next(rows[kind]) for kind in kinds]
-
-        def show(picture: _Picture) -> None:
-            """Cut, resize and normalise every window, each to its place in the stacks."""
-            sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
-            for number, window in picture.windows.items():
-                kind, side = kinds[number], self.sides[kinds[number]]
-                if kind not in sources:
-                    sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
-                image = crop_pixels.cut(sources[kind], window)
-                if self.pixel_order == "pillow":
-                    image = image.resize((side, side), Image.Resampling.BILINEAR)
-                    crop_pixels.normalize_into(places[number], np.asarray(image))
-                else:
-                    pixels = torch.tensor(np.asarray(image))
-                    places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
-
-        _, reasons = self._read(entries, False, show)
-        return {kind: to_device(stack, self.device) for kind, stack in stacks.items()}, reasons
-
-    def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        pictures, reasons = self._read(entries, True, lambda picture: picture)
-        full, canvases, canvas_of = crop_pixels.prepare_on_device(
-            upload([picture.pixels for picture in pictures], self.device),
-            [picture.plan for picture in pictures],
-        )
-        rectangles = {}
-        for i, picture in enumerate(pictures):
-            for number, window in picture.windows.items():
-                image = canvas_of[i] if entries[number].kind == PATCH_ITEM_TYPE else i
-                rectangles[number] = crop_pixels.rectangle(image, window)
-        stacks = {}
-        for kind, side in self.sides.items():
-            source = canvases if kind == PATCH_ITEM_TYPE else full
-            crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
-            if self.pixel_order == "pillow":
-                stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
+    def show(picture: _Picture) -> None:
+        """Cut, resize and normalise every window, each to its place in the stacks."""
+        sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
+        for number, window in picture.windows.items():
+            kind, side = kinds[number], sides[kinds[number]]
+            if kind not in sources:
+                sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+            image = crop_pixels.cut(sources[kind], window)
+            if options.pixel_order == "pillow":
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+                crop_pixels.normalize_into(places[number], np.asarray(image))
             else:
-                shape = (len(crops), 3, side, side)
-                stacks[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
-                for place, crop in zip(stacks[kind], crops, strict=True):
-                    place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
-        return stacks, reasons
+                pixels = torch.tensor(np.asarray(image))
+                places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
+
+    _, reasons = _read(entries, options, to_pixels=_as_picture, use=show)
+    return {kind: to_device(stack, device) for kind, stack in stacks.items()}, reasons
+
+
+def _on_device(
+    entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device
+) -> _Stacks:
+    """Only the decoding in threads; the kernels do the rest on ``device``."""
+    pictures, reasons = _read(entries, options, to_pixels=_staged, use=lambda picture: picture)
+    full, canvases, canvas_of = crop_pixels.prepare_on_device(
+        upload([picture.pixels for picture in pictures], device),
+        [picture.plan for picture in pictures],
+    )
+    rectangles = {}
+    for i, picture in enumerate(pictures):
+        for number, window in picture.windows.items():
+            image = canvas_of[i] if entries[number].kind == PATCH_ITEM_TYPE else i
+            rectangles[number] = crop_pixels.rectangle(image, window)
+    stacks = {}
+    for kind, side in options.sides.items():
+        source = canvases if kind == PATCH_ITEM_TYPE else full
+        crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
+        if options.pixel_order == "pillow":
+            stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=options.dtype)
+        else:
+            shape = (len(crops), 3, side, side)
+            stacks[kind] = torch.empty(shape, dtype=options.dtype, device=device)
+            for place, crop in zip(stacks[kind], crops, strict=True):
+                place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
+    return stacks, reasons
 
 
 def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
@@ -218,6 +215,12 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
         shown = f"image {entries[0].path} could not be shown: {error}"
         raise decode.BrokenImageError(shown, str(error)) from error
     return plan
+
+
+def _as_picture(image: Image.Image, plan: CropPlan) -> Image.Image:
+    """The pixels as Pillow has them, for the host."""
+    del plan  # padding comes later there, with the other resizes
+    return decode.rgb_image(image)
 
 
 def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:

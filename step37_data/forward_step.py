@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from step37_data.common.checks import checked_int
 from step37_data.images.options import ImageKeywords, ImageOptions
-from step37_data.prefetch import ReadAhead
+from step37_data.prefetch import CountsUsedPacks, ReadAhead
 from step37_data.preprocess import preprocess_packed_batch
 
 if TYPE_CHECKING:
@@ -235,9 +235,9 @@ def _may_be_read_ahead(data_iterator: Any) -> bool:
 
     if not isinstance(data_iterator, RerunDataIterator):
         return False
-    # A state of what was read is wrong, unless it can be told what was used.
+    # A saved state must count the packs that were used, not those that were read.
     packs = data_iterator.iterable
-    return hasattr(packs, "read_ahead_by") or not hasattr(packs, "save_state")
+    return isinstance(packs, CountsUsedPacks) or not hasattr(packs, "save_state")
 
 
 def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:

@@ -229,24 +229,27 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
                     map_threads, function, paths, threads
                 )
     # Memory as PyTorch's pinned allocator hands it out: used before.
-    warm: dict[tuple[int, int], list[torch.Tensor]] = {}
+    warm: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def staged(threads: int) -> None:
         """Everything that is done before the copy to the device."""
         options = ImageOptions(image_size=SIZE, patch_image_size=SIZE, threads=threads)
-        read = stacks._read(wanted, options, to_pixels=stacks._staged, use=lambda one: one)
+        to_pixels = functools.partial(stacks._staged, device=CPU)
+        read = stacks._read(wanted, options, to_pixels=to_pixels, use=lambda one: one)
         for picture in read[0]:
-            warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
+            warm.setdefault(tuple(picture.pixels.shape), []).append(picture.pixels)
 
-    def pinned(height: int, width: int) -> torch.Tensor:
-        kept = warm.get((height, width))
-        return kept.pop() if kept else torch.empty((height, width, 3), dtype=torch.uint8)
+    def host_memory(
+        shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        kept = warm.get(tuple(shape))
+        return kept.pop() if kept else torch.empty(tuple(shape), dtype=dtype, device=device)
 
     for threads in (1, 2):
         stage, last = list(by_stage)[-2:]
         calls[f"{stage}|{threads}|ours"] = functools.partial(staged, threads)
         calls[f"{last}|{threads}|ours"] = functools.partial(ours, entries, CPU, threads)
-    with mock.patch.object(stacks, "pinned", pinned):
+    with mock.patch.object(stacks, "host_memory", host_memory):
         rows = {row.name: row for row in interleaved(calls, len(paths), budget_s)}
     columns = ("ours", "stock", "torchvision", "floor")
     print(f"| | threads | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")

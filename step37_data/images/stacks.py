@@ -24,7 +24,7 @@ from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE, Ima
 from step37_data.common.threads import map_threads
 from step37_data.images import crop_pixels, decode
 from step37_data.images.crops import CropPlan, plan_crops, plan_whole
-from step37_data.images.device import pinned, resolve_device, to_device, upload
+from step37_data.images.device import host_memory, resolve_device, to_device, upload
 from step37_data.images.options import ImageOptions
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.resize import resize_clip_normalize
@@ -147,7 +147,7 @@ def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch
     kinds = [entry.kind for entry in entries]
     sides = options.sides
     stacks = {
-        kind: torch.empty((kinds.count(kind), 3, side, side), dtype=options.dtype)
+        kind: host_memory((kinds.count(kind), 3, side, side), dtype=options.dtype, device=device)
         for kind, side in sides.items()
     }
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
@@ -176,7 +176,8 @@ def _on_device(
     entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device
 ) -> _Stacks:
     """Only the decoding in threads; the kernels do the rest on ``device``."""
-    pictures, reasons = _read(entries, options, to_pixels=_staged, use=lambda picture: picture)
+    staged = functools.partial(_staged, device=device)
+    pictures, reasons = _read(entries, options, to_pixels=staged, use=lambda picture: picture)
     full, canvases, canvas_of = crop_pixels.prepare_on_device(
         upload([picture.pixels for picture in pictures], device),
         [picture.plan for picture in pictures],
@@ -223,9 +224,12 @@ def _as_picture(image: Image.Image, plan: CropPlan) -> Image.Image:
     return decode.rgb_image(image)
 
 
-def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
-    """The pixels in pinned memory; those of a thin and tiny picture on its black square."""
-    memory = pinned(*plan.padded_size[::-1])
+def _staged(image: Image.Image, plan: CropPlan, *, device: torch.device) -> torch.Tensor:
+    """The pixels in memory that ``device`` copies from; a thin and tiny picture's with the black
+    square around it.
+    """
+    width, height = plan.padded_size
+    memory = host_memory((height, width, 3), dtype=torch.uint8, device=device)
     if image.size == plan.padded_size:
         decode.decode_into(memory.numpy(), image)
     else:

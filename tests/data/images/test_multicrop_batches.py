@@ -21,6 +21,7 @@ from step37_data.images import stacks
 from step37_data.images.crop_pixels import normalize_then_resize, padded_image
 from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, BrokenImages
+from step37_data.images.device import host_memory, upload
 from step37_data.images.options import ImageOptions
 from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
@@ -286,18 +287,10 @@ def test_a_picture_of_another_size_than_planned_can_be_an_error(changed):
         load(entries[1], on_broken="raise")
 
 
-def unpinned(height: int, width: int) -> torch.Tensor:
-    return torch.empty((height, width, 3), dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("order", ["pillow", "serving"])
 def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
-    picture, changed, order, monkeypatch
+    picture, changed, order
 ):
-    # Pinned memory and the copy to a CUDA device are all that cannot run without one.
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(stacks, "pinned", unpinned)
-        monkeypatch.setattr(stacks, "upload", lambda given, _: RaggedImages.gather(given))
     _, of_three = changed
     entries = [entry for of_path in of_three for entry in of_path]
     for size in [*SIZES, (3100, 1500)]:
@@ -328,7 +321,7 @@ def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(pi
 
     options = ImageOptions(image_size=IMAGE_SIDE, patch_image_size=CROP_SIDE, threads=2)
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(MemoryError, match="pinned memory for 500×333 pixels: CUDA error: out"):
+    with pytest.raises(MemoryError, match=r"host memory of shape \(333, 500, 3\): CUDA error: out"):
         stacks._on_device([ImageEntry(picture(500, 333), 0)], options, DEVICE)
 
 
@@ -339,16 +332,16 @@ def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own
     given: list[torch.Tensor] = []
     uploaded: list[torch.Tensor] = []
 
-    def allocated(height: int, width: int) -> torch.Tensor:
-        given.append(unpinned(height, width).fill_(77))
+    def allocated(*args: Any, **options: Any) -> torch.Tensor:
+        given.append(host_memory(*args, **options).fill_(77))
         return given[-1]
 
-    def upload(pictures: list[torch.Tensor], _: torch.device) -> RaggedImages:
+    def and_noted(pictures: list[torch.Tensor], device: torch.device) -> RaggedImages:
         uploaded.extend(pictures)
-        return RaggedImages.gather([one.to(DEVICE) for one in pictures])
+        return upload(pictures, device)
 
-    monkeypatch.setattr(stacks, "pinned", allocated)
-    monkeypatch.setattr(stacks, "upload", upload)
+    monkeypatch.setattr(stacks, "host_memory", allocated)
+    monkeypatch.setattr(stacks, "upload", and_noted)
     sizes = [(500, 333), (500, 375), (40, 9), (1920, 1080)]
     wanted = [ImageEntry(*entry) for size in sizes for entry in entries_of(picture(*size))]
     options = ImageOptions(image_size=IMAGE_SIDE, patch_image_size=CROP_SIDE, threads=1)

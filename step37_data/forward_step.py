@@ -120,7 +120,7 @@ class ForwardStep:
     Args:
         prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
             asked for.
-        only_pp_first_stage, multicrop: see :func:`~step37_data.preprocess.preprocess_packed_batch`.
+        only_pp_first_stage: see :func:`~step37_data.preprocess.preprocess_packed_batch`.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords:
             ``device``, where the model is, ``dtype``, ``on_broken``, ``threads`` and so on; but not
             the sizes, which the data set knows.
@@ -135,7 +135,6 @@ class ForwardStep:
         *,
         prefetch_depth: int = 2,
         only_pp_first_stage: bool = True,
-        multicrop: bool | None = None,
         **options: Unpack[ImageKeywords],
     ) -> None:
         self._depth = checked_int("prefetch_depth", prefetch_depth, least=0)
@@ -147,7 +146,6 @@ class ForwardStep:
         self._preprocess = functools.partial(
             preprocess_packed_batch,
             only_pp_first_stage=only_pp_first_stage,
-            multicrop=multicrop,
             **options,
         )
         self._ahead: list[ReadAhead] = []

@@ -21,7 +21,6 @@ from step37_data.common.image_entry import (
     PATCH_ITEM_TYPE,
     Entry,
     ImageEntry,
-    checked_entries,
     checked_kind,
 )
 from step37_data.images import decode
@@ -42,7 +41,11 @@ RopeArgs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, int]]
 
 
 def load_images(
-    image_paths: Sequence[Entry], **options: Unpack[ImageKeywords]
+    image_paths: Sequence[Entry],
+    *,
+    image_size: int,
+    patch_image_size: int,
+    **options: Unpack[ImageKeywords],
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
@@ -54,6 +57,7 @@ def load_images(
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
             is decoded, and told to ``broken``, once, however many windows it has. An
             :class:`~step37_data.common.image_entry.EncodedImage` may stand in place of a path.
+        image_size, patch_image_size: side in pixels of full images and of crops.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
             Here ``device`` is ``"cpu"`` and ``dtype`` ``torch.float32`` where they are not given,
             as in the function that this one replaces.
@@ -62,14 +66,15 @@ def load_images(
         ``(tensor [3, side, side], type)`` per image, in the order given.
 
     Raises:
-        ValueError: an entry of ``image_paths`` is of another form, an image type neither of the
-            two, or an option none of the values that it may be.
+        ValueError: an entry of ``image_paths`` is of another form or not what ``multicrop`` says,
+            an image type neither of the two, or an option none of the values that it may be.
         TypeError: there is no such option.
     """
-    entries = checked_entries("image_paths", image_paths)
     options.setdefault("device", "cpu")
     options.setdefault("dtype", torch.float32)
-    stacks, _ = load_stacks(entries, ImageOptions(**options))
+    reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
+    entries = reading.checked(image_paths)
+    stacks, _ = load_stacks(entries, reading)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
 
@@ -169,9 +174,10 @@ def preprocess_packed_batch(
     *,
     img_start_token_id: int,
     patch_start_token_id: int,
+    image_size: int,
+    patch_image_size: int,
     encoder_patch_size: int,
     only_pp_first_stage: bool = True,
-    multicrop: bool | None = None,
     **options: Unpack[ImageKeywords],
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
@@ -183,13 +189,11 @@ def preprocess_packed_batch(
             Tensors are expected on the host: the start tokens are counted there, so tokens that
             are on a CUDA device already are fetched back, which waits for the device.
         img_start_token_id, patch_start_token_id: the start tokens of images and crops.
+        image_size, patch_image_size: side in pixels of full images and of crops.
         encoder_patch_size: side in pixels of a vision patch.
         only_pp_first_stage: load images only on Megatron's first pipeline stage, if Megatron's
             parallel state is initialised. With ``on_broken="skip-loss"`` every stage that has
             tokens decodes them all the same: it has to know which samples lose their loss.
-        multicrop: whether pictures are seen in crops. None leaves that to the template, whose
-            ``image_paths`` then carry windows; True and False refuse a pack that was made
-            otherwise.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
             ``device`` is where everything goes, not the images alone.
 
@@ -214,7 +218,7 @@ def preprocess_packed_batch(
     _check_shapes(batch)
     if options.get("on_broken") is None:
         options["on_broken"] = batch.get("on_broken", "zero")
-    reading = ImageOptions(**options)
+    reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
     skip_loss = reading.on_broken == "skip-loss"
     target = resolve_device(reading.device)
     cu_seqlens = batch["cu_seqlens"]
@@ -228,8 +232,7 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    given = checked_entries("image_paths", batch.get("image_paths", ()))
-    _check_multicrop(given, multicrop)
+    given = reading.checked(batch.get("image_paths", ()))
     entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
@@ -257,13 +260,6 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
             expected = "[n + 1]" if key == "cu_seqlens" else "[T]"
             got = f"got {list(batch[key].shape)}; give the DataLoader the data set's collate_fn"
             raise ValueError(f"batch: expected {key} of shape {expected}, {got}")
-
-
-def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> None:
-    for entry in entries:
-        if multicrop is not None and (entry.window is not None) != multicrop:
-            told = f"{entry.path} in image_paths carries {entry.window or 'no window'}"
-            raise ValueError(f"multicrop: {multicrop}, but {told}; give the template the same")
 
 
 def _used_images(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from step37_data.common.checks import checked_choice, checked_int
-from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE
+from step37_data.common.image_entry import (
+    IMAGE_ITEM_TYPE,
+    PATCH_ITEM_TYPE,
+    ImageEntry,
+    checked_entries,
+)
 from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_data.images.decode import BrokenImages, OnBroken
@@ -20,7 +25,7 @@ class ImageOptions:
     """How image files become pixels.
 
     ``load_images``, ``preprocess_packed_batch`` and ``ForwardStep`` take the attributes as keywords
-    of the same names.
+    of the same names; the sizes of ``ForwardStep`` are those of the data set.
 
     Attributes:
         image_size, patch_image_size: side in pixels of full images and of crops.
@@ -42,6 +47,9 @@ class ImageOptions:
         max_pixels: a picture of more pixels counts as unreadable, before it is decoded: decoding
             takes seven bytes a pixel in each thread. None is Pillow's own limit, twice
             ``Image.MAX_IMAGE_PIXELS``: 179 million pixels, 1.3 GB.
+        multicrop: whether pictures are seen in crops. None leaves that to the template, whose
+            ``image_paths`` then carry windows; True refuses pictures without a window, False those
+            with one.
 
     Raises:
         ValueError: a size, ``threads`` or ``max_pixels`` is no integer of at least 1, or
@@ -57,6 +65,7 @@ class ImageOptions:
     threads: int | None = None
     pixel_order: PixelOrder = "pillow"
     max_pixels: int | None = None
+    multicrop: bool | None = None
 
     def __post_init__(self) -> None:
         checked_int("image_size", self.image_size)
@@ -74,12 +83,27 @@ class ImageOptions:
         """The side in pixels by item type: crops first, as the groups of a pack are ordered."""
         return {PATCH_ITEM_TYPE: self.patch_image_size, IMAGE_ITEM_TYPE: self.image_size}
 
+    def checked(self, image_paths: Any) -> list[ImageEntry]:
+        """The entries of ``image_paths``, checked to be as they should.
+
+        Raises:
+            ValueError: an entry has another form, or is not what ``multicrop`` says.
+        """
+        entries = checked_entries("image_paths", image_paths)
+        for entry in entries:
+            if self.multicrop is not None and (entry.window is not None) != self.multicrop:
+                told = f"{entry.path} in image_paths carries {entry.window or 'no window'}"
+                raise ValueError(
+                    f"multicrop: {self.multicrop}, but {told}; give the template the same"
+                )
+        return entries
+
 
 class ImageKeywords(TypedDict, total=False):
-    """The attributes of :class:`ImageOptions`, as a function takes them in ``**options``."""
+    """The attributes of :class:`ImageOptions` but the sizes, as functions take them in
+    ``**options``.
+    """
 
-    image_size: int
-    patch_image_size: int
     device: Device
     dtype: torch.dtype
     on_broken: OnBroken | None
@@ -87,3 +111,4 @@ class ImageKeywords(TypedDict, total=False):
     threads: int | None
     pixel_order: PixelOrder
     max_pixels: int | None
+    multicrop: bool | None

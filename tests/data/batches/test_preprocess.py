@@ -410,7 +410,8 @@ def test_a_dtype_that_pixels_cannot_have_is_refused_by_name(photos, dtype):
 
 def test_the_options_are_declared_with_the_same_types_as_keywords_and_as_attributes():
     declared = get_type_hints(ImageOptions)
-    assert get_type_hints(ImageKeywords) == declared
+    sizes = {"image_size": int, "patch_image_size": int}
+    assert {**sizes, **get_type_hints(ImageKeywords)} == declared
     assert list(declared) == [field.name for field in dataclasses.fields(ImageOptions)]
 
 
@@ -425,7 +426,7 @@ def test_the_options_are_declared_with_the_same_types_as_keywords_and_as_attribu
 )
 def test_an_option_that_cannot_be_is_refused_where_it_is_given(photos, options, message):
     with pytest.raises(ValueError, match=message):
-        load_images([], **options)
+        load_images([], image_size=56, patch_image_size=28, **options)
     with pytest.raises(ValueError, match=message):
         run(packed_batch(photos), **options)
     with pytest.raises(ValueError, match=message):
@@ -434,7 +435,7 @@ def test_an_option_that_cannot_be_is_refused_where_it_is_given(photos, options, 
 
 def test_an_option_that_does_not_exist_is_a_type_error(photos):
     with pytest.raises(TypeError, match="thread"):
-        load_images([], thread=2)
+        load_images([], image_size=56, patch_image_size=28, thread=2)
     with pytest.raises(TypeError, match="thread"):
         run(packed_batch(photos), thread=2)
     with pytest.raises(TypeError, match="thread"):

@@ -304,7 +304,7 @@ def test_images_without_a_place_are_not_even_read(photos, tmp_path):
 )
 @pytest.mark.parametrize("mode", ["skip-loss", "zero"])
 def test_skip_loss_takes_the_samples_of_broken_images_out_of_the_loss(
-    photos, tmp_path, missing, expected, mode
+    photos, tmp_path, *, missing, expected, mode
 ):
     paths = [str(tmp_path / "missing.jpg") if i in missing else photos[i] for i in range(3)]
     batch = packed_batch(paths)

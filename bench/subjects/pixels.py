@@ -28,7 +28,7 @@ from PIL import __version__ as pillow_version
 from bench.harness import CpuClock, Implementation, environment, sample_rounds
 from step37_data.common.image_entry import Entry, ImageEntry
 from step37_data.common.threads import available_cores, default_threads, map_threads
-from step37_data.images import stacks
+from step37_data.images import decode, stacks
 from step37_data.images.crop_pixels import PixelOrder, normalize_into
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE
 from step37_data.images.decode import decode_into, open_image
@@ -137,7 +137,7 @@ Ways = dict[str, Callable[[str], object]]
 
 
 def stages(paths: Sequence[str]) -> dict[str, Ways]:
-    """What is done to one photograph, by stage and by way; ``ours`` decodes into warm memory."""
+    """What is done to one photograph, by stage and by way; simplejpeg decodes into warm memory."""
     pictures = {path: stock_decode(path) for path in paths}
     memory = {path: np.array(picture) for path, picture in pictures.items()}
     resized = {path: picture.resize((SIZE, SIZE), BILINEAR) for path, picture in pictures.items()}
@@ -151,7 +151,7 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
 
     def by_pillow(path: str) -> None:
         with open_image(path) as image:
-            memory[path][:] = np.asarray(image.convert("RGB"))
+            decode._in_rgb(image)
 
     found: dict[str, Ways] = {
         "read, decode (Pillow)": {
@@ -234,7 +234,7 @@ def host_table(budget_s: float) -> dict[tuple[str, int], float]:
     def staged(threads: int) -> None:
         """Everything that is done before the copy to the device."""
         options = ImageOptions(image_size=SIZE, patch_image_size=SIZE, threads=threads)
-        to_pixels = functools.partial(stacks._staged, device=CPU)
+        to_pixels = functools.partial(stacks._staged, device=CPU, as_viewed=False)
         read = stacks._read(wanted, options, to_pixels=to_pixels, use=lambda one: one)
         for picture in read[0]:
             warm.setdefault(tuple(picture.pixels.shape), []).append(picture.pixels)

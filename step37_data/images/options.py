@@ -50,6 +50,11 @@ class ImageOptions:
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True refuses pictures without a window, False those
             with one.
+        as_viewed: show pictures as image viewers do, and vLLM when it serves the model: turned by
+            their EXIF orientation, transparent parts on white, the upper 8 of 16 bits. False is as
+            stock trains: pictures of phones lie as the phone was held, transparent parts show the
+            colours hidden in them, grey of 16 bits is mostly white. With crops, the windows have to
+            be planned with the same value (``plan_file(path, as_viewed=...)``).
 
     Raises:
         ValueError: a size, ``threads`` or ``max_pixels`` is no integer of at least 1, or
@@ -66,6 +71,7 @@ class ImageOptions:
     pixel_order: PixelOrder = "pillow"
     max_pixels: int | None = None
     multicrop: bool | None = None
+    as_viewed: bool = False
 
     def __post_init__(self) -> None:
         checked_int("image_size", self.image_size)
@@ -112,3 +118,4 @@ class ImageKeywords(TypedDict, total=False):
     pixel_order: PixelOrder
     max_pixels: int | None
     multicrop: bool | None
+    as_viewed: bool

@@ -89,7 +89,8 @@ def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks
 
 def find_broken(entries: Sequence[ImageEntry], options: ImageOptions) -> list[str | None]:
     """What :func:`load_stacks` would find wrong with the file of every entry."""
-    return _read(entries, options, to_pixels=_as_picture, use=lambda _: None)[1]
+    to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
+    return _read(entries, options, to_pixels=to_pixels, use=lambda _: None)[1]
 
 
 def _read(
@@ -121,7 +122,8 @@ def _read(
         try:
             with decode.open_image(path, options.max_pixels) as image:
                 shown = [entries[i] for i in numbers]
-                plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
+                size = decode.shown_size(image, as_viewed=options.as_viewed)
+                plan = _plan_of(shown, *size) if in_crops else plan_whole(*size)
                 pixels = to_pixels(image, plan)
             windows = {i: entries[i].window or plan.full_window for i in numbers}
         except decode.BrokenImageError as error:
@@ -168,7 +170,8 @@ def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch
                 pixels = torch.tensor(np.asarray(image))
                 places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
 
-    _, reasons = _read(entries, options, to_pixels=_as_picture, use=show)
+    to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
+    _, reasons = _read(entries, options, to_pixels=to_pixels, use=show)
     return {kind: to_device(stack, device) for kind, stack in stacks.items()}, reasons
 
 
@@ -176,8 +179,8 @@ def _on_device(
     entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device
 ) -> _Stacks:
     """Only the decoding in threads; the kernels do the rest on ``device``."""
-    staged = functools.partial(_staged, device=device)
-    pictures, reasons = _read(entries, options, to_pixels=staged, use=lambda picture: picture)
+    to_pixels = functools.partial(_staged, device=device, as_viewed=options.as_viewed)
+    pictures, reasons = _read(entries, options, to_pixels=to_pixels, use=lambda picture: picture)
     full, canvases, canvas_of = crop_pixels.prepare_on_device(
         upload([picture.pixels for picture in pictures], device),
         [picture.plan for picture in pictures],
@@ -210,7 +213,7 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
             if entry.window not in own[entry.kind]:
                 raise ValueError(
                     f"it has {width}×{height} pixels, of which {entry.window} is no window: it was "
-                    "planned from another size, or was unreadable then"
+                    "planned from another size, with another as_viewed, or was unreadable then"
                 )
     except ValueError as error:
         shown = f"image {entries[0].path} could not be shown: {error}"
@@ -218,20 +221,23 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
     return plan
 
 
-def _as_picture(image: Image.Image, plan: CropPlan) -> Image.Image:
+def _as_picture(image: Image.Image, plan: CropPlan, *, as_viewed: bool) -> Image.Image:
     """The pixels as Pillow has them, for the host."""
     del plan  # padding comes later there, with the other resizes
-    return decode.rgb_image(image)
+    return decode.rgb_image(image, as_viewed=as_viewed)
 
 
-def _staged(image: Image.Image, plan: CropPlan, *, device: torch.device) -> torch.Tensor:
+def _staged(
+    image: Image.Image, plan: CropPlan, *, device: torch.device, as_viewed: bool
+) -> torch.Tensor:
     """The pixels in memory that ``device`` copies from; a thin and tiny picture's with the black
     square around it.
     """
     width, height = plan.padded_size
     memory = host_memory((height, width, 3), dtype=torch.uint8, device=device)
-    if image.size == plan.padded_size:
-        decode.decode_into(memory.numpy(), image)
+    if plan.size == plan.padded_size:
+        decode.decode_into(memory.numpy(), image, as_viewed=as_viewed)
     else:
-        memory.numpy()[:] = np.asarray(crop_pixels.padded_image(decode.rgb_image(image), plan))
+        picture = decode.rgb_image(image, as_viewed=as_viewed)
+        memory.numpy()[:] = np.asarray(crop_pixels.padded_image(picture, plan))
     return memory

@@ -1,7 +1,7 @@
-"""A packed batch to the model's input: tokens and pixels on the device.
+"""Turns a packed batch into the model's input: tokens and pixels on the device.
 
-Image files are decoded by Pillow and resized as Pillow does it; the numbers are those of the stock
-path, bit for bit, whatever device they are made on.
+Image files are decoded by Pillow and resized as Pillow does it. The values are those of the stock
+functions, bit for bit, on the CPU and on a CUDA device alike.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def load_images(
     options.setdefault("device", "cpu")
     options.setdefault("dtype", torch.float32)
     reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
-    entries = reading.checked(image_paths)
+    entries = reading.checked_entries(image_paths)
     stacks, _ = load_stacks(entries, reading)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
 
 
 def _load_image(path: str) -> Image.Image:
-    """A picture in RGB; a black one of 224×224 and a warning where it cannot be read."""
+    """Read a picture in RGB; an unreadable one is black, 224×224, and a warning is logged."""
     try:
         return decode.read_rgb(path)
     except decode.BrokenImageError as error:
@@ -89,7 +89,7 @@ def _load_image(path: str) -> Image.Image:
 
 
 def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """A picture resized by Pillow's BILINEAR, ``/ 255``, normalised: ``[3, size, size]`` fp32."""
+    """Resize by Pillow's BILINEAR, divide by 255 and normalise: ``[3, size, size]`` fp32."""
     resized = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     normalized = clip_normalize(torch.from_numpy(resized)[None], dtype=torch.float32, impl="torch")
     return normalized[0]
@@ -143,7 +143,7 @@ def compute_rope_args(
     device: Device = None,
     to_cuda: bool | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Cumulated counts of vision patches, ``(H // patch_size) * (W // patch_size)`` an image.
+    """Sum up the vision patches of images, ``(H // patch_size) * (W // patch_size)`` each.
 
     Args:
         images: ``[..., H, W]`` each; sizes may differ.
@@ -232,7 +232,7 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    given = reading.checked(batch.get("image_paths", ()))
+    given = reading.checked_entries(batch.get("image_paths", ()))
     entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
@@ -244,7 +244,7 @@ def preprocess_packed_batch(
                 group.rope_cu_seqlens, group.rope_max_seq_len = rope
                 groups.append(group)
     elif skip_loss:
-        # The loss is computed on this stage, perhaps: it has to know as much as the first one.
+        # This stage may compute the loss, so it needs to know which files are unreadable.
         reasons = find_broken(entries, reading)
     if skip_loss:
         spoilt = [place for place, why in zip(positions, reasons, strict=True) if why is not None]
@@ -265,7 +265,11 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
 def _used_images(
     given: Sequence[ImageEntry], tokens: torch.Tensor, starts: Mapping[int, int]
 ) -> tuple[list[ImageEntry], list[int]]:
-    """The images and the places of their start tokens, type by type, up to the smaller count."""
+    """Pair the images of each type with the start tokens of that type, in order.
+
+    Returns:
+        The images that have a start token, crops first, and the position of each one's token.
+    """
     entries: list[ImageEntry] = []
     positions: list[int] = []
     for kind, start in starts.items():
@@ -283,7 +287,7 @@ def _used_images(
 def _without_samples(
     loss_masks: torch.Tensor, cu_seqlens: torch.Tensor, positions: Sequence[int]
 ) -> torch.Tensor:
-    """``loss_masks`` with zeros over every sample that one of the ``positions`` lies in."""
+    """Take the samples that the ``positions`` lie in out of the loss: zeros in ``loss_masks``."""
     if not positions:
         return loss_masks
     places = torch.tensor(positions, dtype=cu_seqlens.dtype)

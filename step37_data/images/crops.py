@@ -1,4 +1,4 @@
-"""Where the crops of a picture lie, and what stands for it in the text: from its size alone.
+"""Plans, from the size of a picture alone, where its crops lie and how many tokens it takes.
 
 Step-3.7 sees a picture as one full image of 728×728 and, unless the picture is small and roughly
 square, a grid of crops of 504×504, cut from a *canvas*: the picture resized so that whole windows

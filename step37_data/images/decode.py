@@ -1,4 +1,4 @@
-"""Image files to RGB pictures by Pillow, or as Pillow does it, and what happens to broken files."""
+"""Reads image files as RGB pictures, as Pillow does, and reports files that cannot be read."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ _formats: tuple[str, ...] = ()
 
 
 def picture_formats() -> tuple[str, ...]:
-    """The formats that are read, of those that the installed Pillow knows. Thread-safe.
+    """Return the formats that are read, as far as the installed Pillow knows them. Thread-safe.
 
-    Pillow loads its plugins at the first need, which is not thread-safe, so the first call loads
-    all of them and other threads wait for it.
+    Pillow loads its plugins when it first needs them, which is not thread-safe. So the first call
+    loads all of them, and other threads wait for it.
     """
     global _formats
     with _formats_lock:
@@ -127,17 +127,19 @@ class BrokenImages:
 
 @contextlib.contextmanager
 def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """``Image.open(path)``, closed again; ``s3://`` through megfile, as the stock loader has it.
+    """Open an image file for a ``with`` block, as ``Image.open(path)`` does, and close it again.
+
+    Paths that begin with ``s3://`` are read through megfile, as by the stock loader.
 
     Raises:
-        BrokenImageError: there is no regular file, or Pillow cannot read it, here or where the
-            picture is used: its readers raise errors of any kind on damaged files. Also a file of
-            a format that is not among :func:`picture_formats`, whatever its name ends in. A
-            ``MemoryError`` says nothing about the file and is raised as it is. Also a picture of
-            more than ``max_pixels``.
-        ImportError: the path begins with ``s3://`` and megfile is not installed. No image is at
-            fault then, so that is never taken for a broken one; nor is what megfile raises for a
-            store that cannot be reached.
+        BrokenImageError: there is no regular file; it is of a format that is not among
+            :func:`picture_formats`, whatever its name ends in; the picture has more than
+            ``max_pixels``; or Pillow cannot read it, here or inside the block: Pillow's readers
+            raise errors of any kind on damaged files. A ``MemoryError`` says nothing about the file
+            and is raised as it is.
+        ImportError: the path begins with ``s3://`` and megfile is not installed. That is no fault
+            of the image, so it is not raised as a ``BrokenImageError``; neither is what megfile
+            raises where the store cannot be reached.
     """
     source: str | io.BytesIO
     if isinstance(path, EncodedImage):
@@ -247,10 +249,9 @@ def shown_size(image: Image.Image, *, as_viewed: bool = False) -> tuple[int, int
 def decode_into(
     memory: npt.NDArray[np.uint8], image: Image.Image, *, as_viewed: bool = False
 ) -> None:
-    """The pixels of :func:`rgb_image` to where they are wanted, ``[height, width, 3]``.
+    """Write the pixels of :func:`rgb_image` to ``memory``, ``[height, width, 3]``.
 
-    simplejpeg decodes right there. Pillow has a layout of its own, four bytes a pixel, which is
-    read out and copied once.
+    simplejpeg decodes into it. Pillow keeps four bytes a pixel, so its pixels are copied.
     """
     if as_viewed or _by_simplejpeg(image, memory) is None:
         memory[...] = np.asarray(rgb_image(image, as_viewed=as_viewed))
@@ -327,11 +328,14 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 def _by_simplejpeg(
     image: Image.Image, memory: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """The pixels, in ``memory`` if given; None, and anything in it, if they are Pillow's to read"""
+    """Decode by simplejpeg, into ``memory`` if given; None where Pillow has to read the file.
+
+    ``memory`` may hold anything then.
+    """
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if plain and (fast := _simplejpeg()):
         image.fp.seek(0)
-        with contextlib.suppress(ValueError):  # any fault: Pillow knows what to do
+        with contextlib.suppress(ValueError):  # Pillow reads files that have any fault
             pixels = fast.decode_jpeg(image.fp.read(), strict=True, buffer=memory)
             if pixels.shape == (image.height, image.width, 3):
                 return pixels
@@ -340,7 +344,7 @@ def _by_simplejpeg(
 
 @functools.cache
 def _simplejpeg() -> Any:
-    """simplejpeg, if it is installed and decodes as the installed Pillow does, tried out once."""
+    """The module simplejpeg if it is installed and decodes as Pillow does; compared once."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -358,7 +362,7 @@ def _simplejpeg() -> Any:
 
 
 def pass_over(error: BrokenImageError, on_broken: OnBroken | None) -> str:
-    """Its reason, with a warning that black is used; raised, if ``on_broken`` is ``"raise"``."""
+    """Warn that black is used and return the reason; raise if ``on_broken`` is ``"raise"``."""
     if on_broken == "raise":
         raise error
     logger.warning("%s: black is used in its place", error)

@@ -1,4 +1,4 @@
-"""Where tensors go, and how pixels get there without the host waiting."""
+"""Chooses the device, and copies tensors to it without making the host wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Device = torch.device | str | None
 
 
 def resolve_device(device: Device) -> torch.device:
-    """``device``; for None the current CUDA device, or the CPU where there is none."""
+    """Return ``device`` with its index; None is the current CUDA device, or the CPU without one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
@@ -24,7 +24,7 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def host_memory(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory on the host for what goes to ``device`` afterwards.
+    """Allocate memory on the host, uninitialised, for what is then copied to ``device``.
 
     For a CUDA device it is pinned, so that the copy runs while the host goes on. PyTorch's
     allocator of pinned memory hands it out again once the copy is done.

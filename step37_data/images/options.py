@@ -1,4 +1,4 @@
-"""How image files are read: every choice that there is, in one object."""
+"""Every option of reading image files, in one object."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class ImageOptions:
         """The side in pixels by item type: crops first, as the groups of a pack are ordered."""
         return {PATCH_ITEM_TYPE: self.patch_image_size, IMAGE_ITEM_TYPE: self.image_size}
 
-    def checked(self, image_paths: Any) -> list[ImageEntry]:
-        """The entries of ``image_paths``, checked to be as they should.
+    def checked_entries(self, image_paths: Any) -> list[ImageEntry]:
+        """Check the entries of ``image_paths`` and return them.
 
         Raises:
             ValueError: an entry has another form, or is not what ``multicrop`` says.

@@ -1,11 +1,13 @@
-"""Turns image files into stacks of normalised pixels on a device; nothing else in the package does.
+"""Turns image files into stacks of normalised pixels on a device.
 
 Every picture of a pack is decoded once, however many windows of it are wanted; without multicrop a
-file has a single window. For the CPU, each decoding thread does all the work: Pillow cuts and
-resizes, and a table of 256 levels normalises into the picture's place in the stacks. For CUDA, the
-threads only decode into pinned memory. The pictures are copied into one buffer on the device; two
-launches per image type build the stacks, and two to four more the canvases of pictures seen in
-crops. The values are the same on both.
+file has a single window, all of it.
+
+On the CPU the decoding threads do everything: Pillow cuts and resizes, and a table of 256 levels
+normalises into the picture's place in the stacks. For CUDA the threads only decode, into pinned
+memory. The pictures are then copied into one buffer on the device, where two launches per image
+type build the stacks, and two to four more the canvases of pictures seen in crops. The values are
+the same either way.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def kernels_match_pillow() -> bool:
-    """Whether the installed Pillow resizes as ours does, tried out once in both orders of passes.
+    """Whether our kernels resize as the installed Pillow does; compared once, at the first call.
 
-    A Pillow newer than this package may have changed that order. Then Pillow itself resizes, on
-    the host, so that the values stay its own.
+    A Pillow newer than this package may have changed the order of its two passes. Pillow itself
+    then resizes, on the host, so that the values stay the same.
     """
     rng = np.random.default_rng(0)
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
@@ -59,10 +61,10 @@ class _Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-        pixels: RGB, of Pillow on the host, in pinned memory for a device; one black pixel where the
-            file is unreadable.
-        plan: how it is seen.
-        windows: what to show of it, by the number of the entry.
+        pixels: RGB, a Pillow image for the host or a tensor for a device; a single black pixel
+            where the file is unreadable.
+        plan: how the picture is seen in crops.
+        windows: the part that each entry shows, by the number of the entry.
     """
 
     pixels: Any
@@ -71,7 +73,7 @@ class _Picture(NamedTuple):
 
 
 def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks:
-    """Make the stack of every kind at once.
+    """Read the files of all entries and stack their pixels by kind.
 
     Returns:
         Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or what is
@@ -88,7 +90,7 @@ def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks
 
 
 def find_broken(entries: Sequence[ImageEntry], options: ImageOptions) -> list[str | None]:
-    """What :func:`load_stacks` would find wrong with the file of every entry."""
+    """Decode the files of all entries; say per entry what is wrong with its file, or None."""
     to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
     return _read(entries, options, to_pixels=to_pixels, use=lambda _: None)[1]
 
@@ -145,7 +147,7 @@ def _read(
 
 
 def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device) -> _Stacks:
-    """Everything in the decoding threads, then the stacks to ``device``."""
+    """Do all the work in the decoding threads, then copy the stacks to ``device``."""
     kinds = [entry.kind for entry in entries]
     sides = options.sides
     stacks = {
@@ -178,7 +180,7 @@ def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch
 def _on_device(
     entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device
 ) -> _Stacks:
-    """Only the decoding in threads; the kernels do the rest on ``device``."""
+    """Decode in the threads; the kernels do the rest on ``device``."""
     to_pixels = functools.partial(_staged, device=device, as_viewed=options.as_viewed)
     pictures, reasons = _read(entries, options, to_pixels=to_pixels, use=lambda picture: picture)
     full, canvases, canvas_of = crop_pixels.prepare_on_device(
@@ -205,7 +207,7 @@ def _on_device(
 
 
 def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
-    """The plan of a picture in crops, whose windows are checked to be those of its ``entries``."""
+    """Plan the crops of a picture and check that its ``entries`` show windows of that plan."""
     try:
         plan = plan_crops(width, height)
         own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
@@ -222,16 +224,16 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
 
 
 def _as_picture(image: Image.Image, plan: CropPlan, *, as_viewed: bool) -> Image.Image:
-    """The pixels as Pillow has them, for the host."""
-    del plan  # padding comes later there, with the other resizes
+    """Decode into an image of Pillow, for the host."""
+    del plan  # the host pads later, with the other resizes
     return decode.rgb_image(image, as_viewed=as_viewed)
 
 
 def _staged(
     image: Image.Image, plan: CropPlan, *, device: torch.device, as_viewed: bool
 ) -> torch.Tensor:
-    """The pixels in memory that ``device`` copies from; a thin and tiny picture's with the black
-    square around it.
+    """Decode into memory that ``device`` copies from: ``plan.padded_size``, so a thin and tiny
+    picture comes with the black square around it.
     """
     width, height = plan.padded_size
     memory = host_memory((height, width, 3), dtype=torch.uint8, device=device)

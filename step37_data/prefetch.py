@@ -62,8 +62,9 @@ class _Made(NamedTuple):
 class _Worker(threading.Thread):
     """Makes the input of one pack after the other until it is told to stop.
 
-    It does not know the prefetcher: one that nobody refers to any more is let go, and its end stops
-    this thread. Both queues are ``SimpleQueue``, which may be used in a finalizer.
+    The thread has no reference to its prefetcher, so that Python can collect a prefetcher that
+    nobody uses any more, whose finalizer then stops the thread. Both queues are ``SimpleQueue``,
+    the only one that a finalizer may use.
 
     Attributes:
         room: an entry for every pack that may be made; the thread takes one for each.
@@ -99,12 +100,12 @@ class _Worker(threading.Thread):
             self.join(wait_s)
 
     def run(self) -> None:
-        # What a call holds of a pack, it lets go before the next one waits for room.
+        # A call of its own for each pack, so that nothing of a pack is kept while the next waits.
         while self._make_next():
             pass
 
     def _make_next(self) -> bool:
-        """Make the input of one pack as soon as there is room; False where none comes after it."""
+        """Wait for room, then make the input of one pack. False where that was the last."""
         self.room.get()
         if self._stopped:
             return False

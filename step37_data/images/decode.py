@@ -303,7 +303,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _viewed(image: Image.Image) -> Image.Image:
-    """The picture in RGB as image viewers show it, and as vLLM when it serves the model."""
+    """Convert to RGB as image viewers show the picture."""
     of_16_bits, orientation = _has_16_bits(image), _orientation(image)
     image.load()
     if orientation != 1:

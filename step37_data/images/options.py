@@ -50,9 +50,9 @@ class ImageOptions:
         multicrop: whether pictures are seen in crops. None leaves that to the template, whose
             ``image_paths`` then carry windows; True refuses pictures without a window, False those
             with one.
-        as_viewed: show pictures as image viewers do, and vLLM when it serves the model: turned by
-            their EXIF orientation, transparent parts on white, the upper 8 of 16 bits. False is as
-            stock trains: pictures of phones lie as the phone was held, transparent parts show the
+        as_viewed: show pictures as image viewers do: turned by their EXIF orientation and with
+            transparent parts on white, both as vLLM does when it serves the model, and with the
+            upper 8 of 16 bits. False is as stock trains: pictures of phones lie as the phone was held, transparent parts show the
             colours hidden in them, grey of 16 bits is mostly white. With crops, the windows have to
             be planned with the same value (``plan_file(path, as_viewed=...)``).
 

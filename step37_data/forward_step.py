@@ -6,23 +6,23 @@ Megatron is imported inside the functions that need it, so that importing this m
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from step37_data.common.checks import checked_int
-from step37_data.prefetch import ReadAhead
-from step37_data.preprocess import Device, preprocess_packed_batch
+from step37_data.images.options import ImageKeywords, ImageOptions
+from step37_data.prefetch import CountsUsedPacks, ReadAhead
+from step37_data.preprocess import preprocess_packed_batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IGNORED_LABEL = -100
-# What has no default: start tokens and sizes, which the data set knows.
-_SPEC = inspect.getfullargspec(preprocess_packed_batch)
-_OF_DATA_SET = [name for name in _SPEC.kwonlyargs if name not in (_SPEC.kwonlydefaults or ())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,21 +120,34 @@ class ForwardStep:
     Args:
         prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
             asked for.
-        device: where the model is; None is the CUDA device, or the CPU where there is none.
-        options: of ``preprocess_packed_batch``: ``dtype``, ``on_broken``, ``threads``,
-            ``max_pixels`` and so on.
+        only_pp_first_stage: see :func:`~step37_data.preprocess.preprocess_packed_batch`.
+        options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords:
+            ``device``, where the model is, ``dtype``, ``on_broken``, ``threads`` and so on; but not
+            the sizes, which the data set knows.
 
     Raises:
-        ValueError: ``prefetch_depth`` is negative.
-        TypeError: ``preprocess_packed_batch`` has no such option, or the data set decides it.
+        ValueError: ``prefetch_depth`` is negative, or an option none of the values that it may be.
+        TypeError: there is no such option, or the data set decides it.
     """
 
-    def __init__(self, *, prefetch_depth: int = 2, device: Device = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        prefetch_depth: int = 2,
+        only_pp_first_stage: bool = True,
+        **options: Unpack[ImageKeywords],
+    ) -> None:
         self._depth = checked_int("prefetch_depth", prefetch_depth, least=0)
-        self._device = device
-        self._options = {"only_pp_first_stage": True, "device": device, **options}
-        of_data_set = dict.fromkeys(_OF_DATA_SET)
-        inspect.signature(preprocess_packed_batch).bind({}, **of_data_set, **self._options)
+        for name in ("image_size", "patch_image_size"):
+            if name in options:
+                raise TypeError(f"{name}: the data set decides it (cfg.dataset.{name})")
+        # Here, and not at the first step, an option that does not exist is found.
+        self._device = ImageOptions(**options).device
+        self._preprocess = functools.partial(
+            preprocess_packed_batch,
+            only_pp_first_stage=only_pp_first_stage,
+            **options,
+        )
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -180,8 +193,14 @@ class ForwardStep:
             raise ValueError("data_iterator: every pipeline stage needs one, for cu_seqlens")
         ahead = getattr(data_iterator, "iterable", None)
         if not isinstance(ahead, ReadAhead):
-            of_data_set = {name: getattr(dataset, name) for name in _OF_DATA_SET}
-            preprocess = functools.partial(preprocess_packed_batch, **of_data_set, **self._options)
+            preprocess = functools.partial(
+                self._preprocess,
+                img_start_token_id=dataset.img_start_token_id,
+                patch_start_token_id=dataset.patch_start_token_id,
+                image_size=dataset.image_size,
+                patch_image_size=dataset.patch_image_size,
+                encoder_patch_size=dataset.encoder_patch_size,
+            )
             prepare = functools.partial(model_inputs, stage=_stage_of(model), preprocess=preprocess)
             if self._depth == 0 or not _may_be_read_ahead(data_iterator):
                 return prepare(next(data_iterator))
@@ -214,9 +233,9 @@ def _may_be_read_ahead(data_iterator: Any) -> bool:
 
     if not isinstance(data_iterator, RerunDataIterator):
         return False
-    # A state of what was read is wrong, unless it can be told what was used.
+    # A saved state must count the packs that were used, not those that were read.
     packs = data_iterator.iterable
-    return hasattr(packs, "read_ahead_by") or not hasattr(packs, "save_state")
+    return isinstance(packs, CountsUsedPacks) or not hasattr(packs, "save_state")
 
 
 def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:

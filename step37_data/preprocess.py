@@ -1,7 +1,7 @@
-"""A packed batch to the model's input: tokens and pixels on the device.
+"""Turns a packed batch into the model's input: tokens and pixels on the device.
 
-Image files are decoded by Pillow and resized as Pillow does it; the numbers are those of the stock
-path, bit for bit, whatever device they are made on.
+Image files are decoded by Pillow and resized as Pillow does it. The values are those of the stock
+functions, bit for bit, on the CPU and on a CUDA device alike.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,17 +21,19 @@ from step37_data.common.image_entry import (
     PATCH_ITEM_TYPE,
     Entry,
     ImageEntry,
-    checked_entries,
     checked_kind,
 )
 from step37_data.images import decode
-from step37_data.images.crop_pixels import PixelOrder
 from step37_data.images.device import Device, resolve_device, to_device
-from step37_data.images.stacks import ImageReader
+from step37_data.images.options import ImageKeywords, ImageOptions
+from step37_data.images.stacks import find_broken, load_stacks
 from step37_kernels.image_insert_embedding import ImageForInsert
 from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
 from step37_kernels.pixels.normalize import CLIP_STD as _CLIP_STD  # noqa: F401
 from step37_kernels.pixels.normalize import clip_normalize
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -43,68 +45,42 @@ def load_images(
     *,
     image_size: int,
     patch_image_size: int,
-    device: Device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    on_broken: decode.OnBroken = "zero",
-    broken: decode.BrokenImages | None = None,
-    threads: int | None = None,
-    pixel_order: PixelOrder = "pillow",
-    max_pixels: int | None = None,
+    **options: Unpack[ImageKeywords],
 ) -> list[tuple[torch.Tensor, int]]:
     """Read, resize and normalise image files.
 
-    Element for element what Pillow and NumPy give: ``Image.open(path).convert("RGB")``, BILINEAR
-    to a square, ``((x / 255) - mean) / std`` in fp32.
+    The values are those that Pillow and NumPy give, bit for bit:
+    ``Image.open(path).convert("RGB")``, BILINEAR to a square, ``((x / 255) - mean) / std`` in fp32.
 
     Args:
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
             the window, the full image or a crop of a picture that is seen in crops. Such a picture
             is decoded, and told to ``broken``, once, however many windows it has. An
             :class:`~step37_data.common.image_entry.EncodedImage` may stand in place of a path.
-        image_size, patch_image_size: side in pixels of the images of either type.
-        device: where the results go; None is the CUDA device, or the CPU where there is none.
-        dtype: of the results.
-        on_broken: an unreadable file gives a black 224×224 picture and a warning (``"zero"``,
-            ``"skip-loss"``) or a :class:`~step37_data.images.decode.BrokenImageError`
-            (``"raise"``).
-        broken: told about every image, for the report at the end of the epoch.
-        threads: decoding threads; None takes the cores at hand, at most 8.
-        pixel_order: ``"pillow"`` as above: resized in 8 bits, then normalised. ``"serving"``: the
-            last resize as the model's own processor makes it, normalised first and then resized
-            with antialiasing in fp32, an image at a time. Pillow rounds to 8 bits after each of
-            its two passes, serving never: on photographs resized to 728 the two were at most 1.01
-            of 255 levels apart in fp32, 0.23 on average, and 55 % of the bf16 values differed. A
-            window that has 504 pixels already is the same in both.
-        max_pixels: a picture of more counts as unreadable, before it is decoded: that takes seven
-            bytes a pixel and thread. None is Pillow's own limit, twice ``Image.MAX_IMAGE_PIXELS``:
-            179 million, 1.3 GB.
+        image_size, patch_image_size: side in pixels of full images and of crops.
+        options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
+            Here ``device`` is ``"cpu"`` and ``dtype`` ``torch.float32`` where they are not given,
+            as in the function that this one replaces.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
 
     Raises:
-        ValueError: an entry of ``image_paths`` is of another form, an image type neither of the
-            two, a side below 1, ``on_broken`` none of the three, or ``pixel_order`` neither of the
-            two.
+        ValueError: an entry of ``image_paths`` is of another form or not what ``multicrop`` says,
+            an image type neither of the two, or an option none of the values that it may be.
+        TypeError: there is no such option.
     """
-    entries = checked_entries("image_paths", image_paths)
-    reader = ImageReader(
-        sides=_sides(image_size, patch_image_size),
-        device=resolve_device(device),
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-        max_pixels=max_pixels,
-    )
-    stacks, _ = reader.load_stacks(entries)
+    options.setdefault("device", "cpu")
+    options.setdefault("dtype", torch.float32)
+    reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
+    entries = reading.checked_entries(image_paths)
+    stacks, _ = load_stacks(entries, reading)
     rows = {kind: iter(stack) for kind, stack in stacks.items()}
     return [(next(rows[entry.kind]), entry.kind) for entry in entries]
 
 
 def _load_image(path: str) -> Image.Image:
-    """A picture in RGB; a black one of 224×224 and a warning where it cannot be read."""
+    """Read a picture in RGB; an unreadable one is black, 224×224, and a warning is logged."""
     try:
         return decode.read_rgb(path)
     except decode.BrokenImageError as error:
@@ -113,17 +89,10 @@ def _load_image(path: str) -> Image.Image:
 
 
 def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
-    """A picture resized by Pillow's BILINEAR, ``/ 255``, normalised: ``[3, size, size]`` fp32."""
+    """Resize by Pillow's BILINEAR, divide by 255 and normalise: ``[3, size, size]`` fp32."""
     resized = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
     normalized = clip_normalize(torch.from_numpy(resized)[None], dtype=torch.float32, impl="torch")
     return normalized[0]
-
-
-def _sides(image_size: int, patch_image_size: int) -> dict[int, int]:
-    return {
-        PATCH_ITEM_TYPE: checked_int("patch_image_size", patch_image_size),
-        IMAGE_ITEM_TYPE: checked_int("image_size", image_size),
-    }
 
 
 def build_image_for_insert(
@@ -174,7 +143,7 @@ def compute_rope_args(
     device: Device = None,
     to_cuda: bool | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Cumulated counts of vision patches, ``(H // patch_size) * (W // patch_size)`` an image.
+    """Sum up the vision patches of images, ``(H // patch_size) * (W // patch_size)`` each.
 
     Args:
         images: ``[..., H, W]`` each; sizes may differ.
@@ -209,14 +178,7 @@ def preprocess_packed_batch(
     patch_image_size: int,
     encoder_patch_size: int,
     only_pp_first_stage: bool = True,
-    device: Device = None,
-    dtype: torch.dtype = torch.bfloat16,
-    on_broken: decode.OnBroken | None = None,
-    broken: decode.BrokenImages | None = None,
-    threads: int | None = None,
-    multicrop: bool | None = None,
-    pixel_order: PixelOrder = "pillow",
-    max_pixels: int | None = None,
+    **options: Unpack[ImageKeywords],
 ) -> dict[str, Any]:
     """Build the model's input from a packed batch.
 
@@ -227,22 +189,13 @@ def preprocess_packed_batch(
             Tensors are expected on the host: the start tokens are counted there, so tokens that
             are on a CUDA device already are fetched back, which waits for the device.
         img_start_token_id, patch_start_token_id: the start tokens of images and crops.
-        image_size, patch_image_size: side in pixels of images and crops.
+        image_size, patch_image_size: side in pixels of full images and of crops.
         encoder_patch_size: side in pixels of a vision patch.
         only_pp_first_stage: load images only on Megatron's first pipeline stage, if Megatron's
-            parallel state is initialised.
-        device: where everything goes; None is the CUDA device, or the CPU where there is none.
-        dtype: of the images.
-        on_broken: see :func:`load_images`; None does what the ``on_broken`` of the pack says, if it
-            has one, and otherwise ``"zero"``. ``"skip-loss"`` also sets the loss mask of the
-            samples that hold an unreadable image to zero (on every stage that has tokens, which
-            therefore decodes them).
-        broken: told about every image, for the report at the end of the epoch.
-        threads: decoding threads.
-        multicrop: whether pictures are seen in crops. None leaves that to the template, whose
-            ``image_paths`` then carry windows; True and False refuse a pack that was made
-            otherwise.
-        pixel_order, max_pixels: see :func:`load_images`.
+            parallel state is initialised. With ``on_broken="skip-loss"`` every stage that has
+            tokens decodes them all the same: it has to know which samples lose their loss.
+        options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
+            ``device`` is where everything goes, not the images alone.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -254,6 +207,7 @@ def preprocess_packed_batch(
         ValueError: an argument is none of the values it may be, a start token is negative (not
             resolved), a tensor has another shape (a batch that was not unwrapped), or
             ``image_paths`` are not what ``multicrop`` says.
+        TypeError: there is no such option.
     """
     unset = "(-1: the provider's build_datasets() has not run)"
     starts = {
@@ -262,18 +216,11 @@ def preprocess_packed_batch(
     }
     checked_int("encoder_patch_size", encoder_patch_size)
     _check_shapes(batch)
-    on_broken = on_broken or batch.get("on_broken", "zero")
-    target = resolve_device(device)
-    reader = ImageReader(
-        sides=_sides(image_size, patch_image_size),
-        device=target,
-        dtype=dtype,
-        on_broken=on_broken,
-        broken=broken,
-        threads=threads,
-        pixel_order=pixel_order,
-        max_pixels=max_pixels,
-    )
+    if options.get("on_broken") is None:
+        options["on_broken"] = batch.get("on_broken", "zero")
+    reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
+    skip_loss = reading.on_broken == "skip-loss"
+    target = resolve_device(reading.device)
     cu_seqlens = batch["cu_seqlens"]
     layout = {
         "cu_seqlens": to_device(cu_seqlens, target),
@@ -285,22 +232,21 @@ def preprocess_packed_batch(
 
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
-    given = checked_entries("image_paths", batch.get("image_paths", ()))
-    _check_multicrop(given, multicrop)
+    given = reading.checked_entries(batch.get("image_paths", ()))
     entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():
-        stacks, reasons = reader.load_stacks(entries)
+        stacks, reasons = load_stacks(entries, reading)
         for kind, images in stacks.items():
             if len(images):
                 group = ImageForInsert(starts[kind], images)
                 rope = compute_rope_args(images, encoder_patch_size, device=target)
                 group.rope_cu_seqlens, group.rope_max_seq_len = rope
                 groups.append(group)
-    elif on_broken == "skip-loss":
-        # The loss is computed on this stage, perhaps: it has to know as much as the first one.
-        reasons = reader.find_broken(entries)
-    if on_broken == "skip-loss":
+    elif skip_loss:
+        # This stage may compute the loss, so it needs to know which files are unreadable.
+        reasons = find_broken(entries, reading)
+    if skip_loss:
         spoilt = [place for place, why in zip(positions, reasons, strict=True) if why is not None]
         loss_masks = _without_samples(loss_masks, cu_seqlens.cpu(), spoilt)
     rows = {"input_ids": batch["tokens"], "labels": batch["labels"], "loss_masks": loss_masks}
@@ -316,17 +262,14 @@ def _check_shapes(batch: Mapping[str, Any]) -> None:
             raise ValueError(f"batch: expected {key} of shape {expected}, {got}")
 
 
-def _check_multicrop(entries: Sequence[ImageEntry], multicrop: bool | None) -> None:
-    for entry in entries:
-        if multicrop is not None and (entry.window is not None) != multicrop:
-            told = f"{entry.path} in image_paths carries {entry.window or 'no window'}"
-            raise ValueError(f"multicrop: {multicrop}, but {told}; give the template the same")
-
-
 def _used_images(
     given: Sequence[ImageEntry], tokens: torch.Tensor, starts: Mapping[int, int]
 ) -> tuple[list[ImageEntry], list[int]]:
-    """The images and the places of their start tokens, type by type, up to the smaller count."""
+    """Pair the images of each type with the start tokens of that type, in order.
+
+    Returns:
+        The images that have a start token, crops first, and the position of each one's token.
+    """
     entries: list[ImageEntry] = []
     positions: list[int] = []
     for kind, start in starts.items():
@@ -344,7 +287,7 @@ def _used_images(
 def _without_samples(
     loss_masks: torch.Tensor, cu_seqlens: torch.Tensor, positions: Sequence[int]
 ) -> torch.Tensor:
-    """``loss_masks`` with zeros over every sample that one of the ``positions`` lies in."""
+    """Take the samples that the ``positions`` lie in out of the loss: zeros in ``loss_masks``."""
     if not positions:
         return loss_masks
     places = torch.tensor(positions, dtype=cu_seqlens.dtype)

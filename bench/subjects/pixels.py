@@ -41,10 +41,11 @@ from bench.photographs import (
 from bench.report import Column, Table
 from step37_data.common.image_entry import Entry, ImageEntry
 from step37_data.common.threads import available_cores, default_threads, map_threads
-from step37_data.images import stacks
+from step37_data.images import decode, stacks
 from step37_data.images.crop_pixels import PixelOrder, normalize_into
 from step37_data.images.crops import CROP_SIZE, IMAGE_SIZE, CropPlan
 from step37_data.images.decode import decode_into, open_image, read_rgb
+from step37_data.images.options import ImageOptions
 from step37_data.prefetch import Prefetcher
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
@@ -139,7 +140,7 @@ def peer(name: str) -> ModuleType | None:
 
 
 def stages(paths: Sequence[str]) -> dict[str, Ways]:
-    """List what is done to one photograph, by stage and by way; ours decodes into warm memory."""
+    """List what is done to one photograph, by stage and way (simplejpeg: into warm memory)."""
     pictures = {path: stock_decode(path) for path in paths}
     memory = {path: np.array(picture) for path, picture in pictures.items()}
     resized = {path: stock_resize(picture, SIZE) for path, picture in pictures.items()}
@@ -156,7 +157,7 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
 
     def by_pillow(path: str) -> None:
         with open_image(path) as image:
-            memory[path][:] = np.asarray(image.convert("RGB"))
+            decode._in_rgb(image)
 
     found: dict[str, Ways] = {
         "read, decode (Pillow)": {
@@ -232,25 +233,27 @@ def stage_times(each_s: float) -> dict[tuple[str, int, str], Took]:
         for stage, threads, way in keys
     }
     # Memory as PyTorch's pinned allocator hands it out: used before.
-    warm: dict[tuple[int, int], list[torch.Tensor]] = {}
+    warm: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def staged(threads: int) -> None:
         """Do everything that comes before the copy to the device."""
-        reader = stacks.ImageReader(
-            sides={0: SIZE, 1: SIZE}, device=CPU, dtype=torch.bfloat16, threads=threads
-        )
-        for picture in reader._read(wanted, True, lambda picture: picture)[0]:
-            warm.setdefault(picture.pixels.shape[:2], []).append(picture.pixels)
+        options = ImageOptions(image_size=SIZE, patch_image_size=SIZE, threads=threads)
+        to_pixels = functools.partial(stacks._staged, device=CPU, as_viewed=False)
+        read = stacks._read(wanted, options, to_pixels=to_pixels, use=lambda one: one)
+        for picture in read[0]:
+            warm.setdefault(tuple(picture.pixels.shape), []).append(picture.pixels)
 
-    def pinned(height: int, width: int) -> torch.Tensor:
-        kept = warm.get((height, width))
-        return kept.pop() if kept else torch.empty((height, width, 3), dtype=torch.uint8)
+    def host_memory(
+        shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        kept = warm.get(tuple(shape))
+        return kept.pop() if kept else torch.empty(tuple(shape), dtype=dtype, device=device)
 
     for threads in THREADS:
         calls[FOR_CUDA, threads, "ours"] = functools.partial(staged, threads)
         calls[FOR_CPU, threads, "ours"] = functools.partial(ours, entries, CPU, threads)
     named = {str(key): call for key, call in calls.items()}
-    with mock.patch.object(stacks, "pinned", pinned):
+    with mock.patch.object(stacks, "host_memory", host_memory):
         times = interleaved(named, each_s)
     return {key: times[str(key)] for key in calls}
 

@@ -1,7 +1,7 @@
-"""One picture of a sample: its file, whether it is a full image or a crop, and how many tokens.
+"""Describes one picture of a sample: its file, full image or crop, and the tokens it takes.
 
 The text modules (template, placeholders) and the image modules (crops, decoding) both need these
-names, so they stand below both.
+names, so they are in this package, which both may import.
 """
 
 from __future__ import annotations

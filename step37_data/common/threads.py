@@ -1,4 +1,7 @@
-"""Threads that no one waits for at the end of the interpreter: one of them may be stuck."""
+"""Runs functions in threads that the interpreter does not wait for when it ends.
+
+One of them may be stuck in a file or a connection, and would keep the process alive.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-"""What a thread is to do, one after the other, and where the results go; None ends it."""
+"""What a thread has to do, in order, each with the future that gets the result; None ends it."""
 
 
 def start_thread(work: Work, name: str) -> threading.Thread:
-    """A daemon that works off ``work``: the interpreter joins all other threads when it ends."""
+    """Start a thread that works off ``work``: a daemon, for which the interpreter does not wait."""
     thread = threading.Thread(target=_work_off, args=(work,), name=name, daemon=True)
     thread.start()
     return thread
@@ -34,7 +37,7 @@ def _work_off(work: Work) -> None:
                 future.set_result(make())
             except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
-        del item, future, make  # They hold what may be forgotten before the next item comes.
+        del item, future, make  # or they would keep its data alive until the next item comes
 
 
 def available_cores() -> int:
@@ -45,16 +48,16 @@ def available_cores() -> int:
 
 
 def default_threads() -> int:
-    """Decoding threads if nobody says how many: the cores this process may use, at most 8."""
+    """How many threads decode by default: the cores this process may use, at most 8."""
     return min(8, available_cores())
 
 
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None
 ) -> list[_Result]:
-    """``map(function, items)`` on ``threads`` threads, in order; the first error is raised.
+    """Return ``list(map(function, items))``, computed by ``threads`` threads.
 
-    ``threads=1`` runs in the calling thread.
+    One thread is the calling one. The first error is raised.
     """
     count = default_threads() if threads is None else checked_int("threads", threads)
     if count == 1:

@@ -1,7 +1,7 @@
-"""The pixels of a picture as it is seen in crops: the full image and the windows, 8-bit.
+"""Makes the full image and the canvas of a picture that is seen in crops, and cuts windows from it.
 
-Twice the same chain, with the same result bit for bit: with Pillow, a picture at a time, for
-decoding threads on the host; and on a device, all pictures of a pack at once from one buffer.
+There are two implementations, which give the same 8-bit pixels bit for bit: with Pillow, one
+picture at a time, for the decoding threads; and on a device, all pictures of a pack at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BILINEAR = Image.Resampling.BILINEAR
 
 
 def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
-    """The picture in the top left corner of a black one of ``plan.padded_size``."""
+    """Put the picture in the top left corner of a black one of ``plan.padded_size``."""
     if plan.padded_size == plan.size:
         return picture
     square = Image.new("RGB", plan.padded_size)
@@ -38,19 +38,19 @@ def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
 
 
 def full_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
-    """The picture padded and capped as ``plan`` says: RGB of ``plan.full_size``."""
+    """Pad and cap the picture as ``plan`` says: RGB of ``plan.full_size``."""
     picture = padded_image(picture, plan)
     # A resize to the size it has copies the picture, which costs a pass over its memory.
     return picture if picture.size == plan.full_size else picture.resize(plan.full_size, _BILINEAR)
 
 
 def canvas_image(full: Image.Image, plan: CropPlan) -> Image.Image:
-    """The canvas that ``plan.windows`` are cut from, of the full image."""
+    """Resize the full image to the canvas that ``plan.windows`` are cut from."""
     return full if full.size == plan.canvas_size else full.resize(plan.canvas_size, _BILINEAR)
 
 
 def cut(canvas: Image.Image, window: Window) -> Image.Image:
-    """A window of a canvas, black where it reaches beyond."""
+    """Cut a window from a canvas; it is black where it reaches beyond."""
     x, y, width, height = window
     if window == (0, 0, *canvas.size):
         return canvas
@@ -60,7 +60,7 @@ def cut(canvas: Image.Image, window: Window) -> Image.Image:
 def prepare_on_device(
     pictures: RaggedImages, plans: Sequence[CropPlan], *, impl: Impl = "auto"
 ) -> tuple[RaggedImages, RaggedImages, dict[int, int]]:
-    """Full images and canvases of pictures in one buffer, with four launches at most.
+    """Make the full images and canvases of all pictures, with at most four kernel launches.
 
     Args:
         pictures: each of its plan's ``padded_size``.
@@ -79,28 +79,28 @@ def prepare_on_device(
     canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
     sizes = [plans[i].canvas_size[::-1] for i in cropped]
     padded_sizes = [plans[i].canvas_reach[::-1] for i in cropped]
-    # A file that is taken as it is is a canvas already.
+    # A file that is shown whole needs no canvas of its own.
     if not sizes == padded_sizes == shapes:
         canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
     return full, canvases, {i: number for number, i in enumerate(cropped)}
 
 
 def rectangle(picture: int, window: Window) -> Crop:
-    """A window of a picture, for the kernels."""
+    """Describe a window of a picture as the kernels take it."""
     x, y, width, height = window
     return Crop(image=picture, left=x, top=y, right=x + width, bottom=y + height)
 
 
 def normalize_into(place: torch.Tensor, pixels: npt.NDArray[np.uint8]) -> None:
-    """:func:`clip_normalize` of one ``[h, w, 3]`` picture, to ``place``, ``[3, h, w]`` on the CPU.
+    """Normalise a ``[h, w, 3]`` picture into ``place``, ``[3, h, w]``, like :func:`clip_normalize`.
 
-    Looked up in a table, in the thread that calls: PyTorch's operations would each start as many
-    threads as there are cores, beside every thread that decodes.
+    The values are looked up in a table, in the thread that calls. PyTorch's operations would each
+    start as many threads as there are cores, beside all the threads that decode.
     """
-    levels = _levels(place.dtype)  # first: it says which dtypes there are
+    levels = _levels(place.dtype)  # comes first because it refuses other dtypes
     bits = place.view(_BITS[place.element_size()]).numpy()
     for channel, table in enumerate(levels):
-        # Every byte is in the table; in mode "raise" NumPy would look first, in a copy.
+        # The table has all 256 values. Mode "raise" would check the indices, in a copy of them.
         table.take(pixels[..., channel], out=bits[channel], mode="wrap")
 
 
@@ -109,7 +109,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @functools.cache
 def _levels(dtype: torch.dtype) -> npt.NDArray[np.generic]:
-    """The bits of the 256 levels of each channel, normalised: ``[3, 256]``."""
+    """Normalise all 256 levels of each channel; their bits as integers, ``[3, 256]``."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(-1, -1, -1, 3)
     normalized = clip_normalize(levels, dtype=dtype, impl="torch")[0, :, 0]
     bits: npt.NDArray[np.generic] = normalized.view(_BITS[normalized.element_size()]).numpy()
@@ -117,9 +117,9 @@ def _levels(dtype: torch.dtype) -> npt.NDArray[np.generic]:
 
 
 def normalize_then_resize(picture: torch.Tensor, size: int) -> torch.Tensor:
-    """The last resize as serving does it: normalise in fp32, then resize with antialiasing.
+    """Normalise in fp32, then resize with antialiasing, as the model's own processor does.
 
-    The numbers are those of ``ToTensor``, ``Normalize`` and ``Resize(BILINEAR, antialias=True)`` of
+    The values are those of ``ToTensor``, ``Normalize`` and ``Resize(BILINEAR, antialias=True)`` of
     torchvision, on the device of ``picture``.
 
     Args:

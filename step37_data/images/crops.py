@@ -1,4 +1,4 @@
-"""Where the crops of a picture lie, and what stands for it in the text: from its size alone.
+"""Plans, from the size of a picture alone, where its crops lie and how many tokens it takes.
 
 Step-3.7 sees a picture as one full image of 728×728 and, unless the picture is small and roughly
 square, a grid of crops of 504×504, cut from a *canvas*: the picture resized so that whole windows
@@ -152,29 +152,39 @@ def _canvas_side(side: int, window: int) -> int:
     return window * (whole + 1 if ratio - side // window > _ROUND_UP_ABOVE else whole)
 
 
-def picture_size(path: ImageFile) -> tuple[int, int]:
-    """(width, height) from the header of an image file; no pixel is decoded.
+def picture_size(path: ImageFile, *, as_viewed: bool = False) -> tuple[int, int]:
+    """(width, height) of a picture, from the header of its file; no pixel is decoded.
+
+    Args:
+        path: of the image file, or its content.
+        as_viewed: what the picture will be read with: a picture that EXIF turns on its side has
+            width and height the other way round.
 
     Raises:
         BrokenImageError: Pillow cannot read the header.
     """
-    # Imported here: planning needs no Pillow.
-    from step37_data.images.decode import open_image
+    # Imported here, so that planning needs no Pillow.
+    from step37_data.images.decode import open_image, shown_size
 
     with open_image(path) as image:
-        return image.size
+        return shown_size(image, as_viewed=as_viewed)
 
 
-def plan_file(path: ImageFile) -> CropPlan:
+def plan_file(path: ImageFile, *, as_viewed: bool = False) -> CropPlan:
     """Plan the crops of an image file from its header.
 
     A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
     puts in its place; decoding also reports it.
+
+    Args:
+        path: of the image file, or its content.
+        as_viewed: what the picture will be read with (``ImageOptions.as_viewed``): width and height
+            depend on it.
     """
     from step37_data.images.decode import BROKEN_SIZE
 
     try:
-        return plan_crops(*picture_size(path))
+        return plan_crops(*picture_size(path, as_viewed=as_viewed))
     except ValueError as error:  # a BrokenImageError among them
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)

@@ -1,4 +1,4 @@
-"""Image files to RGB pictures by Pillow, or as Pillow does it, and what happens to broken files."""
+"""Reads image files as RGB pictures, as Pillow does, and reports files that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from step37_data.common.extras import how_to_get
 from step37_data.common.image_entry import EncodedImage, ImageFile
@@ -25,34 +25,37 @@ OnBroken = Literal["zero", "raise", "skip-loss"]
 
 BROKEN_SIZE = (224, 224)
 
-# Pillow reads each of them by itself. It gives EPS to Ghostscript, an external program.
+_ORIENTATION = 0x0112
+
+# Pillow reads each of them by itself; for EPS it would start Ghostscript, an external program. It
+# tries them in this order: the common ones are first.
 _PICTURE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
     "AVIF",
     "BMP",
     "DIB",
-    "GIF",
     "ICO",
-    "JPEG",
     "JPEG2000",
     "MPO",
     "PCX",
-    "PNG",
     "PPM",
     "QOI",
     "SGI",
     "TGA",
     "TIFF",
-    "WEBP",
 )
 _formats_lock = threading.Lock()
 _formats: tuple[str, ...] = ()
 
 
 def picture_formats() -> tuple[str, ...]:
-    """The formats that are read, of those that the installed Pillow knows. Thread-safe.
+    """Return the formats that are read, as far as the installed Pillow knows them. Thread-safe.
 
-    Pillow loads its plugins at the first need, which is not thread-safe, so the first call loads
-    all of them and other threads wait for it.
+    Pillow loads its plugins when it first needs them, which is not thread-safe. So the first call
+    loads all of them, and other threads wait for it.
     """
     global _formats
     with _formats_lock:
@@ -124,17 +127,19 @@ class BrokenImages:
 
 @contextlib.contextmanager
 def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image.Image]:
-    """``Image.open(path)``, closed again; ``s3://`` through megfile, as the stock loader has it.
+    """Open an image file for a ``with`` block, as ``Image.open(path)`` does, and close it again.
+
+    Paths that begin with ``s3://`` are read through megfile, as by the stock loader.
 
     Raises:
-        BrokenImageError: there is no regular file, or Pillow cannot read it, here or where the
-            picture is used: its readers raise errors of any kind on damaged files. Also a file of
-            a format that is not among :func:`picture_formats`, whatever its name ends in. A
-            ``MemoryError`` says nothing about the file and is raised as it is. Also a picture of
-            more than ``max_pixels``.
-        ImportError: the path begins with ``s3://`` and megfile is not installed. No image is at
-            fault then, so that is never taken for a broken one; nor is what megfile raises for a
-            store that cannot be reached.
+        BrokenImageError: there is no regular file; it is of a format that is not among
+            :func:`picture_formats`, whatever its name ends in; the picture has more than
+            ``max_pixels``; or Pillow cannot read it, here or inside the block: Pillow's readers
+            raise errors of any kind on damaged files. A ``MemoryError`` says nothing about the file
+            and is raised as it is.
+        ImportError: the path begins with ``s3://`` and megfile is not installed. That is no fault
+            of the image, so it is not raised as a ``BrokenImageError``; neither is what megfile
+            raises where the store cannot be reached.
     """
     source: str | io.BytesIO
     if isinstance(path, EncodedImage):
@@ -143,7 +148,7 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
         source = _fetched(path) if path.startswith("s3://") else path
     try:
         # A pipe or a device can let its reader wait for ever.
-        if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        if isinstance(source, str) and not os.path.isfile(source) and os.path.exists(source):
             raise OSError("expected a regular file")
         with _opened(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
@@ -190,10 +195,21 @@ def _fetched(path: str) -> io.BytesIO:
         raise _broken(path, error) from error
 
 
-def read_rgb(path: ImageFile, max_pixels: int | None = None) -> Image.Image:
-    """``Image.open(path).convert("RGB")``: no EXIF turn, the file closed again."""
+def read_rgb(
+    path: ImageFile, max_pixels: int | None = None, *, as_viewed: bool = False
+) -> Image.Image:
+    """Read an image file: ``Image.open(path).convert("RGB")``, the file closed again.
+
+    Args:
+        path: of the file, or its content.
+        max_pixels: a picture of more is refused before it is decoded.
+        as_viewed: see :func:`rgb_image`.
+
+    Raises:
+        BrokenImageError: see :func:`open_image`.
+    """
     with open_image(path, max_pixels) as image:
-        return rgb_image(image)
+        return rgb_image(image, as_viewed=as_viewed)
 
 
 def why_broken(path: ImageFile) -> str | None:
@@ -205,34 +221,121 @@ def why_broken(path: ImageFile) -> str | None:
     return None
 
 
-def rgb_image(image: Image.Image) -> Image.Image:
+def rgb_image(image: Image.Image, *, as_viewed: bool = False) -> Image.Image:
     """``image.convert("RGB")`` of a picture that :func:`open_image` has opened.
 
     Where simplejpeg is installed it decodes the JPEGs of three colours, or of grey, that have no
     fault, which gives the same pixels in two thirds of the time.
+
+    Args:
+        image: not decoded yet.
+        as_viewed: show it as image viewers do: turned by its EXIF orientation, transparent parts
+            on white, the upper 8 of 16 bits. False is what ``convert`` alone makes of it: turned as
+            the camera was held, with the colours that are hidden in transparent parts, and white
+            where a grey value of 16 bits exceeds 255.
     """
+    if as_viewed and (_orientation(image) != 1 or _has_16_bits(image) or _has_alpha(image)):
+        return _viewed(image)
     pixels = _by_simplejpeg(image)
-    return image.convert("RGB") if pixels is None else Image.fromarray(pixels)
+    return _in_rgb(image) if pixels is None else Image.fromarray(pixels)
 
 
-def decode_into(memory: npt.NDArray[np.uint8], image: Image.Image) -> None:
-    """The pixels of :func:`rgb_image` to where they are wanted, ``[height, width, 3]``.
+def shown_size(image: Image.Image, *, as_viewed: bool = False) -> tuple[int, int]:
+    """(width, height) of what :func:`rgb_image` gives, from the header of the file."""
+    width, height = image.size
+    return (height, width) if as_viewed and _orientation(image) >= 5 else (width, height)
 
-    simplejpeg decodes right there. Pillow has a layout of its own, four bytes a pixel, which is
-    read out and copied once.
+
+def decode_into(
+    memory: npt.NDArray[np.uint8], image: Image.Image, *, as_viewed: bool = False
+) -> None:
+    """Write the pixels of :func:`rgb_image` to ``memory``, ``[height, width, 3]``.
+
+    simplejpeg decodes into it. Pillow keeps four bytes a pixel, so its pixels are copied.
     """
-    if _by_simplejpeg(image, memory) is None:
-        memory[...] = np.asarray(image.convert("RGB"))
+    if as_viewed or _by_simplejpeg(image, memory) is None:
+        memory[...] = np.asarray(rgb_image(image, as_viewed=as_viewed))
+
+
+def viewed_otherwise(image: Image.Image) -> list[str]:
+    """What an image viewer shows otherwise than training does, by name; mostly nothing.
+
+    Args:
+        image: opened by :func:`open_image`. Its pixels are decoded if it has transparency.
+
+    Returns:
+        Of ``"turned by EXIF"``, ``"transparent"`` (a pixel of it at least), ``"16 bits"`` and
+        ``"animated"``, those that hold, in this order. All but ``"animated"``, of which the first
+        frame is shown, go away with ``as_viewed``.
+    """
+    transparent = _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255
+    found = {
+        "turned by EXIF": _orientation(image) != 1,
+        "transparent": transparent,
+        "16 bits": _has_16_bits(image),
+        "animated": image.format != "MPO" and getattr(image, "is_animated", False),
+    }
+    return [name for name, holds in found.items() if holds]
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a viewer turns the picture, 1 (not at all) to 8, as EXIF counts."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these by itself, whoever asks.
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # Pillow's readers raise errors of any kind on damaged EXIF
+        logger.debug("the EXIF of a picture is unreadable, so it is not turned: %s", error)
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits; Pillow itself makes 8 bits of colours."""
+    of_16 = image.mode == "I" and image.format in ("PNG", "PPM")
+    return of_16 or image.mode.startswith("I;16")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or (
+        image.mode in ("RGB", "L", "P", "1") and "transparency" in image.info
+    )
+
+
+def _viewed(image: Image.Image) -> Image.Image:
+    """Convert to RGB as image viewers show the picture."""
+    of_16_bits, orientation = _has_16_bits(image), _orientation(image)
+    image.load()
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    if of_16_bits:
+        # The upper byte, which is what Pillow takes of colours of 16 bits.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not _has_alpha(image):
+        return _in_rgb(image)
+    image = image.convert("RGBA")
+    shown = Image.new("RGB", image.size, (255, 255, 255))
+    shown.paste(image, mask=image.getchannel("A"))
+    return shown
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """``image.convert("RGB")``, but for the copy of one that is in RGB already."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _by_simplejpeg(
     image: Image.Image, memory: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """The pixels, in ``memory`` if given; None, and anything in it, if they are Pillow's to read"""
+    """Decode by simplejpeg, into ``memory`` if given; None where Pillow has to read the file.
+
+    ``memory`` may hold anything then.
+    """
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if plain and (fast := _simplejpeg()):
         image.fp.seek(0)
-        with contextlib.suppress(ValueError):  # any fault: Pillow knows what to do
+        with contextlib.suppress(ValueError):  # Pillow reads files that have any fault
             pixels = fast.decode_jpeg(image.fp.read(), strict=True, buffer=memory)
             if pixels.shape == (image.height, image.width, 3):
                 return pixels
@@ -241,7 +344,7 @@ def _by_simplejpeg(
 
 @functools.cache
 def _simplejpeg() -> Any:
-    """simplejpeg, if it is installed and decodes as the installed Pillow does, tried out once."""
+    """The module simplejpeg if it is installed and decodes as Pillow does; compared once."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -258,8 +361,8 @@ def _simplejpeg() -> Any:
     return simplejpeg
 
 
-def pass_over(error: BrokenImageError, on_broken: OnBroken) -> str:
-    """Its reason, with a warning that black is used; raised, if ``on_broken`` is ``"raise"``."""
+def pass_over(error: BrokenImageError, on_broken: OnBroken | None) -> str:
+    """Warn that black is used and return the reason; raise if ``on_broken`` is ``"raise"``."""
     if on_broken == "raise":
         raise error
     logger.warning("%s: black is used in its place", error)

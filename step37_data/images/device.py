@@ -1,4 +1,4 @@
-"""Where tensors go, and how pixels get there without the host waiting."""
+"""Chooses the device, and copies tensors to it without making the host wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Device = torch.device | str | None
 
 
 def resolve_device(device: Device) -> torch.device:
-    """``device``; for None the current CUDA device, or the CPU where there is none."""
+    """Return ``device`` with its index; None is the current CUDA device, or the CPU without one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     resolved = torch.device(device)
@@ -23,42 +23,62 @@ def resolve_device(device: Device) -> torch.device:
     return resolved
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to ``device`` without waiting: through pinned memory where the device is CUDA."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def host_memory(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Allocate memory on the host, uninitialised, for what is then copied to ``device``.
 
-
-def pinned(height: int, width: int) -> torch.Tensor:
-    """Memory for one picture, uint8 ``[height, width, 3]``, that a CUDA device copies from.
-
-    PyTorch's pinned allocator hands it out again once the copy is done.
+    For a CUDA device it is pinned, so that the copy runs while the host goes on. PyTorch's
+    allocator of pinned memory hands it out again once the copy is done.
 
     Raises:
         MemoryError: in place of CUDA's error, which no picture is at fault for.
     """
+    pin = device.type == "cuda"
     try:
-        return torch.empty((height, width, 3), dtype=torch.uint8, device="cpu", pin_memory=True)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=pin)
     except RuntimeError as error:
-        raise MemoryError(f"pinned memory for {width}×{height} pixels: {error}") from error
+        raise MemoryError(f"host memory of shape {tuple(shape)}: {error}") from error
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to ``device``; the host does not wait for a CUDA device."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = host_memory(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImages:
-    """Copy :func:`pinned` pictures into one buffer on a CUDA device, on a stream for copies."""
+    """Copy pictures in :func:`host_memory` into one buffer on ``device``.
+
+    On a CUDA device the copies run on a stream for copies, and the current stream waits for them.
+
+    Args:
+        pictures: uint8 ``[height, width, 3]`` each.
+        device: where the buffer is.
+    """
     sizes = [picture.numel() for picture in pictures]
-    stream = _copy_stream(device.index)
-    current = torch.cuda.current_stream(device)
-    with torch.cuda.stream(stream):
-        data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        for part, picture in zip(data.split(sizes), pictures, strict=True):
-            part.copy_(picture.view(-1), non_blocking=True)
-    current.wait_stream(stream)
-    # Allocated on the copy stream, used on this one: not to be handed out before this one is done.
-    data.record_stream(current)
+    if device.type == "cuda":
+        stream = _copy_stream(device.index)
+        current = torch.cuda.current_stream(device)
+        with torch.cuda.stream(stream):
+            data = _gathered(pictures, sizes, device)
+        current.wait_stream(stream)
+        # Allocated on the copy stream, used on this one: it must not be handed out again before
+        # this one is done with it.
+        data.record_stream(current)
+    else:
+        data = _gathered(pictures, sizes, device)
     offsets = [0, *itertools.accumulate(sizes)][:-1]
     shapes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
     return RaggedImages(data=data, offsets=offsets, shapes=shapes)
+
+
+def _gathered(
+    pictures: Sequence[torch.Tensor], sizes: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    data = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    for part, picture in zip(data.split(list(sizes)), pictures, strict=True):
+        part.copy_(picture.view(-1), non_blocking=True)
+    return data
 
 
 @functools.cache

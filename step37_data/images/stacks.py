@@ -1,19 +1,20 @@
-"""Turns image files into stacks of normalised pixels on a device; nothing else in the package does.
+"""Turns image files into stacks of normalised pixels on a device.
 
 Every picture of a pack is decoded once, however many windows of it are wanted; without multicrop a
-file has a single window. For the CPU, each decoding thread does all the work: Pillow cuts and
-resizes, and a table of 256 levels normalises into the picture's place in the stacks. For CUDA, the
-threads only decode into pinned memory. The pictures are copied into one buffer on the device; two
-launches per image type build the stacks, and two to four more the canvases of pictures seen in
-crops. The values are the same on both.
+file has a single window, all of it.
+
+On the CPU the decoding threads do everything: Pillow cuts and resizes, and a table of 256 levels
+normalises into the picture's place in the stacks. For CUDA the threads only decode, into pinned
+memory. The pictures are then copied into one buffer on the device, where two launches per image
+type build the stacks, and two to four more the canvases of pictures seen in crops. The values are
+the same either way.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,12 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from step37_data.common.checks import checked_choice
 from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE, ImageEntry, Window
 from step37_data.common.threads import map_threads
 from step37_data.images import crop_pixels, decode
 from step37_data.images.crops import CropPlan, plan_crops, plan_whole
-from step37_data.images.device import pinned, to_device, upload
+from step37_data.images.device import host_memory, resolve_device, to_device, upload
+from step37_data.images.options import ImageOptions
 from step37_kernels.pixels import pillow
 from step37_kernels.pixels.resize import resize_clip_normalize
 
@@ -35,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def kernels_match_pillow() -> bool:
-    """Whether the installed Pillow resizes as ours does, tried out once in both orders of passes.
+    """Whether our kernels resize as the installed Pillow does; compared once, at the first call.
 
-    A Pillow newer than this package may have changed that order. Then Pillow itself resizes, on
-    the host, so that the values stay its own.
+    A Pillow newer than this package may have changed the order of its two passes. Pillow itself
+    then resizes, on the host, so that the values stay the same.
     """
     rng = np.random.default_rng(0)
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
@@ -60,10 +61,10 @@ class _Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-        pixels: RGB, of Pillow on the host, in pinned memory for a device; one black pixel where the
-            file is unreadable.
-        plan: how it is seen.
-        windows: what to show of it, by the number of the entry.
+        pixels: RGB, a Pillow image for the host or a tensor for a device; a single black pixel
+            where the file is unreadable.
+        plan: how the picture is seen in crops.
+        windows: the part that each entry shows, by the number of the entry.
     """
 
     pixels: Any
@@ -71,140 +72,142 @@ class _Picture(NamedTuple):
     windows: dict[int, Window]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageReader:
-    """How files become pixels; see ``step37_data.preprocess.load_images`` for the words.
+def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks:
+    """Read the files of all entries and stack their pixels by kind.
 
-    Attributes:
-        sides: per kind, the side of its images in pixels.
+    Returns:
+        Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or what is
+        wrong with its file.
 
     Raises:
-        ValueError: ``on_broken`` or ``pixel_order`` is none of the names they may be.
+        BrokenImageError: a file is unreadable, or of another size than its windows were planned
+            for, and ``options.on_broken`` is ``"raise"``.
     """
+    device = resolve_device(options.device)
+    if device.type == "cuda" and kernels_match_pillow():
+        return _on_device(entries, options, device)
+    return _on_host(entries, options, device)
 
-    sides: Mapping[int, int]
-    device: torch.device
-    dtype: torch.dtype
-    on_broken: decode.OnBroken = "zero"
-    broken: decode.BrokenImages | None = None
-    threads: int | None = None
-    pixel_order: crop_pixels.PixelOrder = "pillow"
-    max_pixels: int | None = None
 
-    def __post_init__(self) -> None:
-        checked_choice("on_broken", self.on_broken, decode.OnBroken)
-        checked_choice("pixel_order", self.pixel_order, crop_pixels.PixelOrder)
+def find_broken(entries: Sequence[ImageEntry], options: ImageOptions) -> list[str | None]:
+    """Decode the files of all entries; say per entry what is wrong with its file, or None."""
+    to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
+    return _read(entries, options, to_pixels=to_pixels, use=lambda _: None)[1]
 
-    def load_stacks(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        """Make the stack of every kind at once.
 
-        Returns:
-            Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or
-            what is wrong with its file.
+def _read(
+    entries: Sequence[ImageEntry],
+    options: ImageOptions,
+    *,
+    to_pixels: Callable[[Image.Image, CropPlan], Any],
+    use: Callable[[_Picture], Any],
+) -> tuple[list[Any], list[str | None]]:
+    """Decode every picture once and hand it to ``use``, both in the decoding threads.
 
-        Raises:
-            BrokenImageError: a file is unreadable, or of another size than its windows were
-                planned for, and ``on_broken`` is ``"raise"``.
-        """
-        by_device = self.device.type == "cuda" and kernels_match_pillow()
-        return (self._on_device if by_device else self._on_host)(entries)
+    Args:
+        entries: what is shown of the pictures.
+        options: how they are read.
+        to_pixels: makes ``_Picture.pixels`` of an opened file: :func:`_as_picture` on the host,
+            :func:`_staged` for a device.
+        use: what to do with a picture.
 
-    def find_broken(self, entries: Sequence[ImageEntry]) -> list[str | None]:
-        """What :meth:`load_stacks` would find wrong with the file of every entry."""
-        return self._read(entries, False, lambda _: None)[1]
+    Returns:
+        What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
+    """
+    numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
+    for number, entry in enumerate(entries):
+        numbers_of.setdefault(entry.file, []).append(number)
 
-    def _read(
-        self, entries: Sequence[ImageEntry], staged: bool, use: Callable[[_Picture], Any]
-    ) -> tuple[list[Any], list[str | None]]:
-        """Decode and ``use`` every picture, in the decoding threads; ``staged`` for a device.
+    def read(numbers: list[int]) -> tuple[Any, str | None]:
+        path, in_crops = entries[numbers[0]].file
+        reason = None
+        try:
+            with decode.open_image(path, options.max_pixels) as image:
+                shown = [entries[i] for i in numbers]
+                size = decode.shown_size(image, as_viewed=options.as_viewed)
+                plan = _plan_of(shown, *size) if in_crops else plan_whole(*size)
+                pixels = to_pixels(image, plan)
+            windows = {i: entries[i].window or plan.full_window for i in numbers}
+        except decode.BrokenImageError as error:
+            reason = decode.pass_over(error, options.on_broken)
+            plan = plan_whole(1, 1)
+            pixels = to_pixels(Image.new("RGB", plan.size), plan)
+            windows = dict.fromkeys(numbers, plan.full_window)
+        return use(_Picture(pixels, plan, windows)), reason
 
-        Returns:
-            What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
-        """
-        numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
-        for number, entry in enumerate(entries):
-            numbers_of.setdefault(entry.file, []).append(number)
+    done = map_threads(read, numbers_of.values(), options.threads)
+    reasons: list[str | None] = [None] * len(entries)
+    for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
+        for number in numbers:
+            reasons[number] = reason
+            # A picture seen in crops counts once, a file that is taken whole every time.
+            if options.broken is not None and not (in_crops and number > numbers[0]):
+                options.broken.record(str(path), reason)
+    return [used for used, _ in done], reasons
 
-        def read(numbers: list[int]) -> tuple[Any, str | None]:
-            path, in_crops = entries[numbers[0]].file
-            reason = None
-            try:
-                with decode.open_image(path, self.max_pixels) as image:
-                    shown = [entries[i] for i in numbers]
-                    plan = _plan_of(shown, *image.size) if in_crops else plan_whole(*image.size)
-                    pixels = _staged(image, plan) if staged else decode.rgb_image(image)
-                windows = {i: entries[i].window or plan.full_window for i in numbers}
-            except decode.BrokenImageError as error:
-                reason = decode.pass_over(error, self.on_broken)
-                plan, pixels = plan_whole(1, 1), Image.new("RGB", (1, 1))
-                pixels = _staged(pixels, plan) if staged else pixels
-                windows = dict.fromkeys(numbers, plan.full_window)
-            return use(_Picture(pixels, plan, windows)), reason
 
-        done = map_threads(read, numbers_of.values(), self.threads)
-        reasons: list[str | None] = [None] * len(entries)
-        for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
-            for number in numbers:
-                reasons[number] = reason
-                # A picture seen in crops counts once, a file as it is whenever it is met.
-                if self.broken is not None and not (in_crops and number > numbers[0]):
-                    self.broken.record(str(path), reason)
-        return [used for used, _ in done], reasons
+def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device) -> _Stacks:
+    """Do all the work in the decoding threads, then copy the stacks to ``device``."""
+    kinds = [entry.kind for entry in entries]
+    sides = options.sides
+    stacks = {
+        kind: host_memory((kinds.count(kind), 3, side, side), dtype=options.dtype, device=device)
+        for kind, side in sides.items()
+    }
+    rows = {kind: iter(stack) for kind, stack in stacks.items()}
+    places = [next(rows[kind]) for kind in kinds]
 
-    def _on_host(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        kinds = [entry.kind for entry in entries]
-        stacks = {
-            kind: torch.empty((kinds.count(kind), 3, side, side), dtype=self.dtype)
-            for kind, side in self.sides.items()
-        }
-        rows = {kind: iter(stack) for kind, stack in stacks.items()}
-        places = [next(rows[kind]) for kind in kinds]
-
-        def show(picture: _Picture) -> None:
-            """Cut, resize and normalise every window, each to its place in the stacks."""
-            sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
-            for number, window in picture.windows.items():
-                kind, side = kinds[number], self.sides[kinds[number]]
-                if kind not in sources:
-                    sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
-                image = crop_pixels.cut(sources[kind], window)
-                if self.pixel_order == "pillow":
-                    image = image.resize((side, side), Image.Resampling.BILINEAR)
-                    crop_pixels.normalize_into(places[number], np.asarray(image))
-                else:
-                    pixels = torch.tensor(np.asarray(image))
-                    places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
-
-        _, reasons = self._read(entries, False, show)
-        return {kind: to_device(stack, self.device) for kind, stack in stacks.items()}, reasons
-
-    def _on_device(self, entries: Sequence[ImageEntry]) -> _Stacks:
-        pictures, reasons = self._read(entries, True, lambda picture: picture)
-        full, canvases, canvas_of = crop_pixels.prepare_on_device(
-            upload([picture.pixels for picture in pictures], self.device),
-            [picture.plan for picture in pictures],
-        )
-        rectangles = {}
-        for i, picture in enumerate(pictures):
-            for number, window in picture.windows.items():
-                image = canvas_of[i] if entries[number].kind == PATCH_ITEM_TYPE else i
-                rectangles[number] = crop_pixels.rectangle(image, window)
-        stacks = {}
-        for kind, side in self.sides.items():
-            source = canvases if kind == PATCH_ITEM_TYPE else full
-            crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
-            if self.pixel_order == "pillow":
-                stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=self.dtype)
+    def show(picture: _Picture) -> None:
+        """Cut, resize and normalise every window, each to its place in the stacks."""
+        sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
+        for number, window in picture.windows.items():
+            kind, side = kinds[number], sides[kinds[number]]
+            if kind not in sources:
+                sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+            image = crop_pixels.cut(sources[kind], window)
+            if options.pixel_order == "pillow":
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+                crop_pixels.normalize_into(places[number], np.asarray(image))
             else:
-                shape = (len(crops), 3, side, side)
-                stacks[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
-                for place, crop in zip(stacks[kind], crops, strict=True):
-                    place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
-        return stacks, reasons
+                pixels = torch.tensor(np.asarray(image))
+                places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
+
+    to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
+    _, reasons = _read(entries, options, to_pixels=to_pixels, use=show)
+    return {kind: to_device(stack, device) for kind, stack in stacks.items()}, reasons
+
+
+def _on_device(
+    entries: Sequence[ImageEntry], options: ImageOptions, device: torch.device
+) -> _Stacks:
+    """Decode in the threads; the kernels do the rest on ``device``."""
+    to_pixels = functools.partial(_staged, device=device, as_viewed=options.as_viewed)
+    pictures, reasons = _read(entries, options, to_pixels=to_pixels, use=lambda picture: picture)
+    full, canvases, canvas_of = crop_pixels.prepare_on_device(
+        upload([picture.pixels for picture in pictures], device),
+        [picture.plan for picture in pictures],
+    )
+    rectangles = {}
+    for i, picture in enumerate(pictures):
+        for number, window in picture.windows.items():
+            image = canvas_of[i] if entries[number].kind == PATCH_ITEM_TYPE else i
+            rectangles[number] = crop_pixels.rectangle(image, window)
+    stacks = {}
+    for kind, side in options.sides.items():
+        source = canvases if kind == PATCH_ITEM_TYPE else full
+        crops = [rectangles[i] for i, entry in enumerate(entries) if entry.kind == kind]
+        if options.pixel_order == "pillow":
+            stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=options.dtype)
+        else:
+            shape = (len(crops), 3, side, side)
+            stacks[kind] = torch.empty(shape, dtype=options.dtype, device=device)
+            for place, crop in zip(stacks[kind], crops, strict=True):
+                place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
+    return stacks, reasons
 
 
 def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
-    """The plan of a picture in crops, whose windows are checked to be those of its ``entries``."""
+    """Plan the crops of a picture and check that its ``entries`` show windows of that plan."""
     try:
         plan = plan_crops(width, height)
         own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
@@ -212,7 +215,7 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
             if entry.window not in own[entry.kind]:
                 raise ValueError(
                     f"it has {width}×{height} pixels, of which {entry.window} is no window: it was "
-                    "planned from another size, or was unreadable then"
+                    "planned from another size, with another as_viewed, or was unreadable then"
                 )
     except ValueError as error:
         shown = f"image {entries[0].path} could not be shown: {error}"
@@ -220,11 +223,23 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
     return plan
 
 
-def _staged(image: Image.Image, plan: CropPlan) -> torch.Tensor:
-    """The pixels in pinned memory; those of a thin and tiny picture on its black square."""
-    memory = pinned(*plan.padded_size[::-1])
-    if image.size == plan.padded_size:
-        decode.decode_into(memory.numpy(), image)
+def _as_picture(image: Image.Image, plan: CropPlan, *, as_viewed: bool) -> Image.Image:
+    """Decode into an image of Pillow, for the host."""
+    del plan  # the host pads later, with the other resizes
+    return decode.rgb_image(image, as_viewed=as_viewed)
+
+
+def _staged(
+    image: Image.Image, plan: CropPlan, *, device: torch.device, as_viewed: bool
+) -> torch.Tensor:
+    """Decode into memory that ``device`` copies from: ``plan.padded_size``, so a thin and tiny
+    picture comes with the black square around it.
+    """
+    width, height = plan.padded_size
+    memory = host_memory((height, width, 3), dtype=torch.uint8, device=device)
+    if plan.size == plan.padded_size:
+        decode.decode_into(memory.numpy(), image, as_viewed=as_viewed)
     else:
-        memory.numpy()[:] = np.asarray(crop_pixels.padded_image(decode.rgb_image(image), plan))
+        picture = decode.rgb_image(image, as_viewed=as_viewed)
+        memory.numpy()[:] = np.asarray(crop_pixels.padded_image(picture, plan))
     return memory

@@ -58,7 +58,15 @@ def _step3(rng: np.random.Generator, batch_size: int, microbatches: int, crops: 
     mask = _marked(_owners(crops)) if rng.random() < 0.5 else None
     told = None if images == [1] * batch_size and rng.random() < 0.7 else images
     try:
-        chunks = chunk_step3_media(pixels, batch_size, microbatches, crops, rows, mask, told)
+        chunks = chunk_step3_media(
+            pixels,
+            batch_size=batch_size,
+            n_microbatches=microbatches,
+            num_patches=crops,
+            patch_pixel_values=rows,
+            patch_newline_mask=mask,
+            n_images_per_sample=told,
+        )
     except ValueError:
         ambiguous = told is not None and len(told) == sum(told) != 0 and told != [1] * batch_size
         right = given == _owners(crops if flat else images)
@@ -94,7 +102,9 @@ def _vlm(rng: np.random.Generator, batch_size: int, microbatches: int, counts: l
         pixels = pixels[: int(rng.integers(len(pixels) + 1))]
     told = _other(rng, counts) if rng.random() < 0.3 else counts
     try:
-        chunks, grids = chunk_vlm_media(pixels, grid, batch_size, microbatches, told)
+        chunks, grids = chunk_vlm_media(
+            pixels, grid, batch_size, microbatches, n_images_per_sample=told
+        )
     except ValueError:
         assert wrong or told != counts, "right media were refused"
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from step37_data import prefetch
 from step37_data.images.decode import BrokenImages
 from step37_data.prefetch import PackError, Prefetcher, ReadAhead, _cuda_tensors
 from step37_data.preprocess import preprocess_packed_batch
@@ -507,22 +509,86 @@ def test_what_a_failed_pack_held_is_let_go_with_its_error():
         gc.enable()
 
 
-def test_an_error_of_the_device_costs_no_pack():
-    class Failing(Prefetcher):
-        failures = 2
+def test_an_error_of_the_device_costs_no_pack(monkeypatch):
+    failures = iter([RuntimeError("CUDA error")] * 2)
 
-        def _make(self):
-            if self.failures:
-                self.failures -= 1
-                raise RuntimeError("CUDA error")
-            return super()._make()
+    def current(stream):
+        if error := next(failures, None):
+            raise error
+        return contextlib.nullcontext(stream)
 
-    with Failing([1, 2, 3], int, device="cpu") as prefetcher:
+    monkeypatch.setattr(prefetch, "_current", current)
+    with Prefetcher([1, 2, 3], int, device="cpu") as prefetcher:
         for _ in range(2):
             with pytest.raises(PackError, match="pack 0: RuntimeError: CUDA error"):
                 next(prefetcher)
         assert prefetcher.state_dict() == {"next_pack": 0}
         assert list(prefetcher) == [1, 2, 3]
+
+
+class Saving:
+    """Packs 0, 1, … with a state: how many of those that were read are used."""
+
+    def __init__(self):
+        self.read = 0
+        self.used = lambda: self.read
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.read += 1
+        return self.read - 1
+
+    def read_ahead_by(self, count_used):
+        self.used = count_used
+
+    def save_state(self):
+        return self.used()
+
+
+def test_a_state_counts_the_packs_given_on_and_not_those_read_ahead():
+    packs = Saving()
+    ahead = ReadAhead(packs, str, depth=3, device="cpu")
+    for pack in range(5):
+        assert ahead.save_state() == pack
+        assert next(ahead) == pack
+    ahead.close()
+    assert ahead.save_state() == 5
+    assert not hasattr(ReadAhead(iter([1]), str, depth=1, device="cpu"), "save_state")
+
+
+def test_one_that_counts_for_its_packs_is_let_go_with_its_thread():
+    packs = Saving()
+    ahead = ReadAhead(packs, str, depth=2, device="cpu")
+    next(ahead)
+    gone = weakref.ref(ahead)
+    del ahead
+    gc.collect()
+    assert gone() is None
+    assert not prefetch_threads()
+
+
+def test_closing_wakes_a_thread_that_waits_for_a_stuck_pack():
+    began, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def stuck(pack):
+        began.set()
+        assert go.wait(HANGS_AFTER_S)
+        return pack
+
+    def take():
+        assert list(prefetcher) == []
+        ended.set()
+
+    prefetcher = Prefetcher(range(9), stuck, device="cpu")
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert began.wait(HANGS_AFTER_S)
+    prefetcher.close(wait_s=0.01)
+    assert ended.wait(HANGS_AFTER_S)
+    go.set()
+    thread.join(HANGS_AFTER_S)
 
 
 def test_text_and_bytes_in_a_model_input_are_no_sequences_of_tensors():

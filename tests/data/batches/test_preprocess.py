@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from step37_data.forward_step import ForwardStep
 from step37_data.images.decode import BrokenImageError, BrokenImages, read_rgb
+from step37_data.images.options import ImageKeywords, ImageOptions
 from step37_data.images.stacks import kernels_match_pillow
 from step37_data.preprocess import (
     IMAGE_ITEM_TYPE,
@@ -300,7 +304,7 @@ def test_images_without_a_place_are_not_even_read(photos, tmp_path):
 )
 @pytest.mark.parametrize("mode", ["skip-loss", "zero"])
 def test_skip_loss_takes_the_samples_of_broken_images_out_of_the_loss(
-    photos, tmp_path, missing, expected, mode
+    photos, tmp_path, *, missing, expected, mode
 ):
     paths = [str(tmp_path / "missing.jpg") if i in missing else photos[i] for i in range(3)]
     batch = packed_batch(paths)
@@ -402,3 +406,44 @@ def test_the_host_never_waits_and_staging_memory_is_reused(photos):
 def test_a_dtype_that_pixels_cannot_have_is_refused_by_name(photos, dtype):
     with pytest.raises(TypeError, match=f"dtype: expected one of .*, got {dtype}"):
         load_images([(photos[0], 0)], image_size=28, patch_image_size=28, dtype=dtype)
+
+
+def test_the_options_are_declared_with_the_same_types_as_keywords_and_as_attributes():
+    declared = get_type_hints(ImageOptions)
+    sizes = {"image_size": int, "patch_image_size": int}
+    assert {**sizes, **get_type_hints(ImageKeywords)} == declared
+    assert list(declared) == [field.name for field in dataclasses.fields(ImageOptions)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"max_pixels": 0}, "max_pixels: expected at least 1, got 0"),
+        ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
+        ({"pixel_order": "rgb"}, "pixel_order: expected one of pillow, serving"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_where_it_is_given(photos, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_images([], image_size=56, patch_image_size=28, **options)
+    with pytest.raises(ValueError, match=message):
+        run(packed_batch(photos), **options)
+    with pytest.raises(ValueError, match=message):
+        ForwardStep(**options)
+
+
+def test_an_option_that_does_not_exist_is_a_type_error(photos):
+    with pytest.raises(TypeError, match="thread"):
+        load_images([], image_size=56, patch_image_size=28, thread=2)
+    with pytest.raises(TypeError, match="thread"):
+        run(packed_batch(photos), thread=2)
+    with pytest.raises(TypeError, match="thread"):
+        ForwardStep(thread=2)
+
+
+def test_the_forward_step_leaves_the_sizes_to_the_data_set():
+    with pytest.raises(TypeError, match="patch_image_size: the data set decides it"):
+        ForwardStep(patch_image_size=504)
+    with pytest.raises(TypeError, match="img_start_token_id"):
+        ForwardStep(img_start_token_id=7)

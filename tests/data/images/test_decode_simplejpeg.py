@@ -67,34 +67,30 @@ def test_photographs_in_every_way_to_save_them_are_the_same_bit_for_bit(
 
 
 @given(
-    width=st.integers(1, 70),
-    height=st.integers(1, 70),
-    quality=st.integers(1, 100),
-    subsampling=st.integers(0, 2),
-    progressive=st.booleans(),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     seed=st.integers(0, 999),
     mode=st.sampled_from(["RGB", "L", "CMYK"]),
     keep_rgb=st.booleans(),
-    restart=st.integers(0, 3),
+    options=st.fixed_dictionaries(
+        {
+            "quality": st.integers(1, 100),
+            "subsampling": st.integers(0, 2),
+            "progressive": st.booleans(),
+            "restart_marker_blocks": st.integers(0, 3),
+        }
+    ),
 )
 def test_generated_pictures_of_any_size_and_mode_are_the_same_bit_for_bit(
-    width: int,
-    height: int,
-    quality: int,
-    subsampling: int,
-    progressive: bool,
-    seed: int,
-    mode: str,
-    keep_rgb: bool,
-    restart: int,
+    *, size: tuple[int, int], seed: int, mode: str, keep_rgb: bool, options: dict[str, Any]
 ) -> None:
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    options: dict[str, Any] = {"quality": quality, "progressive": progressive}
-    if mode == "RGB":
-        options["subsampling"] = 0 if keep_rgb else subsampling
-        options["keep_rgb"] = keep_rgb
-    if restart:
-        options["restart_marker_blocks"] = restart
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    options = dict(options)
+    if mode != "RGB":
+        del options["subsampling"]
+    elif keep_rgb:
+        options |= {"subsampling": 0, "keep_rgb": True}
+    if not options["restart_marker_blocks"]:
+        del options["restart_marker_blocks"]
     data = saved(Image.fromarray(noise).convert(mode), **options)
     assert np.array_equal(read_rgb(EncodedImage("a", data)), by_pillow(data))
 

@@ -20,7 +20,8 @@ from step37_data.images import stacks
 from step37_data.images.crop_pixels import normalize_then_resize, padded_image
 from step37_data.images.crops import plan_crops
 from step37_data.images.decode import BrokenImageError, BrokenImages
-from step37_data.images.stacks import ImageReader
+from step37_data.images.device import host_memory, upload
+from step37_data.images.options import ImageOptions
 from step37_data.pack_transform import pack_samples
 from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_data.template import Step37MultimodalTemplate
@@ -286,34 +287,24 @@ def test_a_picture_of_another_size_than_planned_can_be_an_error(changed):
         load(entries[1], on_broken="raise")
 
 
-def unpinned(height: int, width: int) -> torch.Tensor:
-    return torch.empty((height, width, 3), dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("order", ["pillow", "serving"])
 def test_the_way_through_one_buffer_gives_what_the_way_through_pillow_gives(
-    picture, changed, order, monkeypatch
+    picture, changed, order
 ):
-    # Pinned memory and the copy to a CUDA device are all that cannot run without one.
-    if DEVICE.type != "cuda":
-        monkeypatch.setattr(stacks, "pinned", unpinned)
-        monkeypatch.setattr(stacks, "upload", lambda given, _: RaggedImages.gather(given))
     _, of_three = changed
     entries = [entry for of_path in of_three for entry in of_path]
     for size in [*SIZES, (3100, 1500)]:
         entries += entries_of(picture(*size))
     whole = picture(500, 333)
     entries += [(whole, 0), (whole, 1)]
-    sides = {0: IMAGE_SIDE, 1: CROP_SIDE}
     wanted = [ImageEntry(*entry) for entry in entries]
-    host, device = (
-        ImageReader(sides=sides, device=of_reader, dtype=torch.bfloat16, pixel_order=order)
-        for of_reader in (torch.device("cpu"), DEVICE)
+    options = ImageOptions(
+        image_size=IMAGE_SIDE, patch_image_size=CROP_SIDE, device="cpu", pixel_order=order
     )
-    by_host, broken = host.load_stacks(wanted)
-    by_device, reasons = device._on_device(wanted)
+    by_host, broken = stacks.load_stacks(wanted, options)
+    by_device, reasons = stacks._on_device(wanted, options, DEVICE)
     assert reasons == broken
-    for kind in sides:
+    for kind in (0, 1):
         if order == "pillow" or DEVICE.type == "cpu":
             assert torch.equal(by_device[kind].cpu(), by_host[kind])
         else:
@@ -328,12 +319,10 @@ def test_pinned_memory_that_cannot_be_had_is_an_error_and_not_a_black_picture(pi
     def full(*_: object, **_options: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    reader = ImageReader(
-        sides={0: IMAGE_SIDE, 1: CROP_SIDE}, device=DEVICE, dtype=torch.bfloat16, threads=2
-    )
+    options = ImageOptions(image_size=IMAGE_SIDE, patch_image_size=CROP_SIDE, threads=2)
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(MemoryError, match="pinned memory for 500×333 pixels: CUDA error: out"):
-        reader._on_device([ImageEntry(picture(500, 333), 0)])
+    with pytest.raises(MemoryError, match=r"host memory of shape \(333, 500, 3\): CUDA error: out"):
+        stacks._on_device([ImageEntry(picture(500, 333), 0)], options, DEVICE)
 
 
 def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own(
@@ -343,22 +332,20 @@ def test_on_the_way_to_a_device_a_picture_is_written_once_into_memory_of_its_own
     given: list[torch.Tensor] = []
     uploaded: list[torch.Tensor] = []
 
-    def allocated(height: int, width: int) -> torch.Tensor:
-        given.append(unpinned(height, width).fill_(77))
+    def allocated(*args: Any, **options: Any) -> torch.Tensor:
+        given.append(host_memory(*args, **options).fill_(77))
         return given[-1]
 
-    def upload(pictures: list[torch.Tensor], _: torch.device) -> RaggedImages:
+    def and_noted(pictures: list[torch.Tensor], device: torch.device) -> RaggedImages:
         uploaded.extend(pictures)
-        return RaggedImages.gather([one.to(DEVICE) for one in pictures])
+        return upload(pictures, device)
 
-    monkeypatch.setattr(stacks, "pinned", allocated)
-    monkeypatch.setattr(stacks, "upload", upload)
+    monkeypatch.setattr(stacks, "host_memory", allocated)
+    monkeypatch.setattr(stacks, "upload", and_noted)
     sizes = [(500, 333), (500, 375), (40, 9), (1920, 1080)]
     wanted = [ImageEntry(*entry) for size in sizes for entry in entries_of(picture(*size))]
-    reader = ImageReader(
-        sides={0: IMAGE_SIDE, 1: CROP_SIDE}, device=DEVICE, dtype=torch.bfloat16, threads=1
-    )
-    reader._on_device(wanted)
+    options = ImageOptions(image_size=IMAGE_SIDE, patch_image_size=CROP_SIDE, threads=1)
+    stacks._on_device(wanted, options, DEVICE)
     assert [memory.data_ptr() for memory in given] == [sent.data_ptr() for sent in uploaded]
     for size, sent in zip(sizes, uploaded, strict=True):
         plan = plan_crops(*size)
@@ -619,10 +606,10 @@ def test_where_pillow_has_to_resize_the_crops_are_the_same(picture, monkeypatch)
 
 def test_stacks_of_nothing_are_empty():
     for order in ("pillow", "serving"):
-        reader = ImageReader(
-            sides={0: 8, 1: 4}, device=DEVICE, dtype=torch.float32, pixel_order=order
+        options = ImageOptions(
+            image_size=8, patch_image_size=4, device=DEVICE, dtype=torch.float32, pixel_order=order
         )
-        images, broken = reader.load_stacks([])
+        images, broken = stacks.load_stacks([], options)
         assert {kind: stack.shape for kind, stack in images.items()} == {
             0: (0, 3, 8, 8),
             1: (0, 3, 4, 4),

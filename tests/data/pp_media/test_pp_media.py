@@ -76,7 +76,9 @@ def test_images_grids_and_patches_go_with_their_samples(
         ]
     passed = data.draw(st.sampled_from([counts, tuple(counts), torch.tensor(counts)]))
 
-    chunks, grids = chunk_vlm_media(pixels, grid, len(counts), n_microbatches, passed)
+    chunks, grids = chunk_vlm_media(
+        pixels, grid, len(counts), n_microbatches, n_images_per_sample=passed
+    )
 
     assert grids is not None
     assert torch.equal(torch.cat(grids), grid)
@@ -106,10 +108,11 @@ def test_crops_and_their_marks_go_with_their_samples(
     mask = owner % 2 == 0
     passed = data.draw(st.sampled_from([counts, torch.tensor(counts, dtype=torch.int32)]))
     flat = data.draw(st.booleans())
+    cut = {"batch_size": len(counts), "n_microbatches": n_microbatches, "num_patches": passed}
     if flat:
-        chunks = chunk_step3_media(crops, len(counts), n_microbatches, passed, None, mask)
+        chunks = chunk_step3_media(crops, **cut, patch_newline_mask=mask)
     else:
-        chunks = chunk_step3_media(full, len(counts), n_microbatches, passed, crops, mask)
+        chunks = chunk_step3_media(full, **cut, patch_pixel_values=crops, patch_newline_mask=mask)
         assert_owned(chunks["patch_pixel_values"], n_microbatches, counts)
         assert torch.equal(torch.cat(chunks["patch_pixel_values"]), crops)
 
@@ -138,10 +141,10 @@ def test_crops_counted_for_each_of_several_images_stay_with_their_image(
     crop_owner = torch.repeat_interleave(owner, torch.tensor(crops_of_image, dtype=torch.long))
     chunks = chunk_step3_media(
         marked(owner, 3, 4, 4),
-        len(counts),
-        n_microbatches,
-        crops_of_image,
-        marked(crop_owner, 3, 2, 2),
+        batch_size=len(counts),
+        n_microbatches=n_microbatches,
+        num_patches=crops_of_image,
+        patch_pixel_values=marked(crop_owner, 3, 2, 2),
         n_images_per_sample=counts,
     )
     assert_owned(chunks["pixel_values"], n_microbatches, counts)
@@ -161,7 +164,7 @@ def test_six_samples_over_four_microbatches_are_two_two_one_one() -> None:
 
 
 def test_fewer_samples_than_microbatches_give_chunks_without_rows() -> None:
-    chunks = chunk_step3_media(torch.zeros(2, 3, 4, 4), 2, 4)
+    chunks = chunk_step3_media(torch.zeros(2, 3, 4, 4), batch_size=2, n_microbatches=4)
     assert [len(chunk) for chunk in chunks["pixel_values"]] == [1, 1, 0, 0]
     assert [chunk.tolist() for chunk in chunks["num_patches"]] == [[0], [0], [], []]
 
@@ -174,19 +177,25 @@ def test_chunks_are_views_of_the_media() -> None:
 
 def test_as_many_images_as_samples_are_still_cut_by_the_counts() -> None:
     pixels = marked(torch.tensor([0, 0, 0, 3]), 3, 4, 4)
-    chunks, _ = chunk_vlm_media(pixels, torch.ones(4, 2).long(), 4, 2, [3, 0, 0, 1])
+    chunks, _ = chunk_vlm_media(
+        pixels, torch.ones(4, 2).long(), 4, 2, n_images_per_sample=[3, 0, 0, 1]
+    )
     assert [len(chunk) for chunk in chunks] == [3, 1]
 
 
 def test_as_many_patches_as_samples_are_still_cut_by_the_counts() -> None:
     # Two images of two patches each: four rows, four samples.
     pixels = marked(torch.tensor([1, 1, 2, 2]), 3, 14, 14)
-    chunks, _ = chunk_vlm_media(pixels, torch.tensor([[1, 2], [2, 1]]), 4, 4, [0, 1, 1, 0])
+    chunks, _ = chunk_vlm_media(
+        pixels, torch.tensor([[1, 2], [2, 1]]), 4, 4, n_images_per_sample=[0, 1, 1, 0]
+    )
     assert [len(chunk) for chunk in chunks] == [0, 2, 2, 0]
 
 
 def test_as_many_flat_crops_as_samples_are_still_cut_by_the_counts() -> None:
-    chunks = chunk_step3_media(torch.zeros(4, 3, 2, 2), 4, 2, [3, 0, 1, 0])
+    chunks = chunk_step3_media(
+        torch.zeros(4, 3, 2, 2), batch_size=4, n_microbatches=2, num_patches=[3, 0, 1, 0]
+    )
     assert [len(chunk) for chunk in chunks["pixel_values"]] == [3, 1]
 
 
@@ -194,7 +203,9 @@ def test_as_many_images_as_crops_beside_the_crops_are_refused_and_not_cut_like_t
     # Cut like the crops, sample 0 would get the images of samples 0 and 1.
     images, crops = torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 2, 2)
     with pytest.raises(ValueError, match="3 pixel rows are neither 2 images nor 3 crops"):
-        chunk_step3_media(images, 2, 2, [2, 1], crops)
+        chunk_step3_media(
+            images, batch_size=2, n_microbatches=2, num_patches=[2, 1], patch_pixel_values=crops
+        )
 
 
 def test_one_image_a_sample_needs_no_counts() -> None:
@@ -216,10 +227,16 @@ def test_one_image_a_sample_needs_no_counts() -> None:
     ],
 )
 def test_media_that_fit_no_layout_are_refused_with_all_shapes(
-    pixels: tuple, grid: tuple, batch_size: int, counts: list[int] | None, reason: str
+    *, pixels: tuple, grid: tuple, batch_size: int, counts: list[int] | None, reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
-        chunk_vlm_media(torch.zeros(pixels), torch.full(grid, 2), batch_size, 2, counts)
+        chunk_vlm_media(
+            torch.zeros(pixels),
+            torch.full(grid, 2),
+            batch_size,
+            2,
+            n_images_per_sample=counts,
+        )
     for part in (f"pixel_values={pixels}", f"image_grid={grid}", f"batch_size={batch_size}"):
         assert part in str(caught.value)
     assert f"n_images_per_sample={counts}" in str(caught.value)
@@ -238,6 +255,7 @@ def test_media_that_fit_no_layout_are_refused_with_all_shapes(
     ],
 )
 def test_crops_that_fit_no_layout_are_refused_with_all_shapes(
+    *,
     pixels: int,
     patches: int | None,
     counts: list[int] | None,
@@ -247,7 +265,12 @@ def test_crops_that_fit_no_layout_are_refused_with_all_shapes(
     crops = None if patches is None else torch.zeros(patches, 3, 2, 2)
     with pytest.raises(ValueError, match=reason) as caught:
         chunk_step3_media(
-            torch.zeros(pixels, 3, 4, 4), 4, 2, counts, crops, n_images_per_sample=images
+            torch.zeros(pixels, 3, 4, 4),
+            batch_size=4,
+            n_microbatches=2,
+            num_patches=counts,
+            patch_pixel_values=crops,
+            n_images_per_sample=images,
         )
     shown = None if crops is None else tuple(crops.shape)
     assert f"pixel_values=({pixels}, 3, 4, 4)" in str(caught.value)
@@ -259,12 +282,14 @@ def test_crops_that_fit_no_layout_are_refused_with_all_shapes(
 )
 def test_counts_that_are_no_integers_are_refused(counts: object) -> None:
     with pytest.raises(ValueError, match=r"num_patches: expected (an integer|integers), got"):
-        chunk_step3_media(torch.zeros(2, 3, 4, 4), 2, 2, counts)  # type: ignore[arg-type]
+        chunk_step3_media(
+            torch.zeros(2, 3, 4, 4), batch_size=2, n_microbatches=2, num_patches=counts
+        )
 
 
 def test_negative_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="n_images_per_sample: expected at least 0, got -1"):
-        chunk_vlm_media(torch.zeros(2, 3, 4, 4), None, 2, 2, [3, -1])
+        chunk_vlm_media(torch.zeros(2, 3, 4, 4), None, 2, 2, n_images_per_sample=[3, -1])
 
 
 @pytest.mark.parametrize("n_microbatches", [0, -1])
@@ -291,7 +316,9 @@ def test_a_prepared_batch_keeps_its_tokens_and_holds_the_media_under_one_key() -
     assert prepared is batch
     assert batch.keys() == {"input_ids", VLM_PP_MEDIA_KEY}
     assert batch["input_ids"] is input_ids
-    lengths = {key: [len(c) for c in chunks] for key, chunks in batch[VLM_PP_MEDIA_KEY].items()}
+    media = dict(batch[VLM_PP_MEDIA_KEY])
+    assert media.pop("pp_media_index").tolist() == [0, 0, 1]
+    lengths = {key: [len(c) for c in chunks] for key, chunks in media.items()}
     assert lengths == {
         "pixel_values": [2, 4],
         "image_grid_hws": [1, 1],
@@ -383,10 +410,65 @@ def test_a_wrapped_collate_counts_samples_by_their_tokens_and_pickles() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_pixels_of_another_number_than_the_images_that_were_counted_are_refused(rows, num_patches):
     with pytest.raises(ValueError, match=f"{rows} pixel rows are neither 2 images nor 0 crops"):
-        chunk_step3_media(torch.zeros(rows, 3), 1, 1, num_patches, n_images_per_sample=[2])
+        chunk_step3_media(
+            torch.zeros(rows, 3),
+            batch_size=1,
+            n_microbatches=1,
+            num_patches=num_patches,
+            n_images_per_sample=[2],
+        )
 
 
 @pytest.mark.parametrize("counts", [None, [0]])
 def test_a_batch_of_text_alone_may_come_with_pixels_of_no_rows(counts):
-    chunks = chunk_step3_media(torch.zeros(0, 3), 1, 1, [0], n_images_per_sample=counts)
+    chunks = chunk_step3_media(
+        torch.zeros(0, 3),
+        batch_size=1,
+        n_microbatches=1,
+        num_patches=[0],
+        n_images_per_sample=counts,
+    )
     assert [len(chunk) for chunk in chunks["pixel_values"]] == [0]
+
+
+def test_rows_beside_the_images_and_videos_go_with_them() -> None:
+    batch = {
+        "input_ids": torch.zeros(3, 7),
+        "pixel_values": torch.zeros(6, 5),
+        "image_grid_thw": torch.tensor([[1, 1, 2], [1, 2, 2]]),
+        "grid_thws": torch.tensor([[1, 1, 2], [1, 2, 2]]),
+        "image_flags": torch.tensor([1, 0]),
+        "n_images_per_sample": [0, 1, 1],
+        "pixel_values_videos": torch.zeros(12, 5),
+        "video_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]),
+        "second_per_grid_ts": [0.5, 0.25],
+        "n_videos_per_sample": [1, 0, 1],
+    }
+    prepared = prepare_vlm_media_for_pp(batch, 3, 2)
+    assert prepared.keys() == {"input_ids", VLM_PP_MEDIA_KEY}
+    media = prepared[VLM_PP_MEDIA_KEY]
+    assert [rows.tolist() for rows in media["grid_thws"]] == [[[1, 1, 2]], [[1, 2, 2]]]
+    assert [rows.tolist() for rows in media["image_flags"]] == [[1], [0]]
+    assert media["second_per_grid_ts"] == [[0.5], [0.25]]
+
+
+def test_image_flags_without_a_grid_have_a_row_for_each_row_of_pixels() -> None:
+    batch = {"pixel_values": torch.zeros(3, 3, 4, 4), "image_flags": torch.tensor([1, 0, 1])}
+    media = prepare_vlm_media_for_pp(batch, 3, 2)[VLM_PP_MEDIA_KEY]
+    assert [rows.tolist() for rows in media["image_flags"]] == [[1, 0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("media", "match"),
+    [
+        ({"image_flags": torch.ones(1)}, "image_flags .* comes without pixel_values"),
+        ({"second_per_grid_ts": [1.0]}, "second_per_grid_ts .* comes without pixel_values_videos"),
+        (
+            {"pixel_values": torch.zeros(2, 3, 4, 4), "grid_thws": torch.ones(3, 3)},
+            r"grid_thws \(3, 3\) has 3 rows, but pixel_values has 2",
+        ),
+    ],
+)
+def test_rows_that_fit_no_images_are_refused(media: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        prepare_vlm_media_for_pp({"input_ids": torch.zeros(2, 7), **media}, 2, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -234,9 +235,12 @@ def test_the_first_stage_carries_all_chunks_and_a_cursor_at_zero() -> None:
     }
     prepare_vlm_media_for_pp(batch, 6, N_MICROBATCHES)
     chunks = batch[VLM_PP_MEDIA_KEY]
+    index = chunks["pp_media_index"]
+    assert index.tolist() == [0, 0, 1, 1, 2, 3]
     with stage_vlm_media_for_pp(pp, parts, batch):
         assert batch.keys() == {"input_ids"}
         values = {name: getattr(parts[0], name) for name in ATTRIBUTES}
+        by_key = parts[0]._pp_media_chunks
     assert values == {
         "_vlm_pixel_values_chunks": chunks["pixel_values"],
         "_vlm_num_patches_chunks": chunks["num_patches"],
@@ -247,6 +251,8 @@ def test_the_first_stage_carries_all_chunks_and_a_cursor_at_zero() -> None:
         "_vlm_video_grid_thw_chunks": None,
         "_vlm_chunk_idx": 0,
     }
+    assert by_key == {key: cut for key, cut in chunks.items() if key != "pp_media_index"}
+    assert not hasattr(parts[0], "_pp_media_chunks")
     assert not any(hasattr(parts[0], name) for name in ATTRIBUTES)
 
 
@@ -331,3 +337,69 @@ def test_a_backward_pass_that_ends_within_a_forward_leaves_its_microbatch() -> N
         backward_is_over.set()
         forward.join(10)
     assert seen == [0, 1]
+
+
+class ByIndex(FirstStage):
+    """Takes its media as NeMo Automodel's newer models do: by the index that it is given."""
+
+    def forward(self, rows, pp_media_index=None, **_kwargs):
+        number = int(pp_media_index[0])
+        assert pp_media_index.tolist() == [number] * len(rows)
+        pixels = self._pp_media_chunks["pixel_values"][number]
+        self.seen.append((rows.flatten().tolist(), pixels.flatten().tolist()))
+        padded = torch.cat([rows, rows.new_zeros(MICROBATCH_ROWS - len(rows), 1)])
+        return self.weight * (padded + pixels.sum())
+
+
+@pytest.mark.parametrize("rows", [UNEVEN, TEXT_FIRST])
+def test_a_model_that_is_told_its_microbatch_reads_its_own_images(rows: list[float]) -> None:
+    pp, parts = build(ByIndex())
+    model = parts[0]
+    for _ in range(2):
+        model.seen.clear()
+        batch = make_batch(rows)
+        step(pp, parts, batch)
+        assert batch == {}
+        assert [row for seen, _ in model.seen[-N_MICROBATCHES:] for row in seen] == rows
+        for seen, pixels in model.seen:
+            assert pixels == own_pixels(seen)
+    assert traces(pp, model) == []
+    assert not hasattr(model, "_pp_media_chunks")
+
+
+def test_a_model_that_does_not_name_the_index_is_given_it_if_its_framework_knows_it(
+    monkeypatch,
+) -> None:
+    _, parts = build(FirstStage())
+    pp = SimpleNamespace(info=SimpleNamespace(has_first_stage=True))
+    batch = make_batch(UNEVEN)
+    with stage_vlm_media_for_pp(pp, parts, batch):
+        assert "pp_media_index" not in batch
+    newer = SimpleNamespace(PP_MEDIA_INDEX_KEY="pp_media_index")
+    monkeypatch.setitem(sys.modules, "nemo_automodel.shared.pipeline", newer)
+    batch = make_batch(UNEVEN)
+    with stage_vlm_media_for_pp(pp, parts, batch):
+        assert batch["pp_media_index"].tolist() == [0, 0, 1, 1, 2, 3]
+    assert "pp_media_index" not in batch
+
+
+class Blind(FirstStage):
+    """Knows of no media."""
+
+    def run(self, rows):
+        return self.weight * torch.cat([rows, rows.new_zeros(MICROBATCH_ROWS - len(rows), 1)])
+
+
+def test_a_model_that_looks_at_no_media_is_an_error_and_not_a_loss_without_images() -> None:
+    pp, parts = build(Blind())
+    with pytest.raises(
+        RuntimeError, match=r"microbatches \[0, 2, 3\] have .*, but Blind looked at"
+    ):
+        step(pp, parts, make_batch(UNEVEN))
+    assert traces(pp, parts[0]) == []
+    # Nothing is dropped where there is nothing to see, or once media were taken.
+    step(*build(Blind()), make_batch([-1.0, -2.0, -3.0, -4.0]))
+    pp, parts = build(FirstStage("with media"))
+    step(pp, parts, make_batch(UNEVEN))
+    parts[0].run = lambda rows: Blind.run(parts[0], rows)
+    step(pp, parts, make_batch(UNEVEN))

@@ -2,9 +2,9 @@
 
 PyTorch's pipeline schedules cut every tensor of a batch along dimension 0 with
 `torch.tensor_split`. That is right for `input_ids` and wrong for pixels, whose rows count images,
-crops or patches. So the media leave the batch where it is made (`prepare_vlm_media_for_pp`), cut at
-the same samples as `input_ids`, and meet the first stage again around the schedule's step
-(`stage_vlm_media_for_pp`):
+crops or patches. So the media are taken out of the batch where it is made
+(`prepare_vlm_media_for_pp`), cut at the same samples as `input_ids`, and handed to the first stage
+around the schedule's step (`stage_vlm_media_for_pp`):
 
     collate = wrap_vlm_collate_for_pp(collate, n_microbatches)
     ...
@@ -18,26 +18,52 @@ accelerator that waits for it, so prepare a batch before it is moved there.
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from step37_data.common.checks import checked_int
-from step37_data.pp_media.stage import VLM_PP_MEDIA_KEY, stage_vlm_media_for_pp  # noqa: F401
 
 logger = logging.getLogger(__name__)
+
+VLM_PP_MEDIA_KEY = "_vlm_pp_media_chunks"
+PP_MEDIA_CHUNKS_ATTR = "_pp_media_chunks"
+PP_MEDIA_INDEX_KEY = "pp_media_index"
 
 Counts = torch.Tensor | Sequence[int]
 
 _GRID_KEYS = ("image_grid_hws", "image_grid_thw", "image_sizes", "image_position_ids")
 _CROP_KEYS = ("num_patches", "patch_pixel_values", "patch_newline_mask")
-_IMAGE_KEYS = ("pixel_values", *_CROP_KEYS, *_GRID_KEYS, "n_images_per_sample")
-_VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "n_videos_per_sample")
+# One row an image, or a row of pixels, and one row a video.
+_ROWS_OF_IMAGES = ("grid_thws", "image_flags")
+_ROWS_OF_VIDEOS = ("second_per_grid_ts",)
+_IMAGE_KEYS = (
+    "pixel_values", *_CROP_KEYS, *_GRID_KEYS, *_ROWS_OF_IMAGES, "n_images_per_sample"
+)  # fmt: skip
+_VIDEO_KEYS = (
+    "pixel_values_videos", "video_grid_thw", *_ROWS_OF_VIDEOS, "n_videos_per_sample"
+)  # fmt: skip
 _VLM_MEDIA_KEYS = (*_IMAGE_KEYS, *_VIDEO_KEYS)
 _COUNT_KEYS = ("num_patches", "n_images_per_sample", "n_videos_per_sample")
+
+# What the first stage is handed. Models up to NeMo Automodel 0.7 look for the chunks of a key of
+# _BY_CURSOR under the attribute _vlm_{key}_chunks, and for the number of the microbatch under
+# _vlm_chunk_idx.
+_BY_CURSOR = (
+    "pixel_values", "image_grid_hws", *_CROP_KEYS, "pixel_values_videos", "video_grid_thw"
+)  # fmt: skip
+_STAGED = (*_BY_CURSOR, *_ROWS_OF_IMAGES, *_ROWS_OF_VIDEOS)
+_CURSOR = "_vlm_chunk_idx"
+_MISSING = object()
 
 
 def microbatch_limits(batch_size: int, n_microbatches: int) -> list[int]:
@@ -59,6 +85,7 @@ def chunk_vlm_media(
     image_grid: torch.Tensor | None,
     batch_size: int,
     n_microbatches: int,
+    *,
     n_images_per_sample: Counts | None = None,
 ) -> tuple[list[torch.Tensor | list[torch.Tensor]], list[torch.Tensor] | None]:
     """Split images (or videos) and their grids at the samples where `tensor_split` cuts the batch.
@@ -89,7 +116,14 @@ def chunk_vlm_media(
     Raises:
         ValueError: the rows, the grid and the counts do not fit together (all are named).
     """
-    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
+    misaligned = functools.partial(
+        _misaligned,
+        pixel_values=pixel_values,
+        image_grid=image_grid,
+        batch_size=batch_size,
+        n_microbatches=n_microbatches,
+        n_images_per_sample=n_images_per_sample,
+    )
     limits = microbatch_limits(batch_size, n_microbatches)
     image_limits = _image_limits(n_images_per_sample, limits, misaligned)
     n_rows = _n_rows("pixel_values", pixel_values, or_list=True)
@@ -116,6 +150,7 @@ def chunk_vlm_media(
 
 def chunk_step3_media(
     pixel_values: torch.Tensor,
+    *,
     batch_size: int,
     n_microbatches: int,
     num_patches: Counts | None = None,
@@ -149,7 +184,16 @@ def chunk_step3_media(
     Raises:
         ValueError: rows and counts do not fit together, or fit in two ways (all are named).
     """
-    misaligned = functools.partial(_misaligned, locals())  # the arguments: nothing else yet
+    misaligned = functools.partial(
+        _misaligned,
+        pixel_values=pixel_values,
+        batch_size=batch_size,
+        n_microbatches=n_microbatches,
+        num_patches=num_patches,
+        patch_pixel_values=patch_pixel_values,
+        patch_newline_mask=patch_newline_mask,
+        n_images_per_sample=n_images_per_sample,
+    )
     limits = microbatch_limits(batch_size, n_microbatches)
     image_limits = _image_limits(n_images_per_sample, limits, misaligned)
     n_rows, n_images = _n_rows("pixel_values", pixel_values), image_limits[-1]
@@ -196,7 +240,9 @@ def prepare_vlm_media_for_pp(
     Grids decide the way: pixels with one of `image_grid_hws`, `image_grid_thw`, `image_sizes` or
     `image_position_ids` (the first that is there) go through `chunk_vlm_media`, pixels with crops
     through `chunk_step3_media`, videos with `video_grid_thw` through `chunk_vlm_media`. The image
-    grid is stored as `image_grid_hws`, whichever it was. Media keys that are None count as absent.
+    grid is stored as `image_grid_hws`, whichever it was. `grid_thws` and `image_flags` have a row
+    for each row of that grid, or of `pixel_values` without a grid; `second_per_grid_ts` has one for
+    each row of `video_grid_thw`. Media keys that are None count as absent.
 
     Args:
         batch: what the collate function returns; changed in place, but not where this raises.
@@ -204,38 +250,44 @@ def prepare_vlm_media_for_pp(
         n_microbatches: microbatches of the schedule.
 
     Returns:
-        `batch`, without media keys; without `VLM_PP_MEDIA_KEY` where it held no pixels.
+        `batch`, without media keys; without `VLM_PP_MEDIA_KEY` where it held no pixels. Beside the
+        chunks, `VLM_PP_MEDIA_KEY` holds `pp_media_index`, int64 `[B]`: the microbatch of each
+        sample.
 
     Raises:
         ValueError: media that cannot be aligned with the samples, or that lack their pixels.
     """
-    microbatch_limits(batch_size, n_microbatches)
+    limits = microbatch_limits(batch_size, n_microbatches)
     media = {key: batch[key] for key in _VLM_MEDIA_KEYS if batch.get(key) is not None}
-    input_ids = batch.get("input_ids")
-    if media and input_ids is not None and len(input_ids) != batch_size:
-        raise ValueError(f"batch_size is {batch_size}, but input_ids has {len(input_ids)} rows")
-
-    for key, value in media.items():
-        pixels = "pixel_values" if key in _IMAGE_KEYS else "pixel_values_videos"
-        # Counts of zero and no rows are fine.
-        if pixels not in media and _number_of_media(key, value):
-            raise ValueError(f"{key} {_described(value)} comes without {pixels}")
+    _check_media(media, batch_size, batch.get("input_ids"))
     chunks: dict[str, Any] = {}
     if "pixel_values" in media:
         chunks |= _image_chunks(media, batch_size, n_microbatches)
-    videos, video_grid = media.get("pixel_values_videos"), media.get("video_grid_thw")
-    if isinstance(videos, torch.Tensor) and video_grid is None:
-        raise ValueError(f"pixel_values_videos {_described(videos)} come without video_grid_thw")
-    if videos is not None:
+        rows_of = "pixel_values" if chunks.get("image_grid_hws") is None else "image_grid_hws"
+        for key in _ROWS_OF_IMAGES:
+            if key in media:
+                chunks[key] = _cut_like(rows_of, chunks[rows_of], key, media[key])
+    if "pixel_values_videos" in media:
         chunks["pixel_values_videos"], chunks["video_grid_thw"] = chunk_vlm_media(
-            videos, video_grid, batch_size, n_microbatches, media.get("n_videos_per_sample")
+            media["pixel_values_videos"],
+            media.get("video_grid_thw"),
+            batch_size,
+            n_microbatches,
+            n_images_per_sample=media.get("n_videos_per_sample"),
         )
+        rows_of = "pixel_values_videos" if "video_grid_thw" not in media else "video_grid_thw"
+        for key in _ROWS_OF_VIDEOS:
+            if key in media:
+                chunks[key] = _cut_like(rows_of, chunks[rows_of], key, media[key])
     if chunks and batch.get(VLM_PP_MEDIA_KEY) is not None:
         raise ValueError(f"batch already holds {VLM_PP_MEDIA_KEY!r}: it was prepared before")
     for key in _VLM_MEDIA_KEYS:
         batch.pop(key, None)
     if chunks:
-        batch[VLM_PP_MEDIA_KEY] = {key: cut for key, cut in chunks.items() if cut is not None}
+        sizes = torch.tensor(limits).diff()
+        index = torch.repeat_interleave(torch.arange(n_microbatches), sizes)
+        given = {key: cut for key, cut in chunks.items() if cut is not None}
+        batch[VLM_PP_MEDIA_KEY] = {**given, PP_MEDIA_INDEX_KEY: index}
     return batch
 
 
@@ -266,6 +318,30 @@ def _collate_and_prepare(
     return prepare_vlm_media_for_pp(batch, len(batch["input_ids"]), n_microbatches)
 
 
+def _check_media(media: Mapping[str, Any], batch_size: int, input_ids: Any) -> None:
+    if media and input_ids is not None and len(input_ids) != batch_size:
+        raise ValueError(f"batch_size is {batch_size}, but input_ids has {len(input_ids)} rows")
+    for key, value in media.items():
+        pixels = "pixel_values" if key in _IMAGE_KEYS else "pixel_values_videos"
+        # Counts of zero and no rows are fine.
+        if pixels not in media and _number_of_media(key, value):
+            raise ValueError(f"{key} {_described(value)} comes without {pixels}")
+    videos = media.get("pixel_values_videos")
+    if isinstance(videos, torch.Tensor) and "video_grid_thw" not in media:
+        raise ValueError(f"pixel_values_videos {_described(videos)} come without video_grid_thw")
+
+
+def _cut_like(reference: str, chunks: Sequence[Any], key: str, rows: Any) -> list[Any]:
+    """Cut `rows` as the `chunks` of `reference` are cut."""
+    limits = [0, *accumulate(len(chunk) for chunk in chunks)]
+    n_rows = _n_rows(key, rows, or_list=True)
+    if n_rows != limits[-1]:
+        raise ValueError(
+            f"{key} {_described(rows)} has {n_rows} rows, but {reference} has {limits[-1]}"
+        )
+    return _cut(rows, limits)
+
+
 def _number_of_media(key: str, value: Any) -> int:
     return sum(_as_counts(key, value)) if key in _COUNT_KEYS else len(value)
 
@@ -276,7 +352,11 @@ def _image_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -
     crops = {key: media[key] for key in _CROP_KEYS if key in media}
     if not grids and not isinstance(pixel_values, list):
         return chunk_step3_media(
-            pixel_values, batch_size, n_microbatches, n_images_per_sample=counts, **crops
+            pixel_values,
+            batch_size=batch_size,
+            n_microbatches=n_microbatches,
+            n_images_per_sample=counts,
+            **crops,
         )
     if crops:
         raise ValueError(
@@ -285,7 +365,9 @@ def _image_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -
     if len(grids) > 1:
         logger.warning("pixel_values come with several grids: using %s of %s", grids[0], grids)
     grid = _select_image_grid(*map(media.get, _GRID_KEYS))
-    chunks = chunk_vlm_media(pixel_values, grid, batch_size, n_microbatches, counts)
+    chunks = chunk_vlm_media(
+        pixel_values, grid, batch_size, n_microbatches, n_images_per_sample=counts
+    )
     return dict(zip(("pixel_values", "image_grid_hws"), chunks, strict=True))
 
 
@@ -341,7 +423,7 @@ def _n_rows(name: str, rows: Any, or_list: bool = False) -> int:
     return len(rows)
 
 
-def _misaligned(named: dict[str, Any], reason: str) -> ValueError:
+def _misaligned(reason: str, **named: Any) -> ValueError:
     got = ", ".join(f"{name}={_described(value)}" for name, value in named.items())
     return ValueError(f"cannot align the media with the samples: {reason}; got {got}")
 
@@ -353,3 +435,163 @@ def _described(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
         return f"list of {[tuple(row.shape) for row in value]}"
     return repr(value)
+
+
+# ---- the first stage's side
+
+
+@contextmanager
+def stage_vlm_media_for_pp(
+    pp: Any, model_parts: Sequence[torch.nn.Module], batch: MutableMapping[str, Any]
+) -> Iterator[None]:
+    """Attach the media that `prepare_vlm_media_for_pp` split to stage 0, for one schedule call.
+
+    Takes `VLM_PP_MEDIA_KEY` out of `batch` on every rank. On the rank of the first stage
+    `model_parts[0]` carries the chunks, inside the context, in the two forms that models read:
+
+    1. A list with one entry a microbatch, or None, under each of `_vlm_pixel_values_chunks`,
+       `_vlm_image_grid_hws_chunks`, `_vlm_num_patches_chunks`, `_vlm_patch_pixel_values_chunks`,
+       `_vlm_patch_newline_mask_chunks`, `_vlm_pixel_values_videos_chunks` and
+       `_vlm_video_grid_thw_chunks`, and under `_vlm_chunk_idx` the index of the microbatch that is
+       running. The model may move this cursor on or leave it: it is set anew for each microbatch.
+    2. All lists by key under `_pp_media_chunks`. Which entry is a microbatch's own, it is told by
+       the argument `pp_media_index`, int64 with one entry a sample. That is put into `batch`, which
+       the schedule splits, if the model's `forward` names it or if a NeMo Automodel that knows it
+       is loaded.
+
+    On leaving, also by an exception, the model, the stage and the batch are as they were.
+
+    Args:
+        pp: a pipeline whose `info` has `has_first_stage` and `stages`, PyTorch's pipeline stages of
+            this rank. Without stages each forward of the model counts as the next microbatch.
+        model_parts: the modules of this rank's stages, the first stage's first: the very object
+            whose forward reads the attributes, not a wrapper (DDP) around it.
+        batch: what the schedule is about to run.
+
+    Raises:
+        ValueError: `model_parts` is empty, or the media hold keys that no stage can take.
+        RuntimeError: on leaving, if microbatches with media ran and the model took none of these in
+            either form: its images would be dropped without a word. Once it has taken some, this
+            is not looked at any more.
+    """
+    media = dict(batch.pop(VLM_PP_MEDIA_KEY, None) or {})
+    index = media.pop(PP_MEDIA_INDEX_KEY, None)
+    if not media or not pp.info.has_first_stage:
+        yield
+        return
+    if not model_parts:
+        raise ValueError("model_parts is empty, but this rank has the first stage")
+    unknown = media.keys() - set(_STAGED)
+    if unknown:
+        raise ValueError(f"batch[{VLM_PP_MEDIA_KEY!r}] holds unknown media {sorted(unknown)}")
+
+    model = model_parts[0]
+    stages = getattr(pp.info, "stages", None) or ()
+    first_stage = next((stage for stage in stages if stage.is_first), None)
+    watched = {key: _Chunks(chunks) for key, chunks in media.items()}
+    ran: set[int] = set()
+
+    def runs(chunk_id: int) -> None:
+        ran.add(chunk_id)
+        setattr(model, _CURSOR, chunk_id)
+
+    with ExitStack() as undo:
+        values = {f"_vlm_{key}_chunks": watched.get(key) for key in _BY_CURSOR}
+        for attribute, value in {**values, PP_MEDIA_CHUNKS_ATTR: watched, _CURSOR: 0}.items():
+            # getattr, because a compiled module keeps its attributes on the module that it wraps.
+            before = getattr(model, attribute, _MISSING)
+            _set_attribute(model, attribute, value, before=before, undo=undo)
+        if index is not None and _takes_index(model):
+            batch[PP_MEDIA_INDEX_KEY] = index
+            undo.callback(batch.pop, PP_MEDIA_INDEX_KEY, None)
+        if hasattr(first_stage, "forward_one_chunk"):
+            _follow_stage(model, first_stage, runs, undo)
+        else:
+            count = itertools.count()
+            hook = model.register_forward_pre_hook(lambda *_: runs(next(count)))
+            undo.callback(hook.remove)
+        yield
+    if any(chunks.taken for chunks in watched.values()):
+        _take_media.add(model)
+    elif model not in _take_media and (dropped := sorted(ran & _with_media(media))):
+        raise RuntimeError(
+            f"microbatches {dropped} have images or videos, but {type(model).__name__} looked at "
+            f"none of them: neither in _vlm_*_chunks at _vlm_chunk_idx nor in "
+            f"{PP_MEDIA_CHUNKS_ATTR} by an argument {PP_MEDIA_INDEX_KEY} of its forward"
+        )
+
+
+_take_media: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""The models that have taken media from one of the two forms."""
+
+
+class _Chunks(list[Any]):
+    """A list of chunks that notes whether one of them was taken."""
+
+    taken = False
+
+    def __getitem__(self, index: Any) -> Any:
+        self.taken = True
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken = True
+        return super().__iter__()
+
+
+def _with_media(media: Mapping[str, Sequence[Any]]) -> set[int]:
+    """The microbatches that have pixels."""
+    pixels = (media.get(key, ()) for key in ("pixel_values", "pixel_values_videos"))
+    return {number for chunks in pixels for number, rows in enumerate(chunks) if len(rows)}
+
+
+def _takes_index(model: torch.nn.Module) -> bool:
+    """Whether the model, or the framework that it is of, knows the argument `pp_media_index`.
+
+    A `**kwargs` alone says nothing: a model that does not know the argument hands it on.
+    """
+    automodel = sys.modules.get("nemo_automodel.shared.pipeline")
+    named = PP_MEDIA_INDEX_KEY in inspect.signature(model.forward).parameters
+    return named or hasattr(automodel, "PP_MEDIA_INDEX_KEY")
+
+
+def _follow_stage(
+    model: torch.nn.Module, stage: Any, runs: Callable[[int], None], undo: ExitStack
+) -> None:
+    """Call `runs` with the microbatch of every forward; put the cursor on it for backward passes,
+    too, which recompute.
+
+    PyTorch's stages run a microbatch as `forward_one_chunk(index, ...)`. Following these calls, no
+    count of forwards has to be kept: the forward that probes shapes on the first step, a model that
+    moves the cursor only for microbatches with images, and a forward that is recomputed in the
+    backward pass leave the others' media where they belong.
+
+    Schedules that overlap passes run a backward in a second thread: the forward goes first.
+    """
+    forward_runs = threading.Lock()
+
+    def forward(run: Callable[..., Any], chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with forward_runs:
+            runs(chunk_id)
+            return run(chunk_id, *args, **kwargs)
+
+    def backward(run: Callable[..., Any], chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if forward_runs.acquire(blocking=False):
+            setattr(model, _CURSOR, chunk_id)
+            forward_runs.release()
+        return run(chunk_id, *args, **kwargs)
+
+    for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+        follow = forward if name == "forward_one_chunk" else backward
+        if hasattr(stage, name):
+            method = functools.partial(follow, getattr(stage, name))
+            # vars: removing the instance's attribute lets the class's method show again.
+            _set_attribute(stage, name, method, before=vars(stage).get(name, _MISSING), undo=undo)
+
+
+def _set_attribute(owner: Any, name: str, value: Any, *, before: Any, undo: ExitStack) -> None:
+    if before is _MISSING:
+        undo.callback(delattr, owner, name)
+    else:
+        undo.callback(setattr, owner, name, before)
+    setattr(owner, name, value)

@@ -287,10 +287,11 @@ def in_some_uses(shapes: Sequence[Shape], chip: str) -> Table:
     """Make the table of what is added where features or gradients need one launch more."""
     form = "{:.1f} [{:.0f}–{:.0f}]"
     counts = form.format(*ranged(chip, lambda rates: rates["counts"]))
+    added = form.format(*unfused(chip))
     text = (
         f"* The module's copy of counts to the host: {counts} µs a forward, not with `strict`.\n"
-        f"* Megatron's `add_` of a weight gradient that is not fused: {form.format(*unfused(chip))} "
-        "µs a backward.\n* Features channels-first, as the vision tower gives them: packing them, a forward:"
+        f"* Megatron's `add_` of a weight gradient that is not fused: {added} µs a backward.\n"
+        "* Features channels-first, as the vision tower gives them: a forward packs them."
     )
     columns = (Column("shape"), Column("rows"), Column("packing, µs", form))
     lines = [(shape.name, shape.num_rows, packing(shape, chip)) for shape in shapes]

@@ -99,8 +99,8 @@ def test_no_candidate_beats_the_entry_of_the_table_by_more_than_a_few_percent(
 # Above 1.055 and one image's 1.15, for these reasons. Up to four pictures have fewer tiles than
 # there are multiprocessors: parts of the reduction go through L2 to a second launch, or small tiles
 # do. One picture's product waits for the weight from memory, and only then its parts are added up.
-# From the second wave on, each wave's store is followed by the next one's filling, which the library
-# hides. Two groups of crops and pictures fill 912 tiles' waves, bound by L2.
+# From the second wave on, each wave's store is followed by the next one's filling, which the
+# library hides. Two groups of crops and pictures fill 912 tiles' waves, bound by L2.
 ABOVE = {"images-2": 1.12, "images-3": 1.155, "images-4": 1.165, "images-12": 1.08}
 ABOVE |= {"images-13": 1.085, "images-14": 1.075, "images-15": 1.08}
 ABOVE |= {"multicrop": 1.12, "images-1": 1.215, "one-image": 1.215}

@@ -35,7 +35,9 @@ from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import gradient, pack, plan, project, tiles
 from step37_kernels.ops import normalize as pixel_ops
 from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.resize import resize_uint8
+from step37_kernels.runs import FlatRuns
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 HIDDEN, WIDTH, ROWS = 512, 1024, 169
@@ -79,14 +81,15 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
     for short in dtypes:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
         yield from _gradients(DTYPES[short], short)
+        yield from _tables(DTYPES[short], short)
     yield from _pixels(dtypes)
 
 
 def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
     table = torch.empty(12, dtype=torch.int64)
-    groups, runs = [(128003, 2), (128000, 1)], [(2, 81), (1, 169)]
+    runs = FlatRuns(tokens=(128003, 128000), group_sizes=(2, 1), features=(2, 1), rows=(81, 169))
     ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
-    plan.plan_rows(ids, groups, runs, None if inline else table)
+    plan.plan_rows(ids, runs, None if inline else table)
 
 
 @contextlib.contextmanager
@@ -102,20 +105,21 @@ def only(tile: tiles.Tile) -> Iterator[None]:
 
 def insert_blank(
     tile: tiles.Tile, dtype: torch.dtype, *, bias: bool = False, shard: bool = False,
-    sources: int = 1, after_plan: bool = False,
+    sources: int = 1, lookup: bool = False, after_plan: bool = False,
 ) -> None:  # fmt: skip
     """Launch an insert of uninitialised tensors, to have it compiled."""
     weight = torch.empty(HIDDEN, WIDTH, dtype=dtype)
     numbers = torch.empty(sources * ROWS, 1, dtype=torch.int32)
     with only(tile):
         project.project_insert(
-            torch.empty(sources * ROWS, 1, HIDDEN, dtype=dtype),
+            torch.empty((ROWS, HIDDEN) if lookup else (sources * ROWS, 1, HIDDEN), dtype=dtype),
             [torch.empty(ROWS, WIDTH, dtype=dtype)] * sources,
             weight,
             weight[:, 0].contiguous() if bias else None,
             numbers.flatten(),
             numbers,
             torch.empty(1, dtype=torch.int32) if shard else None,
+            input_ids=numbers.long() if lookup else None,
             after_plan=after_plan,
         )
 
@@ -127,8 +131,9 @@ def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch
     yield f"{short} rows apart", functools.partial(pack.pack_rows, [apart])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
     variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
+    variants.append({"lookup": True})
     for tile in entries:
-        for options in [{}] if tile.library else variants:
+        for options in [{}, {"lookup": True}] if tile.library else variants:
             for after_plan in [False] if tile.library else [False, True]:
                 variant = f"{short} {tile}" + "".join(f" {name}" for name in options)
                 launch = functools.partial(insert_blank, tile, dtype, after_plan=after_plan)
@@ -145,6 +150,16 @@ def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
             embeddings=True, rows=rows, bias=bias,
         )  # fmt: skip
         yield f"{short}{' rows' * rows}{' bias' * bias}", launch
+
+
+def _tables(dtype: torch.dtype, short: str) -> Iterator[Launch]:
+    """Yield the gradient of the table: dense in its dtype, and added to fp32 ``main_grad``."""
+    grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
+    order = torch.empty(ROWS, dtype=torch.int64)
+    for add in (False, True):
+        out = torch.empty(ROWS, HIDDEN, dtype=torch.float32 if add else dtype)
+        launch = functools.partial(table_ops.put_table_gradient, grad, order, order, out, add=add)
+        yield f"{short}{' main_grad' * add}", launch
 
 
 def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
@@ -169,6 +184,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan.plan_kernel, gradient.gradient_rows_kernel,
+    table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
     pack.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip

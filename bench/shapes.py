@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step37_kernels.testing import InsertCase, Layout
+from step37_kernels.testing import FeatureLayout, InsertCase
 
 IM_START, IM_PATCH, IM_END = 128000, 128001, 128002
 PATCH_START, PATCH_END = 128003, 128005
@@ -124,7 +124,7 @@ def make_batch(shape: Shape, device: torch.device) -> Batch:
     )
 
 
-def make_case(batch: Batch, *, dtype: torch.dtype, layout: Layout, seed: int) -> InsertCase:
+def make_case(batch: Batch, *, dtype: torch.dtype, layout: FeatureLayout, seed: int) -> InsertCase:
     """Draw random tensors of a batch, on its device (a host takes seconds for large ones).
 
     Nothing requires a gradient; who times a backward pass says for what.

@@ -68,7 +68,7 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
         y = 0.6 + k // a_row * (THUMBNAIL + 0.45)
         _photograph(axes, file, x, y, IMAGES[k % len(IMAGES)])
         name = f"{k}: {Path(file).name}"
-        style.label(axes, x, y + THUMBNAIL + 0.2, name, 9, THUMBNAIL + 0.1)
+        style.label(axes, (x, y + THUMBNAIL + 0.2), name, width=THUMBNAIL + 0.1)
 
     for position, token in enumerate(tokens):
         line, column = divmod(position, COLUMNS)
@@ -86,17 +86,17 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
                 text = text.strip("<|>")
                 kind = kind if loss[position] else "special token"
             looks = LOOKS[kind]
-        style.box(axes, x, y, CELL_W - 0.02, CELL_H, **looks)
-        style.label(axes, x + 0.02, y + CELL_H / 2, text, 6.5, CELL_W - 0.05)
+        style.box(axes, (x, y, CELL_W - 0.02, CELL_H), **looks)
+        style.label(axes, (x + 0.02, y + CELL_H / 2), text, size=6.5, width=CELL_W - 0.05)
         if position in bounds[:-1]:
             bar = {"facecolor": style.INK, "zorder": 2}
-            style.box(axes, x - 0.025, y - 0.03, 0.025, CELL_H + 0.06, **bar)
-    style.legend(axes, MARGIN, bottom + 0.15, LOOKS)
+            style.box(axes, (x - 0.025, y - 0.03, 0.025, CELL_H + 0.06), **bar)
+    style.legend(axes, (MARGIN, bottom + 0.15), LOOKS)
     lost = (plan.destinations < 0).sum().item()
     told = (
         f"a black bar begins a sub-sequence; feature rows without a destination: {lost or 'none'}"
     )
-    style.label(axes, MARGIN, bottom + 0.42, told)
+    style.label(axes, (MARGIN, bottom + 0.42), told)
     return sheet
 
 
@@ -104,4 +104,4 @@ def _photograph(axes: Any, file: str, x: float, y: float, frame: str) -> None:
     with Image.open(file) as photograph:
         small = photograph.convert("RGB")
     small.thumbnail((180, 180))
-    style.show(axes, ImageOps.expand(small, 7, frame), x, y, THUMBNAIL + 0.1)
+    style.show(axes, ImageOps.expand(small, 7, frame), (x, y), THUMBNAIL + 0.1)

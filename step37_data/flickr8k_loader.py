@@ -1,39 +1,37 @@
-"""Flickr8k (``intro/flickr8k``): fetch its files once, then read image and caption pairs."""
+"""Image and caption pairs: download Flickr8k (``intro/flickr8k``), or read a folder like it."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import hashlib
-import itertools
 import logging
-import time
-from collections.abc import Iterator, Sequence
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from tqdm.contrib.concurrent import thread_map
 
-from step37_data.caches.hub_cache import NOTES, check_origin, flaw_of, path_inside, refuse_links
+from step37_data.caches.hub_cache import HubFolder, flaw_of, path_inside
 from step37_data.caches.rank_order import fill_cache_once
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import map_threads
 from step37_data.images.crops import CropPlan, plan_file
+from step37_data.pack_transform import pack_samples
+from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS = 5
-_FIRST_PAUSE_S = 0.5
-_GIVE_UP_AFTER_S = 30.0
+_DEFAULT_REPO = "intro/flickr8k"
 # They wait for the file system, not for a core.
 _HEADER_READERS = 16
-# Lines of metadata in a message.
+# Lines of metadata, or missing pictures, in a message.
 _SHOWN = 10
 
 
@@ -120,13 +118,39 @@ class Step37Flickr8kDataset:
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:
-        return {
-            "images": [sample.image_path],
-            "conversations": [
-                {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
-                {"role": "assistant", "content": sample.caption},
-            ],
-        }
+        conversations = caption_dialogue(sample.caption, prompt)
+        return {"images": [sample.image_path], "conversations": conversations}
+
+
+def pack_captions(
+    samples: Sequence[Flickr8kSample],
+    template: Step37MultimodalTemplate,
+    *,
+    prompt: str = CAPTION_PROMPT,
+    seqlen_divisible_by: int = 64,
+    **settings: Any,
+) -> MixedPackedDataloader:
+    """Packs of image and caption pairs, each pair drawn once.
+
+    Args:
+        samples: what :func:`prepare_flickr8k_samples` or :func:`read_flickr8k_metadata` returns.
+        template: turns a conversation into a sample.
+        prompt: the user's text, after the image.
+        seqlen_divisible_by: the length of a pack is a multiple of this.
+        settings: by keyword, what :class:`MixedPackedDataloader` takes; ``max_length`` at least.
+
+    Raises:
+        ValueError: as for :class:`MixedPackedDataloader`; or ``seqlen_divisible_by`` is no integer
+            of at least 1.
+    """
+    checked_int("seqlen_divisible_by", seqlen_divisible_by)
+    join = functools.partial(
+        pack_samples,
+        seqlen_divisible_by=seqlen_divisible_by,
+        start_token_ids=template.rows_after,
+    )
+    datasets = [Step37Flickr8kDataset(samples, template, prompt)]
+    return MixedPackedDataloader(datasets, [1.0], transform=join, **settings)
 
 
 def get_flickr8k_dataset_file(
@@ -139,10 +163,11 @@ def get_flickr8k_dataset_file(
 ) -> Path:
     """Path of one file of the data set under ``cache_dir``, downloaded if it is not there.
 
-    ``hf_hub_download`` writes beside the final place and moves the whole file there. A download
-    that fails in passing (connection, 408, 429, 5xx, a wrong length) is tried again: five times in
-    all, with 7.5 seconds of pauses, and not after half a minute. A file that is empty, or whose
-    hash is not the one that the hub gave when it was downloaded, is downloaded again.
+    ``hf_hub_download`` writes beside the final place and moves the whole file there. Where the hub
+    limits requests, breaks off or is down for a moment, the hub's client waits, says so in its log
+    and asks again: as long as the hub asks it to, five times in a row at most. A file that is
+    empty, or whose hash is not the one that the hub gave when it was downloaded, is downloaded
+    again.
 
     Threads may fetch different files at a time; processes must take turns (see
     :func:`prepare_flickr8k_samples`).
@@ -157,79 +182,21 @@ def get_flickr8k_dataset_file(
     Raises:
         ValueError: ``filename`` leaves ``cache_dir``, by its name or by a link.
         FileNotFoundError: the hub has no such file, revision or data set, or is out of reach.
-        OSError: the download failed otherwise, or gave what does not fit its hash, twice.
+        OSError: the hub still limits requests or reports an error of its own after the client has
+            waited, or it gave what does not fit its hash, twice.
     """
-    root = Path(cache_dir).expanduser()
-    path = path_inside(root, filename)
-    for downloads in range(3):
-        flaw = flaw_of(root, path)
-        if flaw is None:
-            return path
-        if downloads < 2:
-            _download(filename, root, path, flaw, repo_id, revision=revision, endpoint=endpoint)
-    raise OSError(f"{path} {flaw}, also after it was downloaded twice from {repo_id}")
-
-
-def _download(
-    filename: str, root: Path, path: Path, flaw: str, repo_id: str, **source: Any
-) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    refuse_links(root, path, root / NOTES)
-    if path.exists():
-        logger.warning("%s %s: downloading it again", path, flaw)
-    # Errors of the HTTP library below huggingface_hub (requests or httpx, by its version), all
-    # OSError or children of the base class of HfHubHTTPError.
-    network_errors = (OSError, HfHubHTTPError.__bases__[0])
-    began = time.monotonic()
-    for attempt in itertools.count(1):
-        try:
-            hf_hub_download(
-                repo_id,
-                filename,
-                repo_type="dataset",
-                local_dir=root,
-                # Else the client keeps a damaged file that has its name, and tries again itself,
-                # within each attempt of ours, where the hub answers with an error.
-                force_download=True,
-                **source,
-            )
-            return
-        except (*network_errors, ValueError) as raised:
-            # So the client reports that it found out nothing about the file.
-            unreachable = isinstance(raised, ValueError)
-            error = raised.__cause__ if unreachable else raised
-            if not isinstance(error, network_errors):
-                raise
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            offline = isinstance(error, OfflineModeIsEnabled)
-            may_pass = status is None or status in (408, 429) or status >= 500
-            in_time = attempt < _ATTEMPTS and time.monotonic() - began < _GIVE_UP_AFTER_S
-            if in_time and may_pass and not offline:
-                logger.warning("%s/%s: attempt %d failed (%s)", repo_id, filename, attempt, error)
-                time.sleep(_FIRST_PAUSE_S * 2 ** (attempt - 1))
-                continue
-            # A built-in error, which every rank can raise. The hub tells nobody of a private repo.
-            missing = unreachable or isinstance(error, FileNotFoundError) or status in (401, 404)
-            kind = FileNotFoundError if missing else OSError
-            tried = f" after {attempt} attempts" if attempt > 1 else ""
-            raise kind(
-                f"{path} {flaw}, and {repo_id}/{filename} could not be downloaded{tried}: {error}"
-            ) from error
+    folder = HubFolder(repo_id=repo_id, cache_dir=cache_dir, revision=revision, endpoint=endpoint)
+    return Path(folder.fetch(filename))
 
 
 def prepare_flickr8k_samples(
     *,
-    repo_id: str = "intro/flickr8k",
+    repo_id: str = _DEFAULT_REPO,
     split: str = "train",
     sample_count: int | None = 8,
     caption_key: str = "caption_0",
     cache_dir: str | Path = ".cache/step37_flickr8k",
-    revision: str | None = None,
-    endpoint: str | None = None,
-    max_workers: int = 8,
-    progress: bool = True,
+    **hub: Any,
 ) -> list[Flickr8kSample]:
     """The first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
 
@@ -239,6 +206,10 @@ def prepare_flickr8k_samples(
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
 
+    A folder of your own, whose ``metadata.csv`` did not come from the hub, has to be complete:
+    nothing is downloaded into it from the default data set. With another ``repo_id``, its missing
+    pictures are downloaded from there.
+
     Rows without a caption or file name are skipped, counted and logged.
 
     Args:
@@ -247,65 +218,53 @@ def prepare_flickr8k_samples(
         sample_count: how many pairs; None is all.
         caption_key: column of the caption.
         cache_dir: local folder that mirrors the data set; ``~`` is expanded.
-        revision: branch, tag or commit; None is the default branch. One cache folder holds one
-            data set at one revision.
-        endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
-        max_workers: files downloaded at a time.
-        progress: show a progress bar while downloading.
+        hub: by keyword, what else says how files are downloaded: ``revision`` (branch, tag or
+            commit; None is the default branch; one cache folder holds one data set at one
+            revision), ``endpoint`` (URL of the hub; None is the one ``huggingface_hub`` is set to),
+            ``max_workers`` (files downloaded at a time, 8) and ``progress`` (show a progress bar
+            while downloading, True).
 
     Raises:
+        TypeError: a keyword is none of these.
         RuntimeError: no row has both a caption and a file name, or another rank failed.
         ValueError: ``metadata.csv`` cannot be read (see :func:`read_flickr8k_metadata`),
             ``sample_count`` is no integer of at least 1, or ``cache_dir`` holds another data set or
             revision.
+        FileNotFoundError: pictures of your own folder are missing; or as below.
         FileNotFoundError, OSError: as for :func:`get_flickr8k_dataset_file`.
     """
     if sample_count is not None:
         checked_int("sample_count", sample_count)
-    root = Path(cache_dir).expanduser()
-    metadata = path_inside(root, f"{split}/metadata.csv")
-
-    def fetch(name: str) -> Path:
-        return get_flickr8k_dataset_file(
-            name, repo_id=repo_id, cache_dir=root, revision=revision, endpoint=endpoint
-        )
-
+    folder = HubFolder(repo_id=repo_id, cache_dir=cache_dir, **hub)
+    listing = f"{split}/metadata.csv"
+    metadata = Path(folder.path_of(listing))
     # Read once, as soon as it is there.
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
+    whole: set[str] = set()
+
+    def flawed() -> dict[str, str]:
+        """Flaws of images by path; what was found whole is not looked at again."""
+        named = dict.fromkeys(sample.image_path for sample in read())
+        paths = [path for path in named if path not in whole]
+        flaws = folder.flaws(paths)
+        whole.update(path for path in paths if path not in flaws)
+        return flaws
 
     def fill() -> None:
-        from huggingface_hub import utils as hub
-
-        root.mkdir(parents=True, exist_ok=True)
-        check_origin(root, repo_id, revision)
-        with contextlib.ExitStack() as undo:
-            # huggingface_hub shows a bar for every file; our files together have one.
-            if not hub.are_progress_bars_disabled():
-                hub.disable_progress_bars()
-                undo.callback(hub.enable_progress_bars)
-            fetch(f"{split}/metadata.csv")
-            names = [path.relative_to(root).as_posix() for path in flawed()]
-            if names:
-                logger.info("downloading %d files of %s/%s", len(names), repo_id, split)
-                bar = {"desc": f"Downloading {repo_id}/{split}", "unit": "file"}
-                # After a failure it starts no other file.
-                thread_map(fetch, names, max_workers=max_workers, disable=not progress, **bar)
-
-    whole: set[Path] = set()
-
-    def flawed() -> list[Path]:
-        """Images that are missing or damaged; what was found whole is not looked at again."""
-        paths = list(dict.fromkeys(Path(sample.image_path) for sample in read()))
-        paths = [path for path in paths if path not in whole]
-        flaws = map_threads(functools.partial(flaw_of, root), paths, _HEADER_READERS)
-        found = dict(zip(paths, flaws, strict=True))
-        whole.update(path for path, flaw in found.items() if flaw is None)
-        return [path for path, flaw in found.items() if flaw is not None]
+        own = repo_id == _DEFAULT_REPO and folder.is_own(listing)
+        folder.check_origin()
+        folder.fetch(listing)
+        flaws = flawed()
+        if flaws and own:
+            raise FileNotFoundError(_told_missing(metadata, flaws))
+        if flaws:
+            names = [os.path.relpath(path, folder.root) for path in flaws]
+            folder.fetch_all(names, f"{repo_id}/{split}")
 
     def is_filled() -> bool:
-        return flaw_of(root, metadata) is None and not flawed()
+        return flaw_of(folder.root, metadata) is None and not flawed()
 
     fill_cache_once(fill, is_filled, what=f"preparing {repo_id}/{split}")
     samples = read()
@@ -315,6 +274,61 @@ def prepare_flickr8k_samples(
         told = f"no row of {metadata} has a file_name and a {caption_key}; its columns: {columns}"
         raise RuntimeError(f"no sample prepared: {told}")
     return samples
+
+
+def _told_missing(metadata: Path, flaws: Mapping[str, str]) -> str:
+    """The message about pictures that the user's own folder lacks."""
+    listed = []
+    spell = _Speller()
+    for path, flaw in list(flaws.items())[:_SHOWN]:
+        hint = spell.similar(str(metadata.parent), os.path.relpath(path, metadata.parent))
+        listed.append(f"{path} {flaw}{hint}")
+    more = f"; and {len(flaws) - _SHOWN} more" if len(flaws) > _SHOWN else ""
+    return (
+        f"{metadata} names {len(flaws)} pictures that are missing or empty: {'; '.join(listed)}"
+        f"{more}. This metadata.csv did not come from the hub, so nothing is downloaded. To take "
+        f"pictures from a data set of the hub, set repo_id; for {_DEFAULT_REPO}, delete the file"
+    )
+
+
+class _Speller:
+    """Finds files whose name is written a little differently from the one that was asked for."""
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, str]] = {}
+
+    def similar(self, folder: str, name: str) -> str:
+        """Text that names the file with another spelling of ``name``; empty if there is none."""
+        found: list[str] = []
+        for part in name.split("/"):
+            inside = "/".join([folder, *found])
+            there = self._names(inside)
+            if os.path.lexists(f"{inside}/{part}"):
+                found.append(part)
+            elif _folded(part) in there:
+                found.append(there[_folded(part)])
+            else:
+                return ""
+        other = "/".join(found)
+        if other == name:
+            return ""
+        same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+        how = "in another Unicode form (NFC or NFD)" if same else "in upper or lower case"
+        return f" (there is {other!r}: the same name {how})"
+
+    def _names(self, folder: str) -> dict[str, str]:
+        if folder not in self._listed:
+            try:
+                names = os.listdir(folder)
+            except OSError:  # it is no folder: there is nothing in it
+                names = []
+            self._listed[folder] = {_folded(name): name for name in names}
+        return self._listed[folder]
+
+
+def _folded(name: str) -> str:
+    """The same text for names that differ in case or in the form of Unicode only."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def read_flickr8k_metadata(
@@ -335,18 +349,17 @@ def read_flickr8k_metadata(
     samples: list[Flickr8kSample] = []
     skipped = 0
     problems: list[str] = []
-    for line, row in _rows(metadata, problems):
-        caption = row.get(caption_key, "").strip()
-        file_name = row.get("file_name", "").strip()
+    folder = str(metadata.parent)
+    for line, file_name, caption in _rows(metadata, caption_key, problems):
         if not caption or not file_name:
             skipped += 1
             continue
         try:
-            path = path_inside(metadata.parent, file_name)
+            path = path_inside(folder, file_name)
         except ValueError as error:
             problems.append(f"line {line}: {error}")
             continue
-        samples.append(Flickr8kSample(str(path), caption))
+        samples.append(Flickr8kSample(path, caption))
         if len(samples) == sample_count:
             break
     if problems:
@@ -357,22 +370,32 @@ def read_flickr8k_metadata(
     return samples
 
 
-def _rows(metadata: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Every row of a CSV file, with the number of its last line; rows too long are ``problems``."""
+def _rows(metadata: Path, caption_key: str, problems: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Number of its last line, file name and caption of every row of a CSV file.
+
+    A cell that is not there is an empty text. Rows with surplus cells are ``problems``.
+    """
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         # Strict: else a quote that is not closed takes in all rows up to the next one.
         rows = csv.reader(file, strict=True)
         first = 1
         try:
             header = next(rows, [])
+            width = len(header)
+            # Of two columns of one name the last counts; a column that is not there has no cells.
+            column = {name: number for number, name in enumerate(header)}
+            name_at, caption_at = (column.get(key, width) for key in ("file_name", caption_key))
+            nothing = [""] * (width + 1)
             first = rows.line_num + 1
             for cells in rows:
                 # A comma at the end of a row makes an empty cell, which holds no text to lose.
-                if any(cell.strip() for cell in cells[len(header) :]):
-                    told = f"expected the {len(header)} cells of the header, got {cells}"
+                if len(cells) > width and any(cell.strip() for cell in cells[width:]):
+                    told = f"expected the {width} cells of the header, got {cells}"
                     problems.append(f"line {rows.line_num}: {told}; quote a text with a comma")
                 elif cells:
-                    yield rows.line_num, dict(zip(header, cells, strict=False))
+                    del cells[width:]
+                    cells += nothing
+                    yield rows.line_num, cells[name_at].strip(), cells[caption_at].strip()
                 first = rows.line_num + 1
         except csv.Error as error:
             row = f"line {first}: {error}, in a row read up to line {rows.line_num}"

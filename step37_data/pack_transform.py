@@ -1,4 +1,4 @@
-"""From the samples of a pack to one packed dictionary of tensors."""
+"""Turns the samples of a pack into one dictionary of tensors."""
 
 from __future__ import annotations
 

@@ -9,20 +9,25 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from step37_data import samplers
 from step37_data.caches.lengths import KeyedDataset, probe_lengths
-from step37_data.common.checks import checked_choice, checked_int, checked_state, item_at
-from step37_data.packing import OversizePolicy, Packing, PackingResult, pack_as
+from step37_data.common.checks import checked_int, checked_state, item_at
+from step37_data.packing import (  # noqa: F401  Packing is offered here, too
+    OversizePolicy,
+    Packing,
+    PackingResult,
+    Sampling,
+    ScheduleSettings,
+    pack_as,
+)
 
 logger = logging.getLogger(__name__)
 
-Sampling = Literal["sequential", "random"]
 # Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
 _SEED = 1234
 
@@ -45,14 +50,14 @@ class Fill:
 
     @classmethod
     def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
-        """Of samples of these ``sizes``, ``[N]``, which ``result`` packs."""
+        """How full the packs of ``result`` are with samples of these ``sizes``, ``[N]``."""
         bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         tokens = bounds[result.starts + result.counts] - bounds[result.starts]
         return cls(tokens, int(result.counts.sum()), result.num_droped, capacity)
 
     @property
     def share(self) -> float:
-        """Of the capacity of all packs, in use; a pack of an oversize sample is full."""
+        """Part of all packs' capacity in use, 0 to 1; an oversize sample's pack counts as full."""
         return float(self.tokens.sum() / np.maximum(self.tokens, self.capacity).sum())
 
     def __str__(self) -> str:
@@ -79,48 +84,44 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ``"extend"`` gives each a pack of its own.
         transform: applied to the list of a pack's samples, such as ``pack_samples``.
         dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
-        packing: ``"next_fit"`` packs in the order drawn; ``"best_fit"`` reorders samples within
-            ``packing_window`` draws for fuller packs; ``"balanced"`` fills them as well, and gives
-            the packs of a step nearly as many vision tokens each (see :func:`pack_balanced`). Then
-            every data set has a ``vision_tokens()``, int64 ``[N]``.
-        packing_window: samples that ``"best_fit"`` and ``"balanced"`` pack together.
-        balance_group: packs in a row that ``"balanced"`` makes alike; a multiple of the packs of a
-            step over all data-parallel ranks.
-        lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
-        probe_workers, together: how lengths are measured; see :func:`probe_lengths`.
-        progress: show a progress bar while measuring.
         collate_fn: kept for whoever makes a torch ``DataLoader`` of this, as Megatron-Bridge does.
+        settings: by keyword, the rest of :class:`~step37_data.packing.ScheduleSettings`:
+            ``packing``, ``packing_window``, ``balance_group``, ``lengths_cache_dir``,
+            ``probe_workers``, ``progress`` and ``together``. With ``packing="balanced"`` every data
+            set has a ``vision_tokens()``, int64 ``[N]``.
 
     Raises:
+        TypeError: a keyword is no setting.
         ValueError: no data sets, differing numbers of data sets and epochs or sampling strategies,
-            an empty data set, an epoch that is not above 0 and finite, an unknown strategy, a
-            sample whose ``len()`` is not that of its ``tokens``, or nothing packed.
+            an empty data set, an epoch that is not above 0 and finite, a setting that is none of
+            the values it may be, a sample whose ``len()`` is not that of its ``tokens``, or nothing
+            packed.
     """
 
+    # Megatron-Bridge's class takes the first six by position.
     def __init__(
         self,
         datasets: Sequence[Any],
         epochs: Sequence[float],
         max_length: int,
-        oversize_policy: OversizePolicy = "extend",
+        oversize_policy: OversizePolicy = ScheduleSettings.oversize_policy,
         transform: Callable[[list[Any]], Any] | None = None,
-        dataset_sampling: Sampling | Sequence[Sampling] = "random",
+        dataset_sampling: Sampling | Sequence[Sampling] = ScheduleSettings.dataset_sampling,
         *,
-        packing: Packing = "next_fit",
-        packing_window: int = 4096,
-        balance_group: int = 64,
-        lengths_cache_dir: str | Path | None = None,
-        probe_workers: int | None = None,
-        progress: bool = True,
-        together: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        **settings: Any,
     ) -> None:
+        self.settings = ScheduleSettings(
+            max_length=max_length,
+            oversize_policy=oversize_policy,
+            dataset_sampling=dataset_sampling,
+            **settings,
+        )
         if len(datasets) == 0:
             raise ValueError("datasets: expected at least one, got none")
         if len(datasets) != len(epochs):
             raise ValueError(f"epochs: {len(epochs)} values for {len(datasets)} datasets")
-        checked_choice("packing", packing, Packing)
-        strategies = _strategies(dataset_sampling, len(datasets))
+        strategies = self.settings.strategies(len(datasets))
         counts = [len(dataset) for dataset in datasets]
         weights = _weights(counts, epochs)
         if int(sum(weights)) == 0:
@@ -128,39 +129,18 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
                 f"nothing was packed: epochs {list(epochs)} of {counts} samples draw 0"
             )
         self.datasets = list(datasets)
-        self.ds_epochs, self.dataset_sampling = list(epochs), list(strategies)
+        self.ds_epochs, self.dataset_sampling = list(epochs), strategies
         self.transform = transform
         self.collate_fn = collate_fn
         self.max_length = max_length
         self.position = 0
         self._warned_about_lengths = False
-        lengths, digest = [], hashlib.blake2b(digest_size=16)
-        for number, dataset in enumerate(datasets):
-            keys = None
-            if isinstance(dataset, KeyedDataset):
-                keys = np.ascontiguousarray(dataset.sample_keys(), dtype="<u8")
-                digest.update(keys.data)
-            measured = probe_lengths(
-                dataset,
-                cache_dir=lengths_cache_dir,
-                workers=probe_workers,
-                progress=progress,
-                description=f"Probing data set {number}",
-                together=together,
-                keys=keys,
-            )
-            lengths.append(measured)
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = self._measure(digest)
         domains, indices, sizes = draw_schedule(lengths, weights, strategies)
-        loads = self._vision_tokens(domains, indices) if packing == "balanced" else ()
-        order, self.packing_result = pack_as(
-            packing,
-            sizes,
-            loads,
-            max_len=max_length,
-            oversize_policy=oversize_policy,
-            window=packing_window,
-            group=balance_group,
-        )
+        balanced = self.settings.packing == "balanced"
+        loads = self._vision_tokens(domains, indices) if balanced else ()
+        order, self.packing_result = pack_as(self.settings, sizes, loads)
         # Reordered in place of the draws, so that pack ranges are slices in every case.
         domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
@@ -170,7 +150,28 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         for array in (domains, indices, sizes, *ranges):
             digest.update(np.ascontiguousarray(array, dtype="<i8").data)
         self._fingerprint = digest.hexdigest()
-        logger.info("%s: %s", packing, Fill.of(sizes, self.packing_result, max_length))
+        fill = Fill.of(sizes, self.packing_result, max_length)
+        logger.info("%s: %s", self.settings.packing, fill)
+
+    def _measure(self, digest: hashlib.blake2b) -> list[np.ndarray]:
+        """The lengths of every data set; the keys of its samples go into ``digest``."""
+        lengths = []
+        for number, dataset in enumerate(self.datasets):
+            keys = None
+            if isinstance(dataset, KeyedDataset):
+                keys = np.ascontiguousarray(dataset.sample_keys(), dtype="<u8")
+                digest.update(keys.data)
+            measured = probe_lengths(
+                dataset,
+                cache_dir=self.settings.lengths_cache_dir,
+                workers=self.settings.probe_workers,
+                progress=self.settings.progress,
+                description=f"Probing data set {number}",
+                together=self.settings.together,
+                keys=keys,
+            )
+            lengths.append(measured)
+        return lengths
 
     def _vision_tokens(self, domains: np.ndarray, indices: np.ndarray) -> np.ndarray:
         loads = np.empty(len(domains), dtype=np.int64)
@@ -343,13 +344,6 @@ class _Stream(Iterator[Any]):
     def _advance(self) -> None:
         self._next += self._step
         self._packs.position += self._step
-
-
-def _strategies(sampling: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
-    strategies: list[Sampling] = [sampling] * count if isinstance(sampling, str) else list(sampling)
-    if len(strategies) != count:
-        raise ValueError(f"dataset_sampling: {len(strategies)} values for {count} datasets")
-    return [checked_choice("dataset_sampling", strategy, Sampling) for strategy in strategies]
 
 
 def _weights(sizes: Sequence[int], epochs: Sequence[float]) -> list[float]:

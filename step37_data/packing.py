@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 OversizePolicy = Literal["drop", "extend"]
 Packing = Literal["next_fit", "best_fit", "balanced"]
+Sampling = Literal["sequential", "random"]
 Integers = Sequence[int] | np.ndarray
 _Packs = list[list[int]]
 
@@ -34,9 +36,68 @@ _MOST_PACKS = 1.01
 _GOLDEN = 0.6180339887498949
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How samples are drawn, measured and packed: one place for each setting and its default.
+
+    Attributes:
+        max_length: capacity of a pack in tokens, at least 1.
+        oversize_policy: ``"drop"`` leaves out samples longer than that (counted and logged),
+            ``"extend"`` gives each a pack of its own.
+        dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
+        packing: ``"next_fit"`` packs in the order drawn (see :func:`pack`); ``"best_fit"`` reorders
+            samples within ``packing_window`` draws for fuller packs (see :func:`pack_best_fit`);
+            ``"balanced"`` fills them as well, and gives the packs of a step nearly as many vision
+            tokens each (see :func:`pack_balanced`).
+        packing_window: samples that ``"best_fit"`` and ``"balanced"`` pack together, at least 1.
+        balance_group: packs in a row that ``"balanced"`` makes alike, at least 1; a multiple of the
+            packs of a step over all data-parallel ranks.
+        lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
+        probe_workers: processes that measure lengths; None decides by the size of the data set.
+        progress: show a progress bar while measuring.
+        together: every rank of a process group makes this call; one rank measures, the others read.
+
+    Raises:
+        ValueError: a setting is none of the values it may be. How many strategies
+            ``dataset_sampling`` needs is known to those who know the data sets.
+    """
+
+    max_length: int
+    oversize_policy: OversizePolicy = "extend"
+    dataset_sampling: Sampling | Sequence[Sampling] = "random"
+    packing: Packing = "next_fit"
+    packing_window: int = 4096
+    balance_group: int = 64
+    lengths_cache_dir: str | Path | None = None
+    probe_workers: int | None = None
+    progress: bool = True
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        checked_choice("oversize_policy", self.oversize_policy, OversizePolicy)
+        checked_choice("packing", self.packing, Packing)
+        one_for_all = isinstance(self.dataset_sampling, str)
+        for strategy in [self.dataset_sampling] if one_for_all else self.dataset_sampling:
+            checked_choice("dataset_sampling", strategy, Sampling)
+        for name in ("max_length", "packing_window", "balance_group"):
+            checked_int(name, getattr(self, name))
+
+    def strategies(self, count: int) -> list[Sampling]:
+        """``dataset_sampling`` of each of ``count`` data sets.
+
+        Raises:
+            ValueError: there is another number of strategies.
+        """
+        given = self.dataset_sampling
+        strategies: list[Sampling] = [given] * count if isinstance(given, str) else list(given)
+        if len(strategies) != count:
+            raise ValueError(f"dataset_sampling: {len(strategies)} values for {count} datasets")
+        return strategies
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackingResult:
-    """What a packing decided.
+    """Which samples share a pack, and how many were left out.
 
     Attributes:
         num_droped: oversize samples left out (the spelling is Megatron-Bridge's).
@@ -60,39 +121,33 @@ class PackingResult:
 
 
 def pack_as(
-    packing: Packing,
-    sizes: Integers,
-    loads: Integers,
-    *,
-    max_len: int,
-    oversize_policy: OversizePolicy,
-    window: int,
-    group: int = 1,
+    settings: ScheduleSettings, sizes: Integers, loads: Integers = ()
 ) -> tuple[np.ndarray | slice, PackingResult]:
-    """Pack by the name of the packing, and log how many samples are dropped.
+    """Pack as ``settings.packing`` says, and log how many samples are dropped.
 
     Args:
-        packing: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
+        settings: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
             ``"balanced"`` :func:`pack_balanced`.
-        sizes, max_len, oversize_policy, window, group: see there.
-        loads: those of ``"balanced"``; the others need none.
+        sizes: ``[N]`` lengths in tokens.
+        loads: ``[N]``, those of ``"balanced"``; the others need none.
 
     Returns:
         The order in which ``sizes`` have to be put, and the ranges, which are over that order.
     """
+    limits = (settings.max_length, settings.oversize_policy)
     order: np.ndarray | slice = slice(None)
-    if packing == "next_fit":
-        result = pack(sizes, max_len, oversize_policy)
-    elif packing == "best_fit":
-        order, result = pack_best_fit(sizes, max_len, oversize_policy, window)
+    if settings.packing == "next_fit":
+        result = pack(sizes, *limits)
+    elif settings.packing == "best_fit":
+        order, result = pack_best_fit(sizes, *limits, settings.packing_window)
     else:
         order, result = pack_balanced(
-            sizes, loads, max_len, oversize_policy, window=window, group=group
+            sizes, loads, *limits, window=settings.packing_window, group=settings.balance_group
         )
     if result.num_droped:
         logger.warning(
-            f"{result.num_droped} of {len(sizes)} samples were dropped: longer than the {max_len} "
-            "tokens of a pack"
+            f"{result.num_droped} of {len(sizes)} samples were dropped: longer than the "
+            f"{settings.max_length} tokens of a pack"
         )
     return order, result
 
@@ -152,7 +207,10 @@ def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
 
 
 def pack_best_fit(
-    sizes: Integers, max_len: int, oversize_policy: OversizePolicy, window: int = 4096
+    sizes: Integers,
+    max_len: int,
+    oversize_policy: OversizePolicy,
+    window: int = ScheduleSettings.packing_window,
 ) -> tuple[np.ndarray, PackingResult]:
     """Best-fit-decreasing packing inside consecutive windows.
 
@@ -221,21 +279,21 @@ def pack_balanced(
     max_len: int,
     oversize_policy: OversizePolicy,
     *,
-    window: int = 4096,
-    group: int = 1,
+    window: int = ScheduleSettings.packing_window,
+    group: int = ScheduleSettings.balance_group,
 ) -> tuple[np.ndarray, PackingResult]:
-    """Packs as full as best-fit's, of nearly equal load, and the more so within a step.
+    """Packs as full as those of best-fit, with nearly the same load in all packs of a step.
 
-    The ranks of a step wait for the slowest, which is the one with most to see. In each window of
-    ``window`` samples the longest sample goes first, to the pack that thereby comes nearest to the
-    share of load in length that the whole window has; a window that would need more than a percent
-    more packs than best-fit stays as best-fit has it. What is left (a picture that fills a pack of
-    its own) is met by order: packs of a window are sorted by load and dealt out in groups of
-    ``group``, so that the packs of a step are neighbours in that order. Deterministic.
+    The ranks of a step wait for the slowest one, whose pack has the most load. In each window of
+    ``window`` samples the longest sample goes first, into the pack whose ratio of load to length
+    comes nearest to that of the whole window. A window that would need over one percent more packs
+    than best-fit is packed by best-fit. Some packs stay uneven, such as a picture that fills a pack
+    of its own. Therefore the packs of a window are sorted by load and given out in groups of
+    ``group``, so that the packs of a step have similar loads. Deterministic.
 
     Args:
         sizes, max_len, oversize_policy, window: as for :func:`pack_best_fit`.
-        loads: ``[N]``, what is to be dealt out evenly, such as vision tokens.
+        loads: ``[N]``, what to spread evenly over the packs, such as vision tokens.
         group: packs of a step, or a multiple: any data-parallel size that divides it is served.
             The packs of all windows that make no whole group there are grouped at the end. 1 leaves
             the packs of a window in the order of their first samples.
@@ -281,14 +339,16 @@ def _balance_window(packs: _Packs, lengths: np.ndarray, loads: np.ndarray, max_l
     sizes = lengths[shared].astype(np.float64)
     surplus = loads[shared] - loads[shared].sum() / max(sizes.sum(), 1.0) * sizes
     for tightness in _TIGHTNESS:
-        dealt = _deal(sizes, surplus, max_len, len(packs) - len(alone), tightness)
+        dealt = _deal(
+            sizes, surplus, max_len=max_len, count=len(packs) - len(alone), tightness=tightness
+        )
         if dealt is not None:
             return sorted([*alone, *(shared[members].tolist() for members in dealt)])
     return packs
 
 
 def _deal(
-    sizes: np.ndarray, surplus: np.ndarray, max_len: int, count: int, tightness: float
+    sizes: np.ndarray, surplus: np.ndarray, *, max_len: int, count: int, tightness: float
 ) -> _Packs | None:
     """Every sample to one of ``count`` packs, or hardly more, so that surpluses cancel out."""
     packs: _Packs = [[] for _ in range(count)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from step37_data.flickr8k_loader import Step37Flickr8kDataset, prepare_flickr8k_samples
-from step37_data.pack_transform import pack_samples
+from step37_data.common.checks import checked_int
+from step37_data.flickr8k_loader import pack_captions, prepare_flickr8k_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.packing import OversizePolicy, Packing, Sampling, ScheduleSettings
 from step37_data.template import Step37MultimodalTemplate
+from step37_data.text.messages import CAPTION_PROMPT
 from step37_data.text.tokens import ImageTokens
 
 
@@ -119,12 +120,13 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Folder with ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
 
     repo_id: str = "intro/flickr8k"
+    """Data set on the hub. With the default, nothing is downloaded into a folder of your own."""
     split: str = "train"
     sample_count: int | None = 8
     """The first N samples, 8 for a smoke run; None takes all (about 6000 images, 1 GB)."""
     caption_key: str = "caption_0"
     cache_dir: str = ".cache/step37_flickr8k"
-    prompt: str = "Describe this image in one sentence."
+    prompt: str = CAPTION_PROMPT
     revision: str | None = None
     """Branch, tag or commit of the data set; None is the default branch."""
 
@@ -137,13 +139,13 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     max_packing_seqlen: int = 2048
     """Tokens in a pack."""
     seqlen_divisible_by: int = 64
-    oversize_policy: Literal["drop", "extend"] = "drop"
-    dataset_sampling: Literal["sequential", "random"] = "random"
-    packing: Literal["next_fit", "best_fit", "balanced"] = "next_fit"
+    oversize_policy: OversizePolicy = "drop"
+    dataset_sampling: Sampling = "random"
+    packing: Packing = ScheduleSettings.packing
     """``"best_fit"`` reorders samples within ``packing_window`` draws for fuller packs;
     ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
-    packing_window: int = 4096
-    balance_group: int = 64
+    packing_window: int = ScheduleSettings.packing_window
+    balance_group: int = ScheduleSettings.balance_group
     """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
     """Give this one pack for every index: a deterministic overfit. None for training."""
@@ -156,6 +158,33 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Processes that measure lengths; None decides by the size of the data set."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
+
+    def __post_init__(self) -> None:
+        parent: Any = super()
+        if hasattr(parent, "__post_init__"):
+            parent.__post_init__()
+        self._checked_settings()
+
+    def _checked_settings(self) -> ScheduleSettings:
+        """How packs are made.
+
+        Raises:
+            ValueError: a field is none of the values it may be.
+        """
+        for name in ("max_packing_seqlen", "seqlen_divisible_by"):
+            checked_int(name, getattr(self, name))
+        lengths_cache_dir = self.lengths_cache_dir or f"{self.cache_dir}/.cache/step37_lengths"
+        return ScheduleSettings(
+            max_length=self.max_packing_seqlen,
+            oversize_policy=self.oversize_policy,
+            dataset_sampling=self.dataset_sampling,
+            packing=self.packing,
+            packing_window=self.packing_window,
+            balance_group=self.balance_group,
+            lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
+            probe_workers=self.probe_workers,
+            together=True,
+        )
 
     def build_datasets(self, context: Any) -> tuple[Any, None, None]:  # noqa: ARG002
         """Prepare the data and return ``(train, None, None)``: there is no other split.
@@ -183,7 +212,9 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
         )
 
     def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
-        # First, because it is quick: a wrong tokenizer is reported before an hour of download.
+        # First, because it is quick: what is wrong is told before an hour of download. Fields may
+        # have been set since __post_init__.
+        settings = self._checked_settings()
         template = self._make_template()
         self._resolve_special_token_ids(template)
         samples = prepare_flickr8k_samples(
@@ -194,28 +225,13 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
             cache_dir=self.cache_dir,
             revision=self.revision,
         )
-        lengths_cache_dir = self.lengths_cache_dir or f"{self.cache_dir}/.cache/step37_lengths"
-        return MixedPackedDataloader(
-            datasets=[Step37Flickr8kDataset(samples, template, self.prompt)],
-            epochs=[1.0],
-            max_length=self.max_packing_seqlen,
-            oversize_policy=self.oversize_policy,
-            transform=functools.partial(
-                pack_samples,
-                seqlen_divisible_by=self.seqlen_divisible_by,
-                start_token_ids={
-                    self.img_start_token_id: template.image_token_count,
-                    self.patch_start_token_id: template.patch_token_count,
-                },
-            ),
-            dataset_sampling=self.dataset_sampling,
-            packing=self.packing,
-            packing_window=self.packing_window,
-            balance_group=self.balance_group,
-            lengths_cache_dir=lengths_cache_dir if self.cache_lengths else None,
-            probe_workers=self.probe_workers,
-            together=True,
+        return pack_captions(
+            samples,
+            template,
+            prompt=self.prompt,
+            seqlen_divisible_by=self.seqlen_divisible_by,
             collate_fn=collate_single_pack,
+            **vars(settings),
         )
 
 

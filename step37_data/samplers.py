@@ -17,7 +17,7 @@ from step37_data.common.checks import checked_int, checked_state
 
 
 class _Sampler(Iterator[int]):
-    """One draw after the other, and the place in them.
+    """Draws one index after the other, and keeps its place.
 
     Args:
         size: number of indices, at least 1.
@@ -71,7 +71,7 @@ class _Sampler(Iterator[int]):
 
 
 class LoopedSequentialSampler(_Sampler):
-    """``0, 1, … size − 1``, over and over.
+    """Draws ``0, 1, … size − 1``, over and over.
 
     Args:
         size: number of samples, at least 1.
@@ -90,7 +90,7 @@ class LoopedSequentialSampler(_Sampler):
 
 
 class LoopedShuffleSampler(_Sampler):
-    """A fresh permutation of ``0 … size − 1`` every epoch.
+    """Draws every index once an epoch, in a new random order each epoch.
 
     The permutation of epoch ``e`` is ``torch.randperm`` under a ``torch.Generator`` seeded
     ``base_seed + e``; with ``same_order_for_each_epoch`` the seed is ``base_seed`` in all of them.
@@ -140,11 +140,12 @@ class LoopedShuffleSampler(_Sampler):
 
 
 class WeightedRandomSampler(_Sampler):
-    """Always the index with the least ``count / weight``: proportional, without chance.
+    """Draws indices in proportion to their weights, without chance.
 
-    Every index has a score that starts at 0 and grows by ``1 / weight`` with each draw of it; the
-    lowest score is drawn, ties go to the lower index. Weights and their inverses are rounded to
-    float32, the scores are summed in float64, one addition after the other.
+    The next draw is the index with the least ``count / weight``. To find it, every index has a
+    score that starts at 0 and grows by ``1 / weight`` with each draw of it; the lowest score is
+    drawn, ties go to the lower index. Weights and their inverses are rounded to float32, the scores
+    are summed in float64, one addition after the other.
 
     Args:
         size: number of indices, at least 1.

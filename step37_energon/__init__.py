@@ -1,4 +1,4 @@
-"""Packs from WebDataset shards, through Megatron-Energon (extra ``energon``)."""
+"""Make packs from WebDataset shards, through Megatron-Energon (extra ``energon``)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A provider of packs from shards, for Megatron-Bridge and for a loop of one's own."""
+"""Provide packs from shards, for Megatron-Bridge or for a training loop of your own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader, get_train_dataset
 
+from step37_data.common.checks import checked_int, checked_state
 from step37_data.images.decode import OnBroken
 from step37_data.packing import Packing
 from step37_data.provider import PackProvider, allow_in_configurations
@@ -21,10 +22,10 @@ allow_in_configurations(__name__)
 
 
 class EnergonPacks(Iterator[dict[str, Any]]):
-    """Packs without end from Energon's savable loader, for a training loop that keeps its state.
+    """Packs without end from Energon's loader, whose position can be saved and restored.
 
-    A state is about the packs that were *used*: those that somebody has read ahead, and said so by
-    :meth:`read_ahead_by`, are given once more by whoever restores it.
+    A saved state is a position behind the packs that were *used*. Packs that a reader has taken
+    ahead of their use are given once more after a restore, if :meth:`read_ahead_by` was called.
     """
 
     def __init__(self, loader: SavableDataLoader[dict[str, Any]]) -> None:
@@ -49,13 +50,13 @@ class EnergonPacks(Iterator[dict[str, Any]]):
             return pack
 
     def __del__(self) -> None:
-        # Energon's loader and iterator hold each other. The garbage collector would find their
-        # workers' queues first and close them, and then wait for every worker for five seconds.
+        # Energon's loader and iterator hold references to each other. Without this the garbage
+        # collector may close the workers' queues first, and then waits five seconds a worker.
         if self._packs is not None:
             self._packs.close()
 
     def read_ahead_by(self, count_used: Callable[[], int]) -> None:
-        """From now on ``count_used()`` tells how many of the packs handed out since are used."""
+        """Say how many packs are used: ``count_used()`` counts those handed out from now on."""
         with self._lock:
             self._forget_used()
             self._used, self._count_used = 0, count_used
@@ -70,30 +71,50 @@ class EnergonPacks(Iterator[dict[str, Any]]):
         self._used = used
 
     def save_state(self) -> dict[str, Any]:
-        """For :meth:`restore_state`; Megatron-Bridge writes it into its checkpoints."""
+        """Return the position, for :meth:`restore_state` and Megatron-Bridge's checkpoints."""
         with self._lock:
             self._forget_used()
             keys = [*self._unused, *(pack["__restore_key__"] for pack in self._again)]
-            # Energon goes on changing the lists in it.
+            # Copied, because Energon changes the lists in it later.
             state = copy.deepcopy(self._loader.save_state_rank())
             for worker in getattr(state, "worker_states", ()):
-                # Of a worker that has not begun, Energon 7.4 says that a pack was taken.
+                # For a worker that has not begun, Energon 7.4 may save that a pack was taken.
                 if getattr(worker, "offset", 0) == 1 and worker.state is None:
                     worker.offset = 0
-            return {"loader": state, "unused": keys}
+            return {"loader": state, "unused": keys, **self._readers()}
+
+    def _readers(self) -> dict[str, int]:
+        config = self._loader.worker_config
+        return {"num_workers": config.num_workers, "data-parallel size": config.world_size}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the packs that were used when ``state`` was saved; before the first pack."""
+        """Go on after the packs that were used when ``state`` was saved.
+
+        Call it before the first pack is taken.
+
+        Raises:
+            ValueError: ``state`` was saved with another number of workers or data-parallel ranks,
+                or is not what :meth:`save_state` returns.
+        """
+        checked_state(state, "loader", "unused")
+        for name, now in self._readers().items():
+            saved = state.get(name, now)
+            if saved != now:
+                raise ValueError(
+                    f"{name}: the state was saved with {saved}, and this run has {now}; Energon "
+                    "goes on only with the same number"
+                )
         self._loader.restore_state_rank(copy.deepcopy(state["loader"]))
         self._again = deque(map(self._loader.restore_sample, state["unused"]))
 
 
 @dataclass(kw_only=True)
 class Step37EnergonSFTDataProvider(PackProvider):
-    """Shards for supervised fine-tuning of Step-3.7: the folder provider's counterpart.
+    """Packs from shards for supervised fine-tuning of Step-3.7.
 
-    Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, whose checkpoints then hold the state of
-    the data, or take the packs of ``build_datasets(None)`` in a loop of your own.
+    It is to shards what ``Step37Flickr8kSFTDataProvider`` is to a folder. Set it as ``cfg.dataset``
+    of a Megatron-Bridge recipe, whose checkpoints then hold the state of the data, or take the
+    packs of ``build_datasets(None)`` in a loop of your own.
     """
 
     path: str
@@ -107,21 +128,32 @@ class Step37EnergonSFTDataProvider(PackProvider):
     """Samples that a worker packs together; it holds their encoded pictures."""
     multicrop: bool = False
     prompt: str | None = None
+    caption_key: str | None = None
+    """Where in ``json`` the captions are, as in ``"caption"``; None takes those of ``txt``."""
     on_broken: OnBroken = "zero"
     shuffle_buffer_size: int | None = 100
-    """Samples that Energon draws from; None draws in the order of the slices."""
+    """Size of the buffer from which Energon draws at random; None draws without it, slice by
+    slice."""
     max_samples_per_sequence: int | None = 100
     """Samples of a shard that are read in a row; None reads whole shards."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
 
     def build_datasets(self, context: Any) -> tuple[EnergonPacks, None, None]:
-        """The packs of this data-parallel rank, and two None: there is no other split.
+        """Return the packs of this data-parallel rank, and None twice for the other splits.
 
         Args:
             context: Megatron-Bridge's build context. Where it has no groups, they are Megatron's,
                 if it is in use, and else all of ``torch.distributed``.
+
+        Raises:
+            ValueError: a field has none of the values that it may have; the message names it.
         """
+        checked_int("num_workers", self.num_workers, least=0)
+        checked_int("packing_buffer_size", self.packing_buffer_size)
+        for name in ("shuffle_buffer_size", "max_samples_per_sequence"):
+            if getattr(self, name) is not None:
+                checked_int(name, getattr(self, name))
         encoder = Step37TaskEncoder(
             self.tokenizer_path,
             max_packing_seqlen=self.max_packing_seqlen,
@@ -129,6 +161,7 @@ class Step37EnergonSFTDataProvider(PackProvider):
             packing=self.packing,
             multicrop=self.multicrop,
             prompt=self.prompt,
+            caption_key=self.caption_key,
             on_broken=self.on_broken,
         )
         self._resolve_special_token_ids(encoder.template)

@@ -1,4 +1,4 @@
-"""The command ``step37-data shard``; what it needs is imported when it runs."""
+"""The command ``step37-data shard``; the packages that it needs are imported when it runs."""
 
 from __future__ import annotations
 
@@ -6,34 +6,43 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from step37_data.common.checks import checked_int
+
 
 def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add it to the commands, by what makes the parser of one."""
+    """Add the command; ``command`` makes the parser of one, as ``add_parser`` of argparse does."""
     parser = command(
         "shard",
         help="write a cache folder as WebDataset shards for Megatron-Energon",
-        description="Every split of FOLDER as shards in OUT, pictures as they are, with Energon's "
-        "metadata. An interrupted run goes on where it stopped.",
+        description="Write every split of FOLDER as shards into OUT, the pictures as they are, "
+        "with Energon's metadata. A run that was interrupted goes on where it stopped. Shards "
+        "whose pictures have changed, in size or time, are written again.",
     )
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add("folder", type=Path, help="folder in the layout of the data set")
     add("out", type=Path, help="folder for the shards")
-    add("--samples-per-shard", type=int, default=1000, metavar="N")
+    count = "samples in a shard (%(default)s)"
+    add("--samples-per-shard", type=int, default=1000, metavar="N", help=count)
 
 
 def _run(options: argparse.Namespace) -> Iterator[str]:
-    from step37_energon.shards import write_shards
+    from step37_energon.shards import one_writer, write_shards
     from step37_energon.task_encoder import prepare_shards
 
-    shards = write_shards(
-        options.folder,
-        options.out,
-        caption_key=options.caption_key,
-        sample_count=options.sample_count,
-        samples_per_shard=options.samples_per_shard,
-        progress=not options.quiet,
-    )
-    prepare_shards(options.out, shards)
-    for split, paths in shards.items():
-        yield f"{split:<9} {len(paths)} shards in {options.out / split}"
+    checked_int("--samples-per-shard", options.samples_per_shard)
+    if options.sample_count is not None:
+        checked_int("--sample-count", options.sample_count)
+    with one_writer(options.out):
+        shards = write_shards(
+            options.folder,
+            options.out,
+            caption_key=options.caption_key,
+            sample_count=options.sample_count,
+            samples_per_shard=options.samples_per_shard,
+            progress=not options.quiet,
+        )
+        prepare_shards(options.out, shards)
+    for split, counts in shards.items():
+        told = f"{sum(counts.values())} samples in {len(counts)} shards"
+        yield f"{split:<9} {told} in {options.out / split}"

@@ -1,27 +1,75 @@
-"""``step37-data shard``: a folder in the data set's layout to WebDataset shards for Energon."""
+"""Write a folder in the data set's layout as WebDataset shards: ``step37-data shard``."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
+import logging
 import os
+import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
 from tqdm import tqdm
 
+from step37_data.caches.hub_cache import refuse_links
 from step37_data.caches.lengths import write_atomically
 from step37_data.common.checks import checked_int
+from step37_data.common.threads import map_threads
 from step37_data.flickr8k_loader import Flickr8kSample, read_flickr8k_metadata
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""File name extensions under which a WebDataset sample may hold its picture."""
+logger = logging.getLogger(__name__)
 
-# Kept in the folder of the shards of a split: what they were made of.
+PICTURE_SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "avif", "gif", "bmp", "dib"),
+    *("tif", "tiff", "jp2", "j2k", "jpx", "ico", "pcx", "ppm", "pgm", "pbm", "pnm", "qoi", "sgi"),
+    "tga",
+)
+"""File name extensions, in lower case, under which a WebDataset sample may hold a picture: one or
+more of every format that :func:`~step37_data.images.decode.picture_formats` can name."""
+
+# In the folder of a split's shards: which samples they hold.
 _ORIGIN_FILE = ".step37_origin.json"
+# There, too: a line for every shard that was written, with what it was written from.
+_WRITTEN_FILE = ".step37_written.jsonl"
+# In the folder of all shards.
+_LOCK_FILE = ".step37_lock"
+
+# These threads wait for the file system, so there may be more of them than cores.
+_STAT_THREADS = 16
+# Pictures that cannot be taken, in a message.
+_SHOWN = 10
+
+
+class _Stamp(NamedTuple):
+    """What tells whether a picture has changed since it was written into a shard."""
+
+    size: int
+    modified_ns: int
+
+
+class _Split(NamedTuple):
+    """A split to be written: the folder of its files, its samples, and the state of each file."""
+
+    root: Path
+    samples: Sequence[Flickr8kSample]
+    stamps: Mapping[str, _Stamp]
+
+    @property
+    def names(self) -> list[str]:
+        """Path of the picture of every sample, relative to the folder of the split."""
+        return [
+            Path(sample.image_path).relative_to(self.root).as_posix() for sample in self.samples
+        ]
 
 
 def write_shards(
@@ -32,12 +80,20 @@ def write_shards(
     sample_count: int | None = None,
     samples_per_shard: int = 1000,
     progress: bool = True,
-) -> dict[str, list[str]]:
-    """Every split of ``folder`` as shards: per sample its picture, as it is, and its caption.
+) -> dict[str, dict[str, int]]:
+    """Write every split of ``folder`` as shards: of each sample its picture, as it is, and caption.
 
     ``{folder}/{split}/metadata.csv`` becomes ``{out}/{split}/000000.tar`` and so on, in the order
-    of its rows. A shard appears when it is whole, and those that are there stay, so an interrupted
-    run goes on where it stopped. The same folder gives the same bytes.
+    of its rows. The keys of the samples count from 000000000; in other splits than ``train`` the
+    name of the split comes first, as in ``val-000000000``.
+
+    All pictures are looked at, but not read, before the first shard is written. A shard appears
+    when it is whole. A shard that is there stays if it has the size that it had when it was written
+    and its pictures have the size and the time of last change that they had then; else it is
+    written again. So an interrupted run goes on where it stopped. The same folder gives the same
+    bytes.
+
+    Two runs must not write into one folder at a time, see :func:`one_writer`.
 
     Args:
         folder: with a folder for every split.
@@ -47,78 +103,200 @@ def write_shards(
         progress: show a progress bar.
 
     Returns:
-        Per split the paths of its shards in ``out``.
+        Per split the number of samples of every shard, by the path of the shard in ``out``.
 
     Raises:
-        ValueError: no split has samples; ``samples_per_shard`` is no integer of at least 1; a
-            picture is of a format that the task encoder does not look for; ``out`` holds shards of
-            other samples; or ``metadata.csv`` cannot be read.
-        OSError: a picture cannot be read.
+        ValueError: no split has samples; ``samples_per_shard`` is no integer of at least 1;
+            pictures are missing, are no regular files, lie outside of their split by a link or have
+            a suffix that is not among :data:`PICTURE_SUFFIXES`; ``out`` holds shards of other
+            samples, or a link in it leads outside; or ``metadata.csv`` cannot be read.
+        OSError: a picture cannot be read, or a shard cannot be written.
     """
     checked_int("samples_per_shard", samples_per_shard)
-    shards = {}
+    splits = _read_splits(folder, caption_key, sample_count)
+    written: dict[str, dict[str, int]] = {}
+    for name, split in splits.items():
+        target = out / name
+        refuse_links(out, target, target / _ORIGIN_FILE, target / _WRITTEN_FILE)
+        target.mkdir(parents=True, exist_ok=True)
+        _check_origin(target, split, samples_per_shard)
+        written[name] = {
+            f"{name}/{shard}": count
+            for shard, count in _write_split(target, split, samples_per_shard, progress)
+        }
+    return written
+
+
+@contextlib.contextmanager
+def one_writer(out: Path) -> Iterator[None]:
+    """Hold a folder of shards for this process, and remove what killed runs left unfinished in it.
+
+    The folder is made if it is not there. Where the file system has no locks, a warning is logged.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    import fcntl  # not on every system on which this module is imported
+
+    out.mkdir(parents=True, exist_ok=True)
+    refuse_links(out, out / _LOCK_FILE)
+    with (out / _LOCK_FILE).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another run writes shards into it; wait for it") from error
+        except OSError as error:
+            logger.warning(
+                f"{out}: cannot be locked ({error}); let one run at a time write into it"
+            )
+        else:
+            for unfinished in out.glob("*/.*.tar.*.part"):
+                unfinished.unlink()
+        yield
+
+
+def columns_of(metadata: Path) -> list[str]:
+    """The names of the columns of a ``metadata.csv``, for messages."""
+    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _read_splits(folder: Path, caption_key: str, sample_count: int | None) -> dict[str, _Split]:
+    splits, problems, columns = {}, [], ""
     for metadata in sorted(folder.glob("*/metadata.csv")):
-        split = metadata.parent.name
+        if not metadata.is_file():  # a pipe would let its reader wait for ever
+            raise ValueError(f"{metadata}: expected a regular file")
         samples = read_flickr8k_metadata(metadata, caption_key, sample_count)
         if not samples:
+            columns += f"; {metadata} has the columns {', '.join(columns_of(metadata))}"
             continue
-        target = out / split
-        target.mkdir(parents=True, exist_ok=True)
-        _check_origin(target, metadata.parent, samples, samples_per_shard)
-        starts = range(0, len(samples), samples_per_shard)
-        names = [f"{number:06d}.tar" for number in range(len(starts))]
-        with tqdm(total=len(samples), desc=split, unit="sample", disable=not progress) as bar:
-            for name, first in zip(names, starts, strict=True):
-                chunk = samples[first : first + samples_per_shard]
-                if not (target / name).exists():
-                    _write_shard(target / name, chunk, first)
-                bar.update(len(chunk))
-        shards[split] = [f"{split}/{name}" for name in names]
-    if not shards:
-        raise ValueError(f"{folder}: no {caption_key} and file_name in any */metadata.csv")
-    return shards
+        root = metadata.parent
+        paths = list(dict.fromkeys(sample.image_path for sample in samples))
+        looked_at = map_threads(functools.partial(_look_at, root.resolve()), paths, _STAT_THREADS)
+        problems += [told for told in looked_at if isinstance(told, str)]
+        found = zip(paths, looked_at, strict=True)
+        stamps = {path: stamp for path, stamp in found if isinstance(stamp, _Stamp)}
+        splits[root.name] = _Split(root, samples, stamps)
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"{folder}: nothing is written: {'; '.join(problems[:_SHOWN])}{more}")
+    if not splits:
+        raise ValueError(f"{folder}: no {caption_key} and file_name in any */metadata.csv{columns}")
+    return splits
 
 
-def _check_origin(
-    target: Path, root: Path, samples: Sequence[Flickr8kSample], samples_per_shard: int
-) -> None:
+def _look_at(root: Path, path: str) -> _Stamp | str:
+    """Size and time of a picture, or why it cannot be taken."""
+    if _suffix(path) not in PICTURE_SUFFIXES:
+        return f"{path}: expected a picture named .{', .'.join(PICTURE_SUFFIXES)}"
+    try:
+        resolved = Path(path).resolve(strict=True)
+        status = resolved.stat()
+    except (OSError, RuntimeError) as error:  # links in a circle: RuntimeError before Python 3.13
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path}: expected a regular file"
+    if not resolved.is_relative_to(root):
+        return f"{path} leads by a link to {resolved}, outside of {root}; copy the file"
+    return _Stamp(status.st_size, status.st_mtime_ns)
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix[1:].lower()
+
+
+def _check_origin(target: Path, split: _Split, samples_per_shard: int) -> None:
     """Refuse shards of other samples; note down what the new ones are made of."""
     digest = hashlib.sha256()
-    for sample in samples:
-        name = Path(sample.image_path).relative_to(root).as_posix()
+    for name, sample in zip(split.names, split.samples, strict=True):
         digest.update(json.dumps([name, sample.caption]).encode())
     wanted = {"samples": digest.hexdigest(), "samples_per_shard": samples_per_shard}
     note = target / _ORIGIN_FILE
     if not note.exists():
         write_atomically(note, json.dumps(wanted).encode())
-    elif json.loads(note.read_text(encoding="utf-8")) != wanted:
+        return
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        told = f"{note} is damaged ({error}), so what {target} holds is not known"
+        raise ValueError(f"{told}; delete {target} or use another folder") from error
+    if found != wanted:
         raise ValueError(
-            f"{target} holds shards of other samples, or of another number of them a shard; use "
+            f"{target} holds shards of other samples, or shards of another number of samples; use "
             "another folder"
         )
 
 
-def _write_shard(path: Path, samples: Sequence[Flickr8kSample], first: int) -> None:
-    unfinished = path.with_suffix(".tar.part")  # the next run writes over it
-    with unfinished.open("wb") as file:
-        _write_samples(file, samples, first)
-    os.replace(unfinished, path)
+def _write_split(
+    target: Path, split: _Split, samples_per_shard: int, progress: bool
+) -> Iterator[tuple[str, int]]:
+    """Write what is missing or has changed; names of all shards, and how many samples each has."""
+    journal = target / _WRITTEN_FILE
+    written = _read_journal(journal)
+    samples = split.samples
+    with tqdm(total=len(samples), desc=target.name, unit="sample", disable=not progress) as bar:
+        for number, first in enumerate(range(0, len(samples), samples_per_shard)):
+            chunk = samples[first : first + samples_per_shard]
+            path = target / f"{number:06d}.tar"
+            stamps = [split.stamps[sample.image_path] for sample in chunk]
+            pictures = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+            if not path.is_file() or written.get(path.name) != (pictures, path.stat().st_size):
+                size = _write_shard(path, chunk, _keys(target.name, first))
+                line = {"shard": path.name, "pictures": pictures, "size": size}
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{json.dumps(line)}")  # the last line there may have been cut off
+            bar.update(len(chunk))
+            yield path.name, len(chunk)
 
 
-def _write_samples(file: BinaryIO, samples: Sequence[Flickr8kSample], first: int) -> None:
+def _read_journal(journal: Path) -> dict[str, tuple[str, int]]:
+    """What the shards were written from and their size, by name; the last line of a name counts.
+
+    A line that is damaged is left out, and its shard is written again.
+    """
+    written = {}
+    if journal.exists():
+        for text in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                line = json.loads(text)
+                written[line["shard"]] = (line["pictures"], line["size"])
+    return written
+
+
+def _keys(split: str, first: int) -> Iterator[str]:
+    """The keys of the samples of a split from number ``first`` on.
+
+    Energon refuses a data set with the same key twice, so the name of the split is a part of them,
+    but for ``train``. A key holds no dot: what follows the first one is the name of a part.
+    """
+    prefix = "" if split == "train" else f"{quote(split, safe='').replace('.', '%2E')}-"
+    return (f"{prefix}{number:09d}" for number in itertools.count(first))
+
+
+def _write_shard(path: Path, samples: Sequence[Flickr8kSample], keys: Iterator[str]) -> int:
+    """Write a shard under another name, and move it to its own when it is whole; its size."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with unfinished.open("xb") as file:
+            _write_samples(file, samples, keys)
+            size = file.tell()
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def _write_samples(file: BinaryIO, samples: Sequence[Flickr8kSample], keys: Iterator[str]) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, sample in enumerate(samples, first):
+        for key, sample in zip(keys, samples, strict=False):
             for part, content in _parts(sample):
-                # No time, no owner: the same folder gives the same bytes.
-                member = tarfile.TarInfo(f"{number:09d}.{part}")
+                # Without time and owner, so that the same folder gives the same bytes.
+                member = tarfile.TarInfo(f"{key}.{part}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
 def _parts(sample: Flickr8kSample) -> Iterator[tuple[str, bytes]]:
-    picture = Path(sample.image_path)
-    part = picture.suffix[1:].lower()
-    if part not in PICTURE_SUFFIXES:
-        raise ValueError(f"{picture}: expected a picture named .{', .'.join(PICTURE_SUFFIXES)}")
-    yield part, picture.read_bytes()
+    yield _suffix(sample.image_path), Path(sample.image_path).read_bytes()
     yield "txt", sample.caption.encode()

@@ -1,9 +1,10 @@
-"""Packs from WebDataset shards, through Megatron-Energon.
+"""Make packs from WebDataset shards, through Megatron-Energon.
 
-Energon reads (shards, object stores, blends, ranks, workers, exact resume); this is its task
-encoder for Step-3.7: the template, the packing and ``pack_samples`` of the folder's provider. A
-pack is the dictionary that ``preprocess_packed_batch`` and ``forward_step`` take, with the files of
-its pictures in place of their paths::
+Energon reads the shards (also from object stores and blends) and deals them out to ranks and
+workers; its task encoder for Step-3.7, here, makes packs of the samples with the template, the
+packing and ``pack_samples`` of the folder's provider. A pack is the dictionary that
+``preprocess_packed_batch`` and ``forward_step`` take. In it stand the contents of the image files
+where a folder's packs have their paths::
 
     workers = WorkerConfig(rank=0, world_size=1, num_workers=2)
     packs = get_train_dataset(
@@ -18,9 +19,11 @@ its pictures in place of their paths::
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ try:
     from megatron.energon import (
         BaseWebdatasetFactory,
         Cooker,
+        SkipSample,
         TaskEncoder,
         basic_sample_keys,
         stateless,
@@ -37,130 +41,202 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("megatron", "megatron.energon"):
         raise
-    # By its full name: other parts of megatron come with other extras.
+    # The full name, because other extras bring other parts of megatron.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
+from megatron.energon.errors import FatalSampleError
 
-from step37_data.common.checks import checked_choice
-from step37_data.common.image_entry import EncodedImage
+from step37_data.caches.hub_cache import refuse_links
+from step37_data.common.checks import checked_choice, checked_int
+from step37_data.common.image_entry import IMAGE_ITEM_TYPE, EncodedImage, checked_kind
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import OnBroken
 from step37_data.pack_transform import pack_samples
-from step37_data.packing import Packing, pack_as
+from step37_data.packing import Packing, ScheduleSettings, pack_as
 from step37_data.provider import collate_single_pack
 from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
-from step37_data.text.tokens import IMAGE_PLACEHOLDER
+from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 from step37_energon.shards import PICTURE_SUFFIXES
 
-DEFAULT_PROMPT = "Describe this image in one sentence."
+# What ends the run: so many blank captions in a row, or buffers without a sample that fits. After
+# a hundred such buffers Energon ends it with a message that does not name the reason.
+_MOST_BLANK = 10_000
+_MOST_EMPTY_BUFFERS = 100
 
 
 @stateless
-def cook_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """From the parts of a WebDataset sample to a conversation, or a caption, and its pictures.
+def cook_sample(sample: dict[str, Any], *, caption_key: str | None = None) -> dict[str, Any]:
+    """Find the conversation, or the caption, and the pictures in the parts of a WebDataset sample.
 
-    Parts that end in ``jpg``, ``jpeg``, ``png`` or ``webp`` are pictures. ``json`` holds
-    ``messages``, and ``images``, which name the parts in the order of the placeholders (``"0.jpg"``
-    of ``key.0.jpg``; ``["0.jpg", 1]`` is a crop); without ``images`` the pictures come in the order
-    of their names, in which 2 is before 10. Without ``json``, ``txt`` is a caption.
+    Parts whose names end in one of :data:`~step37_energon.shards.PICTURE_SUFFIXES` are pictures.
+    The text is the first of these that the sample has:
+
+    * ``messages`` in ``json``: a conversation. ``images`` beside them names the parts in the order
+      of the placeholders (``"0.jpg"`` is the part ``key.0.jpg``; ``["0.jpg", 1]`` is a crop).
+      Without ``images`` the pictures come in the order of their names, 2 before 10.
+    * ``caption_key`` in ``json``, if it is given: a caption.
+    * ``txt``: a caption. A ``json`` beside it is taken for metadata.
+
+    Args:
+        sample: the parts by name, as bytes, and Energon's keys.
+        caption_key: where in ``json`` the caption is; None if ``json`` holds no captions.
+
+    Returns:
+        ``conversations`` or ``caption``, ``images`` and Energon's keys of the sample.
 
     Raises:
-        ValueError: there is neither of the two, the ``json`` is of another form, or names a picture
-            that is not there.
+        ValueError: the sample has no such text, the text is not in UTF-8, ``json`` has another
+            form, or ``images`` names a picture that is not there. The message has the key.
+        SkipSample: the caption is empty or blank.
     """
+    key = sample["__key__"]
     pictures = {
-        part: EncodedImage(f"{sample['__key__']}.{part}", data)
+        part: EncodedImage(f"{key}.{part}", data)
         for part, data in sample.items()
         if part.rpartition(".")[2].lower() in PICTURE_SUFFIXES
     }
     cooked = basic_sample_keys(sample)
-    names: Sequence[Any] = sorted(pictures, key=_in_order)
-    if "json" in sample:
-        body = json.loads(sample["json"])
-        if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-            raise ValueError(f"{sample['__key__']}.json: expected an object with messages")
-        cooked["conversations"] = body["messages"]
-        names = body.get("images", names)
+    images = [pictures[name] for name in sorted(pictures, key=_in_order)]
+    body = _parsed(f"{key}.json", sample["json"]) if "json" in sample else None
+    if isinstance(body, dict) and "messages" in body:
+        if not isinstance(body["messages"], list):
+            raise ValueError(f"{key}.json: expected a list of messages, got {body['messages']!r}")
+        named = _named(f"{key}.json", body["images"], pictures) if "images" in body else images
+        return {**cooked, "conversations": body["messages"], "images": named}
+    if caption_key is not None and "json" in sample:
+        caption = _caption_in(f"{key}.json", body, caption_key)
     elif "txt" in sample:
-        cooked["caption"] = sample["txt"].decode().strip()
+        caption = _decoded(f"{key}.txt", sample["txt"])
+    elif "json" in sample:
+        told = "or a txt beside it, or a caption_key that says where in it the caption is"
+        raise ValueError(f"{key}.json: expected an object with messages, {told}; {_seen(body)}")
     else:
         parts = sorted(part for part in sample if not part.startswith("__"))
-        raise ValueError(f"{sample['__key__']}: expected json or txt, got the parts {parts}")
-    images = []
-    for given in names:
-        name, kind = given if isinstance(given, list) and len(given) == 2 else (given, None)
-        if name not in pictures:
-            raise ValueError(
-                f"{sample['__key__']}.json: images name {name!r}, its pictures are {list(pictures)}"
-            )
-        images.append(pictures[name] if kind is None else (pictures[name], kind))
-    return {**cooked, "images": images}
+        raise ValueError(f"{key}: expected json or txt, got the parts {parts}")
+    if not (caption := caption.strip()):
+        raise SkipSample(f"{key}: the caption is blank")
+    return {**cooked, "caption": caption, "images": images}
 
 
 def _in_order(name: str) -> list[Any]:
-    """Texts and numbers take turns in it, so that like is compared with like."""
+    """Split a name into texts and numbers, which take turns: like is compared with like."""
     return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
 
 
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8: {error}") from error
+
+
+def _parsed(name: str, data: bytes) -> Any:
+    try:
+        return json.loads(_decoded(name, data))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected JSON: {error}") from error
+    except RecursionError as error:  # Energon would end the run for it.
+        raise ValueError(f"{name}: its lists and objects are nested too deeply") from error
+
+
+def _seen(body: Any) -> str:
+    return f"got the keys {sorted(body)}" if isinstance(body, dict) else f"got {body!r}"
+
+
+def _caption_in(name: str, body: Any, caption_key: str) -> str:
+    if not isinstance(body, dict) or caption_key not in body:
+        raise ValueError(f"{name}: expected the caption_key {caption_key!r}, {_seen(body)}")
+    caption = body[caption_key]
+    if not isinstance(caption, str | None):
+        raise ValueError(f"{name}: expected a text under {caption_key!r}, got {caption!r}")
+    return caption or ""
+
+
+def _named(
+    name: str, given: Any, pictures: Mapping[str, EncodedImage]
+) -> list[EncodedImage | tuple[EncodedImage, int]]:
+    """Look up the pictures that ``images`` names."""
+    if not isinstance(given, list):
+        raise ValueError(f"{name}: expected images to be a list of names, got {given!r}")
+    images: list[EncodedImage | tuple[EncodedImage, int]] = []
+    for each in given:
+        part, kind = each if isinstance(each, list) and len(each) == 2 else (each, IMAGE_ITEM_TYPE)
+        if not isinstance(part, str):
+            raise ValueError(f"{name}: images: expected a name or [name, type], got {each!r}")
+        if part not in pictures:
+            raise ValueError(f"{name}: images name {part!r}, its pictures are {list(pictures)}")
+        kind = checked_kind(f"{name}: images: {part}", kind)
+        images.append(pictures[part] if each == part else (pictures[part], kind))
+    return images
+
+
+@dataclass(eq=False, repr=False)
 class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     """Energon's task encoder for packed Step-3.7 samples.
 
-    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs
-    buffer after buffer, so ``"best_fit"`` is the folder's with a ``packing_window`` of that size,
-    and ``"next_fit"`` closes a pack where a buffer ends. A worker holds a buffer of encoded
-    pictures: 256 photographs of 150 KB are 40 MB. Longer samples than a pack are dropped.
+    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs the
+    samples of one buffer after the other. So ``"best_fit"`` makes the packs that the folder's
+    provider makes with a ``packing_window`` of that size, and ``"next_fit"`` closes a pack where a
+    buffer ends. A worker holds a buffer of encoded pictures in memory: 256 photographs of 150 KB
+    are 40 MB. Samples that are longer than a pack are dropped.
 
     A sample that cannot be encoded (pictures and placeholders that differ in number, reserved
-    tokens, a broken ``json``) raises ``ValueError`` in Energon, whose error handler of the
-    ``WorkerConfig`` decides; Energon's own logs the sample, skips it, and gives up after 100 in a
-    row. Every pack says in ``skipped_samples`` how many such samples, and in ``dropped_samples``
-    how many too long ones, its worker has met since its last pack.
+    tokens, a broken ``json``) raises ``ValueError`` in Energon, and the error handler of the
+    ``WorkerConfig`` decides about it. Energon's default handler logs the sample and skips it, and
+    100 such samples in a row end the run. A sample with a blank caption is skipped without an
+    error; 10,000 of them in a row end the run. Every pack says in ``skipped_samples`` how many of
+    both its worker has met since its last pack, and in ``dropped_samples`` how many samples were
+    longer than a pack. 100 buffers in a row without a sample that fits end the run.
 
     Args:
         tokenizer_path: folder of the tokenizer.
         max_packing_seqlen: tokens in a pack.
         seqlen_divisible_by: padded to a multiple of this.
         packing: ``"next_fit"`` packs in the order that Energon draws, ``"best_fit"`` reorders
-            within the buffer for fuller packs, ``"balanced"`` besides makes the packs of a buffer
-            more alike in vision tokens (ranks do not talk to each other about it).
-        multicrop: see pictures in crops, too.
+            within the buffer for fuller packs, ``"balanced"`` also makes the packs of a buffer more
+            alike in vision tokens (of one worker: workers do not know of each other).
+        multicrop: show the model crops of a picture besides the full image.
         prompt: what the user asks about the picture of a caption; None is the question that the
             folder's provider asks.
+        caption_key: where in ``json`` the captions are, as in ``"caption"``; None takes those of
+            ``txt``. See :func:`cook_sample`.
         on_broken: what ``preprocess_packed_batch`` does about an unreadable picture of these packs
             unless it is told otherwise.
 
     Raises:
-        ValueError: an argument is none of the values it may be, or the tokenizer has not what the
-            template needs.
+        ValueError: an argument has none of the values that it may have, or the tokenizer lacks
+            something that the template needs.
     """
 
-    cookers = (Cooker(cook_sample),)
-    decoder = None  # Pictures stay encoded until the pack is prepared.
+    tokenizer_path: str
+    _: KW_ONLY
+    max_packing_seqlen: int = 2048
+    seqlen_divisible_by: int = 64
+    packing: Packing = "next_fit"
+    multicrop: bool = False
+    prompt: str | None = None
+    caption_key: str | None = None
+    on_broken: OnBroken = "zero"
 
-    def __init__(
-        self,
-        tokenizer_path: str,
-        *,
-        max_packing_seqlen: int = 2048,
-        seqlen_divisible_by: int = 64,
-        packing: Packing = "next_fit",
-        multicrop: bool = False,
-        prompt: str | None = None,
-        on_broken: OnBroken = "zero",
-    ) -> None:
+    # What Energon asks for, which is no field. Pictures are decoded when a pack is prepared.
+    cookers = (Cooker(cook_sample),)
+    decoder = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        checked_choice("packing", packing, Packing)
-        checked_choice("on_broken", on_broken, OnBroken)
+        checked_int("max_packing_seqlen", self.max_packing_seqlen)
+        checked_int("seqlen_divisible_by", self.seqlen_divisible_by)
+        checked_choice("packing", self.packing, Packing)
+        checked_choice("on_broken", self.on_broken, OnBroken)
         self.template = Step37MultimodalTemplate(
-            tokenizer_path=tokenizer_path,
-            max_sequence_length=max_packing_seqlen,
-            multicrop=multicrop,
+            tokenizer_path=self.tokenizer_path,
+            max_sequence_length=self.max_packing_seqlen,
+            multicrop=self.multicrop,
         )
-        self.max_packing_seqlen = max_packing_seqlen
-        self.seqlen_divisible_by = seqlen_divisible_by
-        self.packing = packing
-        self.prompt = DEFAULT_PROMPT if prompt is None else prompt
-        self.on_broken = on_broken
+        if self.caption_key is not None:
+            cook = stateless(functools.partial(cook_sample, caption_key=self.caption_key))
+            self.cookers = (Cooker(cook),)
         self._skipped = self._dropped = 0
+        self._blank_in_a_row = self._empty_buffers = 0
 
     @contextlib.contextmanager
     def _skips_counted(self) -> Iterator[None]:
@@ -172,9 +248,19 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def cook_crude_sample(self, sample: Any, cooker: Any, aux: Any) -> Any:
-        """Energon's, and counts what it cannot cook."""
+        """Cook a sample as Energon does, and count those that cannot be cooked."""
         with self._skips_counted():
-            return super().cook_crude_sample(sample, cooker, aux)
+            try:
+                cooked = super().cook_crude_sample(sample, cooker, aux)
+            except SkipSample as error:
+                # Energon would draw from a data set without captions for ever.
+                self._blank_in_a_row += 1
+                if self._blank_in_a_row >= _MOST_BLANK:
+                    told = f"the last {self._blank_in_a_row} samples have blank captions"
+                    raise FatalSampleError(f"{sample['__key__']}: {told}") from error
+                raise
+            self._blank_in_a_row = 0
+            return cooked
 
     @stateless
     def encode_sample(self, sample: dict[str, Any]) -> MultimodalSFTSample:
@@ -187,10 +273,9 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
         with self._skips_counted():
             told = dict(sample)
             if "caption" in sample:
-                told["conversations"] = [
-                    {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{self.prompt}"},
-                    {"role": "assistant", "content": sample["caption"]},
-                ]
+                told["conversations"] = caption_dialogue(
+                    sample["caption"], CAPTION_PROMPT if self.prompt is None else self.prompt
+                )
             try:
                 encoded = self.template(told)
             except ValueError as error:
@@ -201,19 +286,30 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     def select_samples_to_pack(
         self, samples: list[MultimodalSFTSample]
     ) -> list[list[MultimodalSFTSample]]:
-        """Deal a buffer out to packs; samples that are longer than a pack are left out."""
+        """Deal a buffer out to packs; samples that are longer than a pack are left out.
+
+        Raises:
+            FatalSampleError: in 100 buffers in a row no sample fits in a pack.
+        """
         sizes = np.array([len(sample) for sample in samples], dtype=np.int64)
         to_balance = samples if self.packing == "balanced" else []
         loads = [self._vision_tokens(sample) for sample in to_balance]
-        order, result = pack_as(
-            self.packing,
-            sizes,
-            loads,
-            max_len=self.max_packing_seqlen,
+        settings = ScheduleSettings(
+            max_length=self.max_packing_seqlen,
             oversize_policy="drop",
-            window=len(samples),
+            packing=self.packing,
+            packing_window=max(1, len(samples)),
+            balance_group=1,
         )
+        order, result = pack_as(settings, sizes, loads)
         self._dropped += result.num_droped
+        self._empty_buffers = 0 if result.num_packed_samples else self._empty_buffers + 1
+        if self._empty_buffers >= _MOST_EMPTY_BUFFERS:
+            raise FatalSampleError(
+                f"nothing was packed: no sample fits in a pack of {self.max_packing_seqlen} tokens "
+                f"(max_packing_seqlen); the shortest of the last {len(samples)} samples has "
+                f"{sizes.min()}"
+            )
         ordered = [samples[index] for index in np.arange(len(samples))[order]]
         return [ordered[at : at + count] for at, count in result.packed_sample_ranges]
 
@@ -222,7 +318,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def pack_selected_samples(self, samples: list[MultimodalSFTSample]) -> dict[str, Any]:
-        """One pack: what ``pack_samples`` gives, and Energon's keys of its samples."""
+        """Make one pack: what ``pack_samples`` returns, and Energon's keys of its samples."""
         packed = pack_samples(
             samples,
             seqlen_divisible_by=self.seqlen_divisible_by,
@@ -237,28 +333,49 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             "dropped_samples": dropped,
             "__key__": [sample["__key__"] for sample in samples],
             "__subflavors__": [sample["__subflavors__"] for sample in samples],
-            "__restore_key__": (),  # Energon's, set when it takes the pack
+            "__restore_key__": (),  # Energon sets it when it takes the pack
         }
 
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The pack itself: a pack is a batch already."""
+        """Return the pack itself, which is a whole batch."""
         return collate_single_pack(samples)
 
 
-def prepare_shards(folder: str | Path, shards: Mapping[str, Sequence[str]]) -> None:
-    """Write Energon's metadata beside shards: what ``energon prepare`` makes, nothing asked.
+def prepare_shards(
+    folder: str | Path, shards: Mapping[str, Sequence[str] | Mapping[str, int]]
+) -> None:
+    """Write Energon's metadata beside shards, as ``energon prepare`` does, without its questions.
 
     Args:
         folder: of the data set.
-        shards: per split the paths of its shards in ``folder``.
+        shards: per split the paths of its shards in ``folder``; where they are the keys of a
+            mapping, its values are the numbers of samples that Energon must find in them.
+
+    Raises:
+        ValueError: Energon cannot read a shard, finds another number of samples in it or the same
+            key in two; or ``.nv-meta`` is a link that leads outside of ``folder``.
     """
-    BaseWebdatasetFactory.prepare_dataset(
-        Path(folder),
-        [path for paths in shards.values() for path in paths],
-        split_parts_patterns=[(split, f"{re.escape(split)}/") for split in shards],
-        workers=default_threads(),
-    )
+    metadata = Path(folder, ".nv-meta")
+    refuse_links(Path(folder), metadata)
+    try:
+        BaseWebdatasetFactory.prepare_dataset(
+            Path(folder),
+            [path for paths in shards.values() for path in paths],
+            split_parts_patterns=[(split, f"{re.escape(split)}/") for split in shards],
+            workers=default_threads(),
+        )
+    except AssertionError as error:
+        raise ValueError(f"{folder}: Energon cannot index the shards: {error}") from error
+    except SystemExit as error:
+        told = "there are samples of one key in several of them"
+        raise ValueError(f"{folder}: Energon cannot index the shards: {told}") from error
     # The task encoder cooks the samples itself.
     definition = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-    Path(folder, ".nv-meta", "dataset.yaml").write_text(definition, encoding="utf-8")
+    (metadata / "dataset.yaml").write_text(definition, encoding="utf-8")
+    indexed = json.loads((metadata / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+    for of_split in shards.values():
+        for path, count in of_split.items() if isinstance(of_split, Mapping) else ():
+            if indexed.get(path) != count:
+                told = f"{count} samples were written, Energon finds {indexed.get(path)}"
+                raise ValueError(f"{Path(folder, path)}: {told}")

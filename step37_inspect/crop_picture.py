@@ -1,4 +1,4 @@
-"""One picture as it is seen in crops: described in lines, and drawn."""
+"""Describe and draw how one picture is cut into crops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from step37_inspect import style
 
 
 def describe_picture(path: str) -> Iterator[str]:
-    """Full image, canvas, windows and token layout of a picture file, line by line."""
+    """Yield full image, canvas, windows and token layout of a picture file, line by line."""
     plan = plan_crops(*picture_size(path))
     yield f"picture   {path}: {_size(plan.size)} pixels"
     if plan.padded_size != plan.size:
@@ -38,7 +38,7 @@ def describe_picture(path: str) -> Iterator[str]:
 
 
 def draw_crops(path: str) -> style.Figure:
-    """The canvas with its crops framed and numbered, or the full image where there are none."""
+    """Draw the canvas with its crops framed and numbered; without crops, the full image."""
     picture = read_rgb(path)
     plan = plan_crops(*picture.size)
     shown = canvas_image(full_image(picture, plan), plan)
@@ -55,7 +55,7 @@ def draw_crops(path: str) -> style.Figure:
     frame = {"facecolor": "none", "edgecolor": style.BROKEN, "linewidth": 1.5, "zorder": 3}
     tag = {"facecolor": "white", "edgecolor": style.BROKEN, "pad": 3}
     for number, (x, y, across, down) in enumerate(plan.windows):
-        style.box(axes, x, y, across, down, **frame)
+        style.box(axes, (x, y, across, down), **frame)
         axes.annotate(f"{number}", (x, y), (5, -12), textcoords="offset points", bbox=tag)
     return sheet
 

@@ -1,12 +1,13 @@
-"""A data set, described and drawn: lengths, how full packs get, what is dropped, what is broken."""
+"""Describe and draw a data set: lengths, how full packs get, what is dropped, what is broken."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import functools
-import itertools
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from tqdm.contrib.concurrent import thread_map
@@ -14,13 +15,16 @@ from tqdm.contrib.concurrent import thread_map
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import why_broken
 from step37_data.packed_dataloader import Fill
-from step37_data.packing import OversizePolicy, pack, pack_best_fit
+from step37_data.packing import OversizePolicy, pack, pack_balanced, pack_best_fit
 from step37_inspect import style
+from step37_inspect.histogram import Histogram, draw_histogram
 
-_BARS, _BAR_WIDTH = 16, 40
+_BAR_WIDTH = 40
+# Dropped samples in the lines of a description, the page has all of them; samples far off.
+_SHOWN, _NAMED = 20, 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSetDescription:
     """A data set: what it holds and what packing makes of it.
 
@@ -31,6 +35,11 @@ class DataSetDescription:
         capacity: tokens of a pack.
         oversize: what happens to longer samples.
         broken: the reason by path; None where images were not read.
+        loads: integers ``[N]``, vision tokens of every sample, for the fill of balanced packing,
+            which is left out without them.
+        files: the image file of every sample, ``[N]``, to name some of them; may be left out.
+        shown_otherwise: by path, how a viewer shows an image otherwise than it is used.
+        skipped_rows: rows of the metadata without a file name or a caption.
     """
 
     name: str
@@ -39,16 +48,45 @@ class DataSetDescription:
     capacity: int
     oversize: OversizePolicy
     broken: Mapping[str, str] | None
+    loads: np.ndarray | None = None
+    files: Sequence[str] = ()
+    shown_otherwise: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped_rows: int = 0
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
-        """By the name of the packing, of both that need sizes only."""
-        order, best = pack_best_fit(self.sizes, self.capacity, self.oversize)
-        next_fit = pack(self.sizes, self.capacity, self.oversize)
+        """How full packs get, by packing: next-fit, best-fit and, with ``loads``, balanced."""
+        how = (self.sizes, self.capacity, self.oversize)
+        ways = {"next_fit": (np.arange(len(self.sizes)), pack(*how))}
+        ways["best_fit"] = pack_best_fit(*how)
+        if self.loads is not None:
+            ways["balanced"] = pack_balanced(self.sizes, self.loads, self.capacity, self.oversize)
         return {
-            "next_fit": Fill.of(self.sizes, next_fit, self.capacity),
-            "best_fit": Fill.of(self.sizes[order], best, self.capacity),
+            name: Fill.of(self.sizes[order], result, self.capacity)
+            for name, (order, result) in ways.items()
         }
+
+    @functools.cached_property
+    def longer(self) -> list[tuple[str, int]]:
+        """File and tokens of every sample that is longer than a pack, in the order drawn."""
+        return self._named(self.sizes > self.capacity)
+
+    @functools.cached_property
+    def far_off(self) -> list[tuple[str, int]]:
+        """File and tokens of every sample that the histogram keeps apart, the longest first."""
+        body = self.histogram.body
+        found = self._named((self.sizes < body.start) | (self.sizes >= body.stop))
+        return sorted(found, key=lambda each: -each[1])
+
+    def _named(self, chosen: np.ndarray) -> list[tuple[str, int]]:
+        return [
+            (self.files[number] if self.files else f"sample {number}", int(self.sizes[number]))
+            for number in np.flatnonzero(chosen).tolist()
+        ]
+
+    @functools.cached_property
+    def histogram(self) -> Histogram:
+        return Histogram.of(self.sizes)
 
     @property
     def lengths(self) -> str:
@@ -58,7 +96,35 @@ class DataSetDescription:
 
     @property
     def packings(self) -> list[str]:
-        return [f"{name}: {fill}" for name, fill in self.fills.items()]
+        return [
+            f"{name}: {fill}" if fill.samples else f"{name}: no packs, {fill.dropped} dropped"
+            for name, fill in self.fills.items()
+        ]
+
+    @property
+    def outliers(self) -> str:
+        """Names some samples whose length is far off; empty if there are none."""
+        if not self.far_off:
+            return ""
+        names = [f"{PureWindowsPath(file).name} ({size})" for file, size in self.far_off]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"far from the other lengths: {', '.join(names[:_NAMED])}{more}"
+
+    @property
+    def too_long(self) -> str:
+        """Tells how many samples are longer than a pack and what happens to them; empty if none."""
+        if not self.longer:
+            return ""
+        fate = "dropped" if self.oversize == "drop" else "each alone in a pack"
+        count = f"{len(self.longer)} of {len(self.sizes)} samples"
+        return f"{count} have more than {self.capacity} tokens: {fate}"
+
+    @property
+    def unlike_a_viewer(self) -> str:
+        """Tells how many images a viewer shows otherwise; empty if there are none."""
+        count = len(self.shown_otherwise)
+        told = "are not used as a viewer shows them"
+        return f"{count} of {self.images} files {told}" if count else ""
 
     @property
     def unreadable(self) -> str:
@@ -67,37 +133,57 @@ class DataSetDescription:
         return f"{len(self.broken)} of {self.images} files cannot be read"
 
 
+def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> int:
+    """Count rows without a file name or a caption, up to the last of ``sample_count`` samples."""
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, restval="")
+        whole = (
+            bool(row.get(caption_key, "").strip() and row["file_name"].strip()) for row in rows
+        )
+        found = skipped = 0
+        for is_whole in whole:
+            found += is_whole
+            skipped += not is_whole
+            if found == sample_count:
+                break
+    return skipped
+
+
 def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Decode every file; the ones that cannot be read, each with the reason, in order."""
+    """Decode every file and return those that cannot be read, in order, with the reason."""
     bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
     found = thread_map(why_broken, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
 
 
 def data_set_lines(data: DataSetDescription) -> Iterator[str]:
-    """The description, line by line."""
+    """Yield the description, line by line."""
     yield f"data set  {data.name}: {len(data.sizes)} samples, {data.images} image files"
+    if data.skipped_rows:
+        yield f"skipped   {data.skipped_rows} rows without a file name or a caption"
     yield f"lengths   {data.lengths}, {data.sizes.sum()} in all"
-    edges, counts = _histogram(data.sizes)
-    for (start, stop), count in zip(itertools.pairwise(edges), counts, strict=True):
+    counts = data.histogram.counts(data.sizes)
+    for bin_, count in zip(data.histogram.bins, counts, strict=True):
         bar = "#" * round(_BAR_WIDTH * count / max(counts))
-        yield f"  {start:8} – {stop - 1:<8} {bar:<{_BAR_WIDTH}} {count}"
+        yield f"  {bin_.start:8} – {bin_.stop - 1:<8} {bar:<{_BAR_WIDTH}} {count}"
+    if data.far_off:
+        yield f"          {data.outliers}"
     yield f"packs     oversize samples: {data.oversize}"
     yield from (f"          {packing}" for packing in data.packings)
+    if data.longer:
+        yield f"too long  {data.too_long}"
+        yield from (f"          {path}: {size} tokens" for path, size in data.longer[:_SHOWN])
+        if len(data.longer) > _SHOWN:
+            yield f"          and {len(data.longer) - _SHOWN} more; --html lists all"
     yield f"images    {data.unreadable}"
     yield from (f"          {path}: {reason}" for path, reason in (data.broken or {}).items())
-
-
-def _histogram(sizes: np.ndarray) -> tuple[list[int], list[int]]:
-    """Edges and counts of bars of one width in whole tokens."""
-    low, high = int(sizes.min()), int(sizes.max())  # sizes may be as narrow as one byte
-    width = -(-(high - low + 1) // _BARS)
-    edges = np.arange(low, high + width + 1, width)
-    return edges.tolist(), np.histogram(sizes, edges)[0].tolist()
+    if data.shown_otherwise:
+        yield f"pixels    {data.unlike_a_viewer}"
+        yield from (f"          {path}: {told}" for path, told in data.shown_otherwise.items())
 
 
 def draw_data_set(data: DataSetDescription) -> style.Figure:
-    """Histogram of lengths, how full the packs of both packings get, drops and broken images."""
+    """Draw a histogram of the lengths and of how full packs get, with drops and broken images."""
     sheet = style.sheet_of(11, 4.6, data.name)
     sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
@@ -108,24 +194,27 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
     told = [data.lengths, "_"]  # which the legend leaves out
     if longer.any():
         told[1] = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
-        lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
-    looks = {"stacked": True, "color": [style.SERIES[0], style.BROKEN], "edgecolor": "white"}
-    parts = [data.sizes[~longer], data.sizes[longer]]
-    lengths.hist(parts, _histogram(data.sizes)[0], label=told, **looks)
+        if data.capacity in range(data.histogram.body.start, data.histogram.body.stop):
+            lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
+    if data.far_off:
+        told[0] += "\n" + textwrap.fill(data.outliers, 60)
+    draw_histogram(lengths, data.histogram, [data.sizes[~longer], data.sizes[longer]], told)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
     told = [textwrap.fill(packing, 48) for packing in data.packings]
-    filled.hist(shares, range(0, 101, 5), label=told, color=style.SERIES[:2], edgecolor="white")
+    colours = style.SERIES[: len(shares)]
+    filled.hist(shares, range(0, 101, 5), label=told, color=colours, edgecolor="white")
     filled.set_xlim(0, 100)
     for axes, title, across, up in (
         (lengths, f"Lengths of {len(data.sizes)} samples", "tokens of a sample", "samples"),
         (filled, "How full packs get", f"% of {data.capacity} tokens", "packs"),
     ):
-        for bar in axes.containers[1]:
-            bar.set_hatch("///")
+        for hatch, bars in zip(("", "///", "..."), axes.containers, strict=False):
+            for bar in bars:
+                bar.set_hatch(hatch)
         axes.set_title(title, loc="left", size=10)
         axes.set(xlabel=across, ylabel=up)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.locator_params(integer=True)
-        # Below the axes, where no bar is.
+        axes.locator_params(axis="y", integer=True)
+        # Below the axes it covers no bar.
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.18), frameon=False, fontsize=9)
     return sheet

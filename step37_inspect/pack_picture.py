@@ -1,4 +1,4 @@
-"""One pack, described and drawn: whose tokens are where, what is trained, which image is which."""
+"""Describe and draw one pack: which sample and image has which tokens, and what is trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "padding or room": {"facecolor": style.PADDING, "edgecolor": "#c9ccd2", "hatch": "////"},
     "unreadable": {"facecolor": "white", "edgecolor": style.BROKEN, "hatch": "xxxx"},
 }
-# A line is 256 tokens: a caption of twelve is as wide as a finger.
+# At 256 tokens a line, a caption of twelve tokens is half an inch wide.
 TOKENS_A_LINE, THUMBNAILS_A_ROW = 256, 8
 # In inches.
 _LEFT, _TOP, _WIDTH, _LINE, _THUMBNAIL = 0.62, 0.92, 10.24, 0.37, 1.06
@@ -45,7 +45,7 @@ class ImageSpan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the file, whatever system its path is of."""
+        """Name of the image file, from a path of any operating system."""
         return PureWindowsPath(str(self.entry.path)).name
 
 
@@ -56,7 +56,7 @@ class Segment(NamedTuple):
         source: ``(data set, index in it)``, None for padding.
         loss: ``[start, end)`` of every run of positions whose label is trained.
         images: its images and crops, in the order of their tokens.
-        text: what it trains.
+        text: the trained tokens as text.
     """
 
     start: int
@@ -71,8 +71,10 @@ class PackDescription(NamedTuple):
     """A pack: its segments, and how full it is.
 
     Attributes:
-        number: of the pack, among so many ``packs``.
-        capacity: tokens that fit.
+        number: index of the pack.
+        packs: how many packs there are.
+        capacity: tokens that fit in a pack.
+        segments: the samples of the pack in order, and padding at the end.
     """
 
     number: int
@@ -108,8 +110,8 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
     """Find segments, trained positions and images in a pack.
 
     Args:
-        packs: of ``pack_samples``, from data sets that have a ``Step37MultimodalTemplate``.
-        number: of the pack.
+        packs: packs made by ``pack_samples``, from data sets with a ``Step37MultimodalTemplate``.
+        number: index of the pack.
 
     Raises:
         ValueError: start tokens and image paths differ in number.
@@ -138,7 +140,7 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
 
 
 def pack_lines(pack: PackDescription) -> Iterator[str]:
-    """The pack as a table, line by line."""
+    """Yield the pack as a table, line by line."""
     yield pack.title
     widths = [max(map(len, column)) for column in zip(*pack.table, strict=True)]
     for row in pack.table:
@@ -146,9 +148,9 @@ def pack_lines(pack: PackDescription) -> Iterator[str]:
 
 
 def draw_pack(pack: PackDescription) -> style.Figure:
-    """The pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
+    """Draw the pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
 
-    A black bar begins a sample, with its number; the thumbnails carry the same number.
+    A black bar with a number marks where a sample begins; its thumbnails have the same number.
     """
     length = max(pack.capacity, pack.segments[-1].end)
     firsts = range(0, length, TOKENS_A_LINE)
@@ -156,46 +158,53 @@ def draw_pack(pack: PackDescription) -> style.Figure:
     below = _TOP + len(firsts) * _LINE
     width, height = _LEFT + _WIDTH + 0.16, below + -(-len(images) // THUMBNAILS_A_ROW) * 1.34 + 0.14
     sheet, axes = style.figure(width, height, pack.title.capitalize())
-    style.legend(axes, 0.2, 0.6, _LOOKS)
+    style.legend(axes, (0.2, 0.6), _LOOKS)
     # In tokens across and lines down.
     where = (_LEFT / width, 1 - below / height, _WIDTH / width, (below - _TOP) / height)
     lines = sheet.add_axes(where, xlim=(0, TOKENS_A_LINE), ylim=(len(firsts), 0), frame_on=False)
     lines.set(xticks=[], yticks=np.arange(len(firsts)) + 0.38, yticklabels=firsts)
     lines.tick_params(length=0, labelsize=8, labelcolor=style.FRAME)
-    _paint(lines, 0, length, "padding or room")
+    _paint(lines, (0, length), "padding or room")
     for number, segment in enumerate(pack.segments):
         if segment.source is not None:
-            _paint(lines, segment.start, segment.end, "text")
-            # Between the bar and the first image there is room for a number, if the text is long.
+            _paint(lines, (segment.start, segment.end), "text")
+            # The number stands between the bar and the first image, if there is room for it.
             line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
             text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
-            _paint(lines, segment.start, text_end, "text", str(number))
-        for start, end in segment.loss:
-            _paint(lines, start, end, "trained")
+            _paint(lines, (segment.start, text_end), "text", str(number))
+        for span in segment.loss:
+            _paint(lines, span, "trained")
         line, column = divmod(segment.start, TOKENS_A_LINE)
-        style.box(lines, column - 0.3, line - 0.13, 0.6, 1.02, facecolor=style.INK, clip_on=False)
+        bar = (column - 0.3, line - 0.13, 0.6, 1.02)
+        style.box(lines, bar, facecolor=style.INK, clip_on=False)
     for place, (number, image) in enumerate(images):
         row, column = divmod(place, THUMBNAILS_A_ROW)
         x, y = _LEFT + column * 1.15, below + 0.1 + row * 1.34
-        style.label(axes, x, y + _THUMBNAIL + 0.11, f"{number}: {image.name}", 8, _THUMBNAIL)
+        below_it = (x, y + _THUMBNAIL + 0.11)
+        style.label(axes, below_it, f"{number}: {image.name}", size=8, width=_THUMBNAIL)
         if (small := _thumbnail(image.entry)) is None:
-            style.box(axes, x, y, _THUMBNAIL, _THUMBNAIL, **_LOOKS["unreadable"])
-            _paint(lines, image.start, image.end, "unreadable")
+            style.box(axes, (x, y, _THUMBNAIL, _THUMBNAIL), **_LOOKS["unreadable"])
+            _paint(lines, (image.start, image.end), "unreadable")
         else:
-            style.show(axes, small, x, y, _THUMBNAIL)
-            _paint(lines, image.start, image.end, image.kind, image.name)
+            style.show(axes, small, (x, y), _THUMBNAIL)
+            _paint(lines, (image.start, image.end), image.kind, image.name)
     return sheet
 
 
-def _paint(lines: style.Axes, start: int, end: int, look: str, name: str = "") -> None:
-    """A span on every line that it lies on; its name on that of its middle, which has most room."""
+def _paint(lines: style.Axes, span: tuple[int, int], look: str, name: str = "") -> None:
+    """Colour the tokens ``[start, end)``, which may lie on several lines, and write the name.
+
+    The name stands on the line of the middle token, which has the most room.
+    """
+    start, end = span
     for line in range(start // TOKENS_A_LINE, -(-end // TOKENS_A_LINE)):
-        # What lies before or after this line is cut by the axes.
-        style.box(lines, start - line * TOKENS_A_LINE, line, end - start, 0.76, **_LOOKS[look])
+        # The axes cut off what lies before or after this line.
+        place = (start - line * TOKENS_A_LINE, line, end - start, 0.76)
+        style.box(lines, place, **_LOOKS[look])
     line = (start + end) // 2 // TOKENS_A_LINE
     left, right = np.clip(np.array([start, end]) - line * TOKENS_A_LINE, 0, TOKENS_A_LINE)
     room = (right - left - 2) * _WIDTH / TOKENS_A_LINE
-    style.label(lines, left + 1, line + 0.38, name, 8, room)
+    style.label(lines, (left + 1, line + 0.38), name, size=8, width=room)
 
 
 def _thumbnail(entry: ImageEntry) -> Image.Image | None:

@@ -1,12 +1,13 @@
-"""A data set as one HTML page: tables, pictures, and packs to leaf through.
+"""Write a data set as one HTML page: tables, pictures, and packs to leaf through.
 
-One file that fetches nothing, so that it can be mailed and opened offline. Its template is
+The page is one file that fetches nothing, so it can be mailed and opened offline. Its template is
 ``page.html`` beside this file.
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -19,27 +20,39 @@ from step37_inspect.pack_picture import describe_pack, draw_pack
 
 
 def write_page(
-    path: Path, data: DataSetDescription, packs: MixedPackedDataloader, shown: range, progress: bool
+    path: Path,
+    data: DataSetDescription,
+    packs: MixedPackedDataloader | None,
+    *,
+    shown: range,
+    settings: Mapping[str, str],
+    progress: bool,
 ) -> None:
     """Write the page of a data set.
 
     Args:
         path: of the HTML file; its folder is made.
         data: described data set.
-        packs: of the data set.
+        packs: of the data set; None if no sample fits in one.
         shown: the packs to leaf through.
+        settings: what the page says about how it was made, by name.
         progress: show a bar while packs are drawn.
     """
     numbers = tqdm(shown, desc="Drawing packs", unit="pack", disable=not progress)
-    described = (describe_pack(packs, number) for number in numbers)
+    described = [] if packs is None else [describe_pack(packs, number) for number in numbers]
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined)
-    drawn = [(pack, _encoded(draw_pack(pack))) for pack in described]
-    picture = _encoded(draw_data_set(data))
-    text = page.render(data=data, total=len(packs), picture=picture, packs=drawn)
+    text = page.render(
+        data=data,
+        settings=settings,
+        total=0 if packs is None else len(packs),
+        picture=_encoded(draw_data_set(data)),
+        packs=[(pack, _encoded(draw_pack(pack))) for pack in described],
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def _encoded(sheet: style.Figure) -> str:
-    return base64.b64encode(style.png_of(sheet)).decode()
+    """A picture for the page, without its title: the page has that as text."""
+    return base64.b64encode(style.png_of(sheet, titled=False)).decode()

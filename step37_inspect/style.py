@@ -1,8 +1,8 @@
-"""One look for every picture of this project: colours, lettering, and labels that fit.
+"""Draw the pictures of this project in one look: colours, lettering, and labels that fit.
 
-The colours are Okabe and Ito's, which people with any colour vision tell apart; what matters is
-also told by a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and touches none of its
-global state.
+The colours are Okabe and Ito's, which people with any colour vision tell apart; what matters also
+has a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and changes none of its global
+state.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ TEXT, TRAINED, IMAGE, CROP = "#d5d8de", "#f0c05a", "#56b4e9", "#cc9fbf"
 PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 DPI = 100
+TITLE_HEIGHT = 0.45
+"""In inches."""
+Point = tuple[float, float]
+"""A place on axes: x, y."""
 _MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
 def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """A sheet with its title, and axes over all of it in inches, from the top left corner."""
+    """Make a sheet with its title, and axes over all of it, in inches from the top left corner."""
     sheet = sheet_of(width, height, title)
     axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
@@ -34,7 +38,7 @@ def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def sheet_of(width: float, height: float, title: str) -> Figure:
-    """A sheet of so many inches, empty below its title, which takes 0.5 of them."""
+    """A sheet of so many inches, empty below its title, which takes :data:`TITLE_HEIGHT`."""
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -44,35 +48,40 @@ def sheet_of(width: float, height: float, title: str) -> Figure:
     return sheet
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, **looks: Any) -> None:
-    """A rectangle without an edge, unless ``looks`` (Matplotlib's) has one."""
+def box(axes: Axes, place: tuple[float, float, float, float], **looks: Any) -> None:
+    """Draw a rectangle, ``place`` = x, y, width, height; it has an edge only if ``looks`` has."""
     from matplotlib.patches import Rectangle
 
+    x, y, width, height = place
     axes.add_patch(Rectangle((x, y), width, height, **{"linewidth": 0, **looks}))
 
 
 def label(
-    axes: Axes, x: float, y: float, text: str, size: float = 9, width: float = 1e9, **looks: Any
+    axes: Axes, at: Point, text: str, *, size: float = 9, width: float = 1e9, **looks: Any
 ) -> None:
-    """Text as it is (no formulas), its middle at height ``y``, cut to fit ``width`` inches."""
+    """Write ``text`` from ``at`` to the right, cut to ``width`` inches; ``$`` makes no formula.
+
+    ``at`` is the left end of the text, at half of its height.
+    """
     text = fit(text, width, size, looks.get("weight", "normal"))
     looks = {"color": INK, "va": "center", "fontsize": size, "parse_math": False, **looks}
-    axes.text(x, y, text, **looks)
+    axes.text(*at, text, **looks)
 
 
-def legend(axes: Axes, x: float, y: float, entries: Mapping[str, dict[str, Any]]) -> None:
-    """A row of swatches with their names, from the left, its middle at height ``y``."""
+def legend(axes: Axes, at: Point, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Draw a row of swatches with their names; ``at`` is its left end, at half of its height."""
     from matplotlib.patches import Patch
 
     edge = {"edgecolor": FRAME, "linewidth": 0.6}
     swatches = [Patch(label=name, **{**edge, **looks}) for name, looks in entries.items()]
-    place = {"loc": "center left", "bbox_to_anchor": (x, y), "bbox_transform": axes.transData}
+    place = {"loc": "center left", "bbox_to_anchor": at, "bbox_transform": axes.transData}
     space = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.3}
     axes.legend(handles=swatches, ncols=len(swatches), frameon=False, fontsize=9, **place, **space)
 
 
-def show(axes: Axes, picture: Image, x: float, y: float, side: float) -> None:
-    """A picture at the lower left of a square."""
+def show(axes: Axes, picture: Image, at: Point, side: float) -> None:
+    """Draw a picture at the lower left of the square whose top left corner is ``at``."""
+    x, y = at
     width, height = (side * pixels / max(picture.size) for pixels in picture.size)
     extent = (x, x + width, y + side, y + side - height)
     axes.imshow(picture, extent=extent, aspect="auto", zorder=1)
@@ -80,9 +89,9 @@ def show(axes: Axes, picture: Image, x: float, y: float, side: float) -> None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """``text``, cut short with "…" until it is at most ``width`` inches wide; maybe nothing.
+    """Cut ``text`` short with "…" until it is at most ``width`` inches wide; maybe to nothing.
 
-    Line ends become ↵, and what the font has no letter for □.
+    Line ends become ↵, and characters that the font does not have □.
     """
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -102,7 +111,12 @@ def save(sheet: Figure, path: Path) -> None:
     sheet.savefig(path, dpi=DPI)
 
 
-def png_of(sheet: Figure) -> bytes:
+def png_of(sheet: Figure, *, titled: bool = True) -> bytes:
+    """The sheet as a PNG file, on request without the strip that its title takes."""
+    from matplotlib.transforms import Bbox
+
+    width, height = sheet.get_size_inches()
+    below = None if titled else Bbox.from_extents(0, 0, width, height - TITLE_HEIGHT)
     file = io.BytesIO()
-    sheet.savefig(file, format="png", dpi=DPI)
+    sheet.savefig(file, format="png", dpi=DPI, bbox_inches=below)
     return file.getvalue()

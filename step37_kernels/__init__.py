@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from step37_kernels.image_insert_embedding import ImageForInsert as ImageForInsert
     from step37_kernels.image_insert_embedding import ImageInsertEmbedding as ImageInsertEmbedding
+    from step37_kernels.insert import embed_project_and_insert as embed_project_and_insert
     from step37_kernels.insert import project_and_insert as project_and_insert
     from step37_kernels.pixels.normalize import clip_normalize as clip_normalize
     from step37_kernels.pixels.ragged import Crop as Crop
@@ -30,6 +31,7 @@ _MODULE_OF = {
     "InsertPlan": "plan",
     "RaggedImages": "pixels.ragged",
     "clip_normalize": "pixels.normalize",
+    "embed_project_and_insert": "insert",
     "plan_insert": "plan",
     "plan_placeholders": "plan",
     "project_and_insert": "insert",

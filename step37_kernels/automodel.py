@@ -174,8 +174,8 @@ class FusedMerge:
             placeholders = plan.start_counts.item()
             if placeholders != plan.num_rows:
                 raise ValueError(
-                    f"input_ids: {placeholders} placeholders (token {plan.tokens[0]}) for "
-                    f"{plan.num_rows} rows of image features"
+                    f"input_ids: {placeholders} placeholders (token "
+                    f"{self.config.image_token_id}) for {plan.num_rows} rows of image features"
                 )
         return plan
 

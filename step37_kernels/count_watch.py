@@ -1,4 +1,5 @@
-"""Warns when start tokens and image features differ in number, without waiting for the device."""
+"""Warns when start tokens and image features differ in number, or ids are outside the table,
+without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,22 +12,21 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from step37_kernels.runs import FlatRuns
+
 logger = logging.getLogger(__name__)
 
 
-def count_mismatches(
-    tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Sequence[int]
-) -> list[str]:
+def count_mismatches(runs: FlatRuns, start_counts: Sequence[int]) -> list[str]:
     """A sentence for each group whose start tokens and features differ in number.
 
     Args:
-        tokens: start token of each group.
-        group_sizes: features of each group.
+        runs: of all groups.
         start_counts: start tokens of each group in ``input_ids``, on the host.
     """
     return [
         _mismatch(token, features, count)
-        for token, features, count in zip(tokens, group_sizes, start_counts, strict=True)
+        for token, features, count in zip(runs.tokens, runs.group_sizes, start_counts, strict=True)
         if count != features
     ]
 
@@ -42,31 +42,31 @@ class CountWatch:
     """Compares numbers that are on their way from the device."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[tuple[int, ...], tuple[int, ...], Tensor, torch.cuda.Event]]
+        self._pending: deque[tuple[FlatRuns, Tensor, int, torch.cuda.Event]]
         self._pending = deque()
         # Between looking at the oldest and taking it, another thread's forward may have taken it.
         self._polling = threading.Lock()
 
-    def watch(
-        self, tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor
-    ) -> None:
+    def watch(self, runs: FlatRuns, counts: Tensor, vocabulary: int = 0) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA).
 
         Args:
-            tokens, group_sizes: of :func:`count_mismatches`.
-            start_counts: ``[G]`` int32 on the device.
+            runs: of all groups of the plan.
+            counts: ``[G + 1]`` int32 on the device: start tokens of each group, then ids at text
+                positions that are outside the table.
+            vocabulary: rows of that table, for the message.
         """
-        if start_counts.is_meta or isinstance(start_counts, FakeTensor):
+        if counts.is_meta or isinstance(counts, FakeTensor):
             # Shapes without values: there is nothing to count.
             return
-        if not start_counts.is_cuda:
-            self._warn(tokens, group_sizes, start_counts)
+        if not counts.is_cuda:
+            self._warn(runs, counts, vocabulary)
         elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(start_counts.shape, dtype=torch.int32, device="cpu", pin_memory=True)
-            host.copy_(start_counts, non_blocking=True)
+            host = torch.empty(counts.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+            host.copy_(counts, non_blocking=True)
             copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(start_counts.device))
-            self._pending.append((tuple(tokens), tuple(group_sizes), host, copied))
+            copied.record(torch.cuda.current_stream(counts.device))
+            self._pending.append((runs, host, vocabulary, copied))
 
     def poll(self) -> None:
         """Warn about the plans whose counts have arrived."""
@@ -78,12 +78,20 @@ class CountWatch:
         with self._polling:
             while self._pending and self._pending[0][3].query():
                 arrived.append(self._pending.popleft())
-        for tokens, group_sizes, host, _ in arrived:
-            self._warn(tokens, group_sizes, host)
+        for runs, host, vocabulary, _ in arrived:
+            self._warn(runs, host, vocabulary)
 
     @staticmethod
-    def _warn(tokens: Sequence[int], group_sizes: Sequence[int], start_counts: Tensor) -> None:
-        for token, features, count in zip(tokens, group_sizes, start_counts.tolist(), strict=True):
+    def _warn(runs: FlatRuns, counts: Tensor, vocabulary: int) -> None:
+        *start_counts, unknown = counts.tolist()
+        if unknown:
+            logger.error(
+                "%d ids at text positions are outside the table of %d rows, and give NaN: are "
+                "they the tokenizer's? strict=True raises an error at once",
+                unknown,
+                vocabulary,
+            )
+        for token, features, count in zip(runs.tokens, runs.group_sizes, start_counts, strict=True):
             if count == features:
                 continue
             mismatch = _mismatch(token, features, count)

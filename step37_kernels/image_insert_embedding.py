@@ -7,14 +7,14 @@ import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_kernels.count_watch import count_watch
-from step37_kernels.dispatch import Impl, check_impl, use_triton
+from step37_kernels.dispatch import use_triton
 from step37_kernels.insert import (
     FeatureRows,
     check_embeddings,
@@ -23,7 +23,8 @@ from step37_kernels.insert import (
     join_rows,
     pick_rows,
 )
-from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout, check_layout
+from step37_kernels.integration.options import InsertOptions
+from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
     ZeroGradient,
     allow_unfused,
@@ -33,7 +34,20 @@ from step37_kernels.integration.projector import (
     run_forward_pre_hooks,
     tensors_of,
 )
-from step37_kernels.plan import Runs, plan_runs
+from step37_kernels.integration.table import (
+    PlainTable,
+    call_embedding,
+    plain_table,
+    tell_called,
+)
+from step37_kernels.lookup import TextRows, check_ids
+from step37_kernels.plan import InsertPlan, plan_runs
+from step37_kernels.runs import FlatRuns, Runs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from step37_kernels.integration.options import InsertKeywords
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +128,15 @@ def _layout_name(layout: Layout) -> str:
     return f"SequenceLayout({', '.join(given)})"
 
 
+def _option(name: str) -> Any:
+    """A property of the module that reads and sets one of its :class:`.InsertOptions`."""
+
+    def set_option(module: ImageInsertEmbedding, value: Any) -> None:
+        module.options = dataclasses.replace(module.options, **{name: value})
+
+    return property(lambda module: getattr(module.options, name), set_option)
+
+
 class ImageInsertEmbedding(nn.Module):
     """Word embedding with projected image features in the rows after each start token.
 
@@ -122,35 +145,26 @@ class ImageInsertEmbedding(nn.Module):
     groups are projected and inserted by one pass of :func:`step37_kernels.project_and_insert`.
 
     Args:
-        language_embedding: Megatron-Core's ``LanguageModelEmbedding`` or anything called as
-            ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``. Borrowed: reachable
-            as ``_language_embedding``, not registered, not in the state dict.
+        language_embedding: Megatron-Core's ``LanguageModelEmbedding``, an ``nn.Embedding``, or
+            anything called as ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``.
+            Borrowed: reachable as ``_language_embedding``, not registered, not in the state dict.
         encoder_output_dim: C, width of the features.
         hidden_size: H.
         projector_bias: give ``align_projector`` a bias.
-        impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
-        strict: raise ``ValueError`` at once where start tokens and features differ in number, a
-            span is cut off at the end of its sequence, or spans overlap. Waits for the device in
-            every forward, so ``torch.compile`` breaks its graph there, and refuses to under
-            ``fullgraph=True``. Off, differing numbers are paired up to the smaller one and logged
-            as a warning (on CUDA by a later forward, once the counts have arrived), and cut or
-            overlapping spans are taken as they are.
-        layout: which rows of the sequence this rank holds, under sequence or context parallelism;
-            None for all. ``forward`` takes the whole ``input_ids`` all the same. ``"auto"`` reads
-            Megatron's state in each forward (:func:`.auto_layout`); a
-            function is called with the language embedding and returns a layout or None.
-        gradient_accumulation_fusion: add the projector weight's gradient to its ``main_grad`` in
-            fp32, by Megatron-Core's conventions, instead of handing it to autograd.
-        text_only_gradient: give the projector a gradient of zeros where a forward has no image
-            rows. Without it such a microbatch gives no gradient at all, and data-parallel
-            reduction that overlaps with backward waits for it in vain. Costs one write of the
-            weight's size in backward; a frozen projector costs nothing. A vision tower that is
-            trained has the same need, which this class cannot meet.
+        **options: the fields of :class:`.InsertOptions`.
 
     A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
     shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
     the log once.
     """
+
+    # Each option reads and sets its field of ``options``.
+    impl = _option("impl")
+    strict = _option("strict")
+    layout = _option("layout")
+    lookup = _option("lookup")
+    gradient_accumulation_fusion = _option("gradient_accumulation_fusion")
+    text_only_gradient = _option("text_only_gradient")
 
     _width = 0
 
@@ -160,12 +174,7 @@ class ImageInsertEmbedding(nn.Module):
         encoder_output_dim: int,
         hidden_size: int,
         projector_bias: bool = False,
-        *,
-        impl: Impl = "auto",
-        strict: bool = False,
-        layout: Layout = None,
-        gradient_accumulation_fusion: bool = False,
-        text_only_gradient: bool = False,
+        **options: Unpack[InsertKeywords],
     ) -> None:
         super().__init__()
         # Around nn.Module's own __setattr__, which would register a module, and with it count the
@@ -176,46 +185,24 @@ class ImageInsertEmbedding(nn.Module):
         nn.init.kaiming_normal_(self.align_projector.weight, mode="fan_in", nonlinearity="relu")
         if projector_bias:
             nn.init.zeros_(self.align_projector.bias)
-        self.configure(
-            impl=impl,
-            strict=strict,
-            layout=layout,
-            gradient_accumulation_fusion=gradient_accumulation_fusion,
-            text_only_gradient=text_only_gradient,
-        )
+        self.configure(**options)
 
-    def configure(
-        self,
-        *,
-        impl: Impl = "auto",
-        strict: bool = False,
-        layout: Layout = None,
-        gradient_accumulation_fusion: bool = False,
-        text_only_gradient: bool = False,
-    ) -> None:
-        """Set all options, which are those of the constructor."""
-        check_impl(impl)
-        check_layout(layout)
-        self.impl = impl
-        self.strict = strict
-        self.layout = layout
-        self.gradient_accumulation_fusion = gradient_accumulation_fusion
-        self.text_only_gradient = text_only_gradient
+    def configure(self, **options: Unpack[InsertKeywords]) -> None:
+        """Set all options, which are the fields of :class:`.InsertOptions`."""
+        self.options = InsertOptions(**options)
         # A module that replaces the projector may have no in_features; the last known width is
         # kept.
         self._width = input_width(self.align_projector) or self._width
-        self._mark_projector(layout if isinstance(layout, SequenceLayout) else None)
+        self._mark_projector(self.layout if isinstance(self.layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
-        parts = [
-            f"impl={self.impl!r}",
-            f"strict={self.strict}",
-            f"text_only_gradient={self.text_only_gradient}",
-        ]
-        parts += ["gradient_accumulation_fusion=True"] * self.gradient_accumulation_fusion
-        if self.layout is not None:
-            parts.append(f"layout={_layout_name(self.layout)}")
-        return ", ".join(parts)
+        changed = []
+        for field in dataclasses.fields(self.options):
+            value = getattr(self.options, field.name)
+            if value != field.default:
+                shown = _layout_name(value) if field.name == "layout" else repr(value)
+                changed.append(f"{field.name}={shown}")
+        return ", ".join(changed)
 
     @staticmethod
     def _normalize_feature_list(
@@ -287,29 +274,51 @@ class ImageInsertEmbedding(nn.Module):
         """
         count_watch.poll()
         layout = self._layout_now()
-        embeddings, positions = self._look_up(layout, input_ids, position_ids)
-        if not images:
-            return self._without_image_rows(embeddings)
+        text, positions = self._look_up(layout, input_ids, position_ids)
+        if not images and text.input_ids is None:
+            return self._without_image_rows(text.rows)
         plain = self._is_projector_plain()
-        runs, features = self._take_features(images, plain, embeddings)
+        runs, features = self._take_features(images or (), plain, text.rows)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
-        return self._insert(embeddings, input_ids, runs, features, positions, plain)
+        return self._insert(text, input_ids, runs, features, positions, plain)
 
     def _look_up(
         self, layout: SequenceLayout | None, input_ids: Tensor, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """This rank's word embeddings, and their positions in the whole sequence (None: all)."""
-        if layout is None:
-            return self._language_embedding(input_ids=input_ids, position_ids=position_ids), None
+    ) -> tuple[TextRows, Tensor | None]:
+        """Where this rank's text rows come from, and their positions in the whole sequence (None:
+        all)."""
         seq_len = input_ids.shape[1]
-        looked_up = layout.positions_looked_up(seq_len, input_ids.device)
-        if looked_up is not None:
-            input_ids = input_ids.index_select(1, looked_up)
-            if position_ids is not None:
-                position_ids = position_ids.index_select(1, looked_up)
-        embeddings = self._language_embedding(input_ids=input_ids, position_ids=position_ids)
-        return layout.shard(embeddings, seq_len, looked_up)
+        looked_up = None
+        if layout is not None:
+            looked_up = layout.positions_looked_up(seq_len, input_ids.device)
+            if looked_up is not None:
+                input_ids = input_ids.index_select(1, looked_up)
+                if position_ids is not None:
+                    position_ids = position_ids.index_select(1, looked_up)
+        if layout is None or not layout.divides_rows():
+            table = self._table()
+            if table is not None:
+                weight = table.weight
+                fused = self.options.fuses_gradient_of(weight, self._language_embedding)
+                table.run_hooks()
+                return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
+        embeddings = call_embedding(self._language_embedding, input_ids, position_ids)
+        if layout is None:
+            return TextRows(rows=embeddings), None
+        embeddings, positions = layout.shard(embeddings, seq_len, looked_up)
+        return TextRows(rows=embeddings), positions
+
+    def _table(self) -> PlainTable | None:
+        """The table that words are looked up in; None where the language embedding is called."""
+        if self.options.lookup == "call":
+            return None
+        table = plain_table(self._language_embedding)
+        if isinstance(table, PlainTable):
+            return table
+        if not torch.compiler.is_compiling():
+            tell_called(table)
+        return None
 
     def _take_features(
         self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
@@ -344,7 +353,7 @@ class ImageInsertEmbedding(nn.Module):
 
     def _insert(
         self,
-        embeddings: Tensor,
+        text: TextRows,
         input_ids: Tensor,
         runs: Runs,
         features: list[Tensor],
@@ -360,14 +369,19 @@ class ImageInsertEmbedding(nn.Module):
         rows = FeatureRows(features, None)
         if plain and features:
             run_forward_pre_hooks(projector)
-            triton = use_triton(self.impl, features[0].device)
+            triton = use_triton(self.options.impl, features[0].device)
             rows = FeatureRows.of(features, features[0].dtype, triton)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
-        watch = compiling and not self.strict
-        plan = whole = plan_runs(input_ids, runs, impl=self.impl, watch=watch)
-        if self.strict:
+        plan = whole = plan_runs(
+            input_ids,
+            runs,
+            vocabulary=0 if text.input_ids is None else text.rows.shape[0],
+            impl=self.options.impl,
+            watch=compiling and not self.options.strict,
+        )
+        if self.options.strict:
             if compiling:
                 torch._dynamo.graph_break(
                     msg="strict=True of ImageInsertEmbedding waits for the device, which no graph "
@@ -376,27 +390,45 @@ class ImageInsertEmbedding(nn.Module):
             plan.check()
         if positions is not None:
             plan = plan.shard(positions)
-        if not features:
-            result = self._without_image_rows(embeddings)
-        elif plain:
-            hidden = projector.out_features
-            check_embeddings(embeddings, plan, "language_embedding's result", hidden)
+        self._check_text(text, plan, projector.out_features if plain else None)
+        if plain and features:
             result = insert_projected(
-                embeddings,
+                text,
                 rows,
                 projector.weight,
                 projector.bias,
                 plan,
-                gradient_accumulation_fusion=self.gradient_accumulation_fusion,
-                after_plan=plan is whole and not (self.strict or compiling),
+                gradient_accumulation_fusion=self.options.fuses_gradient_of(
+                    projector.weight, self._language_embedding
+                ),
+                after_plan=plan is whole and not (self.options.strict or compiling),
             )
         else:
-            check_embeddings(embeddings, plan, "language_embedding's result")
-            projected = projector(pick_rows(join_rows(features), plan.local_rows))
-            result = insert_rows(embeddings, projected.to(embeddings.dtype), plan)
-        if not (self.strict or compiling):
-            count_watch.watch(whole.tokens, whole.group_sizes, whole.start_counts)
+            triton = not features and use_triton(self.options.impl, text.rows.device)
+            embeddings = text.embeddings(plan.row_at, triton=triton)
+            if features:
+                projected = projector(pick_rows(join_rows(features), plan.local_rows))
+                result = insert_rows(embeddings, projected.to(embeddings), plan)
+            else:
+                result = self._without_image_rows(embeddings)
+        if not (self.options.strict or compiling):
+            count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
         return result
+
+    @staticmethod
+    def _check_text(text: TextRows, plan: InsertPlan, hidden: int | None) -> None:
+        """Raise ``ValueError`` unless text rows are of the plan's shape and of H, and
+        ``IndexError`` on the CPU where one has an id outside the table."""
+        if text.input_ids is None:
+            check_embeddings(text.rows, plan, "language_embedding's result", hidden)
+            return
+        num_rows, width = text.rows.shape
+        if hidden not in (None, width):
+            raise ValueError(
+                f"language_embedding's table: expected [V, H] = [V, {hidden}], "
+                f"got {tuple(text.rows.shape)}"
+            )
+        check_ids(text.input_ids, plan.row_at, num_rows)
 
     def _layout_now(self) -> SequenceLayout | None:
         """The layout in force in this forward, with the projector's parameters marked for it.
@@ -430,12 +462,12 @@ class ImageInsertEmbedding(nn.Module):
         """
         plain = is_plain(self.align_projector)
         if not plain:
-            allow_unfused(self.align_projector, "align_projector", self.impl)
+            allow_unfused(self.align_projector, "align_projector", self.options.impl)
         return plain
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
         trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
-        if not (self.text_only_gradient and trained and torch.is_grad_enabled()):
+        if not (self.options.wants_text_only_gradient() and trained and torch.is_grad_enabled()):
             return embeddings
         result: Tensor
         if not self._is_projector_plain():
@@ -449,7 +481,7 @@ class ImageInsertEmbedding(nn.Module):
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         # The gradients must come in the order in which a forward with images gives them: ranks
         # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
-        if not use_triton(self.impl, weight.device):
+        if not use_triton(self.options.impl, weight.device):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = ZeroGradient.apply(embeddings, *parameters)
         return result

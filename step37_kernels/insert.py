@@ -1,4 +1,5 @@
-"""Projected feature rows at their destinations: :func:`project_and_insert`.
+"""Projected feature rows at their destinations: :func:`project_and_insert` into embeddings,
+:func:`embed_project_and_insert` with the words looked up in the same launch.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
 feature rows of all groups together, ``L`` rows of one feature, ``N`` features.
@@ -19,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from step37_kernels import operators
 from step37_kernels.dispatch import Impl, use_triton
-from step37_kernels.integration.main_grad import MainGrad, check_has_main_grad, into_main_grad
+from step37_kernels.integration.main_grad import MainGrad, into_main_grad
+from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient, text_ids
 from step37_kernels.plan import InsertPlan
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -102,9 +104,14 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 
-class _ProjectAndInsert(torch.autograd.Function):
-    """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the embeddings'.
+_FIRST_SOURCE = 12
+"""Arguments of ``_ProjectAndInsert.forward`` before the first source."""
 
+
+class _ProjectAndInsert(torch.autograd.Function):
+    """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the text's.
+
+    ``text`` are the embeddings, or with ``input_ids`` the table that they are looked up in.
     ``counted_tensors`` are the number of sources, these, which hold the features' rows, then the
     features themselves, for their gradients. Saved for backward: the sources (if the weight needs a
     gradient), the weight (if a feature does), and the plan. Each gradient is computed only where it
@@ -114,13 +121,15 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        embeddings: Tensor,
+        text: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        input_ids: Tensor | None,
         destinations: Tensor,
         row_at: Tensor,
         local_rows: Tensor | None,
         live_rows: Tensor | None,
+        text_fused_into: tuple[Tensor] | None,
         fused_into: tuple[Tensor] | None,
         after_plan: bool,
         *counted_tensors: Any,
@@ -132,20 +141,22 @@ class _ProjectAndInsert(torch.autograd.Function):
         if local_rows is not None:
             sources = [pick_rows(torch.cat(sources), local_rows)]
         out = operators.project_insert(
-            embeddings, sources, weight, bias, destinations, row_at, live_rows, after_plan
+            text, sources, weight, bias, destinations, row_at, live_rows, input_ids, after_plan
         )
-        need_weight = ctx.needs_input_grad[1]
-        need_features = ctx.needs_input_grad[10 + num_sources :]
+        need_text, need_weight = ctx.needs_input_grad[:2]
+        need_features = ctx.needs_input_grad[_FIRST_SOURCE + num_sources :]
         ctx.need_rows = need_weight or any(need_features)
         ctx.save_for_backward(
             row_at,
             destinations,
+            input_ids if need_text else None,
             local_rows if any(need_features) else None,
             weight if any(need_features) else None,
             *(sources if need_weight else ()),
         )
-        # In a tuple: the parameter itself, not an input that a gradient is returned for.
         ctx.fused_into = fused_into
+        ctx.text_fused_into = text_fused_into
+        ctx.text = text.shape, text.dtype
         ctx.dtype = weight.dtype
         ctx.num_sources = num_sources
         ctx.shapes = [tuple(feature.shape) for feature in features]
@@ -154,12 +165,17 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        need_embeddings, need_weight, need_bias, *_ = ctx.needs_input_grad
-        need_features = ctx.needs_input_grad[10 + ctx.num_sources :]
-        row_at, destinations, local_rows, weight, *sources = ctx.saved_tensors
-        grad_embeddings, rows, grad_bias = operators.gradient_rows(
+        need_text, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_features = ctx.needs_input_grad[_FIRST_SOURCE + ctx.num_sources :]
+        row_at, destinations, input_ids, local_rows, weight, *sources = ctx.saved_tensors
+        need_embeddings = need_text and input_ids is None
+        grad_text: Tensor | None
+        grad_text, rows, grad_bias = operators.gradient_rows(
             grad_output, row_at, destinations, ctx.dtype, need_embeddings, ctx.need_rows, need_bias
         )
+        if need_text and input_ids is not None:
+            ids = text_ids(input_ids, row_at)
+            grad_text = table_gradient(grad_output, ids, ctx.text, ctx.text_fused_into, triton=True)
         grad_weight = None
         if need_weight:
             # One product: several would round their sums in between.
@@ -176,10 +192,10 @@ class _ProjectAndInsert(torch.autograd.Function):
         if any(need_features):
             grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
         return (
-            grad_embeddings if need_embeddings else None,
+            grad_text if need_text else None,
             grad_weight,
             grad_bias if need_bias else None,
-            *(None,) * (7 + ctx.num_sources),
+            *(None,) * (_FIRST_SOURCE - 3 + ctx.num_sources),
             *grad_features,
         )
 
@@ -230,11 +246,11 @@ class FeatureRows:
             if math.prod(tensor.shape[:-1])
         ]
         detached = [tensor.detach() for tensor in tensors]
-        return cls(tensors, contiguous_rows(detached) if triton and tensors else None)
+        return cls(tensors, contiguous_rows(detached) if triton else None)
 
 
 def _validate(
-    embeddings: Tensor,
+    text: TextRows,
     features: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -246,7 +262,17 @@ def _validate(
     if weight.ndim != 2:
         fail("weight", "[H, C]", tuple(weight.shape))
     hidden, width = weight.shape
-    check_embeddings(embeddings, plan, "embeddings", hidden)
+    if text.input_ids is None:
+        check_embeddings(text.rows, plan, "embeddings", hidden)
+        tensors = {"embeddings": text.rows}
+    else:
+        if text.rows.ndim != 2 or text.rows.shape[1] != hidden:
+            fail("table", f"[V, H] = [V, {hidden}]", tuple(text.rows.shape))
+        planned = tuple(plan.row_at.shape)
+        if tuple(text.input_ids.shape) != planned:
+            shape = planned if plan.batch_first else planned[::-1]
+            fail("input_ids", f"[B, S] = {list(shape)} (the plan's)", tuple(text.input_ids.shape))
+        tensors = {"table": text.rows}
     if bias is not None and tuple(bias.shape) != (hidden,):
         fail("bias", f"[H] = [{hidden}]", tuple(bias.shape))
     if bias is not None and bias.dtype != weight.dtype:
@@ -260,16 +286,17 @@ def _validate(
     num_rows = sum(math.prod(feature.shape[:-1]) for feature in features)
     if num_rows != plan.num_rows:
         fail("features", f"R = {plan.num_rows} rows (the plan's)", f"{num_rows} rows")
-    tensors = {"embeddings": embeddings, "weight": weight, "bias": bias}
+    tensors |= {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     tensors.update({f"features[{i}]": feature for i, feature in enumerate(features)})
-    tensors["plan.destinations"] = plan.destinations
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+        if not tensor.dtype.is_floating_point:
+            fail(name, "a floating-point dtype", tensor.dtype)
+    tensors["plan.destinations"] = plan.destinations
+    if text.input_ids is not None:
+        tensors["input_ids"] = text.input_ids
+    for name, tensor in tensors.items():
         if tensor.device != weight.device:
             fail(name, f"the weight's device {weight.device}", tensor.device)
-        if name != "plan.destinations" and not tensor.dtype.is_floating_point:
-            fail(name, "a floating-point dtype", tensor.dtype)
 
 
 def project_and_insert(
@@ -315,12 +342,90 @@ def project_and_insert(
         ValueError: shapes, dtypes or devices do not fit together or the plan, or ``impl`` cannot
             run there.
     """
+    return _check_and_insert(
+        TextRows(rows=embeddings),
+        features,
+        weight,
+        bias,
+        plan,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        impl=impl,
+    )
+
+
+def embed_project_and_insert(
+    input_ids: Tensor,
+    table: Tensor,
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: InsertPlan,
+    *,
+    gradient_accumulation_fusion: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Look up the words, project feature rows, and put each row at its place, in one pass.
+
+    As :func:`project_and_insert`, with ``table[input_ids]`` for the embeddings: the launch that
+    writes the output reads its text rows out of the table, bit for bit, so word embeddings
+    ``[S, B, H]`` never exist in memory of their own. Ids under feature rows may be anything.
+
+    The gradient of the table is made by rows: the gradients at the positions of an id are summed in
+    fp32, in a fixed order, and only the rows of ids that were looked up are touched. Nothing is
+    computed for a frozen table.
+
+    Args:
+        input_ids: ``[B, S]`` int32 or int64, any strides. For a shard's plan the ids of the
+            positions that this rank holds.
+        table: ``[V, H]``, the word embedding's weight.
+        features, weight, bias: as :func:`project_and_insert` takes them.
+        plan: from :func:`plan_insert` or :func:`plan_placeholders`, of these ids.
+        gradient_accumulation_fusion: add the gradients of the table and of the weight to their
+            ``main_grad`` in fp32, by Megatron-Core's conventions, instead of returning them. Of
+            the table, the touched rows of ``main_grad`` are read and written, and nothing of the
+            table's size is allocated. Without it the table's gradient is dense, ``[V, H]`` in its
+            dtype.
+        impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
+
+    Returns:
+        ``[S, B, H]`` (``[B, S, H]`` of a batch-first plan) in the table's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together or the plan, a ``main_grad`` is
+            missing, or ``impl`` cannot run there.
+        IndexError: on the CPU, an id at a text position is no row of the table. On CUDA nothing
+            waits for the ids: that text row is NaN.
+    """
+    ids = input_ids if plan.batch_first else input_ids.t()
+    return _check_and_insert(
+        TextRows(rows=table, input_ids=ids, fused=gradient_accumulation_fusion),
+        features,
+        weight,
+        bias,
+        plan,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        impl=impl,
+    )
+
+
+def _check_and_insert(
+    text: TextRows,
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: InsertPlan,
+    *,
+    gradient_accumulation_fusion: bool,
+    impl: Impl,
+) -> Tensor:
     tensors = [features] if isinstance(features, Tensor) else list(features)
-    _validate(embeddings, tensors, weight, bias, plan)
+    _validate(text, tensors, weight, bias, plan)
+    if text.input_ids is not None:
+        check_ids(text.input_ids, plan.row_at, text.rows.shape[0])
     triton = use_triton(impl, weight.device)
     rows = FeatureRows.of(tensors, weight.dtype, triton)
     return insert_projected(
-        embeddings,
+        text,
         rows,
         weight,
         bias,
@@ -330,7 +435,7 @@ def project_and_insert(
 
 
 def insert_projected(
-    embeddings: Tensor,
+    text: TextRows,
     rows: FeatureRows,
     weight: Tensor,
     bias: Tensor | None,
@@ -339,24 +444,25 @@ def insert_projected(
     gradient_accumulation_fusion: bool,
     after_plan: bool = False,
 ) -> Tensor:
-    """:func:`project_and_insert` of rows that are ready, by the implementation they are ready for.
+    """:func:`embed_project_and_insert` of rows that are ready, by the implementation they are ready
+    for.
 
     ``after_plan`` says that nothing was launched since the plan was: the product may begin before
     the plan's kernel has ended.
     """
-    fused_into = None
-    if gradient_accumulation_fusion and weight.requires_grad:
-        check_has_main_grad(weight)
-        fused_into = (weight,)
-    if not rows.tensors or embeddings.numel() == 0:
-        return embeddings
+    fused_into = fusion_target(weight, "weight", gradient_accumulation_fusion)
+    triton, empty = rows.sources is not None, math.prod(text.shape) == 0
+    if not rows.tensors or empty:
+        return text.embeddings(plan.row_at, triton=triton and not empty)
     if rows.sources is None:
+        embeddings = text.embeddings(plan.row_at)
         flat = join_rows(rows.tensors)
         if fused_into is not None:
             weight = MainGrad.apply(weight, fused_into)
         projected = F.linear(pick_rows(flat, plan.local_rows), weight, bias)
         return insert_rows(embeddings, projected.to(embeddings.dtype), plan)
-    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
+    text_name = "embeddings" if text.input_ids is None else "table"
+    for name, tensor in ((text_name, text.rows), ("weight", weight)):
         if tensor.dtype not in TRITON_DTYPES:
             raise ValueError(
                 f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
@@ -365,13 +471,15 @@ def insert_projected(
     # No copy is launched in between.
     after_plan &= weight.is_contiguous() and (bias is None or bias.is_contiguous())
     return _ProjectAndInsert.apply(
-        embeddings,
+        text.rows if text.input_ids is None else text.rows.contiguous(),
         weight.contiguous(),
         bias if bias is None else bias.contiguous(),
+        text.input_ids,
         plan.destinations,
         plan.row_at,
         plan.local_rows,
         plan.live_rows,
+        fusion_target(text.rows, "table", text.fused),
         fused_into,
         after_plan,
         len(rows.sources),

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
-from step37_kernels.integration.parallel import Layout, check_layout, sequence_layout
+from step37_kernels.integration.options import InsertOptions
+from step37_kernels.integration.parallel import sequence_layout
 from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
+from step37_kernels.integration.vocab_parallel import restore_dense_gradient, use_row_gradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from step37_kernels.integration.options import InsertKeywords
 
 __all__ = ["patch_step37", "replace_in", "sequence_layout", "unpatch_step37"]
 
@@ -40,26 +46,8 @@ _TOWER_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name=_TOWER, _stock={
 _LAST_CONVOLUTION = "vit_downsampler2"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """What a patched class passes on to :class:`ImageInsertEmbedding`."""
-
-    impl: Impl = "auto"
-    strict: bool = False
-    text_only_gradient: bool = True
-    gradient_accumulation_fusion: bool = False
-    layout: Layout = "auto"
-
-    def arguments(self) -> dict[str, Any]:
-        """For the constructor and :meth:`ImageInsertEmbedding.configure`."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    def __post_init__(self) -> None:
-        check_impl(self.impl)
-        check_layout(self.layout)
-
-
-_options = _Options()
+_options: InsertKeywords = {}
+"""Those of the last :func:`patch_step37`, for the models that are built after it."""
 
 
 class Step37ImageInsertEmbedding(ImageInsertEmbedding):
@@ -80,13 +68,15 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
             encoder_output_dim,
             hidden_size,
             projector_bias,
-            **_options.arguments(),
+            **_options,
         )
 
-    def configure(self, **options: Any) -> None:
-        """Set all options, which are those of the constructor of :class:`ImageInsertEmbedding`."""
+    def configure(self, **options: Unpack[InsertKeywords]) -> None:
+        """Set all options, which are the fields of :class:`.InsertOptions`."""
         super().configure(**options)
         config = getattr(self._language_embedding, "config", None)
+        if isinstance(self._language_embedding, nn.Module) and self.options.fuses_gradients(config):
+            use_row_gradient(self._language_embedding)
         if self.layout == "auto" and getattr(config, "sequence_parallel", False):
             # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
             # copies their marks before the first forward sets this one.
@@ -121,13 +111,7 @@ def _contiguous(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def patch_step37(
-    *,
-    impl: Impl = "auto",
-    strict: bool = False,
-    text_only_gradient: bool = True,
-    gradient_accumulation_fusion: bool = False,
-    layout: Layout = "auto",
-    channels_last: bool = False,
+    *, channels_last: bool = False, **options: Unpack[InsertKeywords]
 ) -> tuple[str, ...]:
     """Let every ``Step37Model`` built from now on use the fused embedding.
 
@@ -142,34 +126,21 @@ def patch_step37(
     forward step (see ``step37_data``).
 
     Args:
-        impl, strict, text_only_gradient, gradient_accumulation_fusion: see
-            :class:`ImageInsertEmbedding`. ``text_only_gradient`` is on here, because Megatron
-            reduces gradients while backward runs.
-        layout: ``"auto"`` (see :func:`.auto_layout`): under sequence
-            parallelism each rank embeds its own ``[S / TP, B, H]``, without it the whole. Context
-            parallelism is an error in the first forward then: it needs a layout from
-            :func:`sequence_layout`. None: the whole sequence on every rank, as the stock class has
-            it.
         channels_last: have the vision tower hand over contiguous rows whatever the number of
             pictures, by giving its last convolution a channels-last input; the rows need no
             packing then. ``Step37VisionModel`` is replaced in ``…modelling_step37.model`` for it.
             Off, because cuDNN may choose another algorithm, which sums, and so rounds, otherwise.
+        **options: the fields of :class:`.InsertOptions`.
 
     Returns:
         The dotted names that hold our class now.
 
     Raises:
         ImportError: Megatron-Bridge, or a name in it, is missing. Nothing has been replaced then.
-        ValueError: ``impl`` is none of the three, or ``layout`` another word.
+        ValueError: an option is none of the values that it may be.
     """
     global _options
-    options = _Options(
-        impl=impl,
-        strict=strict,
-        text_only_gradient=text_only_gradient,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        layout=layout,
-    )
+    given = InsertOptions(**options)
     names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
     if channels_last:
         names += _TOWER_PATCH.apply(_contiguous, _ContiguousTower)
@@ -181,32 +152,30 @@ def patch_step37(
         "(step37_data.provider and step37_data.forward_step replace them), ImageForInsert "
         "(interchangeable with step37_kernels.ImageForInsert)%s",
         ", ".join(names),
-        options,
+        given,
         "" if channels_last else ", the vision tower",
     )
     return names
 
 
 def unpatch_step37() -> tuple[str, ...]:
-    """Undo :func:`patch_step37`; models built in between keep the fused embedding.
+    """Undo :func:`patch_step37`; models built in between keep the fused embedding, but for the
+    gradient by rows of a ``VocabParallelEmbedding`` that is called.
 
     Returns:
         The dotted names that hold the stock class again; empty if nothing was patched.
     """
     global _options
-    _options = _Options()
+    _options = {}
+    restore_dense_gradient()
     return _PATCH.undo() + _TOWER_PATCH.undo()
 
 
 def replace_in(
     model: nn.Module | Sequence[nn.Module],
     *,
-    impl: Impl = "auto",
-    strict: bool = False,
-    text_only_gradient: bool = True,
-    gradient_accumulation_fusion: bool = False,
-    layout: Layout = "auto",
     channels_last: bool = False,
+    **options: Unpack[InsertKeywords],
 ) -> tuple[str, ...]:
     """Let a built model use the fused embedding, whatever wraps it (DDP, FSDP, Float16Module).
 
@@ -216,26 +185,20 @@ def replace_in(
 
     Args:
         model: the model, or Megatron's list of model chunks.
-        impl, strict, text_only_gradient, gradient_accumulation_fusion, layout, channels_last: see
-            :func:`patch_step37`.
+        channels_last: see :func:`patch_step37`.
+        **options: the fields of :class:`.InsertOptions`.
 
     Returns:
         Names of the modules that have the fused embedding now, by ``named_modules`` of the model
         (of a list: preceded by the index). Empty, rightly, on later pipeline stages.
 
     Raises:
-        ValueError: ``impl`` is none of the three, ``layout`` another word, the module is an FSDP
-            unit of its own, or its instance has a ``forward`` of its own.
+        ValueError: an option is none of the values that it may be, the module is an FSDP unit of
+            its own, or its instance has a ``forward`` of its own.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    options = _Options(
-        impl=impl,
-        strict=strict,
-        text_only_gradient=text_only_gradient,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        layout=layout,
-    )
+    given = InsertOptions(**options)
     chunks = chunks_of(model)
     ours: dict[str, nn.Module] = {}
     for prefix, chunk in chunks:
@@ -254,14 +217,20 @@ def replace_in(
     for module in ours.values():
         if not isinstance(module, ImageInsertEmbedding):
             module.__class__ = Step37ImageInsertEmbedding
-        cast(ImageInsertEmbedding, module).configure(**options.arguments())
+        cast(ImageInsertEmbedding, module).configure(**options)
+    for _, chunk in chunks:
+        # The last stage looks words up for multi-token prediction, and has no ImageInsertEmbedding.
+        for module in chunk.modules():
+            config = getattr(module, "config", None)
+            if type(module).__name__ == "LanguageModelEmbedding" and given.fuses_gradients(config):
+                use_row_gradient(module)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():
                 if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
                     _keep_channels_last(module)
     if ours:
-        logger.info("fused embedding in %s (%s)", ", ".join(ours), options)
+        logger.info("fused embedding in %s (%s)", ", ".join(ours), given)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):
         logger.info("no ImageInsertEmbedding: not the first pipeline stage")
     else:

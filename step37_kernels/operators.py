@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from step37_kernels.count_watch import count_watch
+from step37_kernels.lookup_tensors import put_table_gradient
 from step37_kernels.plan_tensors import make_plan
+from step37_kernels.runs import FlatRuns
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -50,13 +52,13 @@ def _fake_plan(
     rows: list[int],
     shift: int,
     batch_first: bool,
-    *_: bool,
+    *_: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     del shift
     shape = input_ids.shape if batch_first else input_ids.shape[::-1]
     total = sum(n * each for n, each in zip(features, rows, strict=True))
     empty = functools.partial(input_ids.new_empty, dtype=torch.int32)
-    return empty(total), empty(shape), empty(sum(group_sizes)), empty(len(tokens))
+    return empty(total), empty(shape), empty(sum(group_sizes)), empty(len(tokens) + 1)
 
 
 @_operator(_fake_plan)
@@ -68,6 +70,7 @@ def plan(
     rows: list[int],
     shift: int,
     batch_first: bool,
+    vocabulary: int,
     triton: bool,
     watch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,11 +79,18 @@ def plan(
     With ``watch`` differing counts are warned about: in here, because a graph drops an operator
     whose result nobody needs.
     """
-    layout = tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows)
-    tensors = make_plan(input_ids, *layout, shift, batch_first, triton)
+    runs = FlatRuns(tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows))
+    tensors = make_plan(
+        input_ids,
+        runs,
+        shift=shift,
+        batch_first=batch_first,
+        vocabulary=vocabulary,
+        triton=triton,
+    )
     if watch:
         count_watch.poll()
-        count_watch.watch(tokens, group_sizes, tensors[3])
+        count_watch.watch(runs, tensors[3], vocabulary)
     return tensors
 
 
@@ -96,23 +106,54 @@ def pack_rows(features: list[Tensor]) -> Tensor:
     return pack.pack_rows(features)
 
 
-@_operator(lambda embeddings, *_: embeddings.new_empty(embeddings.shape))
+def _fake_project_insert(
+    text: Tensor,
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    destinations: Tensor,
+    row_at: Tensor,
+    *_: object,
+) -> Tensor:
+    del sources, weight, bias, destinations
+    return text.new_empty(*row_at.shape, text.shape[-1])
+
+
+@_operator(_fake_project_insert)
 def project_insert(
-    embeddings: Tensor,
+    text: Tensor,
     sources: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
     destinations: Tensor,
     row_at: Tensor,
     live_rows: Tensor | None,
+    input_ids: Tensor | None,
     after_plan: bool,
 ) -> Tensor:
-    """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, the embeddings elsewhere."""
+    """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, elsewhere text rows, those
+    of embeddings or by ``input_ids [S, B]`` those of a table."""
     from step37_kernels.ops import project
 
     return project.project_insert(
-        embeddings, sources, weight, bias, destinations, row_at, live_rows, after_plan=after_plan
+        text,
+        sources,
+        weight,
+        bias,
+        destinations,
+        row_at,
+        live_rows,
+        input_ids=input_ids,
+        after_plan=after_plan,
     )
+
+
+@_operator(lambda table, *ids: table.new_empty(*ids[1].shape, table.shape[1]))
+def look_up(table: Tensor, input_ids: Tensor, row_at: Tensor) -> Tensor:
+    """A new ``[S, B, H]`` of the table's rows, by ``input_ids [S, B]``."""
+    from step37_kernels.ops import project
+
+    return project.look_up(table, input_ids, row_at)
 
 
 def _fake_gradient_rows(
@@ -171,3 +212,28 @@ def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -
         # PyTorch has no product with another result dtype on the CPU.
         product = rows.T.to(torch.float32) @ x.to(torch.float32)
         main_grad.copy_(main_grad + product if add else product)
+
+
+def _fake_table_gradient(
+    grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
+) -> Tensor:
+    del input_ids, triton
+    return grad_output.new_empty(num_rows, grad_output.shape[2], dtype=dtype)
+
+
+@_operator(_fake_table_gradient)
+def table_gradient(
+    grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
+) -> Tensor:
+    """The dense gradient ``[V, H]`` of the table that ``input_ids [S, B]`` were looked up in."""
+    gradient = torch.zeros((num_rows, grad_output.shape[2]), dtype=dtype, device=grad_output.device)
+    put_table_gradient(grad_output, input_ids, gradient, add=False, triton=triton)
+    return gradient
+
+
+@_operator(lambda *_: None, mutates=("main_grad",))
+def add_table_gradient(
+    grad_output: Tensor, input_ids: Tensor, main_grad: Tensor, triton: bool
+) -> None:
+    """Add that gradient to the rows of ``main_grad`` that it touches."""
+    put_table_gradient(grad_output, input_ids, main_grad, add=True, triton=triton)

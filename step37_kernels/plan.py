@@ -4,8 +4,7 @@
 Shape letters: ``S`` sequence, ``B`` batch, ``R`` feature rows of all groups together, ``L`` rows of
 one feature, ``G`` groups, ``N`` features.
 
-A *run* is ``(features, rows of each)``, one for each feature tensor ``[N, L, C]``: the layout of a
-batch is a handful of runs however many images it holds, so nothing here loops over images.
+Nothing here loops over images: see :data:`step37_kernels.runs.Runs`.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from torch import Tensor
 from step37_kernels import operators
 from step37_kernels.count_watch import count_mismatches
 from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.runs import FlatRuns, Runs, to_runs
 
 _INT32_MAX = 2**31 - 1
-
-Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-"""``(start_token, ((features, rows of each), …))`` of each insertion group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +57,8 @@ class InsertPlan:
     starts: Tensor
     """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
     for a feature without a start token. So numbered whatever ``batch_first`` is."""
-    start_counts: Tensor
-    """``[G]`` int32: start tokens of each group in ``input_ids``."""
+    counts: Tensor
+    """``[G + 1]`` int32: :attr:`start_counts`, then :attr:`unknown_ids`."""
     runs: Runs
     """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
     local_rows: Tensor | None = None
@@ -72,21 +69,23 @@ class InsertPlan:
     there, so a rank computes its own rows, not M."""
     batch_first: bool = False
     """Whether the plan is for ``[B, S, H]``."""
+    vocabulary: int = 0
+    """Rows of the table that text positions are looked up in; 0 where the plan does not know."""
+
+    @property
+    def start_counts(self) -> Tensor:
+        """``[G]`` int32: start tokens of each group in ``input_ids``."""
+        return self.counts[:-1]
+
+    @property
+    def unknown_ids(self) -> Tensor:
+        """``[1]`` int32: text positions whose id is outside the table; 0 without a vocabulary."""
+        return self.counts[-1:]
 
     @property
     def num_rows(self) -> int:
         """R, the rows of all features of all groups."""
-        return sum(features * rows for _, group in self.runs for features, rows in group)
-
-    @property
-    def tokens(self) -> list[int]:
-        """Start token of each group."""
-        return [token for token, _ in self.runs]
-
-    @property
-    def group_sizes(self) -> list[int]:
-        """Features of each group."""
-        return [sum(features for features, _ in group) for _, group in self.runs]
+        return FlatRuns.of(self.runs).num_rows
 
     @property
     def seq_len(self) -> int:
@@ -146,9 +145,10 @@ class InsertPlan:
 
         Raises:
             ValueError: start tokens and features differ in number; a span is cut off at the end of
-                its sequence; two spans overlap. The message names group, feature and position.
+                its sequence; two spans overlap; ids at text positions are outside the table. The
+                message names group, feature and position.
         """
-        problems = count_mismatches(self.tokens, self.group_sizes, self.start_counts.tolist())
+        problems = count_mismatches(FlatRuns.of(self.runs), self.start_counts.tolist())
         if self.local_rows is not None:
             raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
         starts = iter(self.starts.tolist())
@@ -173,29 +173,12 @@ class InsertPlan:
                 if span[0] < furthest[1]:
                     problems.append(f"{span[2]} overlaps {furthest[2]}")
                 furthest = max(furthest, span, key=lambda item: item[1])
+        if unknown := self.unknown_ids.item():
+            problems.append(
+                f"{unknown} ids at text positions are outside the table of {self.vocabulary} rows"
+            )
         if problems:
             raise ValueError("input_ids and image features do not fit: " + "; ".join(problems))
-
-
-def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
-    """Join neighbours with equal row counts.
-
-    Raises:
-        TypeError: a start token or row count is no integer.
-        ValueError: a row count is negative.
-    """
-    result = []
-    for token, row_counts in groups:
-        group: list[tuple[int, int]] = []
-        for count in map(operator.index, row_counts):
-            if count < 0:
-                raise ValueError(f"groups: row counts must not be negative, got {count}")
-            if group and group[-1][1] == count:
-                group[-1] = (group[-1][0] + 1, count)
-            else:
-                group.append((1, count))
-        result.append((operator.index(token), tuple(group)))
-    return tuple(result)
 
 
 def plan_insert(
@@ -288,6 +271,7 @@ def plan_runs(
     *,
     shift: int = 1,
     batch_first: bool = False,
+    vocabulary: int = 0,
     impl: Impl = "auto",
     watch: bool = False,
 ) -> InsertPlan:
@@ -298,39 +282,49 @@ def plan_runs(
         runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first, impl: as there.
-        watch: see to it that numbers of tokens and features that differ are warned about.
+        vocabulary: rows of the table that text positions are looked up in: ids outside it are
+            counted. 0 counts none.
+        watch: see to it that numbers of tokens and features that differ, and unknown ids, are
+            warned about.
     """
     triton = use_triton(impl, input_ids.device)
-    tokens = [token for token, _ in runs]
-    sizes = [sum(features for features, _ in group) for _, group in runs]
-    flat = [run for _, group in runs for run in group]
-    features, rows = [count for count, _ in flat], [each for _, each in flat]
-    _check_ids(input_ids, tokens, sum(map(operator.mul, features, rows)))
-    destinations, row_at, starts, start_counts = operators.plan(
-        input_ids, tokens, sizes, features, rows, shift, batch_first, triton, watch
+    flat = FlatRuns.of(runs)
+    _check_ids(input_ids, flat)
+    destinations, row_at, starts, counts = operators.plan(
+        input_ids,
+        list(flat.tokens),
+        list(flat.group_sizes),
+        list(flat.features),
+        list(flat.rows),
+        shift,
+        batch_first,
+        vocabulary,
+        triton,
+        watch,
     )
     return InsertPlan(
         destinations=destinations,
         row_at=row_at,
         starts=starts,
-        start_counts=start_counts,
+        counts=counts,
         runs=runs,
         batch_first=batch_first,
+        vocabulary=vocabulary,
     )
 
 
-def _check_ids(input_ids: Tensor, tokens: Sequence[int], num_rows: int) -> None:
+def _check_ids(input_ids: Tensor, runs: FlatRuns) -> None:
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
     limits = torch.iinfo(input_ids.dtype)
-    for token in tokens:
+    for token in runs.tokens:
         if not limits.min <= token <= limits.max:
             raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
     batch_size, seq_len = input_ids.shape
-    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+    if max(runs.num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
         raise ValueError(
             f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
-            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
+            f"got {tuple(input_ids.shape)} ids and {runs.num_rows} rows"
         )

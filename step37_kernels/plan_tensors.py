@@ -1,9 +1,4 @@
-"""The plan's tensors: by the kernels, or by PyTorch operations; and layout tables on the device.
-
-From the operator to the kernels' arguments a layout is four tuples: ``tokens [G]`` and
-``group_sizes [G]`` (features) of the groups; ``features`` and ``rows`` (of each feature) of the
-runs of all groups.
-"""
+"""Makes the plan's tensors, by the kernel or by PyTorch operations."""
 
 from __future__ import annotations
 
@@ -15,29 +10,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from step37_kernels.runs import FlatRuns
+
 PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` of a batch-first plan), ``starts [N]``,
-``start_counts [G]``, all int32."""
+``counts [G + 1]`` (start tokens of each group, then ids outside the vocabulary), all int32."""
 
-_Numbers = tuple[int, ...]
-
-
-# Numbers, not tensors, are what is kept for the layouts seen last. A tensor would belong to where
+# Numbers, not tensors, are what is kept for the runs seen last. A tensor would belong to where
 # it was made: to a stream, on which alone it is known to have arrived; to the pool of a CUDA graph,
 # which it must not outlive; to a mode, such as that of fake tensors.
 
 
 @functools.lru_cache(maxsize=64)
-def _layout_table(
-    tokens: _Numbers, group_sizes: _Numbers, features: _Numbers, rows: _Numbers
-) -> _Numbers:
-    """What :func:`step37_kernels.ops.plan.plan_rows` reads where the layout is large."""
-    first_rows = itertools.accumulate(map(operator.mul, features, rows), initial=0)
+def _table_of(runs: FlatRuns) -> tuple[int, ...]:
+    """What :func:`step37_kernels.ops.plan.plan_rows` reads where there are many runs."""
+    first_rows = itertools.accumulate(map(operator.mul, runs.features, runs.rows), initial=0)
     return (
-        *tokens,
-        *itertools.accumulate(group_sizes, initial=0),
-        *rows,
-        *itertools.accumulate(features, initial=0),
+        *runs.tokens,
+        *itertools.accumulate(runs.group_sizes, initial=0),
+        *runs.rows,
+        *itertools.accumulate(runs.features, initial=0),
         *list(first_rows)[:-1],
     )
 
@@ -64,38 +56,49 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat(parts)
 
 
+def is_outside(input_ids: Tensor, num_rows: int) -> Tensor:
+    """Which ids are no row of a table of ``num_rows``."""
+    return (input_ids < 0) | (input_ids >= num_rows)
+
+
 def make_plan(
     input_ids: Tensor,
-    tokens: _Numbers,
-    group_sizes: _Numbers,
-    features: _Numbers,
-    rows: _Numbers,
+    runs: FlatRuns,
+    *,
     shift: int,
     batch_first: bool,
+    vocabulary: int,
     triton: bool,
 ) -> PlanTensors:
     """Plan by the kernel or by PyTorch; arguments are valid, and nothing waits for the device.
 
     Args:
         input_ids: ``[B, S]``.
-        tokens, group_sizes, features, rows: the layout.
+        runs: of all groups.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first: number positions ``b * S + s``.
+        vocabulary: count the ids at text positions that are negative or not below this; 0 counts
+            none.
         triton: by the kernel.
     """
-    if triton and tokens and input_ids.numel():
+    if triton and (runs.tokens or vocabulary) and input_ids.numel():
         from step37_kernels.ops import plan as ops
 
-        groups = tuple(zip(tokens, group_sizes, strict=True))
-        runs = tuple(zip(features, rows, strict=True))
         table = None
-        if not ops.fits_into_a_launch(groups, runs):
-            table = _upload(_layout_table(tokens, group_sizes, features, rows), input_ids.device)
-        return ops.plan_rows(input_ids, groups, runs, table, shift=shift, batch_first=batch_first)
+        if not ops.fits_into_a_launch(runs):
+            table = _upload(_table_of(runs), input_ids.device)
+        return ops.plan_rows(
+            input_ids,
+            runs,
+            table,
+            shift=shift,
+            batch_first=batch_first,
+            vocabulary=vocabulary,
+        )
     # With a run of no feature at the end, so that there is something to send.
-    each, repeats = _upload([*rows, 0, *features, 0], input_ids.device).view(2, -1)
-    rows_each = each.repeat_interleave(repeats, output_size=sum(features))
-    total = sum(map(operator.mul, features, rows))
+    each, repeats = _upload([*runs.rows, 0, *runs.features, 0], input_ids.device).view(2, -1)
+    rows_each = each.repeat_interleave(repeats, output_size=runs.num_features)
+    total = runs.num_rows
     # A slot past the end of each result takes what has no place, and is cut off afterwards.
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
@@ -104,7 +107,7 @@ def make_plan(
     first_position = (index % max(seq_len, 1) + shift) * batch_size + index // max(seq_len, 1)
     starts: list[Tensor] = []
     counts: list[Tensor] = []
-    for token, capacity in zip(tokens, group_sizes, strict=True):
+    for token, capacity in zip(runs.tokens, runs.group_sizes, strict=True):
         match = flat_ids == token
         rank = match.cumsum(0) - 1
         slot = torch.where(match, rank, capacity).clamp_max(capacity)
@@ -123,6 +126,8 @@ def make_plan(
     row_at = row.new_full((num_positions + 1,), -1).scatter_reduce(0, slot, row, "amax")
     kept = lands & (row_at[slot] == row)
     row_at = row_at[:-1].to(torch.int32).view(seq_len, batch_size)
+    outside = (row_at < 0) & is_outside(input_ids.T, vocabulary)
+    counts.append(outside.sum() * bool(vocabulary))
     if batch_first:
         row_at = row_at.t().contiguous()
         position = position % max(batch_size, 1) * seq_len + position // max(batch_size, 1)
@@ -130,5 +135,5 @@ def make_plan(
         torch.where(kept, position, -1).to(torch.int32),
         row_at,
         start.to(torch.int32),
-        torch.stack(counts).to(torch.int32) if counts else start.to(torch.int32),
+        torch.stack(counts).to(torch.int32),
     )

@@ -25,6 +25,7 @@ from step37_kernels.pixels.reference import clip_normalize, resize_clip_normaliz
 __all__ = [
     "Plan",
     "clip_normalize",
+    "embed_project_and_insert",
     "feature_list",
     "image_insert_embedding",
     "insert_features",
@@ -231,3 +232,31 @@ def project_and_insert(
             place = divmod(destination, embeddings.shape[1])
             fused[place] = project(row, weight, bias).to(fused)
     return fused
+
+
+def embed_project_and_insert(
+    input_ids: Tensor,
+    table: Tensor,
+    features: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    *,
+    batch_first: bool = False,
+) -> Tensor:
+    """Look up the words of text positions, then :func:`project_and_insert`.
+
+    Args:
+        input_ids: ``[B, S]``; under feature rows they may be anything.
+        table: ``[V, H]``.
+        features, weight, bias, plan: as there.
+        batch_first: the plan is of ``[B, S, H]``.
+    """
+    ids = input_ids if batch_first else input_ids.T
+    no_text = torch.zeros_like(table[0])
+    rows = [
+        table[word] if row < 0 else no_text
+        for word, row in zip(ids.flatten(), plan.row_at.flatten().tolist(), strict=True)
+    ]
+    embeddings = torch.stack(rows).view(*ids.shape, table.shape[1])
+    return project_and_insert(embeddings, features, weight, bias, plan)

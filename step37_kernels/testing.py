@@ -18,7 +18,7 @@ from torch import Tensor
 from step37_kernels import reference
 
 FP32_UNIT = 2.0**-23
-Layout = Literal["contiguous", "channels-first", "ragged"]
+FeatureLayout = Literal["contiguous", "channels-first", "ragged"]
 
 
 def rounding_unit(dtype: torch.dtype) -> float:
@@ -107,7 +107,7 @@ def make_insert_case(
     seed: int,
     dtype: torch.dtype,
     embedding_dtype: torch.dtype | None = None,
-    layout: Layout = "contiguous",
+    layout: FeatureLayout = "contiguous",
     bias: bool = False,
     device: torch.device | str = "cpu",
 ) -> InsertCase:

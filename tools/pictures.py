@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -19,9 +18,7 @@ from typing import Any
 from PIL import Image
 
 from examples.row_map import draw_row_map
-from step37_data.flickr8k_loader import Step37Flickr8kDataset, read_flickr8k_metadata
-from step37_data.pack_transform import pack_samples
-from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.flickr8k_loader import pack_captions, read_flickr8k_metadata
 from step37_data.template import Step37MultimodalTemplate
 from step37_inspect import style
 from step37_inspect.cli import main as step37_data
@@ -76,7 +73,7 @@ def draw_step() -> Any:
     width, left, lane = 11.0, 1.15, 0.34
     title = "The embedding of one step, three images: what the host waits for"
     sheet, axes = style.figure(width, 4.05, title)
-    style.legend(axes, 0.2, 0.62, _LOOKS)
+    style.legend(axes, (0.2, 0.62), _LOOKS)
     y = 1.0
     for name, told, pieces, lanes in (
         ("stock", "two waits an image, a copy a group, pixels within the step", _STOCK,
@@ -84,22 +81,23 @@ def draw_step() -> Any:
         ("step37", "no wait; each row of the output is written in one pass", _OURS,
          ("threads", "host", "device")),
     ):  # fmt: skip
-        style.label(axes, 0.2, y, name, 11, weight="bold")
-        style.label(axes, left, y, told)
+        style.label(axes, (0.2, y), name, size=11, weight="bold")
+        style.label(axes, (left, y), told)
         y += 0.22
         for number, lane_name in enumerate(lanes):
             top = y + number * (lane + 0.08)
-            style.label(axes, 0.2, top + lane / 2, lane_name)
-            style.box(axes, left, top, width - left - 0.2, lane, facecolor="#f6f6f7")
+            style.label(axes, (0.2, top + lane / 2), lane_name)
+            style.box(axes, (left, top, width - left - 0.2, lane), facecolor="#f6f6f7")
             for of, start, length, look, text in pieces:
                 if of == lane_name:
                     looks = {"edgecolor": style.FRAME, "linewidth": 0.6, **_LOOKS[look]}
                     x = left + start * (width - left - 0.2) / 10.1
                     span = length * (width - left - 0.2) / 10.1
-                    style.box(axes, x, top, span, lane, **looks)
-                    style.label(axes, x + 0.05, top + lane / 2, text, 8, span - 0.08)
+                    style.box(axes, (x, top, span, lane), **looks)
+                    style.label(axes, (x + 0.05, top + lane / 2), text, size=8, width=span - 0.08)
         y += len(lanes) * (lane + 0.08) + 0.25
-    style.label(axes, left, y - 0.08, "Order and overlap only; the lengths are not to scale.", 8)
+    told = "Order and overlap only; the lengths are not to scale."
+    style.label(axes, (left, y - 0.08), told, size=8)
     return sheet
 
 
@@ -109,10 +107,9 @@ def draw_demo_row_map() -> Any:
     template = Step37MultimodalTemplate(
         tokenizer_path=TOKENIZER, max_sequence_length=192, image_token_count=16
     )
-    dataset = Step37Flickr8kDataset(samples, template, "Describe this image in one sentence.")
-    packs = MixedPackedDataloader(
-        [dataset], [1.0], 192, "drop", functools.partial(pack_samples, seqlen_divisible_by=64),
-        "sequential", progress=False,
+    packs = pack_captions(
+        samples, template, max_length=192, oversize_policy="drop", dataset_sampling="sequential",
+        progress=False,
     )  # fmt: skip
     ids = packs[0]["tokens"][None]
     plan = plan_insert(

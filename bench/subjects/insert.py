@@ -23,9 +23,9 @@ from bench.oracle import Oracle
 from bench.shapes import Batch, Shape, make_batch, make_case, shapes_named
 from step37_kernels import plan_insert, project_and_insert
 from step37_kernels.dispatch import Impl
-from step37_kernels.testing import InsertCase, Layout
+from step37_kernels.testing import FeatureLayout, InsertCase
 
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels-first")
+LAYOUTS: tuple[FeatureLayout, ...] = ("contiguous", "channels-first")
 OPERATIONS = ("forward", "backward", "forward+backward")
 GRAPHS = 2  # input sets of a graph replay: each graph keeps memory of its own
 Results = dict[str, Any]
@@ -107,7 +107,7 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
     return Implementation(name=peer.name, kind=peer.kind, prepare=prepare, run=run)
 
 
-def floors(operation: str, inputs: Inputs, layout: Layout) -> Iterator[Implementation]:
+def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Implementation]:
     """Yield the floors of an operation: its bare matrix products, on packed operands.
 
     Of forward also one product with the scatter of its rows to places that are known, and on the
@@ -195,7 +195,7 @@ def replay(one: Implementation) -> Implementation:
 def implementations(
     operation: str,
     inputs: Inputs,
-    layout: Layout,
+    layout: FeatureLayout,
     *,
     insertions: Sequence[peers.Peer],
     settings: Settings,

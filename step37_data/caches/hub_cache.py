@@ -1,52 +1,308 @@
-"""A folder of files from a hub: what it was filled from, and whether its files are whole."""
+"""A local folder with files of a data set of the hub: fetch them, and tell which are damaged."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
-from pathlib import Path, PurePosixPath
+import os
+import posixpath
+import re
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from step37_data.caches.lengths import write_atomically
+from step37_data.common.checks import checked_int
+from step37_data.common.threads import map_threads
 
 logger = logging.getLogger(__name__)
 
 # What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
 _ORIGIN_FILE = ".cache/step37_origin.json"
-NOTES = ".cache/huggingface/download"
+_NOTES = ".cache/huggingface/download"
+_HASHES = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+# Threads that look at files wait for the file system, not for a core; so many files at a time.
+_LOOKING_THREADS = 16
+_LOOKED_AT_ONCE = 1024
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
-def path_inside(folder: Path, name: str) -> Path:
-    """``folder / name``, provided that ``name`` stays inside on every operating system."""
-    parts = PurePosixPath(name).parts
-    outside = not parts or name.startswith("/") or ".." in parts
-    if outside or any(character in name for character in "\\:\0"):
-        raise ValueError(f"file name {name!r} leaves the folder {str(folder)!r}")
-    return folder.joinpath(*parts)
+@dataclass(frozen=True, kw_only=True)
+class HubFolder:
+    """A local folder that mirrors a data set of the hub.
+
+    Args:
+        repo_id: data set on the hub, such as ``intro/flickr8k``.
+        cache_dir: the local folder; ``~`` is expanded.
+        revision: branch, tag or commit; None is the default branch. A folder holds one data set at
+            one revision.
+        endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
+        max_workers: files downloaded at a time.
+        progress: show a progress bar while downloading.
+
+    Raises:
+        ValueError: ``max_workers`` is no integer of at least 1.
+    """
+
+    repo_id: str
+    cache_dir: str | Path
+    revision: str | None = None
+    endpoint: str | None = None
+    max_workers: int = 8
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        checked_int("max_workers", self.max_workers)
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return Path(self.cache_dir).expanduser()
+
+    def path_of(self, name: str) -> str:
+        """Where the file ``name`` of the data set is, or will be."""
+        return path_inside(str(self.root), name)
+
+    def is_own(self, name: str) -> bool:
+        """Whether ``name`` is there, whole, and did not come from the hub."""
+        path = self.path_of(name)
+        return flaw_of(self.root, path) is None and not os.path.isfile(_note_of(self.root, path))
+
+    def flaws(self, paths: Sequence[str]) -> dict[str, str]:
+        """What is wrong with files, by path; those without a flaw are left out."""
+        noted = os.path.isdir(self.root / _NOTES)
+
+        def look(some: Sequence[str]) -> list[tuple[str, str | None]]:
+            return [(path, flaw_of(self.root, path, noted)) for path in some]
+
+        starts = range(0, len(paths), _LOOKED_AT_ONCE)
+        parts = [paths[start : start + _LOOKED_AT_ONCE] for start in starts]
+        looked = map_threads(look, parts, _LOOKING_THREADS)
+        return {path: flaw for part in looked for path, flaw in part if flaw is not None}
+
+    def check_origin(self) -> None:
+        """Refuse a folder of another data set or revision; note down what an empty one will hold.
+
+        Raises:
+            ValueError: the folder holds something else, or a link leads out of it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        check_origin(self.root, self.repo_id, self.revision)
+
+    def fetch(self, name: str) -> str:
+        """Path of the file ``name``, downloaded if it is missing or damaged.
+
+        The hub's client writes beside the final place and moves the whole file there. It waits
+        and asks again where the hub limits requests, breaks off or is down for a moment. A download
+        that fails otherwise (an error of the server half-way, a wrong length or hash) is made once
+        more.
+
+        Raises:
+            ValueError: ``name`` leaves the folder, by its name or by a link.
+            FileNotFoundError: the hub has no such file, or is out of reach.
+            OSError: the download failed otherwise.
+        """
+        path, name = self.path_of(name), posixpath.normpath(name)
+        for last in (False, True):
+            flaw = flaw_of(self.root, path)
+            if flaw is None:
+                return path
+            self._download(name, path, flaw, last=last)
+        if flaw := flaw_of(self.root, path):
+            again = f"also after it was downloaded twice from {self.repo_id}"
+            raise OSError(f"{path} {flaw}, {again}")
+        return path
+
+    def fetch_all(self, names: Sequence[str], what: str) -> None:
+        """Download files, several at a time; after a failure no other is begun.
+
+        An interrupt ends this at once, though a thread may be waiting minutes for the hub. An error
+        is raised as soon as the files before it in ``names`` are there.
+
+        Args:
+            names: of the files.
+            what: name of the work on the progress bar and in the log.
+
+        Raises:
+            OSError, ValueError: as for :meth:`fetch`.
+        """
+        from huggingface_hub import utils as hub
+
+        logger.info("downloading %d files of %s", len(names), what)
+        with contextlib.ExitStack() as undo:
+            # huggingface_hub shows a bar for every file; our files together have one.
+            if not hub.are_progress_bars_disabled():
+                hub.disable_progress_bars()
+                undo.callback(hub.enable_progress_bars)
+            looks: dict[str, Any] = {"desc": f"Downloading {what}", "unit": "file"}
+            bar = undo.enter_context(tqdm(total=len(names), disable=not self.progress, **looks))
+
+            failed = threading.Event()
+
+            def fetch(name: str) -> None:
+                if failed.is_set():
+                    return
+                try:
+                    self.fetch(name)
+                except BaseException:
+                    failed.set()
+                    raise
+                bar.update()
+
+            map_threads(fetch, names, self.max_workers)
+
+    def _download(self, name: str, path: str, flaw: str, *, last: bool) -> None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        refuse_links(self.root, Path(path), self.root / _NOTES)
+        if os.path.exists(path):
+            logger.warning("%s %s: downloading it again", path, flaw)
+        # The base class is that of the HTTP library below (requests or httpx, by version).
+        failures: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
+        try:
+            with _put_aside(path):
+                hf_hub_download(
+                    self.repo_id,
+                    name,
+                    repo_type="dataset",
+                    local_dir=self.root,
+                    revision=self.revision,
+                    endpoint=self.endpoint,
+                )
+        except LocalEntryNotFoundError as error:
+            # The client has found out nothing about the file; the cause says why.
+            raise self._failure(name, f"{path} {flaw}", error.__cause__ or error, True) from error
+        except failures as error:
+            status = _status_of(error)
+            if last or (status is not None and status < 500):
+                raise self._failure(name, f"{path} {flaw}", error, False) from error
+            logger.warning("%s/%s: the download failed (%s)", self.repo_id, name, error)
+
+    def _failure(self, name: str, flaw: str, error: BaseException, out_of_reach: bool) -> OSError:
+        """A built-in error, which every rank can raise."""
+        status = _status_of(error)
+        told = f"{flaw}, and {self.repo_id}/{name} could not be downloaded"
+        if status == 429:
+            return OSError(
+                f"{told}: the hub limits requests, for longer than its client waits ({error}); "
+                "start again later, or log in for a higher limit: what is there is kept"
+            )
+        # The hub tells nobody of a private data set: it answers 401.
+        missing = out_of_reach if status is None else status in (401, 404)
+        return (FileNotFoundError if missing else OSError)(f"{told}: {error}")
 
 
-def flaw_of(root: Path, path: Path) -> str | None:
-    """What is wrong with a file, as far as can be told without the hub; None if nothing is."""
-    if not path.is_file():
-        return "is missing" if not path.exists() else "is not a regular file"
+def _status_of(error: BaseException) -> int | None:
+    """The status of the HTTP response that an error is about; None if it is about none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+@contextlib.contextmanager
+def _put_aside(path: str) -> Iterator[None]:
+    """Move a damaged file away, else the client takes it for a whole one; back after an error."""
+    if not os.path.isfile(path):
+        yield
+        return
+    aside = f"{path}.damaged"
+    os.replace(path, aside)
     try:
-        # huggingface_hub's own note: commit, hash, time.
-        note = (root / NOTES / f"{path.relative_to(root)}.metadata").read_text("utf-8").splitlines()
-    except (OSError, ValueError):
-        note = []
-    size = path.stat().st_size
-    expected = note[1].strip() if len(note) > 1 else ""
-    if len(expected) not in (40, 64):
-        return None if size else "is empty"
-    # The hash of a large file, or git's of a small one.
-    digest = hashlib.new("sha256" if len(expected) == 64 else "sha1", usedforsecurity=False)
-    digest.update(b"" if len(expected) == 64 else b"blob %d\0" % size)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() == expected:
+        yield
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    os.unlink(aside)
+
+
+def path_inside(folder: str, name: str) -> str:
+    """``folder/name``, provided that ``name`` stays inside.
+
+    Raises:
+        ValueError: it does not, or no file can have that name; the message says which.
+    """
+    if "/" in name or name in ("", ".", ".."):
+        inner = posixpath.normpath(name)
+        if inner.startswith("/") or inner.split("/", 1)[0] == "..":
+            raise ValueError(f"file name {name!r} leaves the folder {folder!r}")
+        if inner == ".":
+            raise ValueError(f"file name {name!r} is that of the folder {folder!r} itself")
+        name = inner
+    if "\0" in name:
+        raise ValueError(f"file name {name!r} holds a NUL character, which no file name may")
+    if os.name == "nt" and ("\\" in name or ":" in name):
+        raise ValueError(f"file name {name!r} holds a backslash or colon, which Windows refuses")
+    return name if folder == "." else f"{folder}/{name}"
+
+
+def _note_of(root: str | Path, path: str | Path) -> str:
+    """Where huggingface_hub notes down commit, hash and time of a file that it has downloaded."""
+    folder, path = str(root), str(path)
+    within = path if folder == "." else path.removeprefix(f"{folder}/")
+    return f"{folder}/{_NOTES}/{within}.metadata"
+
+
+def flaw_of(root: str | Path, path: str | Path, noted: bool = True) -> str | None:
+    """What is wrong with a file, as far as can be told without the hub; None if nothing is.
+
+    Args:
+        root: the folder.
+        path: of a file in it.
+        noted: whether the hub's client may have noted down a hash for it. A hash is compared if it
+            is a SHA-256 or SHA-1 of the content, or git's of a blob; another proves nothing.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return "is missing"
+        raise
+    if not stat.S_ISREG(state.st_mode):
+        return "is not a regular file"
+    expected = _noted_hash(root, path) if noted else None
+    if expected is None:
+        return None if state.st_size else "is empty"
+    found = _hashes(path, state.st_size, sha256=len(expected) == 64)
+    if expected in found:
         return None
-    return f"is damaged: expected the hash {expected}, found {digest.hexdigest()} of {size} bytes"
+    told = " or ".join(found)
+    return f"is damaged: expected the hash {expected}, found {told} of {state.st_size} bytes"
+
+
+def _noted_hash(root: str | Path, path: str | Path) -> str | None:
+    """The hash of a file in the note of huggingface_hub; None if there is none of a known kind."""
+    try:
+        with open(_note_of(root, path), encoding="utf-8") as note:
+            lines = note.read().splitlines()
+    except (OSError, ValueError):  # no note, or none that can be read
+        return None
+    expected = lines[1].strip().lower() if len(lines) > 1 else ""
+    return expected if _HASHES.fullmatch(expected) else None
+
+
+def _hashes(path: str | Path, size: int, *, sha256: bool) -> list[str]:
+    """The SHA-256 of a file; or git's hash of it as a blob, and its SHA-1, which some mirrors give.
+
+    The hub gives the former for a large file, and git's for a small one.
+    """
+    digests: list[Any]
+    if sha256:
+        digests = [hashlib.sha256(usedforsecurity=False)]
+    else:
+        blob = b"blob %d\0" % size
+        digests = [hashlib.sha1(begin, usedforsecurity=False) for begin in (blob, b"")]
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in digests:
+                digest.update(chunk)
+    return [digest.hexdigest() for digest in digests]
 
 
 def refuse_links(root: Path, *paths: Path) -> None:

@@ -1,4 +1,4 @@
-"""How long every sample is, found out once and kept on disk.
+"""Measures how long every sample is, once, and keeps the lengths on disk.
 
 Packing needs the length of every sample before the first step, and a length costs a tokenisation.
 A data set that offers ``fingerprint()`` and ``sample_keys()`` has its lengths cached per sample: a
@@ -8,7 +8,7 @@ changed caption is measured again, an interrupted run continues, another tokeniz
 from __future__ import annotations
 
 import functools
-import hashlib
+import io
 import logging
 import os
 import tempfile
@@ -28,7 +28,6 @@ from step37_data.common.threads import available_cores
 logger = logging.getLogger(__name__)
 
 _RECORD = np.dtype([("key", "S16"), ("length", "<i8")])
-_DIGEST_SIZE = 16
 _SECONDS_BETWEEN_WRITES = 30.0
 _CHUNK = 256
 # Below this, starting processes costs more than it saves.
@@ -114,17 +113,20 @@ def probe_lengths(
 
 
 class LengthCache:
-    """Lengths on disk, in one file under ``cache_dir / fingerprint``.
+    """Lengths on disk, in the file ``cache_dir / {fingerprint}.npz``.
 
-    It is a digest of 16 bytes and sorted records of 24 bytes (key, length). A file that
-    does not match its digest is reported, ignored and overwritten by the next merge.
+    It holds two arrays: ``keys``, K sorted keys of 16 bytes, and ``lengths``, int64 ``[K]``. NumPy
+    writes it as a ZIP archive, whose checksums tell a damaged file; that is reported, ignored and
+    overwritten by the next write.
 
     Args:
-        cache_dir: folder that holds a folder per fingerprint.
+        cache_dir: folder that holds a file per fingerprint.
         dataset: the samples to look up.
+        keys: ``dataset.sample_keys()``, where they are known already.
 
     Raises:
         TypeError: the data set has no ``fingerprint`` and ``sample_keys``.
+        ValueError: the keys are not ``[N, 2]``.
     """
 
     def __init__(self, cache_dir: str | Path, dataset: Any, keys: np.ndarray | None = None) -> None:
@@ -132,7 +134,7 @@ class LengthCache:
             kind = type(dataset).__name__
             raise TypeError(f"cache_dir: {kind} has no fingerprint() and sample_keys() to cache by")
         folder = Path(cache_dir).expanduser()
-        self._file = folder / dataset.fingerprint()[:32] / "samples.lengths"
+        self._file = folder / f"{dataset.fingerprint()[:32]}.npz"
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
         if keys.shape != (len(dataset), 2):
             raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")
@@ -142,7 +144,7 @@ class LengthCache:
         self._merged = np.empty(0, dtype=_RECORD)
 
     def is_writable(self) -> bool:
-        """Whether the file, or the folders it needs, can be written as far as one can tell."""
+        """Whether the file, or the folders above it, can be written, as far as one can tell."""
         folder = self._file.parent
         while not folder.exists():
             folder = folder.parent
@@ -184,10 +186,11 @@ class LengthCache:
         records = np.concatenate([*more, self._merged, _read(self._file)])
         # Kept: the file may be read-only, or become another writer's, who has not seen ours.
         self._merged = records[np.unique(records["key"], return_index=True)[1]]
-        payload = self._merged.tobytes()
+        content = io.BytesIO()
+        np.savez(content, keys=self._merged["key"], lengths=self._merged["length"])
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, _digest(payload) + payload)
+            write_atomically(self._file, content.getvalue())
         except OSError as error:
             logger.warning("%s cannot be written (%s): its lengths are lost", self._file, error)
 
@@ -247,20 +250,28 @@ class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
         return index, length
 
 
-def _digest(payload: bytes) -> bytes:
-    return hashlib.blake2b(payload, digest_size=_DIGEST_SIZE).digest()
-
-
 def _read(path: Path) -> np.ndarray:
+    """The records of a file, none where it cannot be used."""
+    nothing = np.empty(0, dtype=_RECORD)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return np.empty(0, dtype=_RECORD)
+        return nothing
     except OSError as error:  # a folder, or links in a circle
         logger.warning("%s cannot be read (%s): its lengths will be measured again", path, error)
-        return np.empty(0, dtype=_RECORD)
-    payload = content[_DIGEST_SIZE:]
-    if len(payload) % _RECORD.itemsize or _digest(payload) != content[:_DIGEST_SIZE]:
-        logger.warning("%s is damaged: ignored, its lengths will be measured again", path)
-        return np.empty(0, dtype=_RECORD)
-    return np.frombuffer(payload, dtype=_RECORD)
+        return nothing
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            keys, lengths = arrays["keys"], arrays["lengths"]
+            records = np.empty(len(keys), dtype=_RECORD)
+            if keys.dtype != _RECORD["key"] or lengths.shape != records.shape:
+                raise ValueError("expected K keys of 16 bytes and as many lengths")
+            records["key"], records["length"] = keys, lengths
+    # zipfile and numpy raise a dozen types for bytes that are no archive of arrays.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "%s is damaged: ignored, its lengths will be measured again (%s)", path, reason
+        )
+        return nothing
+    return records

@@ -1,4 +1,4 @@
-"""One rank fills a cache, the others wait, and a failure of one is the failure of all."""
+"""Lets one rank fill a cache while the others wait; if one fails, all raise its error."""
 
 from __future__ import annotations
 

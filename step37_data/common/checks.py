@@ -35,7 +35,7 @@ def checked_choice(name: str, value: Any, choices: Any) -> Any:
 
 
 def checked_state(state: Any, *keys: str) -> Mapping[str, Any]:
-    """``state`` itself, what a ``state_dict()`` with these keys gives.
+    """``state`` itself, if it is a mapping with these keys, as a ``state_dict()`` gives it.
 
     Raises:
         ValueError: it is no mapping, or lacks one of the keys.

@@ -1,4 +1,4 @@
-"""Which extra of this package brings a module that is not there."""
+"""Tells which extra of this package to install for a module that is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXTRA_OF = {
 
 
 def how_to_get(error: ModuleNotFoundError) -> str:
-    """What to install.
+    """What to install for the module that ``error`` misses.
 
     Raises:
         ModuleNotFoundError: ``error`` itself, where the module belongs to no extra.

@@ -37,21 +37,6 @@ def _work_off(work: Work) -> None:
         del item, future, make  # They hold what may be forgotten before the next item comes.
 
 
-def within(seconds: float, function: Callable[[], _Result]) -> _Result:
-    """``function()``, run in another thread.
-
-    Raises:
-        TimeoutError: of ``concurrent.futures``: it is not done after so many seconds. The thread
-            goes on.
-    """
-    work: Work = queue.SimpleQueue()
-    future: Future[_Result] = Future()
-    for item in ((future, function), None):
-        work.put(item)
-    start_thread(work, "step37-bounded")
-    return future.result(seconds)
-
-
 def available_cores() -> int:
     """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -6,12 +6,31 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from step37_data.text.tokens import IMAGE_PLACEHOLDER
+
+CAPTION_PROMPT = "Describe this image in one sentence."
+"""What the user asks about a picture that comes with a caption, unless somebody says otherwise."""
+
+
+def caption_dialogue(caption: str, prompt: str) -> list[dict[str, str]]:
+    """A caption as a conversation: the user shows a picture and asks, the assistant answers.
+
+    Args:
+        caption: the answer.
+        prompt: the user's text, after the picture.
+    """
+    return [
+        {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n{prompt}"},
+        {"role": "assistant", "content": caption},
+    ]
+
 
 def checked_role(number: int, message: Any) -> str:
     """The role of message ``number``.
 
     Raises:
-        ValueError: it is no mapping, has no role, or a ``loss_mask`` other than 0 and 1.
+        ValueError: it is no mapping, has no role, a ``loss_mask`` other than 0 and 1, or a
+            ``reasoning_effort`` that is no text.
     """
     where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
@@ -21,6 +40,8 @@ def checked_role(number: int, message: Any) -> str:
         raise ValueError(f"{where}: expected a role, got {role!r}")
     if loss_mask not in (0, 1):
         raise ValueError(f"{where} ({role}): expected a loss_mask of 0 or 1, got {loss_mask!r}")
+    if not isinstance(effort := message.get("reasoning_effort"), str | None):
+        raise ValueError(f"{where} ({role}): expected a reasoning_effort as text, got {effort!r}")
     return role
 
 

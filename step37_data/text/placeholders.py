@@ -26,12 +26,16 @@ class SampleImages:
         self._dealt: list[Entry] = []
 
     def seen(self) -> list[Entry]:
-        """What the placeholders stand for, and images that no placeholder was left for."""
+        """What the placeholders show, then the images for which there was no placeholder."""
         surplus = ((path, kind) for kind, paths in self._left.items() for path in paths)
         return [*self._dealt, *surplus]
 
     def see(self, kind: int, in_crops: bool = False) -> tuple[bool, ...]:
-        """Deal out the next file of ``kind``, where one is left: as it is, or its windows.
+        """Give the next placeholder its file of ``kind``, if one is left.
+
+        Args:
+            kind: item type of the placeholder.
+            in_crops: the placeholder shows the windows of the file's crops and of the full image.
 
         Returns:
             The mask of the crops' newlines, empty without crops.

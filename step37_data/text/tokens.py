@@ -71,8 +71,13 @@ def load_tokenizer(path: str) -> Any:
         path: a folder, or the id of a model on the hub.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no chat template.
+        ValueError: there is no tokenizer, or it has no chat template. A path that is no folder is
+            told at once; the hub is asked for names such as ``owner/model`` only.
     """
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise ValueError(
+            f"tokenizer_path: there is no folder {path!r}; expected one with {list(_FILES)}"
+        )
     # Imported here: transformers takes seconds, and reading packs needs none of it.
     from transformers import AutoTokenizer
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def check_has_main_grad(weight: Tensor) -> None:
+def check_has_main_grad(weight: Tensor, name: str = "weight") -> None:
     """Raise ``ValueError`` unless the weight has a ``main_grad``, or will have one in backward."""
     if not (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__")):
         raise ValueError(
-            "weight: gradient_accumulation_fusion=True needs weight.main_grad, which "
+            f"{name}: gradient_accumulation_fusion=True needs {name}.main_grad, which "
             "Megatron's DistributedDataParallel sets; it has none"
         )
 
@@ -34,19 +34,53 @@ def into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tenso
     fsdp = hasattr(owner, "__fsdp_param__")
     if fsdp:
         owner.main_grad = owner.get_main_grad()
-    main_grad = owner.main_grad
-    if main_grad.shape != weight.shape or not main_grad.is_contiguous():
-        raise ValueError(
-            f"weight.main_grad: expected {tuple(weight.shape)}, contiguous, got "
-            f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
-        )
-    put(main_grad, not (fsdp or getattr(owner, "overwrite_main_grad", False)))
+    overwrite = fsdp or getattr(owner, "overwrite_main_grad", False)
+    put(_checked_main_grad(weight, "weight"), not overwrite)
     if not hasattr(owner, "grad_added_to_main_grad"):
         return None
     owner.grad_added_to_main_grad = True
     if getattr(owner, "zero_out_wgrad", False):
         return torch.zeros_like(weight)
     return torch.empty_like(weight)
+
+
+def rows_into_main_grad(table: Tensor, put: Callable[[Tensor], None]) -> Tensor | None:
+    """Add a gradient to some rows of ``table.main_grad``; what autograd is given in its place.
+
+    ``put`` gets ``main_grad`` and adds to the rows that it has a gradient for. Nothing of the
+    table's size is made: autograd gets a sparse gradient without an entry, since Megatron's hook
+    with ``overlap_grad_reduce`` wants some gradient, or None where no hook of Megatron's waits for
+    one. ``grad_added_to_main_grad`` stays as it is, so that the hook adds what autograd has
+    collected from another use of the table (tied output weights, a second lookup): a sum with a
+    sparse gradient without an entry loses nothing.
+
+    Raises:
+        ValueError: ``main_grad`` has another shape than the table, or is not contiguous.
+    """
+    owner: Any = table
+    main_grad = _checked_main_grad(table, "table")
+    if getattr(owner, "overwrite_main_grad", False):
+        main_grad.zero_()
+    put(main_grad)
+    if not hasattr(owner, "grad_added_to_main_grad"):
+        return None
+    return torch.sparse_coo_tensor(
+        torch.empty((1, 0), dtype=torch.int64, device=table.device),
+        torch.empty((0, *table.shape[1:]), dtype=table.dtype, device=table.device),
+        table.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )
+
+
+def _checked_main_grad(weight: Tensor, name: str) -> Tensor:
+    main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    if main_grad.shape != weight.shape or not main_grad.is_contiguous():
+        raise ValueError(
+            f"{name}.main_grad: expected {tuple(weight.shape)}, contiguous, got "
+            f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+        )
+    return main_grad
 
 
 class MainGrad(torch.autograd.Function):

@@ -10,6 +10,7 @@ and alone import it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,7 +150,7 @@ class SequenceLayout:
         if looked_up is None:
             looked_up = torch.arange(seq_len, device=embeddings.device)
         group = self.sequence_parallel_group
-        if group is None or dist.get_world_size(group) == 1:
+        if group is None or not self.divides_rows():
             return embeddings, looked_up
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = looked_up.shape[0]
@@ -165,12 +166,16 @@ class SequenceLayout:
             )
         return embeddings, looked_up.tensor_split(size)[rank]
 
+    def divides_rows(self) -> bool:
+        """Whether looked-up rows are divided among sequence-parallel ranks."""
+        group = self.sequence_parallel_group
+        return group is not None and dist.get_world_size(group) > 1
+
     def complete_gradient(self, features: Tensor) -> Tensor:
         """The features, with a gradient that is summed over the sequence-parallel ranks."""
-        group = self.sequence_parallel_group
-        if group is None or dist.get_world_size(group) == 1 or not features.requires_grad:
+        if not (self.divides_rows() and features.requires_grad):
             return features
-        result: Tensor = _SumGradient.apply(features, group)
+        result: Tensor = _SumGradient.apply(features, self.sequence_parallel_group)
         return result
 
 
@@ -226,38 +231,36 @@ def auto_layout(language_embedding: Any) -> SequenceLayout | None:
     Megatron's groups are.
 
     Args:
-        language_embedding: Megatron-Core's ``LanguageModelEmbedding``. Its
+        language_embedding: Megatron-Core's ``LanguageModelEmbedding``, or any other. Its
             ``config.sequence_parallel`` decides, its tensor-parallel group (Megatron's default one
             if it has none) says what this rank's rows are. Whether it scatters its rows itself
             makes no difference: they are divided once.
 
     Returns:
-        None without sequence parallelism: every rank holds the whole sequence. None too for an
-        embedding without ``config`` where Megatron's groups are not initialised, or hold one
-        tensor- and one context-parallel rank.
+        None without sequence parallelism, and where nobody has imported Megatron-Core: every rank
+        holds the whole sequence. None too for an embedding without ``config`` where Megatron's
+        groups are not initialised, or hold one tensor- and one context-parallel rank.
 
     Raises:
         ValueError: under context parallelism, where it cannot be known whether ``input_ids`` are
             whole, nor how packed sequences are cut; or the embedding has no ``config`` and several
             ranks share the model.
     """
-    from megatron.core import parallel_state
-
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    tensor_ranks = context_ranks = 1
+    if parallel_state is not None and parallel_state.model_parallel_is_initialized():
+        tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+        context_ranks = parallel_state.get_context_parallel_world_size()
     config = getattr(language_embedding, "config", None)
     if config is None:
-        if not parallel_state.model_parallel_is_initialized():
-            return None
-        tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-        if tensor_ranks == parallel_state.get_context_parallel_world_size() == 1:
+        if tensor_ranks == context_ranks == 1:
             return None
         raise ValueError(
             "layout: 'auto' reads language_embedding.config, which "
             f"{type(language_embedding).__name__} has not; pass layout=sequence_layout(...), or "
             "layout=None where every rank holds the whole sequence"
         )
-    context_ranks = config.context_parallel_size
-    if parallel_state.model_parallel_is_initialized():
-        context_ranks = max(context_ranks, parallel_state.get_context_parallel_world_size())
+    context_ranks = max(context_ranks, getattr(config, "context_parallel_size", 1))
     if context_ranks > 1:
         raise ValueError(
             f"layout: 'auto' cannot tell how {context_ranks} context-parallel ranks share the "
@@ -265,7 +268,7 @@ def auto_layout(language_embedding: Any) -> SequenceLayout | None:
             "layout=sequence_layout(sequence_parallel=..., cu_seqlens=...) to have each embed its "
             "own positions, or layout=None to have each embed all"
         )
-    if not config.sequence_parallel:
+    if parallel_state is None or not getattr(config, "sequence_parallel", False):
         return None
     group = getattr(language_embedding, "tp_group", None)
     if group is None:

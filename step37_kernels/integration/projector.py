@@ -57,15 +57,19 @@ def is_plain(projector: nn.Module) -> bool:
     Forward pre-hooks may read the input, or make the weight; Megatron's do neither. A weight of
     another class than PyTorch's own (quantised, distributed) has a product of its own.
     """
-    pre_hooks = projector._forward_pre_hooks.values()
     return (
         type(projector) is nn.Linear
         and "forward" not in vars(projector)
         and type(projector.weight) in (nn.Parameter, Tensor, FakeTensor)
-        and not (projector._forward_hooks or projector._backward_hooks)
-        and not projector._backward_pre_hooks
-        and all(_is_of_megatron(hook) for hook in pre_hooks)
+        and hooks_are_of_megatron(projector)
     )
+
+
+def hooks_are_of_megatron(module: nn.Module) -> bool:
+    """Whether the module has no hooks but forward pre-hooks of Megatron's, if any."""
+    return not (
+        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    ) and all(_is_of_megatron(hook) for hook in module._forward_pre_hooks.values())
 
 
 def _is_of_megatron(hook: Callable[..., Any]) -> bool:

@@ -44,13 +44,13 @@ VECTOR = tl.constexpr(8)
 
 
 @triton.jit
-def in_vectors(value, WHOLE: tl.constexpr):
-    """``value``, known to the compiler as a multiple of :data:`VECTOR` if WHOLE, as it then is.
+def in_vectors(value, ALIGNED: tl.constexpr):
+    """``value``, known to the compiler as a multiple of :data:`VECTOR` if ALIGNED, as it then is.
 
     A size or stride that Triton does not specialise is otherwise any number, and every address
     made with it a place where no vector may begin.
     """
-    if WHOLE:
+    if ALIGNED:
         value = value // VECTOR * VECTOR
     return value
 

@@ -35,10 +35,10 @@ ROW_BLOCK = (32, 128)
 
 @triton.jit
 def _gradient_pointers(
-    grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE: tl.constexpr
+    grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, ALIGNED: tl.constexpr
 ):
-    stride_s = in_vectors(stride_s, WHOLE)
-    stride_b = in_vectors(stride_b, WHOLE)
+    stride_s = in_vectors(stride_s, ALIGNED)
+    stride_b = in_vectors(stride_b, ALIGNED)
     s = (positions // batch_size).to(tl.int64)
     b = (positions % batch_size).to(tl.int64)
     return grad_ptr + (s * stride_s + b * stride_b)[:, None] + (cols.to(tl.int64) * stride_h)[None]
@@ -47,7 +47,7 @@ def _gradient_pointers(
 @triton.jit
 def _embedding_gradient(
     program, grad_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s,
-    stride_b, WHOLE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    stride_b, ALIGNED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(H, BLOCK_H)
     positions = (program // across) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -55,7 +55,7 @@ def _embedding_gradient(
     inside = (positions < num_positions)[:, None] & (cols < H)[None, :]
     row_at = tl.load(row_at_ptr + positions, mask=positions < num_positions, other=0)
     grad_ptrs = _gradient_pointers(
-        grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
+        grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, ALIGNED
     )
     # Overwritten rows are not even read.
     values = tl.load(grad_ptrs, mask=inside & (row_at < 0)[:, None], other=0.0)
@@ -66,7 +66,7 @@ def _embedding_gradient(
 @triton.jit
 def _gather_rows(
     program, grad_ptr, destinations_ptr, rows_ptr, partial_ptr, H, stride_h, num_rows, batch_size,
-    stride_s, stride_b, ROWS: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr,
+    stride_s, stride_b, ROWS: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr,
     INTERPRET: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(H, BLOCK_H)
@@ -76,7 +76,7 @@ def _gather_rows(
     in_width = (cols < H)[None, :]
     destinations = tl.load(destinations_ptr + rows, mask=rows < num_rows, other=-1)
     grad_ptrs = _gradient_pointers(
-        grad_ptr, destinations, cols, batch_size, stride_s, stride_b, stride_h, WHOLE
+        grad_ptr, destinations, cols, batch_size, stride_s, stride_b, stride_h, ALIGNED
     )
     values = tl.load(grad_ptrs, mask=(destinations >= 0)[:, None] & in_width, other=0.0)
     values = round_to(values.to(tl.float32), rows_ptr.dtype.element_ty, INTERPRET)
@@ -110,7 +110,7 @@ def gradient_rows_kernel(
     stride_b,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
-    WHOLE: tl.constexpr,  # stride_s and stride_b are whole vectors
+    ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     WIDTH_P: tl.constexpr,
@@ -121,12 +121,12 @@ def gradient_rows_kernel(
     if program < position_programs:
         _embedding_gradient(
             program, grad_ptr, row_at_ptr, embeddings_ptr, H, stride_h, num_positions, batch_size,
-            stride_s, stride_b, WHOLE, BLOCK_P, WIDTH_P,
+            stride_s, stride_b, ALIGNED, BLOCK_P, WIDTH_P,
         )  # fmt: skip
     else:
         _gather_rows(
             program - position_programs, grad_ptr, destinations_ptr, rows_ptr, partial_ptr, H,
-            stride_h, num_rows, batch_size, stride_s, stride_b, ROWS, BIAS, WHOLE, INTERPRET,
+            stride_h, num_rows, batch_size, stride_s, stride_b, ROWS, BIAS, ALIGNED, INTERPRET,
             BLOCK_R, WIDTH_R,
         )  # fmt: skip
 
@@ -183,7 +183,7 @@ def gradient_rows(
                 *(batch_size, stride_s, stride_b),
                 ROWS=rows or not bias,  # without either there are no programs that ask
                 BIAS=bias,
-                WHOLE=whole_vectors(stride_s, stride_b),
+                ALIGNED=whole_vectors(stride_s, stride_b),
                 INTERPRET=INTERPRETED,
                 BLOCK_P=POSITION_BLOCK[0],
                 WIDTH_P=POSITION_BLOCK[1],

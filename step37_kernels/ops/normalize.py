@@ -23,7 +23,7 @@ from step37_kernels.ops.common import (
 from step37_kernels.ops.launch import launch
 
 Constants = tuple[bool, tuple[float, ...]]
-"""Whether LINE, and scale and offset of red, green and blue: see :func:`normalized`."""
+"""Whether MULTIPLY_ADD, and scale and offset of red, green and blue: see :func:`normalized`."""
 
 BLOCK_PIXELS = 1024
 
@@ -53,11 +53,12 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
 
 @triton.jit
 def normalized(
-    value, scale, offset, dtype: tl.constexpr, LINE: tl.constexpr, INTERPRET: tl.constexpr
+    value, scale, offset, dtype: tl.constexpr, MULTIPLY_ADD: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """int32 0…255 → normalised, with the deviation as scale and the mean as offset if not LINE."""
+    """int32 0…255 → normalised: ``value * scale + offset`` if MULTIPLY_ADD, else by two divisions,
+    with the deviation as scale and the mean as offset."""
     value = value.to(tl.float32)
-    if LINE:
+    if MULTIPLY_ADD:
         result = value * scale + offset
     else:
         result = tl.div_rn(tl.div_rn(value, 255.0) - offset, scale)
@@ -90,7 +91,7 @@ def normalize_kernel(
     green_offset,
     blue_scale,
     blue_offset,
-    LINE: tl.constexpr,
+    MULTIPLY_ADD: tl.constexpr,
     INTERPRET: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +100,7 @@ def normalize_kernel(
 
     ``PACKED``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
     hold whole vectors of them. They are read in words and written in vectors; byte by byte,
-    the threads of a warp would each touch another cache line.
+    the threads of a warp would each touch another cache multiply_add.
     """
     columns = in_vectors(columns, PACKED)
     # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.
@@ -130,7 +131,7 @@ def normalize_kernel(
             address = source + x * column_stride + channel * channel_stride
             value = tl.load(address, mask=inside, other=0).to(tl.int32)
         scale, offset = constants[2 * channel], constants[2 * channel + 1]
-        result = normalized(value, scale, offset, out_ptr.dtype.element_ty, LINE, INTERPRET)
+        result = normalized(value, scale, offset, out_ptr.dtype.element_ty, MULTIPLY_ADD, INTERPRET)
         tl.store(target + channel * plane, result, mask=inside)
 
 
@@ -149,7 +150,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
     out = torch.empty((n, 3, height, width), dtype=dtype, device=pixels.device)
     if out.numel() == 0:
         return out
-    line, numbers = constants
+    multiply_add, numbers = constants
     image_stride, row_stride, column_stride, channel_stride = pixels.stride()
     # Rows that follow on from one another are one long row: fewer half-filled blocks.
     rows, columns = height, width
@@ -176,7 +177,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
             column_stride,
             channel_stride,
             *numbers,
-            LINE=line,
+            MULTIPLY_ADD=multiply_add,
             INTERPRET=INTERPRETED,
             PACKED=packed,
             BLOCK=BLOCK_PIXELS,

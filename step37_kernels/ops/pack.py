@@ -66,7 +66,7 @@ def pack_rows_kernel(
     program_0, program_1, program_2, program_3,  # its first program along the first axis
     SOURCES: tl.constexpr,
     FASTEST: tl.constexpr,  # the axis whose stride is 1 in all sources: "L", "C", or ""
-    WHOLE: tl.constexpr,  # stride_n and stride_l are whole vectors
+    ALIGNED: tl.constexpr,  # stride_n and stride_l are whole vectors
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -87,11 +87,11 @@ def pack_rows_kernel(
     row_offsets = rows.to(tl.int64)
     if FASTEST != "L":
         stride_l = _choose_wide(i, stride_l_0, stride_l_1, stride_l_2, stride_l_3, SOURCES)
-        row_offsets *= in_vectors(stride_l, WHOLE)
+        row_offsets *= in_vectors(stride_l, ALIGNED)
     col_offsets = cols.to(tl.int64)
     if FASTEST != "C":
         col_offsets *= _choose_wide(i, stride_c_0, stride_c_1, stride_c_2, stride_c_3, SOURCES)
-    source += n * in_vectors(stride_n, WHOLE)
+    source += n * in_vectors(stride_n, ALIGNED)
     values = tl.load(source + row_offsets[:, None] + col_offsets[None, :], mask=inside)
     target = (first_row + n * each + rows)[:, None] * C + cols[None, :]
     tl.store(packed_ptr + target, values, mask=inside)
@@ -126,7 +126,7 @@ def pack_rows(features: Sequence[Tensor]) -> Tensor:
                 *itertools.chain.from_iterable(zip(*values, strict=True)),
                 SOURCES=len(some),
                 FASTEST="L" if unit[0] else "C" if unit[1] else "",
-                WHOLE=whole_vectors(*[s for each in some for s in each.stride()[:2]]),
+                ALIGNED=whole_vectors(*[s for each in some for s in each.stride()[:2]]),
                 BLOCK_L=PACK_BLOCK_L,
                 BLOCK_C=PACK_BLOCK_C,
             )

@@ -34,13 +34,14 @@ from torch import Tensor
 
 from step37_kernels.ops.common import INTERPRETED, device_of, let_dependants_start
 from step37_kernels.ops.launch import launch
+from step37_kernels.runs import FlatRuns
 
 PLAN_BLOCK = 2048
 PLAN_WARPS = 16
 MAX_INLINE = 4
 """Groups, and runs of features with equal row counts, that fit into the arguments of a launch."""
 
-_SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows", "shift"]
+_SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"]
 _GROUPS = ["token_0", "token_1", "token_2", "token_3", "first_1", "first_2", "first_3"]
 _RUNS = ["rows_0", "rows_1", "rows_2", "rows_3", "run_1", "run_2", "run_3"]
 
@@ -83,7 +84,7 @@ def _at(few, index):
     return tl.sum(tl.where(lane == index, few, 0), axis=0)
 
 
-_COUNTS = ["batch_first", "num_features", "num_groups", "num_runs"]
+_COUNTS = ["shift", "vocabulary", "batch_first", "num_features", "num_groups", "num_runs"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_COUNTS, *_GROUPS, *_RUNS])
@@ -91,7 +92,7 @@ def plan_kernel(
     ids_ptr,  # [B, S] int32 or int64, any strides
     table_ptr,  # int64, read if TABLE: the layout (see plan_rows)
     starts_ptr,  # [N] int32, out
-    start_counts_ptr,  # [G] int32, out
+    counts_ptr,  # [G + 1] int32, out: start tokens of each group, then ids outside the table
     row_at_ptr,  # [S * B] int32, out
     destinations_ptr,  # [R] int32, out
     batch_size,
@@ -101,6 +102,7 @@ def plan_kernel(
     num_positions,
     num_rows,
     shift,  # positions from a token to its feature's first row: 1, or 0 of placeholders
+    vocabulary,  # count ids at text positions that are negative or not below it; 0 counts none
     batch_first,  # whether row_at is [B, S], and positions are numbered so in destinations
     num_features,
     num_groups,
@@ -140,6 +142,7 @@ def plan_kernel(
     row_3 = row_2 + (run_3 - run_2) * rows_2
     few = tl.arange(0, FEW)
     counts = tl.zeros([FEW], tl.int32)  # start tokens of each group so far
+    unknown = tl.zeros([BLOCK], tl.int32)
     ids = _load_ids(ids_ptr, lane, num_positions, seq_len, stride_b, stride_s, CONTIGUOUS)
     for chunk in range(0, num_positions, BLOCK):
         index = chunk + lane
@@ -185,13 +188,16 @@ def plan_kernel(
                     lands &= (step >= 0) & (step < rows)
                     claims = row + (feature - begin) * rows + step
                     best = tl.maximum(best, tl.where(lands, claims, -1))
+        outside = inside & (best < 0) & ((ids < 0) | (ids >= vocabulary)) & (vocabulary > 0)
+        unknown += outside.to(tl.int32)
         if batch_first != 0:
             position = index
         tl.store(row_at_ptr + position, best, mask=inside)
         tl.store(destinations_ptr + best, position, mask=inside & (best >= 0))
         ids = next_ids
 
-    tl.store(start_counts_ptr + few, counts, mask=few < num_groups)
+    tl.store(counts_ptr + few, counts, mask=few < num_groups)
+    tl.store(counts_ptr + num_groups, tl.sum(unknown, axis=0))
     for group in range(0, num_groups):
         first = _entry(firsts_ptr, group, first_1 * 0, first_1, first_2, first_3, TABLE)
         end = _entry(firsts_ptr + 1, group, first_1, first_2, first_3, num_features, TABLE)
@@ -200,52 +206,52 @@ def plan_kernel(
             tl.store(starts_ptr + offset + lane, nothing, mask=offset + lane < end)
 
 
-def fits_into_a_launch(groups: Sequence[object], runs: Sequence[object]) -> bool:
-    """Whether the layout needs no table."""
-    return max(len(groups), len(runs)) <= MAX_INLINE
+def fits_into_a_launch(runs: FlatRuns) -> bool:
+    """Whether the numbers fit into the arguments of a launch: no table is needed."""
+    return max(len(runs.tokens), len(runs.features)) <= MAX_INLINE
 
 
 def plan_rows(
     input_ids: Tensor,
-    groups: Sequence[tuple[int, int]],
-    runs: Sequence[tuple[int, int]],
+    runs: FlatRuns,
     table: Tensor | None,
     *,
     shift: int = 1,
     batch_first: bool = False,
+    vocabulary: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the kernel.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64, B·S > 0.
-        groups: ``(start token, features)`` of each group, at least one.
-        runs: ``(features, rows of each)``: the features of all groups, in order.
+        runs: of all groups; none at all where only ids are counted.
         table: the same on the device unless it :func:`fits_into_a_launch`, flat int64:
             start token of each group; first feature of each, then N; rows of each feature
             of each run; first feature of each run, then N; first row of each run.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first: number positions ``b * S + s``.
+        vocabulary: count the ids at text positions that are negative or not below this; 0 counts
+            none.
 
     Returns:
         ``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` if ``batch_first``), ``starts [N]``,
-        ``start_counts [G]``, all int32.
+        ``counts [G + 1]``: start tokens of each group, then ids so counted; all int32.
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
-    num_features = sum(features for _, features in groups)
-    num_rows = sum(features * rows for features, rows in runs)
+    num_groups, num_features, num_rows = len(runs.tokens), runs.num_features, runs.num_rows
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
     destinations = empty(num_rows)
     row_at = empty(batch_size, seq_len) if batch_first else empty(seq_len, batch_size)
-    starts, start_counts = empty(num_features), empty(len(groups))
+    starts, counts = empty(num_features), empty(num_groups + 1)
     if table is None:
         few = MAX_INLINE
-        tokens = _padded([token for token, _ in groups], MAX_INLINE, 0)
-        firsts = _padded(_ends(groups, 1), MAX_INLINE - 1, num_features)
-        rows = _padded([each for _, each in runs], MAX_INLINE, 0)
-        begins = _padded(_ends(runs, 0), MAX_INLINE - 1, num_features)
+        tokens = _padded(runs.tokens, MAX_INLINE, 0)
+        firsts = _padded(_ends(runs.group_sizes), MAX_INLINE - 1, num_features)
+        rows = _padded(runs.rows, MAX_INLINE, 0)
+        begins = _padded(_ends(runs.features), MAX_INLINE - 1, num_features)
     else:
-        few = triton.next_power_of_2(len(groups))
+        few = triton.next_power_of_2(num_groups)
         tokens = rows = (0,) * MAX_INLINE
         firsts = begins = (0,) * (MAX_INLINE - 1)
     with device_of(input_ids):
@@ -253,9 +259,9 @@ def plan_rows(
             plan_kernel,
             (1,),
             *(input_ids, input_ids if table is None else table),
-            *(starts, start_counts, row_at, destinations),
+            *(starts, counts, row_at, destinations),
             *(batch_size, seq_len, *input_ids.stride(), num_positions, num_rows),
-            *(shift, int(batch_first), num_features, len(groups), len(runs)),
+            *(shift, vocabulary, int(batch_first), num_features, num_groups, len(runs.features)),
             *(*tokens, *firsts, *rows, *begins),
             TABLE=table is not None,
             CONTIGUOUS=input_ids.is_contiguous(),
@@ -264,12 +270,12 @@ def plan_rows(
             FEW=few,
             num_warps=PLAN_WARPS,
         )
-    return destinations, row_at, starts, start_counts
+    return destinations, row_at, starts, counts
 
 
-def _ends(counted: Sequence[tuple[int, int]], index: int) -> list[int]:
-    """Running totals of one entry of each pair, without the last."""
-    return list(itertools.accumulate(pair[index] for pair in counted))[:-1]
+def _ends(counts: Sequence[int]) -> list[int]:
+    """Running totals without the last."""
+    return list(itertools.accumulate(counts))[:-1]
 
 
 def _padded(values: Sequence[int], length: int, fill: int) -> tuple[int, ...]:

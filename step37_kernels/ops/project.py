@@ -1,5 +1,7 @@
 """Forward: project feature rows and put each at its position, text rows at theirs, in one launch.
 
+Text rows are those of embeddings ``[S, B, H]``, or are looked up in the table ``[V, H]``.
+
 ``project_insert`` writes every row of a new ``[S, B, H]`` once: programs with a tile of the product
 write feature rows, further programs of the same launch copy text rows. Where the last wave of tiles
 is split along the reduction, a second launch adds its parts, in order. Where nobody tuned tiles,
@@ -37,7 +39,7 @@ COPY_BLOCK_H = 2048
 COPY_WARPS = 8
 SUM_ROWS = 8
 _ROWS = [f"rows_{i}" for i in range(MAX_SOURCES)]
-_TEXT = ["num_positions", "batch_size", "stride_s", "stride_b"]
+_TEXT = ["num_positions", "batch_size", "stride_s", "stride_b", "vocabulary"]
 
 
 @triton.jit
@@ -84,30 +86,47 @@ def _store_rows(
 
 
 @triton.jit
-def _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, WHOLE: tl.constexpr):
-    """Where the text row of each position begins."""
-    s = (positions // batch_size).to(tl.int64) * in_vectors(stride_s, WHOLE)
-    return text_ptr + s + (positions % batch_size).to(tl.int64) * in_vectors(stride_b, WHOLE)
+def _text_rows(
+    text_ptr, ids_ptr, positions, is_text, H, batch_size, stride_s, stride_b, vocabulary,
+    LOOKUP: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Where the text row of each position begins, and whether there is one."""
+    s = (positions // batch_size).to(tl.int64) * in_vectors(stride_s, ALIGNED)
+    b = (positions % batch_size).to(tl.int64) * in_vectors(stride_b, ALIGNED)
+    exists = is_text
+    if LOOKUP:
+        ids = tl.load(ids_ptr + s + b, mask=is_text, other=0).to(tl.int64)
+        exists = is_text & (ids >= 0) & (ids < vocabulary)
+        rows = text_ptr + ids * H
+    else:
+        rows = text_ptr + s + b
+    return rows, exists
 
 
 @triton.jit
 def _place_rows(
-    block, rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size,
-    stride_s, stride_b, WHOLE: tl.constexpr, PROJECTED: tl.constexpr, INTERPRET: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    block, rows_ptr, text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size,
+    stride_s, stride_b, vocabulary, LOOKUP: tl.constexpr, ALIGNED: tl.constexpr,
+    PROJECTED: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows of a block of positions: text, and if PROJECTED those of ``rows_ptr``."""
+    """Write the rows of a block of positions: text, and if PROJECTED those of ``rows_ptr``.
+
+    A text row whose id is outside the table is NaN.
+    """
     positions = block * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = positions < num_positions
     row_at = tl.load(row_at_ptr + positions, mask=inside, other=0)
     is_text = (row_at < 0) & inside
-    text_rows = _text_rows(text_ptr, positions, batch_size, stride_s, stride_b, WHOLE)
+    text_rows, exists = _text_rows(
+        text_ptr, ids_ptr, positions, is_text, H, batch_size, stride_s, stride_b, vocabulary,
+        LOOKUP, ALIGNED,
+    )  # fmt: skip
     for col in range(0, H, BLOCK_H):
         cols = col + tl.arange(0, BLOCK_H)
         in_width = (cols < H)[None, :]
         mask = is_text[:, None] & in_width
         text_ptrs = text_rows[:, None] + (cols.to(tl.int64) * stride_h)[None, :]
-        values = tl.load(text_ptrs, mask=mask)
+        values = tl.load(text_ptrs, mask=exists[:, None] & in_width, other=float("nan"))
         if PROJECTED:
             mask = inside[:, None] & in_width
             rows_ptrs = rows_ptr + row_at.to(tl.int64)[:, None] * H + cols[None, :]
@@ -126,7 +145,8 @@ def project_insert_kernel(
     bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
     destinations_ptr,  # [R] int32: position s * B + b, or −1
     live_ptr,  # [1] int32, read if HAS_LIVE: rows from this one on are not computed
-    text_ptr,  # [S, B, H], any strides: read only for text rows
+    text_ptr,  # [S, B, H], any strides, or if LOOKUP the table [V, H]: read only for text rows
+    ids_ptr,  # [S, B] int32 or int64, any strides, read if LOOKUP
     row_at_ptr,  # [P] int32: the feature row of a position, or −1
     out_ptr,  # [P, H] contiguous, out
     partial_ptr,  # [tail · parts, TOP + REST, BLOCK_N] fp32, out: parts of the tail's tiles
@@ -137,12 +157,14 @@ def project_insert_kernel(
     whole,  # tiles with a program each: the first programs
     tail,  # tiles with ``parts`` programs each: the next ones; then text rows are copied
     parts,
-    num_positions, batch_size, stride_s, stride_b,
+    num_positions, batch_size, stride_s, stride_b,  # strides of the text, or if LOOKUP of the ids
+    vocabulary,  # V
     SOURCES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     PDL: tl.constexpr,  # the kernel before, which may still run, writes destinations, row_at, live
-    WHOLE: tl.constexpr,  # stride_s and stride_b are whole vectors
+    LOOKUP: tl.constexpr,
+    ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
     INTERPRET: tl.constexpr,
     TOP: tl.constexpr,
     REST: tl.constexpr,
@@ -157,9 +179,9 @@ def project_insert_kernel(
         if PDL:
             tl.extra.cuda.gdc_wait()
         _place_rows(
-            part - tail * parts, out_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h,
-            num_positions, batch_size, stride_s, stride_b, WHOLE, False, INTERPRET,
-            BLOCK_P, BLOCK_H,
+            part - tail * parts, out_ptr, text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h,
+            num_positions, batch_size, stride_s, stride_b, vocabulary, LOOKUP, ALIGNED, False,
+            INTERPRET, BLOCK_P, BLOCK_H,
         )  # fmt: skip
     else:
         tile = program
@@ -258,17 +280,21 @@ def sum_parts_kernel(
 
 @triton.jit(do_not_specialize=_TEXT)
 def place_rows_kernel(
-    rows_ptr,  # [R, H] contiguous, in the weight's dtype
-    text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s, stride_b,
-    WHOLE: tl.constexpr,
+    rows_ptr,  # [R, H] contiguous, in the weight's dtype, read if PROJECTED
+    text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s,
+    stride_b, vocabulary,
+    PROJECTED: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Feature rows that the library projected, and text rows, each to its position."""
+    """Feature rows that the library projected, if any, and text rows, each to its position."""
     _place_rows(
-        tl.program_id(0), rows_ptr, text_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions,
-        batch_size, stride_s, stride_b, WHOLE, True, INTERPRET, BLOCK_P, BLOCK_H,
+        tl.program_id(0), rows_ptr, text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h,
+        num_positions, batch_size, stride_s, stride_b, vocabulary, LOOKUP, ALIGNED, PROJECTED,
+        INTERPRET, BLOCK_P, BLOCK_H,
     )  # fmt: skip
 
 
@@ -281,6 +307,7 @@ def project_insert(
     row_at: Tensor,
     live_rows: Tensor | None = None,
     *,
+    input_ids: Tensor | None = None,
     after_plan: bool = False,
 ) -> Tensor:
     """A new ``[S, B, H]``: feature rows ``x @ weightᵀ + bias`` at their positions, else text rows.
@@ -289,8 +316,9 @@ def project_insert(
     are sources. Deterministic: parts are added in a fixed order.
 
     Args:
-        text: ``[S, B, H]``, any strides, of any floating dtype: that of the output, to which
-            feature rows are rounded from the weight's. Only text rows are read.
+        text: ``[S, B, H]``, any strides, or with ``input_ids`` the table ``[V, H]``, contiguous; of
+            any floating dtype: that of the output, to which feature rows are rounded from the
+            weight's. Only text rows are read.
         sources: one to :data:`MAX_SOURCES` contiguous ``[R_i, C]``, R_i > 0, in the weight's dtype
             (:func:`contiguous_rows`). Their rows are numbered through, 0 … R − 1.
         weight: ``[H, C]`` contiguous.
@@ -299,39 +327,71 @@ def project_insert(
         row_at: ``[S, B]`` int32 contiguous: the row of each position, or −1: its text row.
         live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
             where they may be anywhere.
+        input_ids: ``[S, B]`` int32 or int64, any strides: text rows are looked up by these ids. A
+            row whose id is outside the table is NaN.
         after_plan: the last launch on this stream made the plan, and what it wrote may be waited
             for as late as it is needed, by GPUs of capability 90 and later.
     """
-    out = torch.empty(text.shape, dtype=text.dtype, device=text.device)
-    seq_len, batch_size, _ = text.shape
-    stride_s, stride_b, stride_h = text.stride()
-    num_positions = seq_len * batch_size
-    # What both ways have in common, and the programs that place or copy rows.
-    rows: dict[str, Any] = {
-        "text_ptr": text,
-        "row_at_ptr": row_at,
-        "out_ptr": out,
-        "H": weight.shape[0],
-        "stride_h": stride_h,
-        "num_positions": num_positions,
-        "batch_size": batch_size,
-        "stride_s": stride_s,
-        "stride_b": stride_b,
-        "WHOLE": whole_vectors(stride_s, stride_b),
-        "INTERPRET": INTERPRETED,
-        "BLOCK_P": COPY_BLOCK_P,
-        "BLOCK_H": COPY_BLOCK_H,
-    }
-    copies = ceil_div(num_positions, COPY_BLOCK_P)
+    placing, copies = _placing(text, input_ids, row_at)
     tile = insert_tile(sources, weight)
     with device_of(text):
         if tile.library:
             projected = _by_library(sources, weight, bias)
-            launch(place_rows_kernel, (copies,), projected, num_warps=COPY_WARPS, **rows)
+            launch(
+                place_rows_kernel,
+                (copies,),
+                projected,
+                PROJECTED=True,
+                num_warps=COPY_WARPS,
+                **placing,
+            )
         else:
             pdl = after_plan and not INTERPRETED
-            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, rows, pdl)
+            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, placing, pdl)
+    out: Tensor = placing["out_ptr"]
     return out
+
+
+def look_up(table: Tensor, input_ids: Tensor, row_at: Tensor) -> Tensor:
+    """A new ``[S, B, H]`` of the table's rows; NaN where an id is outside the table.
+
+    Args:
+        table: ``[V, H]`` contiguous.
+        input_ids: ``[S, B]`` int32 or int64, any strides.
+        row_at: ``[S, B]`` int32 contiguous, negative everywhere: no feature row is placed.
+    """
+    placing, copies = _placing(table, input_ids, row_at)
+    out: Tensor = placing["out_ptr"]
+    with device_of(table):
+        launch(place_rows_kernel, (copies,), out, PROJECTED=False, num_warps=COPY_WARPS, **placing)
+    return out
+
+
+def _placing(text: Tensor, input_ids: Tensor | None, row_at: Tensor) -> tuple[dict[str, Any], int]:
+    """What programs that place or copy rows are told, and how many there are."""
+    hidden = text.shape[-1]
+    seq_len, batch_size = row_at.shape
+    num_positions = seq_len * batch_size
+    stride_s, stride_b = (text if input_ids is None else input_ids).stride()[:2]
+    placing = {
+        "text_ptr": text,
+        "ids_ptr": row_at if input_ids is None else input_ids,
+        "row_at_ptr": row_at,
+        "out_ptr": torch.empty((seq_len, batch_size, hidden), dtype=text.dtype, device=text.device),
+        "H": hidden,
+        "stride_h": text.stride(-1),
+        "num_positions": num_positions,
+        "batch_size": batch_size,
+        "stride_s": stride_s,
+        "stride_b": stride_b,
+        "vocabulary": 0 if input_ids is None else text.shape[0],
+        "LOOKUP": input_ids is not None,
+        "ALIGNED": input_ids is None and whole_vectors(stride_s, stride_b),
+        "INTERPRET": INTERPRETED,
+        "BLOCK_P": COPY_BLOCK_P,
+        "BLOCK_H": COPY_BLOCK_H,
+    }
+    return placing, ceil_div(num_positions, COPY_BLOCK_P)
 
 
 def _by_library(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -354,13 +414,13 @@ def _by_tiles(
     destinations: Tensor,
     live_rows: Tensor | None,
     copies: int,
-    rows: dict[str, Any],
+    placing: dict[str, Any],
     pdl: bool,
 ) -> None:
     hidden, width = weight.shape
     counts = [len(x) for x in sources]
-    plan = schedule(tile, counts, hidden, width, processors(weight.device))
-    size = plan.partials * tile.block_m * tile.block_n
+    split = schedule(tile, counts, hidden, width, processors(weight.device))
+    size = split.partials * tile.block_m * tile.block_n
     top = 1 << tile.block_m.bit_length() - 1
     rest = tile.block_m - top
     absent = MAX_SOURCES - len(sources)
@@ -377,8 +437,8 @@ def _by_tiles(
         "partial_ptr": torch.empty(size, dtype=torch.float32, device=weight.device),
         "bias_ptr": weight if bias is None else bias,
         "destinations_ptr": destinations,
-        "whole": plan.whole,
-        "parts": plan.parts,
+        "whole": split.whole,
+        "parts": split.parts,
         "SOURCES": len(sources),
         "PDL": pdl,
         **dict(zip(_ROWS, [*counts, *[0] * absent], strict=True)),
@@ -386,13 +446,13 @@ def _by_tiles(
     }
     launch(
         project_insert_kernel,
-        (plan.programs + copies,),
+        (split.programs + copies,),
         *of_sources(top),
         *of_sources(rest or top),
         weight=blocks(weight, tile.block_n),
         live_ptr=destinations if live_rows is None else live_rows,
         C=width,
-        tail=plan.tail,
+        tail=split.tail,
         HAS_BIAS=bias is not None,
         HAS_LIVE=live_rows is not None,
         TOP=top,
@@ -402,13 +462,13 @@ def _by_tiles(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **shared,
-        **rows,
+        **placing,
     )
-    if plan.partials:
+    if split.partials:
         launch(
             sum_parts_kernel,
-            (plan.tail * (tile.block_m // SUM_ROWS),),
-            out_ptr=rows["out_ptr"],
+            (split.tail * (tile.block_m // SUM_ROWS),),
+            out_ptr=placing["out_ptr"],
             H=hidden,
             INTERPRET=INTERPRETED,
             BLOCK_M=tile.block_m,

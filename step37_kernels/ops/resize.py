@@ -37,8 +37,8 @@ Table = npt.NDArray[np.int32]
 # 16-byte vectors of 16-bit values, and its 256 columns leave little room to spare in the usual
 # sizes; values that are divided, fp32 nearly always, need the registers of four.
 TILE = (16, 256)
-LINES = (4, 2)
-WARPS, LINE_WARPS = 4, 2
+ROWS_AT_ONCE = (4, 2)
+WARPS, MULTIPLY_ADD_WARPS = 4, 2
 ROW_PAD = 16
 
 PRECISION_BITS = tl.constexpr(22)
@@ -91,12 +91,12 @@ def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _add_taps(
-    red, green, blue, source_ptr, line, pair, channel_stride, inside, MASKED: tl.constexpr
+    red, green, blue, source_ptr, start, pair, channel_stride, inside, MASKED: tl.constexpr
 ):  # fmt: skip
     """The sums of the three channels with two more taps, whose loads are on the way together."""
     offset_0, weight_0, offset_1, weight_1 = pair
-    place_0 = line + offset_0
-    place_1 = line + offset_1
+    place_0 = start + offset_0
+    place_1 = start + offset_1
     red += _load(source_ptr, place_0, 0, inside, MASKED) * weight_0
     red += _load(source_ptr, place_1, 0, inside, MASKED) * weight_1
     green += _load(source_ptr, place_0, channel_stride, inside, MASKED) * weight_0
@@ -121,11 +121,11 @@ def _two_taps(table_ptr, first, at, step, last, size, stride):
 @triton.jit
 def _filter_tile(
     job, tile, source_ptr, tables_ptr, target_ptr, constants, VERTICAL_PASS: tl.constexpr,
-    SOURCE_STEP: tl.constexpr, TARGET_STEP: tl.constexpr, LINE: tl.constexpr,
-    INTERPRET: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LINES: tl.constexpr, CLAMP: tl.constexpr,
+    SOURCE_STEP: tl.constexpr, TARGET_STEP: tl.constexpr, MULTIPLY_ADD: tl.constexpr,
+    INTERPRET: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one picture, filtered along one axis, LINES rows at a time.
+    """One tile of one picture, filtered along one axis, ROWS_AT_ONCE rows at a time.
 
     The channels go together: coefficients and addresses are the same for all.
     """
@@ -137,14 +137,14 @@ def _filter_tile(
     source_pitch = in_vectors(tl.load(job + SOURCE_PITCH).to(tl.int32), NORMALIZE)
     source_channel = in_vectors(tl.load(job + SOURCE_CHANNEL), NORMALIZE)
     target = target_ptr + tl.load(job + TARGET)
-    target_pitch = in_vectors(tl.load(job + TARGET_PITCH).to(tl.int32), WHOLE)
-    target_channel = in_vectors(tl.load(job + TARGET_CHANNEL), WHOLE)
+    target_pitch = in_vectors(tl.load(job + TARGET_PITCH).to(tl.int32), ALIGNED)
+    target_channel = in_vectors(tl.load(job + TARGET_CHANNEL), ALIGNED)
     if NORMALIZE:
         source = tl.multiple_of(source, VECTOR)
-    if WHOLE:
+    if ALIGNED:
         target = tl.multiple_of(target, 2 * VECTOR)
     height = tl.load(job + HEIGHT).to(tl.int32)
-    width = in_vectors(tl.load(job + WIDTH).to(tl.int32), WHOLE)
+    width = in_vectors(tl.load(job + WIDTH).to(tl.int32), ALIGNED)
     table = tables_ptr + tl.load(job + TABLE)
     taps = tl.load(job + TAPS).to(tl.int32)
     last = tl.load(job + LAST).to(tl.int32)
@@ -157,14 +157,14 @@ def _filter_tile(
     last_column = tl.minimum(column, width - 1)
     if VERTICAL_PASS:
         size, stride = height, source_pitch
-        line = (column if MASKED else last_column) * SOURCE_STEP
+        start = (column if MASKED else last_column) * SOURCE_STEP
     else:
         # Every row takes the same: enlarging needs no more than these, and no turn of the loop.
         size, stride, at = width, SOURCE_STEP, last_column
         first = tl.load(table + at)
         pair = _two_taps(table, first, at, 0, last, size, stride)
-    for top in range(begin, end, LINES):
-        row = (top + tl.arange(0, LINES))[:, None]
+    for top in range(begin, end, ROWS_AT_ONCE):
+        row = (top + tl.arange(0, ROWS_AT_ONCE))[:, None]
         inside = (row < height) & (column < width)
         last_row = tl.minimum(row, height - 1)
         if VERTICAL_PASS:
@@ -172,14 +172,14 @@ def _filter_tile(
             first = tl.load(table + at)
             pair = _two_taps(table, first, at, 0, last, size, stride)
         else:
-            line = last_row.to(tl.int64) * source_pitch
+            start = last_row.to(tl.int64) * source_pitch
         # Up to the padding: a mask that ends inside a vector would split the loads.
         padded = (row < height) & (column < source_pitch)
         half = tl.full(inside.shape, HALF, tl.int32)
-        sums = _add_taps(half, half, half, source, line, pair, source_channel, padded, MASKED)
+        sums = _add_taps(half, half, half, source, start, pair, source_channel, padded, MASKED)
         for step in range(2, taps, 2):
             more = _two_taps(table, first, at, step, last, size, stride)
-            sums = _add_taps(*sums, source, line, more, source_channel, padded, MASKED)
+            sums = _add_taps(*sums, source, start, more, source_channel, padded, MASKED)
         place = target + row.to(tl.int64) * target_pitch + column * TARGET_STEP
         for channel in tl.static_range(3):
             value = sums[channel] >> PRECISION_BITS
@@ -187,7 +187,7 @@ def _filter_tile(
                 value = tl.minimum(value, 255)
             if NORMALIZE:
                 scale, offset = constants[2 * channel], constants[2 * channel + 1]
-                value = normalized(value, scale, offset, dtype, LINE, INTERPRET)
+                value = normalized(value, scale, offset, dtype, MULTIPLY_ADD, INTERPRET)
             tl.store(place + channel * target_channel, value.to(dtype), mask=inside)
 
 
@@ -207,21 +207,22 @@ def resize_pass_kernel(
     VERTICAL_PASS: tl.constexpr,
     SOURCE_STEP: tl.constexpr,
     TARGET_STEP: tl.constexpr,
-    LINE: tl.constexpr,
+    MULTIPLY_ADD: tl.constexpr,
     INTERPRET: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    LINES: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
     """One pass over many pictures, one program a tile; ``tiles_ptr`` says of which, and which one.
 
     ``VERTICAL_PASS``: whether rows are made from rows; None where that differs among the pictures.
     ``SOURCE_STEP``, ``TARGET_STEP``: elements from one pixel to the next, 3 interleaved, 1 in
-    planes. ``WHOLE``: rows of the result are whole vectors, and written in them. The planes between
-    the passes are deliberately not marked as whole vectors: that would give each thread adjacent
-    columns and make the byte loads of a warp uncoalesced (many cache lines instead of one or two).
+    planes. ``ALIGNED``: rows of the result are whole vectors, and written in them. The planes
+    between the passes are deliberately not marked as whole vectors: that would give each thread
+    adjacent columns and make the byte loads of a warp uncoalesced (many cache lines instead of one
+    or two).
     ``CLAMP``: see :func:`needs_clamp`.
     """
     job = jobs_ptr + tl.load(tiles_ptr + 2 * tl.program_id(0)).to(tl.int64) * FIELDS
@@ -233,12 +234,12 @@ def resize_pass_kernel(
     if vertical:
         _filter_tile(
             job, tile, source_ptr, tables_ptr, target_ptr, constants, True, SOURCE_STEP,
-            TARGET_STEP, LINE, INTERPRET, WHOLE, ROWS, COLUMNS, LINES, CLAMP,
+            TARGET_STEP, MULTIPLY_ADD, INTERPRET, ALIGNED, ROWS, COLUMNS, ROWS_AT_ONCE, CLAMP,
         )  # fmt: skip
     else:
         _filter_tile(
             job, tile, source_ptr, tables_ptr, target_ptr, constants, False, SOURCE_STEP,
-            TARGET_STEP, LINE, INTERPRET, WHOLE, ROWS, COLUMNS, LINES, CLAMP,
+            TARGET_STEP, MULTIPLY_ADD, INTERPRET, ALIGNED, ROWS, COLUMNS, ROWS_AT_ONCE, CLAMP,
         )  # fmt: skip
 
 
@@ -297,7 +298,7 @@ def resize(
     with device_of(pixels):
         for (number, vertical_pass, _), tiles in zip(launches, device_tiles, strict=True):
             values = number == 1 and constants is not None
-            line, numbers = constants if values and constants else (False, (0.0,) * 6)
+            multiply_add, numbers = constants if values and constants else (False, (0.0,) * 6)
             launch(
                 resize_pass_kernel,
                 (len(tiles),),
@@ -310,14 +311,14 @@ def resize(
                 VERTICAL_PASS=vertical_pass,
                 SOURCE_STEP=1 if number else 3,
                 TARGET_STEP=3 if number and not values else 1,
-                LINE=line,
+                MULTIPLY_ADD=multiply_add,
                 INTERPRET=INTERPRETED,
-                WHOLE=values and whole_vectors(out.shape[-1]),
+                ALIGNED=values and whole_vectors(out.shape[-1]),
                 ROWS=TILE[0],
                 COLUMNS=TILE[1],
-                LINES=LINES[number],
+                ROWS_AT_ONCE=ROWS_AT_ONCE[number],
                 CLAMP=clamp,
-                num_warps=LINE_WARPS if line else WARPS,
+                num_warps=MULTIPLY_ADD_WARPS if multiply_add else WARPS,
             )
 
 

@@ -100,21 +100,21 @@ def normalize_torch(pixels: torch.Tensor, mean: RGB, std: RGB, dtype: torch.dtyp
 
 def kernel_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[bool, RGB]:
     """The normalisation as the kernels take it: one product and one sum where that is exact."""
-    line = _line(mean, std, dtype)
-    if line is not None:
-        return True, line
+    numbers = multiply_add_constants(mean, std, dtype)
+    if numbers is not None:
+        return True, numbers
     return False, tuple(number for pair in zip(std, mean, strict=True) for number in pair)
 
 
 @functools.lru_cache(maxsize=64)
-def _line(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[float, ...] | None:
+def multiply_add_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[float, ...] | None:
     """Scale and offset of each channel, if ``value * scale + offset`` in fp32, rounded to
     ``dtype``, is the reference's result for all 256 values, fused or not; else None."""
     levels = torch.arange(256, dtype=torch.uint8, device="cpu")
     wanted = normalize_torch(levels.view(1, 1, 256, 1).expand(-1, -1, -1, 3), mean, std, dtype)
     value = levels.double()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    line: list[float] = []
+    numbers: list[float] = []
     for channel in range(3):
         exact = (1 / (255 * std[channel]), -mean[channel] / std[channel])
         scale, offset = torch.tensor(exact, dtype=torch.float32, device="cpu")
@@ -124,5 +124,5 @@ def _line(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[float, ...] | None:
         for result in (fused, separate):
             if not torch.equal(result.to(dtype).view(bits), wanted[0, channel, 0].view(bits)):
                 return None
-        line += [scale.item(), offset.item()]
-    return tuple(line)
+        numbers += [scale.item(), offset.item()]
+    return tuple(numbers)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from step37_kernels.dispatch import Impl, use_triton
-from step37_kernels.pixels import pillow as resample
+from step37_kernels.pixels import pillow as pillow_arithmetic
 from step37_kernels.pixels.normalize import (
     CLIP_MEAN,
     CLIP_STD,
@@ -65,20 +65,20 @@ def resize_clip_normalize(
     device = images.data.device
     triton = use_triton(impl, device)
     mean, std = check_constants(mean, std, dtype)
-    order = resample.installed_pillow() if pillow is None else pillow
+    version = pillow_arithmetic.installed_pillow() if pillow is None else pillow
     if triton and crops:
         from step37_kernels.ops import resize as ops
 
         out = torch.empty((len(crops), 3, size, size), dtype=dtype, device=device)
         jobs = [
-            _job(images, crop, (size, size), (i * 3 * size * size, size, size * size), order)
+            _job(images, crop, (size, size), (i * 3 * size * size, size, size * size), version)
             for i, crop in enumerate(crops)
         ]
         ops.resize(images.data, jobs, out, kernel_constants(mean, std, dtype))
         return out
     resized = torch.empty((len(crops), size, size, 3), dtype=torch.uint8, device=device)
     for i, crop in enumerate(crops):
-        resized[i] = resample.resize(images.cut(crop), size, size, order)
+        resized[i] = pillow_arithmetic.resize(images.cut(crop), size, size, version)
     return normalize_torch(resized, mean, std, dtype)
 
 
@@ -87,15 +87,15 @@ def _job(
     crop: Crop,
     size: tuple[int, int],
     target: tuple[int, int, int],
-    order: tuple[int, int],
+    version: tuple[int, int],
 ) -> ResizeJob:
     from step37_kernels.ops.resize import ResizeJob
 
     height, width = crop.bottom - crop.top, crop.right - crop.left
     pitch = images.shapes[crop.image][1] * 3
-    rows = True, resample.axis_table(height, size[0])
-    columns = False, resample.axis_table(width, size[1])
-    vertical_first = resample.vertical_pass_first(height, width, *size, order)
+    rows = True, pillow_arithmetic.axis_table(height, size[0])
+    columns = False, pillow_arithmetic.axis_table(width, size[1])
+    vertical_first = pillow_arithmetic.vertical_pass_first(height, width, *size, version)
     return ResizeJob(
         source=(images.offsets[crop.image] + crop.top * pitch + crop.left * 3, pitch),
         height=height,
@@ -153,7 +153,7 @@ def resize_uint8(
         end += all_height * all_width * 3
     device = images.data.device
     triton = use_triton(impl, device)
-    order = resample.installed_pillow() if pillow is None else pillow
+    version = pillow_arithmetic.installed_pillow() if pillow is None else pillow
     make = torch.empty if padded_sizes == sizes else torch.zeros
     result = RaggedImages(
         data=make(end, dtype=torch.uint8, device=device), offsets=offsets, shapes=list(padded_sizes)
@@ -165,10 +165,13 @@ def resize_uint8(
             (offset, width * 3, 1) for offset, (_, width) in zip(offsets, padded_sizes, strict=True)
         ]
         jobs = [
-            _job(images, *each, order) for each in zip(images.whole(), sizes, targets, strict=True)
+            _job(images, *each, version)
+            for each in zip(images.whole(), sizes, targets, strict=True)
         ]
         ops.resize(images.data, jobs, result.data)
         return result
     for i, (height, width) in enumerate(sizes):
-        result.image(i)[:height, :width] = resample.resize(images.image(i), height, width, order)
+        result.image(i)[:height, :width] = pillow_arithmetic.resize(
+            images.image(i), height, width, version
+        )
     return result

@@ -125,7 +125,7 @@ def in_order(packs: Any, workers: int) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_fused_embeddings_are_the_same_with_any_number_of_workers(
-    packs: Any, provider: Any, model: Model, fused: list[torch.Tensor], workers: int
+    *, packs: Any, provider: Any, model: Model, fused: list[torch.Tensor], workers: int
 ) -> None:
     count = 0
     for packed, expected in zip(in_order(packs, workers), fused, strict=True):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from step37_data import flickr8k_loader
+from step37_data.caches.hub_cache import HubFolder
 from step37_data.flickr8k_loader import (
     Flickr8kSample,
     Step37Flickr8kDataset,
     prepare_flickr8k_samples,
     read_flickr8k_metadata,
 )
+from step37_data.text.messages import caption_dialogue
+from tests.limits import HANGS_AFTER_S
 
 MINI = Path(__file__).parents[2] / "examples" / "flickr8k_mini"
 
@@ -147,21 +150,46 @@ def test_after_a_failure_nothing_more_is_fetched(
 ) -> None:
     asked = []
 
-    def fetch(name: str, **_: Any) -> None:
+    def fetch(_: HubFolder, name: str) -> None:
         asked.append(name)
         if name.endswith(".jpg"):
             time.sleep(0.02)
             raise OSError(f"{name}: no such file")
 
-    monkeypatch.setattr(flickr8k_loader, "get_flickr8k_dataset_file", fetch)
+    monkeypatch.setattr(HubFolder, "fetch", fetch)
     (tmp_path / "train").mkdir()
     rows = "".join(f"{n}.jpg,A dog\n" for n in range(50))
     (tmp_path / "train" / "metadata.csv").write_text(f"file_name,caption_0\n{rows}")
-    options: dict[str, Any] = {"sample_count": None, "max_workers": 1, "progress": False}
+    options: dict[str, Any] = {
+        "repo_id": "a/b", "sample_count": None, "max_workers": 1, "progress": False,
+    }  # fmt: skip
     with pytest.raises(OSError, match="no such file"):
         prepare_flickr8k_samples(cache_dir=tmp_path, **options)
     assert asked[0] == "train/metadata.csv"
     assert 1 < len(asked) < 10
+
+
+def test_after_a_failure_nothing_more_is_fetched_while_an_earlier_file_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[str] = []
+    failed = threading.Event()
+
+    def fetch(_: HubFolder, name: str) -> None:
+        if name == "0.jpg":
+            failed.wait(HANGS_AFTER_S)
+            time.sleep(0.3)  # for whatever is begun in spite of the failure
+        elif name == "1.jpg":
+            failed.set()
+            raise OSError(f"{name}: no such file")
+        else:
+            others.append(name)
+
+    monkeypatch.setattr(HubFolder, "fetch", fetch)
+    folder = HubFolder(repo_id="a/b", cache_dir=tmp_path, max_workers=2, progress=False)
+    with pytest.raises(OSError, match=r"1\.jpg: no such file"):
+        folder.fetch_all([f"{n}.jpg" for n in range(50)], "a/b")
+    assert others == []
 
 
 def test_all_bad_lines_of_the_metadata_are_told_at_once(tmp_path: Path) -> None:
@@ -179,3 +207,85 @@ def test_all_bad_lines_of_the_metadata_are_told_at_once(tmp_path: Path) -> None:
     assert "'../b.jpg' leaves the folder" in told
     assert told.endswith("; and 12 more")
     assert len(read_flickr8k_metadata(metadata, sample_count=50)) == 50
+
+
+def own_folder(folder: Path, there: list[str], named: list[str]) -> Path:
+    for name in there:
+        path = folder / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    rows = "".join(f'"{name}",a dog\n' for name in named)
+    (folder / "train" / "metadata.csv").write_text(f"file_name,caption_0\n{rows}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_all_pictures_that_an_own_folder_lacks_are_told_at_once_and_none_is_downloaded(
+    tmp_path: Path,
+) -> None:
+    named = [f"{n}.jpg" for n in range(30)]
+    own_folder(tmp_path, named[:5], named)
+    (tmp_path / "train" / "2.jpg").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"metadata\.csv names 26 pictures that") as caught:
+        prepare_flickr8k_samples(cache_dir=tmp_path, sample_count=None)
+    told = str(caught.value)
+    assert f"empty: {tmp_path}/train/2.jpg is empty; {tmp_path}/train/5.jpg is missing; " in told
+    assert re.findall(r"(\d+)\.jpg is", told) == ["2", *map(str, range(5, 14))]
+    assert "; and 16 more. This metadata.csv did not come from the hub, so nothing is" in told
+    assert len(prepare_flickr8k_samples(cache_dir=tmp_path, sample_count=2)) == 2
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_picture_whose_name_is_spelt_a_little_differently_is_named(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9.jpg", "cafe\u0301.jpg"
+    there = ["Beach.JPG", "More/Cat.png", decomposed]
+    own_folder(tmp_path, there, ["beach.jpg", "more/cat.png", composed, "dog.jpg"])
+    with pytest.raises(FileNotFoundError, match="names 4 pictures") as caught:
+        prepare_flickr8k_samples(cache_dir=tmp_path)
+    told = str(caught.value)
+    assert "beach.jpg is missing (there is 'Beach.JPG': the same name in upper or lower" in told
+    assert "more/cat.png is missing (there is 'More/Cat.png': the same name in upper or" in told
+    assert f"(there is '{decomposed}': the same name in another Unicode form" in told
+    assert f"{tmp_path}/train/dog.jpg is missing. This" in told
+
+
+def test_missing_pictures_of_an_own_folder_come_from_the_data_set_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo_id: str, name: str, **_: Any) -> None:
+        asked.append((repo_id, name))
+        (tmp_path / name).write_bytes(b"x")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    own_folder(tmp_path, ["a.jpg"], ["a.jpg", "b.jpg"])
+    assert len(prepare_flickr8k_samples(cache_dir=tmp_path, repo_id="me/mine", progress=False)) == 2
+    assert asked == [("me/mine", "train/b.jpg")]
+
+
+def test_the_last_of_two_columns_of_one_name_counts_and_short_rows_have_empty_cells(
+    tmp_path: Path,
+) -> None:
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text("caption_0,file_name,caption_0\nx,a.jpg,first\ny,b.jpg\nz,c.jpg,third,\n")
+    samples = read_flickr8k_metadata(metadata)
+    assert [sample.caption for sample in samples] == ["first", "third"]
+
+
+def test_a_caption_is_asked_for_after_its_picture_and_answered_by_the_assistant() -> None:
+    dataset = Step37Flickr8kDataset(
+        [Flickr8kSample("a.jpg", "A dog .")], lambda data: data, "What?"
+    )  # type: ignore[arg-type]
+    asked = {"role": "user", "content": "<image>\nWhat?"}
+    answered = {"role": "assistant", "content": "A dog ."}
+    assert dataset[0] == {"images": ["a.jpg"], "conversations": [asked, answered]}
+    assert caption_dialogue("A dog .", "What?") == [asked, answered]

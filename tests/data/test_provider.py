@@ -93,6 +93,30 @@ def test_the_fields_and_defaults_are_those_of_the_replaced_provider() -> None:
         Step37Flickr8kSFTDataProvider("t")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seqlen_divisible_by", 0, "expected at least 1, got 0"),
+        ("seqlen_divisible_by", 64.0, "expected an integer, got 64.0"),
+        ("max_packing_seqlen", 0, "expected at least 1, got 0"),
+        ("packing", "best", "expected one of next_fit, best_fit, balanced, got 'best'"),
+        ("packing_window", 0, "expected at least 1, got 0"),
+        ("dataset_sampling", "sorted", "expected one of sequential, random, got 'sorted'"),
+        ("oversize_policy", "cut", "expected one of drop, extend, got 'cut'"),
+    ],
+)
+def test_a_wrong_field_is_refused_where_it_is_given_and_before_anything_is_downloaded(
+    tmp_path: Path, name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        provider_of(tmp_path, **{name: value})
+    provider = provider_of(tmp_path)
+    setattr(provider, name, value)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        provider.build_datasets(None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_packs_are_those_of_the_parts_put_together(folder: Path) -> None:
     train, valid, test = provider_of(folder).build_datasets(None)
     assert (valid, test) == (None, None)
@@ -318,13 +342,13 @@ def test_every_field_reaches_the_part_it_is_for(
     def recorded(name: str) -> Any:
         real = getattr(step37_data.provider, name)
 
-        def call(**options: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             given.update(options)
-            return real(**options)
+            return real(*arguments, **options)
 
         return call
 
-    for name in ("Step37MultimodalTemplate", "prepare_flickr8k_samples", "MixedPackedDataloader"):
+    for name in ("Step37MultimodalTemplate", "prepare_flickr8k_samples", "pack_captions"):
         monkeypatch.setattr(step37_data.provider, name, recorded(name))
     fields = {
         "caption_key": "caption_3",

@@ -1,4 +1,4 @@
-"""A folder of pictures and captions, the same as shards, and Energon over them in their order."""
+"""Fixtures: a folder of pictures and captions, its shards, and Energon reading them in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m bench shards``: both encoders draw every sample of the shards that it writes."""
+"""In ``python -m bench shards`` both encoders draw every sample of the shards that it writes."""
 
 from __future__ import annotations
 

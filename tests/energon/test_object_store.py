@@ -1,4 +1,4 @@
-"""Shards in an object store, read through Energon's own storage client."""
+"""Shards in an object store are read through Energon's own storage client."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Shards through Energon are the folder: the same packs, tokens and pixels, each sample once."""
+"""Shards through Energon give the folder's packs, tokens and pixels, and each sample once."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import pickle
 from collections import Counter
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from step37_data.common.image_entry import EncodedImage
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from tests.energon.conftest import SAMPLES, TOKENIZER
@@ -52,7 +55,7 @@ def pixels_of(pack: dict[str, Any], encoder: Step37TaskEncoder) -> dict[str, Any
     [("next_fit", SAMPLES, False), ("best_fit", 16, False), ("best_fit", 20, True)],
 )
 def test_packs_tokens_and_pixels_are_those_of_the_folders_provider_bit_for_bit(
-    folder: Path, shards: Path, in_order: Build, packing: Any, buffer: int, multicrop: bool
+    *, folder: Path, shards: Path, in_order: Build, packing: Any, buffer: int, multicrop: bool
 ) -> None:
     length = 1700 if multicrop else 700
     provider = Step37Flickr8kSFTDataProvider(
@@ -85,6 +88,36 @@ def test_packs_tokens_and_pixels_are_those_of_the_folders_provider_bit_for_bit(
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.rope_cu_seqlens, other.rope_cu_seqlens)
     assert most_groups == 1 + multicrop
+
+
+def encoded(encoder: Step37TaskEncoder, key: str, words: int, pictures: list[bytes]) -> Any:
+    images: list[Any] = [EncodedImage(f"{key}.{i}.png", each) for i, each in enumerate(pictures)]
+    content = "<image>" * len(images) + " what? " + "word " * words
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]
+    keys = {"__key__": key, "__restore_key__": (), "__subflavors__": {}}
+    return encoder.encode_sample({**keys, "conversations": messages, "images": images})
+
+
+@pytest.mark.parametrize("multicrop", [False, True])
+def test_balanced_packs_of_a_buffer_are_alike_in_the_rows_that_the_vision_tower_makes(
+    multicrop: bool,
+) -> None:
+    photograph = io.BytesIO()
+    Image.new("RGB", (800, 600)).save(photograph, "PNG")
+    encoder = Step37TaskEncoder(TOKENIZER, packing="balanced", multicrop=multicrop)
+    row = encoder.template.tokenizer.convert_tokens_to_ids("<im_patch>")
+    samples = [encoded(encoder, f"{i}", 0, [photograph.getvalue()]) for i in range(16)]
+    # Texts as long as a picture: the sizes tell nothing about the rows.
+    short, long = (len(encoded(encoder, "text", words, [])) for words in (1, 101))
+    words = 100 * (len(samples[0]) - short) // (long - short)
+    samples += [encoded(encoder, f"text{i}", words, []) for i in range(16)]
+    encoder.max_packing_seqlen = 4 * len(samples[0]) + 40
+    packs = encoder.select_samples_to_pack(samples)
+    assert sum(map(len, packs)) == len(samples)
+    of_sample = [int((sample["tokens"] == row).sum()) for sample in samples]
+    assert [encoder._vision_tokens(sample) for sample in samples] == of_sample
+    rows = [sum(int((one["tokens"] == row).sum()) for one in pack) for pack in packs]
+    assert rows == [2 * of_sample[0]] * 8
 
 
 @pytest.mark.parametrize("batch_size", [1, None])

@@ -1,4 +1,4 @@
-"""The provider: endless packs whose saved state is about those that were used."""
+"""The provider gives packs without end; its saved state stands behind those that were used."""
 
 from __future__ import annotations
 
@@ -121,6 +121,58 @@ def test_a_pack_given_again_is_the_same_bit_for_bit(shards: Path) -> None:
             assert list(map(list, value)) == list(map(list, second[name]))
         elif name not in ("skipped_samples", "dropped_samples", "__restore_key__"):
             assert value == second[name], name
+
+
+@pytest.mark.parametrize(("saved_with", "resumed_with"), [(2, 3), (2, 1), (0, 2), (2, 0), (0, 1)])
+def test_a_state_of_another_number_of_workers_is_refused_before_anything_is_read(
+    shards: Path, saved_with: int, resumed_with: int
+) -> None:
+    packs = packs_of(shards, num_workers=saved_with)
+    keys(packs, 2)
+    state = through_a_file(packs.save_state())
+    del packs
+    resumed = packs_of(shards, num_workers=resumed_with)
+    told = f"num_workers: the state was saved with {saved_with}, and this run has {resumed_with}"
+    with pytest.raises(ValueError, match=told):
+        resumed.restore_state(state)
+    assert resumed._packs is None
+
+
+def test_a_state_of_another_number_of_ranks_and_what_is_no_state_are_refused(shards: Path) -> None:
+    packs = packs_of(shards)
+    keys(packs, 2)
+    state = {**packs.save_state(), "data-parallel size": 4}
+    with pytest.raises(ValueError, match="size: the state was saved with 4, and this run has 1"):
+        packs_of(shards).restore_state(state)
+    for other in (None, {"unused": []}):
+        with pytest.raises(ValueError, match="expected loader and unused, got"):
+            packs_of(shards).restore_state(other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["seqlen_divisible_by", "max_packing_seqlen", "packing_buffer_size", "shuffle_buffer_size",
+     "max_samples_per_sequence", "num_workers"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, -64, 2.0, "64"])
+def test_a_number_that_cannot_be_is_refused_by_its_name_before_anything_is_read(
+    name: str, value: Any
+) -> None:
+    if (name, value) != ("num_workers", 0):
+        with pytest.raises(ValueError, match=f"^{name}: expected a"):
+            packs_of(Path("there are no shards here"), **{name: value})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pack_that_holds_none_of_the_samples_is_the_reason_given(
+    shards: Path, num_workers: int
+) -> None:
+    packs = packs_of(shards, num_workers=num_workers, max_packing_seqlen=150)
+    told = (
+        r"no sample fits in a pack of 150 tokens \(max_packing_seqlen\); the shortest of .* has \d"
+    )
+    with pytest.raises(ValueError, match=told):
+        next(packs)
 
 
 def test_without_a_reader_ahead_every_pack_handed_out_counts_as_used(shards: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable
@@ -60,9 +61,13 @@ def shard(tmp_path: Path) -> Callable[[list[Parts]], Path]:
     return write
 
 
-def cooked(**parts: Any) -> list[Any]:
+def cook(parts: dict[str, Any], **options: Any) -> dict[str, Any]:
     sample = {"__key__": "k", "__restore_key__": (), "__sources__": (), "__subflavors__": {}}
-    return cook_sample({**sample, **parts})["images"]
+    return cook_sample({**sample, **parts}, **options)
+
+
+def cooked(**parts: Any) -> list[Any]:
+    return cook(parts)["images"]
 
 
 def test_pictures_come_as_the_json_names_them_and_otherwise_in_the_order_of_their_names() -> None:
@@ -81,7 +86,15 @@ def test_pictures_come_as_the_json_names_them_and_otherwise_in_the_order_of_thei
         ({"json": b"[]"}, "k.json: expected an object with messages"),
         ({"json": b'{"messages": [], "images": ["a.jpg"]}'}, "images name 'a.jpg', its pictures"),
         ({"jpg": b"", "md": b""}, r"expected json or txt, got the parts \['jpg', 'md'\]"),
-        ({"json": b"{"}, "Expecting property name"),
+        ({"json": b"{"}, "k.json: expected JSON: Expecting property name"),
+        ({"json": b"\xff"}, "k.json: expected text in UTF-8"),
+        ({"txt": b"caf\xe9"}, "k.txt: expected text in UTF-8"),
+        ({"json": b"[" * 100_000}, "k.json: its lists and objects are nested too deeply"),
+        ({"json": b'{"messages": 5}'}, "k.json: expected a list of messages, got 5"),
+        # Beside a caption, too: it is a conversation, and a wrong one.
+        ({"json": b'{"messages": null}', "txt": b"A."}, "k.json: expected a list of messages"),
+        ({"json": b"{", "txt": b"A."}, "k.json: expected JSON"),
+        ({"json": b'{"caption": "A."}'}, r"or a caption_key .*; got the keys \['caption'\]"),
     ],
 )
 def test_a_sample_of_another_form_is_refused_with_its_key(
@@ -89,6 +102,121 @@ def test_a_sample_of_another_form_is_refused_with_its_key(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cooked(**parts)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [None, 5, "a.jpg", {"a.jpg": 0}, [5], [{}], [None], [["a.jpg"]], [["a.jpg", 1, 2]], [[[], 0]],
+     [["a.jpg", None]], [["a.jpg", 2]], [["a.jpg", []]], [["a.jpg", "crop"]]],
+)  # fmt: skip
+def test_images_of_any_other_form_are_a_value_error_with_the_key(images: Any) -> None:
+    body = {**asking(1), "images": images}
+    with pytest.raises(ValueError, match=r"k\.json: (expected )?images"):
+        cook({"a.jpg": b"", "json": json.dumps(body).encode()})
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 5, True, "x", "\ud800", [], {}, [[]], [{}], [None], {"a": 1}]
+)
+def test_messages_of_any_form_are_told_with_the_key_or_encoded(odd: Any) -> None:
+    encoder = Step37TaskEncoder(TOKENIZER)
+    conversations = [[odd], [*asking(1)["messages"], odd]]
+    for place, name in itertools.product(
+        (0, 1),
+        ("role", "content", "loss_mask", "reasoning_content", "tool_calls", "reasoning_effort"),
+    ):
+        messages = [dict(message) for message in asking(1)["messages"]]
+        messages[place][name] = odd
+        conversations.append(messages)
+    refused = []
+    for messages in conversations:
+        body = json.dumps({"messages": messages}).encode()
+        try:
+            encoder.encode_sample(cook({"jpg": b"", "json": body}))
+        except ValueError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(message.startswith("sample k: ") for message in refused)
+
+
+METADATA = json.dumps({"caption": " Of json. ", "url": "https://a", "width": 3}).encode()
+
+
+@pytest.mark.parametrize(
+    ("parts", "caption_key", "caption"),
+    [
+        ({"txt": b"Of txt.\n", "json": METADATA}, None, "Of txt."),
+        ({"txt": b"Of txt.", "json": b"[1, 2]"}, None, "Of txt."),
+        ({"txt": b"Of txt.", "json": METADATA}, "caption", "Of json."),
+        ({"json": METADATA}, "caption", "Of json."),
+        ({"txt": b"Of txt."}, "caption", "Of txt."),
+        ({"txt": b"\xef\xbb\xbfA mark of the byte order."}, None, "A mark of the byte order."),
+        ({"json": b"\xef\xbb\xbf" + METADATA}, "caption", "Of json."),
+    ],
+)
+def test_a_caption_is_in_txt_or_where_caption_key_says_and_other_json_is_metadata(
+    parts: dict[str, bytes], caption_key: str | None, caption: str
+) -> None:
+    sample = cook({"jpg": b"", **parts}, caption_key=caption_key)
+    assert sample["caption"] == caption
+    assert sample["images"] == [EncodedImage("k.jpg", b"")]
+    assert "conversations" not in sample
+
+
+def test_messages_are_a_conversation_whatever_is_beside_them() -> None:
+    body = {**asking(1), "caption": "No."}
+    sample = cook({"jpg": b"", "json": json.dumps(body).encode(), "txt": b"No."}, caption_key="no")
+    assert sample["conversations"] == asking(1)["messages"]
+    assert "caption" not in sample
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"text": "A."}', r"expected the caption_key 'caption', got the keys \['text'\]"),
+        (b'"A."', "expected the caption_key 'caption', got 'A.'"),
+        (b'{"caption": ["A."]}', r"expected a text under 'caption', got \['A.'\]"),
+    ],
+)
+def test_json_without_the_caption_that_it_ought_to_hold_is_refused(
+    body: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cook({"jpg": b"", "txt": b"Of txt.", "json": body}, caption_key="caption")
+
+
+@pytest.mark.parametrize(
+    "parts", [{"txt": b""}, {"txt": b" \n\t"}, {"txt": b"\xef\xbb\xbf"}, {"json": b'{"c": null}'}]
+)
+def test_a_blank_caption_is_skipped(parts: dict[str, bytes]) -> None:
+    with pytest.raises(energon.SkipSample):
+        cook({"jpg": b"", **parts}, caption_key="c")
+
+
+def test_shards_with_metadata_and_blank_captions_are_drawn_and_the_blank_ones_counted(
+    shard: Callable[[list[Parts]], Path], in_order: Build
+) -> None:
+    # More of each than Energon bears with errors.
+    samples: list[Parts] = [{"jpg": picture(1), "txt": " ", "json": {"url": "a"}}] * 150
+    samples += [{"jpg": picture(2), "txt": "A caption.", "json": {"url": "a"}}] * 150
+    path = shard(samples)
+    dataset = in_order(path, Step37TaskEncoder(TOKENIZER), packing_buffer_size=30)
+    packs = list(energon.get_loader(dataset))
+    assert sum(len(pack["__key__"]) for pack in packs) == 150
+    assert sum(pack["skipped_samples"] for pack in packs) == 150
+    dataset = in_order(path, Step37TaskEncoder(TOKENIZER, caption_key="url"))
+    drawn = [key for pack in energon.get_loader(dataset) for key in pack["__key__"]]
+    assert len(drawn) == 300
+
+
+def test_a_data_set_without_captions_ends_the_run_and_not_the_training_time(
+    shard: Callable[[list[Parts]], Path], in_order: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("step37_energon.task_encoder._MOST_BLANK", 40)
+    path = shard([{"jpg": picture(1), "txt": ""}] * 3)
+    dataset = in_order(path, Step37TaskEncoder(TOKENIZER), repeat=True)
+    with pytest.raises(ValueError, match="the last 40 samples have blank captions"):
+        next(iter(energon.get_loader(dataset)))
 
 
 def test_what_cannot_be_told_is_skipped_by_energons_error_handling_and_counted(
@@ -120,7 +248,7 @@ def test_what_cannot_be_told_is_skipped_by_energons_error_handling_and_counted(
     assert [text.partition(":")[0] for text in reported] == [
         "sample s1",
         "sample s3",
-        "Expecting property name enclosed in double quotes",
+        "s5.json",
         "sample s6",
     ]
     assert "1 files of type image for 2 placeholders" in reported[0]
@@ -167,8 +295,10 @@ def test_a_broken_picture_follows_on_broken(
     [
         ({"packing": "worst_fit"}, "packing: expected one of next_fit, best_fit, balanced"),
         ({"on_broken": "ignore"}, "on_broken: expected one of zero, raise, skip-loss"),
+        ({"seqlen_divisible_by": 0}, "seqlen_divisible_by: expected at least 1, got 0"),
+        ({"max_packing_seqlen": 0}, "max_packing_seqlen: expected at least 1, got 0"),
     ],
 )
-def test_an_unknown_word_is_refused(given: dict[str, Any], message: str) -> None:
+def test_a_value_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Step37TaskEncoder(TOKENIZER, **given)

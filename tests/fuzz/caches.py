@@ -45,7 +45,7 @@ def _lengths(rng: np.random.Generator, folder: Path) -> None:
 
     sets = [texts() for _ in range(3)]
     for number in rng.integers(0, 3, 4):
-        for file in folder.rglob("*.lengths"):
+        for file in folder.rglob("*.npz"):
             if rng.random() < 0.5:
                 content = file.read_bytes()
                 file.write_bytes(damaged(rng, content))

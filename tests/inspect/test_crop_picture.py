@@ -1,4 +1,4 @@
-"""What the inspect command says about a picture seen in crops is what the plan says."""
+"""The inspect command describes a picture in crops as it is planned."""
 
 from __future__ import annotations
 

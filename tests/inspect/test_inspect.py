@@ -1,4 +1,4 @@
-"""What the inspect command says about packs and data sets is what is in them."""
+"""The inspect command describes packs and data sets as they are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import step37_kernels
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader
 from step37_data.provider import Step37Flickr8kSFTDataProvider
@@ -25,10 +26,11 @@ from step37_inspect import style
 from step37_inspect.cli import _parser, main
 from step37_inspect.data_set import (
     DataSetDescription,
-    _histogram,
+    data_set_lines,
     draw_data_set,
     find_broken_images,
 )
+from step37_inspect.histogram import Histogram
 from step37_inspect.pack_picture import TOKENS_A_LINE, describe_pack, draw_pack
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
@@ -56,14 +58,14 @@ def drawn(sheet: Any) -> np.ndarray:
 
 
 def low_in(sheet: Any, token: int) -> tuple[int, int]:
-    """Row and column of the pixel low in the middle of a token: no label is written there."""
+    """Row and column of a pixel in the lower half of a token, where no label is written."""
     line, column = divmod(token, TOKENS_A_LINE)
     x, y = sheet.axes[1].transData.transform((column + 0.5, line + 0.68))
     return round(sheet.bbox.height - y), round(x)
 
 
 def check_lettering(sheet: Any) -> None:
-    """No label is cut by the edge, none lies on another."""
+    """Check that no label is cut by the edge and that no two overlap."""
     from matplotlib.text import Text
 
     drawn(sheet)
@@ -172,7 +174,116 @@ def test_a_pack_that_is_not_there_or_a_folder_without_metadata_is_an_error(
     assert main(["inspect", str(tmp_path / "none"), *command]) == 1
     assert "metadata.csv" in capsys.readouterr().err
     assert main(["inspect", str(folder), *command, "--caption-key", "caption_7"]) == 1
-    assert "no row has a file_name and a caption_7" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no row has a file_name and a caption_7 (--caption-key)" in told
+    assert "its columns: file_name, caption_0, caption_1" in told
+
+
+def test_a_folder_of_another_layout_is_told_the_layout_that_is_expected(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    def error_of(at: Path, *options: str) -> str:
+        assert main(["inspect", str(at), "--tokenizer", TOKENIZER, "--quiet", *options]) == 1
+        return capsys.readouterr().err
+
+    told = error_of(folder / "train")
+    assert f"{folder}/train is a split; give the folder above it: {folder} --split train" in told
+    told = error_of(folder, "--split", "val")
+    assert "there are the splits train (--split)" in told
+    assert f"{folder}/val/metadata.csv    with the columns file_name and caption_0" in told
+    told = error_of(folder.parent / "empty", "--caption-key", "text")
+    assert f"{folder.parent}/empty/train/metadata.csv: there is no such file\n" in told
+    assert "with the columns file_name and text" in told
+    (folder / "train" / "metadata.csv").unlink()
+    os.mkfifo(folder / "train" / "metadata.csv")
+    assert "there is no such file" in error_of(folder)
+
+
+@pytest.mark.parametrize("option", ["--max-length", "--divisible-by", "--html-packs"])
+def test_a_number_that_cannot_be_is_refused_by_the_name_of_its_option(
+    capsys: pytest.CaptureFixture[str], folder: Path, option: str
+) -> None:
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet", option, "-1"]
+    assert main(command) == 1
+    least = 0 if option == "--html-packs" else 1
+    assert capsys.readouterr().err == f"step37-data: {option}: expected at least {least}, got -1\n"
+    command = ["shard", str(folder), str(folder), "--samples-per-shard", "0"]
+    assert main(command) == 1
+    told = "step37-data: --samples-per-shard: expected at least 1, got 0\n"
+    assert capsys.readouterr().err == told
+
+
+def test_dropped_samples_skipped_rows_and_odd_pictures_are_named(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    Image.new("RGBA", (9, 9)).save(folder / "train" / "alpha.png")
+    with (folder / "train" / "metadata.csv").open("a") as file:
+        file.write(f"alpha.png,A {'long ' * 90} one\ncoffee.jpg, \n,No file.\n")
+    lines = inspect(capsys, folder, "--max-length", "300")
+    assert lines[1] == "skipped   2 rows without a file name or a caption"
+    first = lines.index("too long  1 of 9 samples have more than 300 tokens: dropped")
+    assert re.fullmatch(rf" +{folder}/train/alpha.png: \d+ tokens", lines[first + 1])
+    told = r" +far from the other lengths: alpha\.png \(\d+\)"
+    assert any(re.fullmatch(told, line) for line in lines)
+    at = lines.index("pixels    1 of 9 files are not used as a viewer shows them")
+    assert "alpha.png: transparency (RGBA)" in lines[at + 1]
+    lines = inspect(capsys, folder, "--max-length", "300", "--oversize", "extend")
+    assert "too long  1 of 9 samples have more than 300 tokens: each alone in a pack" in lines
+    assert not any(
+        line.startswith(("skipped", "too long", "pixels"))
+        for line in inspect(capsys, folder, "--sample-count", "8")
+    )
+    lines = inspect(capsys, folder, "--max-length", "30", "--packing", "balanced")
+    assert "          balanced: no packs, 9 dropped" in lines
+
+
+def test_many_dropped_samples_are_named_in_part() -> None:
+    data = DataSetDescription(
+        name="", sizes=np.arange(60, 90), images=30, capacity=64, oversize="drop", broken=None,
+        files=[f"{number}.jpg" for number in range(60, 90)],
+    )  # fmt: skip
+    lines = list(data_set_lines(data))
+    first = lines.index("too long  25 of 30 samples have more than 64 tokens: dropped")
+    named = [f"          {number}.jpg: {number} tokens" for number in range(65, 85)]
+    assert lines[first + 1 : first + 22] == [*named, "          and 5 more; --html lists all"]
+
+
+def test_balanced_packs_can_be_looked_at(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "drawn.png"
+    options = ["--packing", "balanced", "--max-length", "650"]
+    lines = inspect(capsys, folder, *options, "--out", str(out))
+    assert any(line.startswith("          balanced: 8 samples in 3 packs") for line in lines)
+    assert out.exists()
+    assert inspect(capsys, folder, *options, "--pack", "2")[0].startswith("pack 2 of 3:")
+
+
+def test_lengths_are_measured_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    call = Step37MultimodalTemplate.__call__
+
+    def counted(template: Step37MultimodalTemplate, data: Any) -> Any:
+        calls.append(data)
+        return call(template, data)
+
+    monkeypatch.setattr(Step37MultimodalTemplate, "__call__", counted)
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet", "--packing", "best_fit"]
+    assert main([*command, "--html", str(tmp_path / "p.html"), "--html-packs", "0"]) == 0
+    assert len(calls) == 8
+
+
+def test_help_and_version_are_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["--help"], ["inspect", "--help"], ["shard", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == 0
+        told = capsys.readouterr().out
+        assert "`" not in told
+        assert "None" not in told
+    assert told == f"step37-data {step37_kernels.__version__}\n"
 
 
 def test_what_cannot_be_read_is_an_error_of_one_line(
@@ -189,10 +300,12 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     shutil.copytree(TOKENIZER, broken)
     (broken / "chat_template.jinja").write_text("{% for m in %}")
     assert "TemplateSyntaxError" in error_of("--tokenizer", str(broken))
-    assert "there is no folder" in error_of("--tokenizer", str(tmp_path / "none"))
+    told = error_of("--tokenizer", str(tmp_path / "none"))
+    assert told.startswith("step37-data: --tokenizer")
+    assert "there is no folder" in told
     good = ("--tokenizer", TOKENIZER)
     for count in ("0", "-3"):
-        message = f"sample_count: expected at least 1, got {count}"
+        message = f"--sample-count: expected at least 1, got {count}"
         assert message in error_of(*good, "--sample-count", count)
     metadata = folder / "train" / "metadata.csv"
     metadata.write_bytes("file_name,caption_0\na.jpg,café\n".encode("latin-1"))
@@ -402,6 +515,44 @@ def test_a_data_set_is_drawn_with_legible_labels(
     assert sum(bar.get_height() for bar in filled.patches) == packs
 
 
+@pytest.mark.parametrize("low", [[], [5]])
+@pytest.mark.parametrize("high", [[], [98_000, 64_000]])
+@pytest.mark.parametrize("capacity", [2048, 280, 100_000, 3])
+def test_an_outlier_is_named_and_leaves_the_others_their_room(
+    low: list[int], high: list[int], capacity: int
+) -> None:
+    sizes = np.concatenate([np.random.default_rng(0).integers(200, 300, 5000), low, high])
+    sizes = sizes.astype(np.int64)
+    data = DataSetDescription(
+        name="set", sizes=sizes, images=5000, capacity=capacity, oversize="drop", broken={},
+        loads=np.full(len(sizes), 169), files=[f"{number}.jpg" for number in range(len(sizes))],
+    )  # fmt: skip
+    histogram = data.histogram
+    assert sum(histogram.counts(sizes)) == len(sizes)
+    assert len(histogram.bins) == 15 + len(low) + bool(high)
+    assert sum(count > 100 for count in histogram.counts(sizes)) == 15
+    assert [size for _, size in data.far_off] == high + low
+    lines = "\n".join(data_set_lines(data))
+    for _, size in data.far_off:
+        assert f".jpg ({size})" in lines
+    sheet = draw_data_set(data)
+    check_lettering(sheet)
+    lengths = sheet.axes[0]
+    assert sum(bar.get_height() for bar in lengths.patches) == len(sizes)
+    left, right = lengths.get_xlim()
+    assert right - left < 160
+
+
+def test_a_picture_for_the_page_has_no_title_and_all_below_it() -> None:
+    sheet = style.sheet_of(3, 2, "A title")
+    whole = drawn(sheet)
+    with Image.open(io.BytesIO(style.png_of(sheet, titled=False))) as picture:
+        below = np.asarray(picture.convert("RGB"))
+    assert below.shape == (155, 300, 3)
+    assert (whole[:45] < 128).any()
+    assert (below == 255).all()
+
+
 def test_fills_hold_the_tokens_of_every_pack() -> None:
     fills = DataSetDescription(
         name="", sizes=np.array([4, 3, 9, 2, 6]), images=5, capacity=8, oversize="drop", broken=None
@@ -423,4 +574,6 @@ def test_broken_images_are_found_in_order(folder: Path) -> None:
 
 def test_lengths_near_the_end_of_their_narrow_type_are_counted_as_they_are() -> None:
     sizes = [180, 200, 254, 171, 190]
-    assert _histogram(np.array(sizes, dtype=np.uint8)) == _histogram(np.array(sizes))
+    narrow, wide = np.array(sizes, dtype=np.uint8), np.array(sizes)
+    assert Histogram.of(narrow) == Histogram.of(wide)
+    assert Histogram.of(narrow).counts(narrow) == Histogram.of(wide).counts(wide)

@@ -1,4 +1,4 @@
-"""The page of a data set: whole in one file, and in a browser one pack at a time."""
+"""The page of a data set is one file, and a browser shows one pack of it at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import step37_kernels
 from step37_inspect.cli import main
 from tests.limits import HANGS_AFTER_S
 
@@ -24,7 +25,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 
 
 class Outline(html.parser.HTMLParser):
-    """Elements still open at the end, packs, cells, and everything that is fetched."""
+    """Collects elements that are not closed, packs, cells, and everything that is fetched."""
 
     VOID = frozenset({"meta", "img", "br"})
 
@@ -54,18 +55,32 @@ class Outline(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight samples in packs of two, one picture broken, one caption that looks like markup."""
+def folder_of_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight samples, one picture broken, one caption that looks like markup; and one too long.
+
+    The picture of the last has to be turned. A row without a caption follows.
+    """
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(EXAMPLES / "flickr8k_mini" / "train", folder / "data" / "train")
     metadata = folder / "data" / "train" / "metadata.csv"
     text = metadata.read_text(encoding="utf-8")
     metadata.write_text(text.replace("A tabby cat", "A <b>tabby</b> & cat"), encoding="utf-8")
     (folder / "data" / "train" / "rocket.jpg").write_bytes(b"no picture")
-    out = folder / "made" / "page.html"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(folder / "data" / "train" / "turned.jpg", exif=exif)
+    with metadata.open("a", encoding="utf-8") as file:
+        file.write(f"turned.jpg,A {'long ' * 300} one.\nturned.jpg,\n")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def page(folder_of_page: Path) -> Path:
+    """The page of it, in packs of two samples."""
+    out = folder_of_page.parent / "made" / "page.html"
     arguments = ["--tokenizer", str(EXAMPLES / "tokenizer"), "--quiet", "--max-length", "450"]
     arguments += ["--sampling", "sequential", "--html", str(out), "--html-packs", "3"]
-    assert main(["inspect", str(folder / "data"), *arguments]) == 0
+    assert main(["inspect", str(folder_of_page), *arguments]) == 0
     return out
 
 
@@ -84,6 +99,51 @@ def test_the_page_is_well_formed_and_fetches_nothing(page: Path) -> None:
     assert any("A <b>tabby</b> & cat" in cell for cell in outline.cells)
     assert any(cell.startswith("UnidentifiedImageError") for cell in outline.cells)
     assert outline.cells[:2] == ["next_fit", "4"]
+
+
+def test_the_page_tells_how_it_was_made_and_what_was_left_out(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    told = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert told["version"] == f"step37 {step37_kernels.__version__}"
+    assert re.fullmatch(r"\d\d \w+ 20\d\d, \d\d:\d\d UTC", told["date"])
+    assert told["tokenizer"] == str(EXAMPLES / "tokenizer")
+    assert told["packs"] == "450 tokens, padded to a multiple of 64"
+    assert told["sampling"] == "sequential"
+    assert told["packing"] == "next_fit"
+    assert told["rows skipped"] == "1, without a file name or a caption"
+    assert told["longer than a pack"].startswith("1 of 9 samples have more than 450 tokens")
+    assert "EXIF orientation 6" in text
+
+
+def test_every_title_stands_once_and_as_text(page: Path) -> None:
+    text = re.sub(r'(src|alt)="[^"]*"', "", page.read_text(encoding="utf-8"))
+    name = re.search("<title>(.*)</title>", text)
+    assert name is not None
+    assert text.count(name[1]) == 2  # the window's title, and the page's
+    titles = re.findall("<h[123]>(.*?)</h[123]>", text)
+    assert len(titles) == len(set(titles)) > 5
+
+
+def test_the_page_is_fit_for_the_dark_and_for_a_telephone(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert "color-scheme: light dark" in text
+    style = text[text.index("<style>") : text.index("</style>")]
+    # Colours are named once, so that none is forgotten in the dark.
+    rules = re.sub(r"--\w+: #\w+;", "", style)
+    assert "#" not in rules
+    assert "img { max-width: 100%; height: auto;" in style
+    # Every table scrolls within a box of its own.
+    assert text.count("<table>") == text.count('<div class="wide"><table>') > 3
+
+
+def test_a_page_of_a_set_that_fits_in_no_pack_says_so(folder_of_page: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    arguments = ["--tokenizer", str(EXAMPLES / "tokenizer"), "--quiet", "--max-length", "99"]
+    assert main(["inspect", str(folder_of_page), *arguments, "--html", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "9 of 9 samples have more than 99 tokens: dropped" in text
+    assert "0 of 0 packs" in text
 
 
 def test_a_page_of_one_pack_cannot_be_asked_for(

@@ -133,7 +133,7 @@ def test_the_chain_on_a_device_is_the_rule_for_photographs_at_the_sizes_of_the_m
 def test_the_kernels_chain_is_the_rule(sizes, monkeypatch):
     if INTERPRETED:  # its time goes by programs: fewer and larger ones
         monkeypatch.setattr("step37_kernels.ops.resize.TILE", (64, 128))
-        monkeypatch.setattr("step37_kernels.ops.resize.LINES", (64, 64))
+        monkeypatch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (64, 64))
     assert_device_chain([noise(*size) for size in sizes], "triton", (28, 14))
 
 

@@ -27,7 +27,7 @@ SAMPLES = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 9)), max_size=60
     group=st.integers(1, 9),
 )
 def test_no_sample_is_lost_or_doubled_no_pack_is_overfull_and_hardly_one_is_added(
-    samples: list[tuple[int, int]], max_len: int, policy: Any, window: int, group: int
+    *, samples: list[tuple[int, int]], max_len: int, policy: Any, window: int, group: int
 ) -> None:
     sizes, loads = [size for size, _ in samples], [load for _, load in samples]
     order, result = pack_balanced(sizes, loads, max_len, policy, window=window, group=group)

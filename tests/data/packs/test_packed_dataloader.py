@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import inspect
+import io
 import itertools
 import logging
 import os
@@ -24,6 +27,8 @@ from step37_data.caches import lengths as lengths_module
 from step37_data.caches import rank_order
 from step37_data.caches.lengths import LengthCache, probe_lengths, write_atomically
 from step37_data.packed_dataloader import MixedPackedDataloader
+from step37_data.packing import ScheduleSettings, pack_balanced, pack_best_fit
+from step37_data.provider import Step37Flickr8kSFTDataProvider as Provider
 from step37_data.template import MultimodalSFTSample
 from tests.data.ranks import in_ranks
 
@@ -118,6 +123,7 @@ DOMAINS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=7), min_siz
     policy=st.sampled_from(["drop", "extend"]),
 )
 def test_the_packs_are_those_of_the_contract(
+    *,
     sizes: list[list[int]],
     epochs: list[float],
     strategies: list[str],
@@ -162,6 +168,28 @@ def test_the_default_is_random_sampling_that_keeps_oversize_samples() -> None:
     assert [loader.pieces(i) for i in range(len(loader))] == expected
 
 
+def test_a_setting_has_one_default_wherever_it_can_be_given() -> None:
+    own = {field.name: field.default for field in dataclasses.fields(ScheduleSettings)}
+    provider = {field.name: field.default for field in dataclasses.fields(Provider)}
+    # The provider of Megatron-Bridge drops what a loader by itself keeps.
+    own_of_provider = {"oversize_policy": "drop"}
+    shared = own.keys() & provider.keys() - {"lengths_cache_dir"}
+    assert shared == {
+        "oversize_policy", "dataset_sampling", "packing", "packing_window", "balance_group",
+        "probe_workers",
+    }  # fmt: skip
+    for name in shared:
+        assert provider[name] == own_of_provider.get(name, own[name]), name
+    for function in (MixedPackedDataloader, pack_best_fit, pack_balanced):
+        for name, parameter in inspect.signature(function).parameters.items():
+            setting = {"window": "packing_window", "group": "balance_group"}.get(name, name)
+            if parameter.default is not parameter.empty and setting in own:
+                assert parameter.default == own[setting], (function, name)
+    settings = loader_of([1, 2]).settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.packing = "balanced"  # type: ignore[misc]
+
+
 def test_a_loop_over_the_packs_ends_behind_the_last_one() -> None:
     loader = loader_of([4, 5, 6, 7])
     assert list(itertools.islice(loader, 100)) == [loader[i] for i in range(len(loader))]
@@ -188,6 +216,11 @@ def test_wrong_arguments_are_refused() -> None:
         loader_of([1], dataset_sampling=["random", "random"])
     with pytest.raises(ValueError, match=r"packing: expected one of next_fit, .*, got 'best'"):
         loader_of([1], packing="best")
+    for name in ("packing_window", "balance_group", "max_length"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            loader_of([1], **{name: 0})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'packing_windows'"):
+        loader_of([1], packing_windows=8)
     with pytest.raises(
         ValueError, match="nothing was packed: no sample fits in a pack of 10 tokens"
     ):
@@ -429,10 +462,23 @@ def test_a_damaged_cache_file_is_reported_and_replaced(
 ) -> None:
     dataset = Words(LENGTHS, log=tmp_path / "log")
     probe_lengths(dataset, cache_dir=tmp_path / "cache", progress=False)
-    (file,) = (tmp_path / "cache").rglob("*.lengths")
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    for damaged in (bytes(content), bytes(content[:-5]), b""):
+    (file,) = (tmp_path / "cache").rglob("*.npz")
+    content = file.read_bytes()
+    garbled = bytearray(content)
+    # A length, behind the name of its array and the 128 bytes of its header.
+    garbled[content.index(b"lengths.npy") + len("lengths.npy") + 180] ^= 1
+    others = io.BytesIO()
+    np.savez(others, keys=np.zeros((3, 2), dtype=np.uint64), lengths=np.zeros(3, dtype=np.int64))
+    short = io.BytesIO()
+    np.savez(short, keys=np.zeros(3, dtype="S16"), lengths=np.zeros(2, dtype=np.int64))
+    for damaged in (
+        bytes(garbled),
+        content[:-5],
+        content[:40],
+        b"",
+        others.getvalue(),
+        short.getvalue(),
+    ):
         file.write_bytes(damaged)
         dataset.read_since_last_time()
         with caplog.at_level(logging.WARNING):
@@ -441,6 +487,24 @@ def test_a_damaged_cache_file_is_reported_and_replaced(
         assert measured.tolist() == LENGTHS
         assert len(dataset.read_since_last_time()) == len(LENGTHS)
         assert (LengthCache(tmp_path / "cache", dataset).look_up() == LENGTHS).all()
+
+
+def test_the_lengths_are_two_arrays_that_numpy_reads(tmp_path: Path) -> None:
+    dataset = Words(LENGTHS)
+    probe_lengths(dataset, cache_dir=tmp_path, progress=False)
+    with np.load(tmp_path / "first.npz") as arrays:
+        known = dict(zip(arrays["keys"].tolist(), arrays["lengths"].tolist(), strict=True))
+    keys = dataset.sample_keys().view("S16").reshape(-1).tolist()
+    assert known == dict(zip(keys, LENGTHS, strict=True))
+
+
+def test_lengths_that_an_earlier_version_has_kept_are_measured_anew(tmp_path: Path) -> None:
+    old = tmp_path / "first" / "samples.lengths"
+    old.parent.mkdir()
+    old.write_bytes(b"\0" * 40)
+    dataset = Words(LENGTHS, log=tmp_path / "log")
+    assert probe_lengths(dataset, cache_dir=tmp_path, progress=False).tolist() == LENGTHS
+    assert len(dataset.read_since_last_time()) == len(LENGTHS)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +527,7 @@ def test_a_read_only_folder_is_warned_about_and_every_length_is_measured(
         measured = probe_lengths(dataset, cache_dir=tmp_path / "cache", progress=False)
         assert measured.tolist() == dataset.lengths
         assert len(dataset.read_since_last_time()) == len(dataset)
-    assert "samples.lengths cannot be written" in caplog.text
+    assert "first.npz cannot be written" in caplog.text
     assert "Read-only file system" in caplog.text
 
 
@@ -500,7 +564,7 @@ def test_what_is_no_file_in_the_place_of_the_lengths_is_told_and_left_alone(
 ) -> None:
     dataset = Words(LENGTHS)
     probe_lengths(dataset, cache_dir=tmp_path, progress=False)
-    (file,) = tmp_path.rglob("*.lengths")
+    (file,) = tmp_path.rglob("*.npz")
     file.unlink()
     if what == "folder":
         (file / "mine").mkdir(parents=True)
@@ -509,14 +573,14 @@ def test_what_is_no_file_in_the_place_of_the_lengths_is_told_and_left_alone(
     assert probe_lengths(dataset, cache_dir=tmp_path, progress=False).tolist() == LENGTHS
     assert f"{file} cannot be read" in caplog.text
     assert what != "folder" or (file / "mine").exists()
-    assert not list(tmp_path.rglob(".samples*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_lengths_are_not_lost_where_another_writer_replaces_the_file_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe_lengths(Words([9, 8]), cache_dir=tmp_path, progress=False)
-    (file,) = tmp_path.rglob("*.lengths")
+    (file,) = tmp_path.rglob("*.npz")
     others = file.read_bytes()
 
     def overtaken(path: Path, content: bytes) -> None:
@@ -533,7 +597,7 @@ def test_two_writers_of_one_cache_lose_nothing_they_have_merged(tmp_path: Path) 
         probe_lengths(dataset, cache_dir=tmp_path, progress=False)
     for dataset in (first, second):
         assert (LengthCache(tmp_path, dataset).look_up() == dataset.lengths).all()
-    assert len(list(tmp_path.rglob("*"))) == 2  # the folder of the fingerprint and one file
+    assert [path.name for path in tmp_path.rglob("*")] == ["first.npz"]
 
 
 def test_a_cache_needs_a_data_set_with_keys(tmp_path: Path) -> None:

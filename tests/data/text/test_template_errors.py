@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import transformers
 
-from step37_data import template as template_module
 from step37_data.template import Step37MultimodalTemplate
 from step37_data.text.tokens import load_tokenizer
 from tests.data.text.test_template import TOKENIZER, edited_tokenizer, flickr
@@ -83,7 +83,7 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_that_says_what_is_missing(
             Step37MultimodalTemplate(tokenizer_path=str(path))
         return str(info.value)
 
-    for nowhere in (tmp_path / "none", "no_such_tokenizer"):
+    for nowhere in ("no_such_tokenizer", "owner/no_such_tokenizer"):
         text = f"no tokenizer could be read from '{nowhere}' (there is no folder; tried the hub; "
         assert text in error_of(nowhere)
     files = "['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']"
@@ -93,6 +93,24 @@ def test_a_tokenizer_that_cannot_be_read_is_an_error_that_says_what_is_missing(
     assert f"tokenizer_path: '{folder}' has no chat template: expected" in error_of(folder)
     (folder / "tokenizer.json").write_text("{")
     assert f"read from '{folder}' (it lacks ['chat_template.jinja']; " in error_of(folder)
+
+
+def test_a_path_that_is_no_folder_is_told_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (
+        str(tmp_path / "none"), "./none", "../none", "~/none", "models/step/none",
+        str(tmp_path / "tokenizer.json"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="; expected one with") as caught:
+            Step37MultimodalTemplate(tokenizer_path=path)
+        assert str(caught.value).startswith(f"tokenizer_path: there is no folder {path!r}")
 
 
 def test_a_broken_chat_template_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
@@ -188,12 +206,18 @@ def test_a_turn_delimiter_that_the_normaliser_makes_of_other_letters_is_refused(
             template({"conversations": [flickr()[0], answer], "images": ["a.jpg"]})
 
 
-def test_a_chat_template_without_an_end_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("text", "place", "excerpt"),
+    [
+        ("a b <|im_end|> c d", 4, "a b <|im_end|> c d"),
+        ("<|im_end|>" + 30 * "z", 0, "<|im_end|>" + 20 * "z"),
+        (19 * "x" + "<|im_end|>", 19, 19 * "x" + "<|im_end|>"),
+        (25 * "x" + "<|im_end|>" + 25 * "z", 25, 20 * "x" + "<|im_end|>" + 20 * "z"),
+    ],
+)
+def test_a_refused_token_is_shown_with_the_twenty_characters_around_it_that_there_are(
+    template: Step37MultimodalTemplate, text: str, place: int, excerpt: str
 ) -> None:
-    # It ends after a second or two, when nobody waits for it any more.
-    nested = "{%- for a in range(1000) -%}{%- for b in range(20000) -%}{%- endfor -%}{%- endfor -%}"
-    path = edited_tokenizer(tmp_path, lambda text: nested + text)
-    monkeypatch.setattr(template_module, "_RENDER_S", 0.2)
-    with pytest.raises(ValueError, match=r"has not rendered a question after 0\.2 seconds"):
-        Step37MultimodalTemplate(tokenizer_path=path)
+    told = f"the reserved '<|im_end|>' at character {place} (…{excerpt!r}…); remove or rewrite it"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        template({"conversations": flickr(text), "images": ["a.jpg"]})

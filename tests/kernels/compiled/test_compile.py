@@ -20,7 +20,7 @@ from step37_kernels import (
 )
 from step37_kernels.count_watch import count_watch
 from step37_kernels.integration.parallel import SequenceLayout
-from step37_kernels.plan import to_runs
+from step37_kernels.runs import to_runs
 from step37_kernels.testing import make_insert_case
 from tests.kernels.strategies import FILLER, TOKENS
 
@@ -299,11 +299,17 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     (token, ((features, rows),)) = to_runs(case.plan_groups)[0]
     arguments = (case.input_ids, [token], [features], [features], [rows])
     operators = torch.ops.step37
-    for how in itertools.product((0, 1), (True, False), [triton], (True, False)):
+    for how in itertools.product((0, 1), (True, False), (0, 9), [triton], (True, False)):
         torch.library.opcheck(operators.plan.default, (*arguments, *how))
+    looked_up = (case.grad_output, case.input_ids.t())
+    torch.library.opcheck(operators.table_gradient.default, (*looked_up, 9, torch.float16, triton))
+    torch.library.opcheck(
+        operators.add_table_gradient.default,
+        (*looked_up, torch.zeros(9, HIDDEN, device=device), triton),
+    )
     if not triton:
         return
-    destinations, row_at, _, _ = operators.plan(*arguments, 1, False, True, False)
+    destinations, row_at, _, _ = operators.plan(*arguments, 1, False, 0, True, False)
     weight, bias = case.weight.detach(), case.bias.detach()
     pictures = [case.features[0].detach()]
     torch.library.opcheck(operators.pack_rows.default, (pictures,))
@@ -311,8 +317,15 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     words = case.embeddings.detach()
     torch.library.opcheck(
         operators.project_insert.default,
-        (words, [x], weight, bias, destinations, row_at, None, False),
+        (words, [x], weight, bias, destinations, row_at, None, None, False),
     )
+    table = torch.randn(9, HIDDEN, device=device)
+    turned = (case.input_ids % 9).t()
+    torch.library.opcheck(
+        operators.project_insert.default,
+        (table, [x], weight, bias, destinations, row_at, None, turned, False),
+    )
+    torch.library.opcheck(operators.look_up.default, (table, turned, torch.full_like(row_at, -1)))
     for wanted in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             operators.gradient_rows.default,

@@ -20,10 +20,15 @@ NoDriver("sm_90", lambda *arguments: launched.append(arguments)).install()
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, dispatch
 from step37_kernels import plan_insert, plan_placeholders
 from step37_kernels.ops import gradient, plan, project, tiles
+from step37_kernels.runs import FlatRuns
 
 dispatch.kernels_run_on_cpu = lambda: True
 tiles._capability = lambda _: 90
 H, C = 128, 256
+
+
+def one_run(token):
+    return FlatRuns(tokens=(token,), group_sizes=(1,), features=(1,), rows=(4,))
 
 
 def many_groups(number, seq_len):
@@ -157,7 +162,7 @@ ids = torch.zeros(1, 64, dtype=torch.int64)
 functions = []
 for token in (-(2**31), 2**31 - 1, -(2**31) - 1, 2**31, -(2**40)):
     launched.clear()
-    plan.plan_rows(ids, [(token, 1)], [(1, 4)], None)
+    plan.plan_rows(ids, one_run(token), None)
     functions.append(launched[0][4])
 print(json.dumps(functions))
 """
@@ -194,7 +199,7 @@ torch.cuda.is_current_stream_capturing = lambda: capturing[0]  # no GPU here, so
 def plan_of(dtype):
     launched.clear()
     try:
-        plan.plan_rows(torch.zeros(1, 64, dtype=dtype), [(7, 1)], [(1, 4)], None)
+        plan.plan_rows(torch.zeros(1, 64, dtype=dtype), one_run(7), None)
     except RuntimeError as error:
         return [str(error), len(launched)]
     return len(launched)
@@ -229,14 +234,16 @@ def test_a_first_launch_inside_a_real_capture_is_refused_and_a_second_one_is_not
 import json
 import torch
 from step37_kernels.ops import plan
+from step37_kernels.runs import FlatRuns
 
 ids = torch.full((1, 64), 7, device="cuda")
+runs = FlatRuns(tokens=(7,), group_sizes=(1,), features=(1,), rows=(4,))
 
 
 def capture():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        planned = plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+        planned = plan.plan_rows(ids, runs, None)
     graph.replay()
     torch.cuda.synchronize()
     return planned
@@ -247,7 +254,7 @@ try:
     capture()
 except RuntimeError as error:
     message = str(error)
-plan.plan_rows(ids, [(7, 1)], [(1, 4)], None)
+plan.plan_rows(ids, runs, None)
 print(json.dumps([message, capture()[0].tolist()]))
 """
     done = run_compiling("-c", script)

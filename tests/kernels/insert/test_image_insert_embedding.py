@@ -25,7 +25,9 @@ from step37_kernels import (
     reference,
 )
 from step37_kernels.count_watch import CountWatch, count_watch
+from step37_kernels.integration.options import InsertKeywords, InsertOptions
 from step37_kernels.integration.parallel import SequenceLayout
+from step37_kernels.runs import FlatRuns
 from step37_kernels.testing import make_insert_case
 from tests.kernels.checks import assert_gradients, assert_output
 from tests.kernels.strategies import TOKENS, feature_groups, token_ids
@@ -262,15 +264,35 @@ def test_an_unknown_implementation_is_refused_when_built():
 def test_the_repr_names_the_options_that_are_set():
     words = WordEmbedding(16)
     module = ImageInsertEmbedding(words, 24, 16)
-    assert module.extra_repr() == "impl='auto', strict=False, text_only_gradient=False"
+    assert module.extra_repr() == ""
     layout = SequenceLayout(cu_seqlens=torch.tensor([0, 8]))
     module.configure(strict=True, gradient_accumulation_fusion=True, layout=layout)
     assert module.extra_repr() == (
-        "impl='auto', strict=True, text_only_gradient=False, gradient_accumulation_fusion=True, "
-        "layout=SequenceLayout(cu_seqlens)"
+        "strict=True, layout=SequenceLayout(cu_seqlens), gradient_accumulation_fusion=True"
     )
-    module.configure(layout="auto")
-    assert module.extra_repr().endswith("text_only_gradient=False, layout='auto'")
+    module.configure(layout=None)
+    assert module.extra_repr() == "layout=None"
+
+
+def test_an_option_set_on_a_built_module_holds_and_is_checked():
+    module = ImageInsertEmbedding(WordEmbedding(16), 24, 16)
+    module.strict = True
+    assert module.options.strict
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        module.impl = "fast"
+    with pytest.raises(ValueError, match="text_only_gradient: expected True, False or 'auto'"):
+        module.text_only_gradient = None
+
+
+def test_an_option_that_does_not_exist_is_a_type_error():
+    with pytest.raises(TypeError, match="strikt"):
+        ImageInsertEmbedding(WordEmbedding(16), 24, 16, strikt=True)
+
+
+def test_the_keywords_of_the_options_are_their_fields():
+    assert InsertKeywords.__annotations__.keys() == InsertOptions.__annotations__.keys()
+    for name, annotation in InsertOptions.__annotations__.items():
+        assert annotation in str(InsertKeywords.__annotations__[name])
 
 
 def test_modules_copy_and_pickle(device):
@@ -333,9 +355,9 @@ class Arrived:
 
 class TestCountsThatArriveLater:
     @staticmethod
-    def pending(event: Arrived) -> tuple[object, object, Tensor, Arrived]:
+    def pending(event: Arrived) -> tuple[FlatRuns, Tensor, int, Arrived]:
         plan = plan_insert(torch.tensor([[IM_START, 2, 3]]), [(IM_START, [1, 1])])
-        return plan.tokens, plan.group_sizes, plan.start_counts, event
+        return FlatRuns.of(plan.runs), plan.counts, 0, event
 
     @pytest.fixture
     def watch(self, monkeypatch) -> CountWatch:

@@ -49,8 +49,8 @@ def test_every_level_of_every_channel_is_bit_exact(impl, dtype):
 
 def test_one_product_and_sum_serve_where_they_give_every_result_and_nowhere_else():
     for dtype in (torch.bfloat16, torch.float16):
-        assert pixels_module._line(CLIP_MEAN, CLIP_STD, dtype) is not None
-    assert pixels_module._line(CLIP_MEAN, CLIP_STD, torch.float32) is None
+        assert pixels_module.multiply_add_constants(CLIP_MEAN, CLIP_STD, dtype) is not None
+    assert pixels_module.multiply_add_constants(CLIP_MEAN, CLIP_STD, torch.float32) is None
 
 
 @given(
@@ -68,7 +68,7 @@ def test_any_constants_are_bit_exact_by_product_and_sum_or_by_division(mean, std
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_division_is_exact_where_product_and_sum_would_be_too(monkeypatch, dtype):
-    monkeypatch.setattr(pixels_module, "_line", lambda *_: None)
+    monkeypatch.setattr(pixels_module, "multiply_add_constants", lambda *_: None)
     pixels = random_pixels(2, 9, 16, 3)
     got = clip_normalize(pixels, dtype=dtype, impl="triton")
     assert torch.equal(got.cpu(), reference_pixels.clip_normalize(pixels.cpu(), dtype=dtype))
@@ -206,7 +206,7 @@ def test_more_than_two_to_the_31_values():
 def test_product_and_sum_that_are_exact_only_fused_or_only_apart_are_not_used(mean, std):
     # In bf16 the first pair is exact fused, the second in two roundings.
     constants = {"mean": (mean,) * 3, "std": (std,) * 3}
-    assert pixels_module._line((mean,) * 3, (std,) * 3, torch.bfloat16) is None
+    assert pixels_module.multiply_add_constants((mean,) * 3, (std,) * 3, torch.bfloat16) is None
     pixels = random_pixels(1, 16, 16, 3)
     wanted = reference_pixels.clip_normalize(pixels, **constants)
     assert torch.equal(clip_normalize(pixels, **constants), wanted)

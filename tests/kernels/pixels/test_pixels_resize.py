@@ -31,12 +31,12 @@ LARGEST = 4096 if DEVICE.type == "cuda" else 160
 
 
 @contextlib.contextmanager
-def interpreted_tiles(rows: int, columns: int, lines: int):
+def interpreted_tiles(rows: int, columns: int, rows_at_once: int):
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr("step37_kernels.ops.resize.TILE", (rows, columns))
-            patch.setattr("step37_kernels.ops.resize.LINES", (lines, lines))
+            patch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (rows_at_once, rows_at_once))
         yield
 
 

@@ -28,7 +28,7 @@ def interpreted_tiles():
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr("step37_kernels.ops.resize.TILE", (64, 64))
-            patch.setattr("step37_kernels.ops.resize.LINES", (32, 32))
+            patch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (32, 32))
         yield
 
 

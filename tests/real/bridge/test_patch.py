@@ -71,7 +71,7 @@ def test_the_options_reach_the_model():
     assert module.layout is layout
     patch_step37()
     module = build().image_insert_embedding
-    assert (module.impl, module.strict, module.text_only_gradient) == ("auto", False, True)
+    assert (module.impl, module.strict, module.text_only_gradient) == ("auto", False, "auto")
     assert module.layout == "auto"
     patch_step37(layout=None)
     assert build().image_insert_embedding.layout is None

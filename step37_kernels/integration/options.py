@@ -1,0 +1,103 @@
+"""The options of the insertion, declared once for the class, the patch and ``replace_in``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch.distributed as dist
+from torch import Tensor
+
+from step37_kernels.dispatch import Impl, check_impl
+from step37_kernels.integration.parallel import Layout, check_layout
+
+Lookup = Literal["auto", "call"]
+
+
+class InsertKeywords(TypedDict, total=False):
+    """The fields of :class:`InsertOptions`, for type checkers, which cannot derive keywords."""
+
+    impl: Impl
+    strict: bool
+    layout: Layout
+    lookup: Lookup
+    gradient_accumulation_fusion: bool | Literal["auto"]
+    text_only_gradient: bool | Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InsertOptions:
+    """How word embeddings and image features are put together.
+
+    Each field is a keyword of :class:`step37_kernels.ImageInsertEmbedding`, of
+    :func:`step37_kernels.megatron.patch_step37` and of :func:`step37_kernels.megatron.replace_in`,
+    with the same default everywhere.
+
+    Raises:
+        ValueError: a field is none of the values that it may be.
+    """
+
+    impl: Impl = "auto"
+    """``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``."""
+    strict: bool = False
+    """Raise ``ValueError`` at once where start tokens and features differ in number, a span is cut
+    off at the end of its sequence, or spans overlap. It waits for the device in every forward, so
+    ``torch.compile`` breaks its graph there, and refuses to under ``fullgraph=True``. Off,
+    differing numbers are paired up to the smaller one and logged as a warning (on CUDA by a later
+    forward, once the counts have arrived), and cut or overlapping spans are taken as they are."""
+    layout: Layout = "auto"
+    """Which rows of the sequence this rank holds; ``forward`` takes the whole ``input_ids`` all the
+    same. ``"auto"`` follows Megatron's sequence parallelism, in each forward anew
+    (:func:`.auto_layout`); under context parallelism it is an error, because packed sequences are
+    cut one by one: pass :func:`.sequence_layout` of the batch. A function is called with the
+    language embedding and returns a layout or None. None: every rank holds the whole sequence."""
+    lookup: Lookup = "auto"
+    """``"auto"`` looks words up in the launch that writes the output, where the language embedding
+    is nothing but a lookup: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` with one
+    tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
+    residual connection, muP factor, or hooks that are not Megatron's. The gradient of its table
+    then touches only the rows of the words that were there. Anything else is called, and the log
+    (INFO) says once why. ``"call"`` always calls."""
+    gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
+    """Add the gradient of the projector's weight, and of the table that words are looked up in, to
+    its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of
+    the table only the rows of the words that were there are read and written. ``"auto"`` does so
+    where the configuration of the language embedding says ``gradient_accumulation_fusion``, as the
+    other linear layers of that model do, and the parameter has a ``main_grad``. True is an error
+    where it has none."""
+    text_only_gradient: bool | Literal["auto"] = "auto"
+    """Give the projector a gradient of zeros where a forward has no image rows. Without it such a
+    microbatch gives no gradient at all, and data-parallel reduction that overlaps with backward
+    waits for it in vain. ``"auto"`` does so where ``torch.distributed`` is initialised. It costs
+    one write of the weight's size in backward; a frozen projector costs nothing. A vision tower
+    that is trained has the same need, which this option cannot meet."""
+
+    def __post_init__(self) -> None:
+        check_impl(self.impl)
+        check_layout(self.layout)
+        if self.lookup not in ("auto", "call"):
+            raise ValueError(f"lookup: expected 'auto' or 'call', got {self.lookup!r}")
+        for name in ("gradient_accumulation_fusion", "text_only_gradient"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or value == "auto"):
+                raise ValueError(f"{name}: expected True, False or 'auto', got {value!r}")
+
+    def fuses_gradients(self, config: Any) -> bool:
+        """Whether gradients are added to ``main_grad`` in a model of this configuration (or
+        None)."""
+        if self.gradient_accumulation_fusion != "auto":
+            return self.gradient_accumulation_fusion
+        return bool(getattr(config, "gradient_accumulation_fusion", False))
+
+    def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
+        """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
+        fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
+        if self.gradient_accumulation_fusion != "auto":
+            return fuses
+        return fuses and (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__"))
+
+    def wants_text_only_gradient(self) -> bool:
+        """Whether a forward without image rows gives the projector a gradient of zeros."""
+        if self.text_only_gradient != "auto":
+            return self.text_only_gradient
+        return dist.is_available() and dist.is_initialized()

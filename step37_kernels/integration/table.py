@@ -1,0 +1,112 @@
+"""Decides whether the table of a language embedding can stand for calling it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from step37_kernels.integration.projector import hooks_are_of_megatron, run_forward_pre_hooks
+
+logger = logging.getLogger(__name__)
+
+
+class PlainTable(NamedTuple):
+    """The table of an embedding that does nothing but look up."""
+
+    weight: Tensor
+    """``[V, H]``"""
+    modules: Sequence[nn.Module]
+    """Those that calling the embedding would call, for their hooks of Megatron's."""
+
+    def run_hooks(self) -> None:
+        """Run what calling these modules would run first: Megatron's waits for parameters."""
+        for module in self.modules:
+            run_forward_pre_hooks(module)
+
+
+def call_embedding(embedding: Any, input_ids: Tensor, position_ids: Tensor | None) -> Any:
+    """``[S, B, H]`` of ``input_ids [B, S]``, as Megatron calls it, or of an ``nn.Embedding``."""
+    if isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward:
+        return embedding(input_ids).transpose(0, 1)
+    return embedding(input_ids=input_ids, position_ids=position_ids)
+
+
+def plain_table(embedding: Any) -> PlainTable | str:
+    """The table of a language embedding that is nothing but a lookup; or why it must be called.
+
+    That is an ``nn.Embedding``, or Megatron-Core's ``LanguageModelEmbedding`` with one
+    tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
+    residual connection, scaling (muP), and hooks that are not Megatron's.
+    """
+    kind = type(embedding)
+    if kind is nn.Embedding:
+        words, modules = embedding, [embedding]
+        reason = _more_than_an_embedding(embedding)
+    elif _is_of_megatron(kind, "LanguageModelEmbedding"):
+        words = embedding.word_embeddings
+        modules = [embedding, words]
+        reason = _more_than_megatrons(embedding, words)
+    else:
+        return f"{kind.__name__} is not known to be nothing but a lookup"
+    if reason is None:
+        reason = _more_than_a_weight(words.weight, modules)
+    return PlainTable(words.weight, modules) if reason is None else reason
+
+
+def _is_of_megatron(kind: type, name: str) -> bool:
+    return kind.__module__.startswith("megatron.core.") and kind.__name__ == name
+
+
+def _more_than_an_embedding(embedding: nn.Embedding) -> str | None:
+    if embedding.max_norm is not None:
+        return "max_norm changes the table's rows"
+    if embedding.sparse:
+        return "its gradient is sparse"
+    if embedding.scale_grad_by_freq:
+        return "its gradient is scaled by frequency"
+    if embedding.padding_idx is not None:
+        return "the row of padding_idx gets no gradient"
+    return None
+
+
+def _more_than_megatrons(embedding: Any, words: Any) -> str | None:
+    config = embedding.config
+    if not _is_of_megatron(type(words), "VocabParallelEmbedding"):
+        return f"its word_embeddings are {type(words).__name__}"
+    if words.tp_group.size() > 1:
+        return f"the table is divided among {words.tp_group.size()} tensor-parallel ranks"
+    if embedding.add_position_embedding:
+        return "it adds position embeddings"
+    if embedding.tokentype_embeddings is not None:
+        return "it adds token-type embeddings"
+    if embedding.embedding_dropout.training and embedding.embedding_dropout.p > 0:
+        return "its dropout is in effect"
+    if config.fp32_residual_connection:
+        return "fp32_residual_connection makes its rows fp32"
+    if getattr(config, "use_mup", False) and config.mup_embedding_mult != 1.0:
+        return "muP scales its rows"
+    return None
+
+
+def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None:
+    if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
+        return f"its table is a {type(weight).__name__} (quantised or distributed)"
+    if hasattr(weight, "__fsdp_param__"):
+        return "Megatron-FSDP shards its table"
+    for module in modules:
+        if "forward" in vars(module):
+            return f"the instance of {type(module).__name__} has a forward of its own"
+        if not hooks_are_of_megatron(module):
+            return f"{type(module).__name__} has hooks"
+    return None
+
+
+@functools.cache
+def tell_called(reason: str) -> None:
+    """Log once why the language embedding is called."""
+    logger.info("the language embedding is called, not looked up in the insertion: %s", reason)

@@ -1,0 +1,92 @@
+"""Megatron's ``VocabParallelEmbedding`` with a gradient that touches only the rows it looked up.
+
+For where the embedding has to be called: under tensor parallelism, with dropout, and in the second
+lookup of multi-token prediction.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from step37_kernels.dispatch import use_triton
+from step37_kernels.lookup import LookUp, check_ids
+
+_changed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class RowGradient:
+    """What goes before ``VocabParallelEmbedding`` among a class's bases.
+
+    Where the weight has a ``main_grad``, its gradient is added to the rows that were looked up;
+    ids of other tensor-parallel ranks belong to no row. Elsewhere stock runs.
+    """
+
+    weight: Tensor
+    tp_group: Any
+    vocab_start_index: int
+    reduce_scatter_embeddings: bool
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """``[B, S]`` ids to ``[B, S, H]``, or ``[S / ranks, B, H]`` under sequence parallelism."""
+        weight = self.weight
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        if not (trained and hasattr(weight, "main_grad")) or hasattr(weight, "__fsdp_param__"):
+            stock: Tensor = super().forward(input_)  # type: ignore[misc]
+            return stock
+        from megatron.core.tensor_parallel import mappings
+
+        ids, outside = input_, float("nan")
+        if self.tp_group.size() > 1:
+            ids, outside = input_ - self.vocab_start_index, 0.0
+        else:
+            check_ids(ids, None, weight.shape[0])
+        triton = use_triton("auto", weight.device)
+        rows = LookUp.apply(weight, ids, None, (weight,), triton, outside)
+        result: Tensor
+        if self.reduce_scatter_embeddings:
+            rows = rows.transpose(0, 1).contiguous()
+            result = mappings.reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        else:
+            result = mappings.reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled and copied as what it is, though its class is found in no module."""
+        del protocol
+        return _new, (type(self).__mro__[2],), vars(self).copy()
+
+
+def use_row_gradient(model: nn.Module) -> None:
+    """Give every ``VocabParallelEmbedding`` in ``model`` the gradient by rows."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == "VocabParallelEmbedding" and kind.__module__.startswith("megatron."):
+            if not isinstance(module, RowGradient):
+                module.__class__ = _with_row_gradient(kind)
+            _changed.add(module)
+
+
+def restore_dense_gradient() -> None:
+    """Undo :func:`use_row_gradient` wherever it was done."""
+    for module in list(_changed):
+        if isinstance(module, RowGradient):
+            module.__class__ = type(module).__mro__[2]
+    _changed.clear()
+
+
+def _with_row_gradient(stock: type[nn.Module]) -> type[nn.Module]:
+    """The class with :class:`RowGradient` before it, under its name; one for each."""
+    if stock not in _classes:
+        body = {"__module__": stock.__module__}
+        _classes[stock] = type(stock.__name__, (RowGradient, stock), body)
+    return _classes[stock]
+
+
+def _new(stock: type[nn.Module]) -> nn.Module:
+    kind = _with_row_gradient(stock)
+    return kind.__new__(kind)

@@ -1,0 +1,159 @@
+"""Text rows: embeddings that were looked up already, or the table and the ids to look up in it.
+
+Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``V`` rows of the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from step37_kernels import operators
+from step37_kernels.integration.main_grad import check_has_main_grad, rows_into_main_grad
+from step37_kernels.plan_tensors import is_outside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRows:
+    """Where the rows of text positions come from."""
+
+    rows: Tensor
+    """Embeddings ``[S, B, H]`` (``[B, S, H]`` of a batch-first plan), or with ``input_ids`` the
+    table ``[V, H]``."""
+    input_ids: Tensor | None = None
+    """``[S, B]``, ``[B, S]`` of a batch-first plan: the ids as the output lies in memory."""
+    fused: bool = False
+    """Whether the gradient of the table is added to rows of its ``main_grad``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output: ``[S, B, H]``."""
+        if self.input_ids is None:
+            return tuple(self.rows.shape)
+        return (*self.input_ids.shape, self.rows.shape[-1])
+
+    def embeddings(self, row_at: Tensor | None = None, *, triton: bool = False) -> Tensor:
+        """``[S, B, H]``: the embeddings, looked up if they are not yet.
+
+        Args:
+            row_at: ``[S, B]``: the feature row at each position, −1 where the text stays. Ids under
+                feature rows are not looked up: they may be anything. None: all are text.
+            triton: look up by the kernel; there are no feature rows then.
+        """
+        if self.input_ids is None:
+            return self.rows
+        ids = text_ids(self.input_ids, row_at)
+        fused_into = fusion_target(self.rows, "table", self.fused)
+        result: Tensor = LookUp.apply(
+            self.rows, ids, row_at if triton else None, fused_into, triton, float("nan")
+        )
+        return result
+
+
+def text_ids(input_ids: Tensor, row_at: Tensor | None) -> Tensor:
+    """The ids at text positions, −1 under feature rows."""
+    return input_ids if row_at is None else torch.where(row_at < 0, input_ids, -1)
+
+
+def fusion_target(parameter: Tensor, name: str, fused: bool) -> tuple[Tensor] | None:
+    """The parameter whose ``main_grad`` takes the gradient, in a tuple, which hides it from
+    autograd; None where autograd does.
+
+    Raises:
+        ValueError: it has no ``main_grad``.
+    """
+    if not (fused and parameter.requires_grad):
+        return None
+    check_has_main_grad(parameter, name)
+    return (parameter,)
+
+
+def check_ids(input_ids: Tensor, row_at: Tensor | None, num_rows: int) -> None:
+    """Raise on an id at a text position that is no row of the table, where values are at hand.
+
+    On CUDA nothing waits for the ids: the row is NaN there. So it is under ``torch.compile``.
+
+    Args:
+        input_ids, row_at: as :func:`text_ids` takes them, ``[S, B]`` or ``[B, S]``.
+        num_rows: V.
+
+    Raises:
+        IndexError: there is one (as PyTorch's own lookup raises).
+    """
+    if type(input_ids) is not Tensor or not input_ids.is_cpu or torch.compiler.is_compiling():
+        return
+    outside = is_outside(input_ids, num_rows)
+    if row_at is not None:
+        outside &= row_at < 0
+    if outside.any():
+        place = tuple(outside.nonzero()[0].tolist())
+        raise IndexError(
+            f"input_ids: expected 0 to {num_rows - 1} at text positions, the rows of the table, "
+            f"got {int(input_ids[place])} at {place} of {tuple(input_ids.shape)}, and "
+            f"{int(outside.sum()) - 1} more"
+        )
+
+
+def table_gradient(
+    grad_output: Tensor,
+    input_ids: Tensor,
+    table: tuple[torch.Size, torch.dtype],
+    fused_into: tuple[Tensor] | None,
+    triton: bool,
+) -> Tensor | None:
+    """The table's gradient for autograd; where it is fused, ``main_grad`` takes it.
+
+    Args:
+        grad_output: ``[S, B, H]``.
+        input_ids: ``[S, B]``, outside the table where no row was looked up.
+        table: its shape and dtype.
+        fused_into: from :func:`fusion_target`.
+        triton: by the kernels.
+    """
+    if fused_into is None:
+        (num_rows, _), dtype = table
+        return operators.table_gradient(grad_output, input_ids, num_rows, dtype, triton)
+
+    def put(main_grad: Tensor) -> None:
+        operators.add_table_gradient(grad_output, input_ids, main_grad, triton)
+
+    return rows_into_main_grad(fused_into[0], put)
+
+
+class LookUp(torch.autograd.Function):
+    """The table's rows by ids of any shape, with a gradient that touches only these rows.
+
+    An id outside the table gives a row of ``outside``, and no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        input_ids: Tensor,
+        row_at: Tensor | None,
+        fused_into: tuple[Tensor] | None,
+        triton: bool,
+        outside: float,
+    ) -> Tensor:
+        ctx.save_for_backward(input_ids if ctx.needs_input_grad[0] else None)
+        ctx.table = table.shape, table.dtype
+        ctx.fused_into = fused_into
+        ctx.triton = triton
+        if triton and row_at is not None:
+            return operators.look_up(table.contiguous(), input_ids, row_at)
+        known = input_ids.clamp(0, max(table.shape[0] - 1, 0))
+        rows = F.embedding(known, table)
+        return rows.masked_fill_(is_outside(input_ids, table.shape[0])[..., None], outside)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (input_ids,) = ctx.saved_tensors
+        gradient = table_gradient(grad_output, input_ids, ctx.table, ctx.fused_into, ctx.triton)
+        return gradient, None, None, None, None, None

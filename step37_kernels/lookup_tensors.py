@@ -1,0 +1,55 @@
+"""Sums the gradients of looked-up rows by the row of the table that they came from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from step37_kernels.plan_tensors import is_outside
+
+
+def put_table_gradient(
+    grad_output: Tensor, input_ids: Tensor, out: Tensor, *, add: bool, triton: bool
+) -> None:
+    """Sum the gradients of each id's positions into its row of ``out``; other rows stay.
+
+    The positions are sorted by id here, in backward: in forward the sort would be as long, would
+    run twice under recomputation, and for nothing where no gradient is wanted. The sums are in
+    fp32 at least, in a fixed order, so that two runs are bit-equal. Nothing waits for the device.
+
+    Args:
+        grad_output: ``[S, B, H]``, any strides.
+        input_ids: ``[S, B]``: the id looked up at each position; negative or not below V for none.
+        out: ``[V, H]`` contiguous.
+        add: to the rows of ``out``, instead of in their place.
+        triton: by the kernels, else by PyTorch operations.
+    """
+    num_rows, hidden = out.shape
+    ids, order = torch.sort(input_ids.reshape(-1), stable=True)
+    if triton:
+        from step37_kernels.ops import table
+
+        table.put_table_gradient(grad_output, ids, order, out, add=add)
+        return
+    if not ids.numel():
+        return
+    # Segment k are the positions of the k-th smallest id: there are at most as many as positions.
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[1:] = ids[1:] != ids[:-1]
+    segment = begins.cumsum(0) - 1
+    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    rows = grad_output.reshape(-1, hidden).index_select(0, order).to(wide)
+    # index_put_ adds in a fixed order on every device; index_add_ does not on CUDA.
+    sums = rows.new_zeros(rows.shape).index_put_((segment,), rows, accumulate=True)
+    row_of = torch.full_like(ids, -1).scatter_(0, segment, ids)
+    if row_of.is_cpu and not torch.compiler.is_compiling():
+        # Values are at hand: what belongs to no row can be left out. index_add_ would be slow.
+        kept = ~is_outside(row_of, num_rows)
+        sums, row_of = sums[kept], row_of[kept].long()
+        out[row_of] = (out[row_of] + sums if add else sums).to(out.dtype)
+        return
+    outside = is_outside(row_of, num_rows)
+    sums = sums.masked_fill(outside[:, None], 0)
+    # Each row of the table has one segment; zeros are added to row 0 for what belongs to none.
+    row_of = row_of.masked_fill(outside, 0).long()
+    out.index_put_((row_of,), sums.to(out.dtype), accumulate=True)

@@ -1,0 +1,70 @@
+"""What the host knows of the features: how many there are, how long each is, where they go.
+
+In two forms. :data:`Runs` is nested by group, for people. :class:`FlatRuns` has the same numbers in
+four flat rows, for operators and kernels, which take no nested ones.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+"""``(start_token, ((features, rows of each), …))`` of each insertion group. A *run* is ``(features,
+rows of each)``, one for each feature tensor ``[N, L, C]``: a batch is a handful of runs however
+many images it holds."""
+
+
+class FlatRuns(NamedTuple):
+    """:data:`Runs`, flat."""
+
+    tokens: tuple[int, ...]
+    """``[G]``: start token of each group."""
+    group_sizes: tuple[int, ...]
+    """``[G]``: features of each group."""
+    features: tuple[int, ...]
+    """Features of each run, the runs of all groups in order."""
+    rows: tuple[int, ...]
+    """Rows of each feature of each run."""
+
+    @classmethod
+    def of(cls, runs: Runs) -> FlatRuns:
+        flat = [run for _, group in runs for run in group]
+        return cls(
+            tokens=tuple(token for token, _ in runs),
+            group_sizes=tuple(sum(features for features, _ in group) for _, group in runs),
+            features=tuple(features for features, _ in flat),
+            rows=tuple(rows for _, rows in flat),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """R, the rows of all features."""
+        return sum(map(operator.mul, self.features, self.rows))
+
+    @property
+    def num_features(self) -> int:
+        """N, the features of all groups."""
+        return sum(self.group_sizes)
+
+
+def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
+    """``(start_token, rows of each feature)`` of each group, with equal neighbours joined.
+
+    Raises:
+        TypeError: a start token or row count is no integer.
+        ValueError: a row count is negative.
+    """
+    result = []
+    for token, row_counts in groups:
+        group: list[tuple[int, int]] = []
+        for count in map(operator.index, row_counts):
+            if count < 0:
+                raise ValueError(f"groups: row counts must not be negative, got {count}")
+            if group and group[-1][1] == count:
+                group[-1] = (group[-1][0] + 1, count)
+            else:
+                group.append((1, count))
+        result.append((operator.index(token), tuple(group)))
+    return tuple(result)

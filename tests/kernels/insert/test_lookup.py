@@ -1,0 +1,191 @@
+"""``lookup=``: whose table stands for calling the language embedding, and what that changes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, plan_insert
+from step37_kernels.count_watch import count_watch
+from step37_kernels.integration import table as table_module
+from step37_kernels.integration.options import InsertOptions
+from step37_kernels.integration.table import PlainTable, plain_table
+from step37_kernels.plan import plan_runs
+
+HIDDEN, WIDTH, VOCABULARY, IM_START = 16, 24, 32, 7
+IMPLS = ["triton", "torch"]
+
+
+def make(
+    device: str, words: nn.Module | None = None, **options: Any
+) -> tuple[ImageInsertEmbedding, Any]:
+    torch.manual_seed(0)
+    words = (words or nn.Embedding(VOCABULARY, HIDDEN)).to(device)
+    return ImageInsertEmbedding(words, WIDTH, HIDDEN, **options).to(device), words
+
+
+def batch(device: str) -> tuple[Tensor, list[ImageForInsert]]:
+    ids = torch.arange(40, device=device).view(2, 20) % 6
+    ids[:, 4] = IM_START
+    features = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    return ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("text_only", [False, True])
+def test_looking_up_in_the_insertion_changes_no_bit_and_no_gradient(device, impl, text_only):
+    ids, images = batch(device)
+    results = []
+    for lookup in ("auto", "call"):
+        module, words = make(device, impl=impl, lookup=lookup)
+        output = module(ids, [] if text_only else images)
+        output.square().sum().backward()
+        gradients = [p.grad for p in (words.weight, module.align_projector.weight)]
+        results.append([output, *gradients])
+    for fused, called in zip(*results, strict=True):
+        if called is None:
+            assert fused is None
+        else:
+            torch.testing.assert_close(fused, called)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_embedding_is_not_called(device, impl, monkeypatch):
+    module, _ = make(device, impl=impl)
+    called: list[int] = []
+    monkeypatch.setattr(
+        "step37_kernels.image_insert_embedding.call_embedding", lambda *_: called.append(1)
+    )
+    ids, images = batch(device)
+    assert module(ids, images).shape == module(ids).shape == (20, 2, HIDDEN)
+    assert not called
+
+
+class Words(nn.Embedding):
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        del position_ids
+        return 2 * super().forward(input_ids).transpose(0, 1)
+
+
+def hooked() -> nn.Module:
+    words = nn.Embedding(VOCABULARY, HIDDEN)
+    words.register_forward_hook(lambda _, __, rows: 2 * rows)
+    return words
+
+
+def with_its_own_forward() -> nn.Module:
+    words = nn.Embedding(VOCABULARY, HIDDEN)
+    words.forward = lambda ids: 2 * nn.Embedding.forward(words, ids)  # type: ignore[method-assign]
+    return words
+
+
+CALLED = {
+    "a class of its own": (Words(VOCABULARY, HIDDEN), "Words is not known to be nothing but"),
+    "a largest norm": (nn.Embedding(VOCABULARY, HIDDEN, max_norm=0.5), "max_norm"),
+    "a padding row": (nn.Embedding(VOCABULARY, HIDDEN, padding_idx=0), "padding_idx"),
+    "a sparse gradient": (nn.Embedding(VOCABULARY, HIDDEN, sparse=True), "sparse"),
+    "a scaled gradient": (
+        nn.Embedding(VOCABULARY, HIDDEN, scale_grad_by_freq=True),
+        "scaled by frequency",
+    ),
+    "a hook": (hooked(), "has hooks"),
+    "a forward of its own": (with_its_own_forward(), "forward of its own"),
+}
+
+
+@pytest.mark.parametrize("words", CALLED)
+def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, caplog):
+    table_module.tell_called.cache_clear()
+    embedding, reason = CALLED[words]
+    assert reason in str(plain_table(embedding))
+    module, _ = make("cpu", embedding)
+    ids, images = batch("cpu")
+    with caplog.at_level(logging.INFO, logger="step37_kernels"):
+        output = module(ids, images)
+        module(ids, images)
+    (record,) = [r for r in caplog.records if "language embedding is called" in r.message]
+    assert reason in record.message
+    text = embedding(ids) if not isinstance(embedding, Words) else embedding(ids).transpose(0, 1)
+    assert torch.equal(output[:4], text.transpose(0, 1)[:4])
+
+
+def test_lookup_call_calls_and_says_nothing(caplog):
+    table_module.tell_called.cache_clear()
+    module, words = make("cpu", lookup="call")
+    called: list[int] = []
+    words.register_forward_hook(lambda *_: called.append(1))
+    ids, images = batch("cpu")
+    with caplog.at_level(logging.INFO, logger="step37_kernels"):
+        module(ids, images)
+    assert called == [1]
+    assert not caplog.records
+
+
+def test_another_word_for_lookup_is_refused():
+    with pytest.raises(ValueError, match="lookup: expected 'auto' or 'call', got 'fused'"):
+        InsertOptions(lookup="fused")  # type: ignore[arg-type]
+
+
+def test_a_frozen_table_gets_no_gradient_and_a_frozen_module_no_graph(device):
+    module, words = make(device, impl="triton")
+    words.weight.requires_grad_(False)
+    ids, images = batch(device)
+    output = module(ids, images)
+    output.sum().backward()
+    assert words.weight.grad is None
+    assert module.align_projector.weight.grad is not None
+    module.align_projector.requires_grad_(False)
+    assert not module(ids, images).requires_grad
+    assert not module(ids).requires_grad
+
+
+def test_a_table_of_another_width_is_refused(device):
+    module, _ = make(device, nn.Embedding(VOCABULARY, HIDDEN + 8))
+    ids, images = batch(device)
+    with pytest.raises(ValueError, match=r"table: expected \[V, H\] = \[V, 16\], got \(32, 24\)"):
+        module(ids, images)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("text_only", [False, True])
+def test_an_unknown_id_at_a_text_position_is_an_error_on_the_cpu(device, impl, text_only):
+    if device == "cuda":
+        pytest.skip("on CUDA nothing waits for the ids")
+    module, _ = make(device, impl=impl)
+    ids, images = batch(device)
+    ids[1, 2] = VOCABULARY
+    with pytest.raises(
+        IndexError, match=r"expected 0 to 31 at text positions.* got 32 at \(2, 1\)"
+    ):
+        module(ids, [] if text_only else images)
+    ids[1, 2], ids[1, 5] = 0, -8  # under a feature row
+    module(ids, images)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_plan_counts_unknown_ids_at_text_positions(device, impl, caplog):
+    ids, _ = batch(device)
+    ids[0, 0], ids[1, 2], ids[1, 5] = VOCABULARY, -1, -8
+    runs = ((IM_START, ((2, 3),)),)
+    plan = plan_runs(ids, runs, vocabulary=VOCABULARY, impl=impl)
+    assert plan.counts.tolist() == [2, 2]
+    with pytest.raises(ValueError, match="2 ids at text positions are outside the table of 32"):
+        plan.check()
+    assert plan_runs(ids, runs, impl=impl).counts.tolist() == [2, 0]
+    assert plan_runs(ids, (), vocabulary=VOCABULARY, impl=impl).counts.tolist() == [3]
+    assert plan_insert(ids, [(IM_START, [3, 3])], impl=impl).unknown_ids.tolist() == [0]
+    plan_runs(ids, runs, vocabulary=VOCABULARY, impl=impl, watch=True)
+    count_watch.poll()
+    if device == "cpu":
+        assert "2 ids at text positions are outside the table of 32 rows" in caplog.text
+
+
+def test_the_state_dict_has_the_projector_alone():
+    module, _ = make("cpu")
+    assert list(module.state_dict()) == ["align_projector.weight"]
+    assert isinstance(plain_table(module._language_embedding), PlainTable)

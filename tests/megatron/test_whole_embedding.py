@@ -1,0 +1,229 @@
+"""The table's gradient by rows on megatron-core's own embedding, DDP and hooks (gloo ranks).
+
+Three steps of three microbatches, of which one has no image, are compared with the same steps of an
+embedding that is called, whose gradient is dense and which Megatron's hook adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
+from step37_kernels.integration.vocab_parallel import RowGradient, restore_dense_gradient
+from step37_kernels.megatron import replace_in
+from tests.megatron.processes import run
+
+HIDDEN, WIDTH, VOCABULARY = 16, 24, 64
+IM_START, SEQ_LEN, ROWS = 7, 24, 5
+
+
+class Case(NamedTuple):
+    """What a training does besides looking up and inserting."""
+
+    impl: str = "torch"
+    tied: bool = False
+    """The output layer has the table for its weight."""
+    second_lookup: bool = False
+    """Words are looked up again, as multi-token prediction does on its stage."""
+    recompute: bool = False
+    dropout: float = 0.0
+    sequence_parallel: bool = False
+
+
+class Stock(torch.nn.Module):
+    """The class that is replaced, in the reference's words."""
+
+    def __init__(self, words: torch.nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "words", words)
+        self.align_projector = torch.nn.Linear(WIDTH, HIDDEN, bias=False)
+
+    def forward(self, ids: Tensor, images: list[ImageForInsert]) -> Tensor:
+        embeddings = self.words(input_ids=ids, position_ids=None)
+        if not images:
+            # As text_only_gradient has it: overlapped reduction waits for every parameter.
+            return embeddings + 0 * self.align_projector.weight.sum()
+        groups = [(group.insert_start_token, group.image_features) for group in images]
+        weight = self.align_projector.weight
+        return reference.image_insert_embedding(embeddings, ids, groups, weight)
+
+
+def make_model(case: Case, kind: str) -> Any:
+    """``stock``, ``called`` or ``by rows``."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+    from megatron.core.transformer import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    class Model(MegatronModule):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config=config)
+            self.words = LanguageModelEmbedding(
+                config,
+                vocab_size=VOCABULARY,
+                max_sequence_length=SEQ_LEN,
+                position_embedding_type="rope",
+            )
+            self.fuse = Stock(self.words) if kind == "stock" else make_ours(self.words)
+
+        def forward(self, ids: Tensor, images: list[ImageForInsert], weights: Tensor) -> Tensor:
+            if case.recompute:
+                rows = checkpoint(self.fuse, ids, images, use_reentrant=False)
+            else:
+                rows = self.fuse(ids, images)
+            weights = weights.chunk(SEQ_LEN // rows.shape[0])[own_part(rows)]
+            loss = (rows * weights).sum()
+            if case.second_lookup:
+                again = self.words(input_ids=ids.roll(-1, 1), position_ids=None)
+                loss = loss + (again * weights.square()).sum()
+            if case.tied:
+                logits = F.linear(rows, self.words.word_embeddings.weight)
+                loss = loss + logits.logsumexp(-1).sum()
+            return loss
+
+    def make_ours(words: torch.nn.Module) -> ImageInsertEmbedding:
+        return ImageInsertEmbedding(words, WIDTH, HIDDEN, impl=case.impl)
+
+    def own_part(rows: Tensor) -> int:
+        whole = rows.shape[0] == SEQ_LEN
+        return 0 if whole else parallel_state.get_tensor_model_parallel_rank()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=HIDDEN,
+            num_attention_heads=2,
+            hidden_dropout=case.dropout,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,  # of Megatron's own layers: an extension for CUDA
+            tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+            sequence_parallel=case.sequence_parallel,
+        )
+    torch.manual_seed(5)
+    model = Model(config)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(9)
+        table = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+        words = model.words.word_embeddings
+        first = words.vocab_start_index
+        words.weight.copy_(table[first : first + len(words.weight)])
+        model.fuse.align_projector.weight.copy_(torch.randn(HIDDEN, WIDTH, generator=generator))
+    if kind == "called":
+        replace_in(model, impl=case.impl, lookup="call", gradient_accumulation_fusion=False)
+    elif kind == "by rows":
+        replace_in(model, impl=case.impl, gradient_accumulation_fusion=True)
+        assert isinstance(model.words.word_embeddings, RowGradient)
+    return model
+
+
+def microbatch(number: int) -> tuple[Tensor, list[ImageForInsert], Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(10, VOCABULARY, (1, SEQ_LEN), generator=generator)
+    ids[0, 12:] = 0  # padding: one id many times
+    images = []
+    if number % 3 != 1:
+        ids[0, [2, 10]] = IM_START
+        features = torch.randn(2, ROWS, WIDTH, generator=generator)
+        images = [ImageForInsert(insert_start_token=IM_START, image_features=features)]
+    return ids, images, torch.randn(SEQ_LEN, 1, HIDDEN, generator=generator)
+
+
+def train(case: Case, kind: str, **ddp: Any) -> list[dict[str, Tensor]]:
+    """``main_grad`` of each step, and the parameters after the last."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = make_model(case, kind)
+    config = DistributedDataParallelConfig(bucket_size=1, **ddp)
+    wrapped = DistributedDataParallel(model.config, config, model)
+    seed = 100 * parallel_state.get_data_parallel_rank()
+    steps = []
+    for step in range(3):
+        wrapped.zero_grad_buffer()
+        for number in range(3):
+            last = number == 2
+            torch.manual_seed(step + number)  # of the dropout
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                wrapped(*microbatch(seed + 3 * step + number)).backward()
+        wrapped.finish_grad_sync()
+        gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+        steps.append(gradients)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter -= 0.01 * gradients[name]
+    restore_dense_gradient()
+    return [*steps, {name: p.detach().clone() for name, p in model.named_parameters()}]
+
+
+def compare(rank: int, case: Case, baseline: str, ddp: dict[str, Any]) -> None:
+    del rank
+    wanted = train(case, baseline, **ddp)
+    found = train(case, "by rows", **ddp)
+    for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(
+                ours[name], value, rtol=1e-4, atol=1e-4, msg=f"step {step}, {name}"
+            )
+            assert value.abs().max() > 0
+
+
+REDUCTIONS = {
+    "plain": {},
+    "overlapped": {"overlap_grad_reduce": True},
+    "distributed optimizer": {"use_distributed_optimizer": True},
+    "distributed optimizer, overlapped": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": False,
+    },
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_two_data_parallel_ranks_train_as_stock_does(reduction):
+    run(compare, Case(), "stock", REDUCTIONS[reduction])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tied=True),
+        Case(second_lookup=True),
+        Case(recompute=True),
+        Case(impl="triton"),
+        Case(tied=True, second_lookup=True, recompute=True),
+    ],
+    ids=str,
+)
+def test_whatever_else_uses_the_table_nothing_is_lost_or_counted_twice(case):
+    if case.impl == "triton" and torch.cuda.is_available():
+        pytest.skip("the embedding is on the CPU, and the kernels are compiled here")
+    run(compare, case, "stock", {"overlap_grad_reduce": True})
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_two_tensor_parallel_ranks_train_as_with_a_dense_gradient(sequence_parallel):
+    case = Case(sequence_parallel=sequence_parallel, second_lookup=True)
+    run(
+        compare,
+        case,
+        "called",
+        {"overlap_grad_reduce": True},
+        tensor_model_parallel_size=2,
+    )
+
+
+def test_an_embedding_with_dropout_is_called_and_its_gradient_goes_by_rows():
+    run(compare, Case(dropout=0.3), "called", {}, world=1)

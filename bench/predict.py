@@ -55,6 +55,8 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "dependent": (0.7, 1.0, 1.5, "µs", "reported: a launch behind another"),
     "counts": (3.0, 4.0, 5.0, "µs", "assumed: some bytes to the host, behind a launch"),
     "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
+    "sort": (10.0, 20.0, 40.0, "µs", "assumed: torch.sort of the ids, and what selects them"),
+    "wait": (10.0, 15.0, 25.0, "µs", "assumed: the host waits for one number of the device"),
     "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
 }
 SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
@@ -331,6 +333,9 @@ def cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def run(settings: Settings) -> Iterator[Table]:
     """Yield the table of assumed rates, and one for each chip and operation."""
+    # Imported here, since it takes its rates from this module.
+    from bench import predict_embedding
+
     shapes = shapes_named(settings.shapes)
     # Files that cannot be read end it before anything is printed.
     measured = [read(Path(path)) for path in settings.options["measured"]]
@@ -344,3 +349,6 @@ def run(settings: Settings) -> Iterator[Table]:
             title = f"{chip}, {operation}, predicted"
             yield Table(title=title, columns=COLUMNS, lines=map(cells, rows))
         yield in_some_uses(shapes, chip)
+        named = [shape for shape in shapes if shape.name in SHAPES]
+        if named:
+            yield predict_embedding.table_of(named, chip)

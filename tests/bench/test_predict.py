@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import __main__ as command
-from bench import predict
+from bench import predict, predict_embedding
 from bench.report import read
 from bench.shapes import AUTOMODEL, AUTOMODEL_CROPS, SHAPES, shapes_named
 from step37_kernels import plan_placeholders
@@ -54,10 +54,12 @@ def test_the_command_keeps_a_table_for_each_chip_and_operation(tmp_path: Path) -
     assert command.main(arguments) == 0
     (path,) = tmp_path.glob("*.json")
     _, *tables = read(path)["tables"]
+    whole = "the whole embedding into main_grad, predicted"
+    whats = ("forward, predicted", "forward+backward, predicted", "added in some uses", whole)
     assert [(table["title"], [line[0] for line in table["lines"]]) for table in tables] == [
-        (f"{chip}, {what}", ["one-image", "automodel"])
+        (f"{chip}, {what}", ["one-image", "automodel"][: 1 if what == whole else 2])
         for chip in ("H100", "H200")
-        for what in ("forward, predicted", "forward+backward, predicted", "added in some uses")
+        for what in whats
     ]
 
 
@@ -218,3 +220,18 @@ def test_measured_times_stand_beside_what_was_predicted_for_that_device() -> Non
     predict.add_measured(rows, results)
     assert [row["measured"] for row in rows] == ["120.0 µs, product 100.0, × 1.20", ""]
     assert predict.cells(rows[0])[-1] == "120.0 µs, product 100.0, × 1.20"
+
+
+def test_the_whole_embedding_is_predicted_to_cost_little_beside_stock_and_allocate_less() -> None:
+    wanted = {"flickr8k": 7.5, "long": 4.5, "huge": 7, "multicrop": 5}
+    for name, times in wanted.items():
+        (shape,) = shapes_named([name])
+        us = predict_embedding.predicted(shape, "H100")
+        assert us["stock"][0] / us["ours"][0] >= times
+        assert us["ours"][0] < us["called"][0] < us["stock"][0]
+        for nominal, fast, slow in us.values():
+            assert fast <= nominal <= slow
+    (shape,) = shapes_named(["flickr8k"])
+    called, ours = predict_embedding.temporary_bytes(shape)
+    assert ours < 60e6 < 1e9 < called
+    assert predict_embedding.predicted(shape, "H100")["ours"][0] <= 400

@@ -108,8 +108,8 @@ def table_of(shapes: Sequence[Shape], chip: str) -> Table:
         title=f"{chip}, the whole embedding into main_grad, predicted",
         text=(
             "Words and features in, forward and backward, gradients of table and projector in\n"
-            f"fp32 `main_grad`; a table of {VOCABULARY:,} rows on one tensor-parallel rank. Stock's\n"
-            "insertion is taken to multiply as fast as ours."
+            f"fp32 `main_grad`; a table of {VOCABULARY:,} rows on one tensor-parallel rank. The\n"
+            "insertion of stock is taken to multiply as fast as ours."
         ),
         columns=(
             Column("shape"), Column("stock µs", form), Column('ours, lookup="call", µs', form),

@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from step37_bridge.ranks import say
+from step37_bridge.command_line import at_least_one, say
 
 DESCRIPTION = """\
 Run scripts/training/run_recipe.py of Megatron-Bridge with step37's embedding, data set and
@@ -36,7 +36,7 @@ def main() -> None:
     )
     kind.add_argument(
         "--compare",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="measure N steps with Bridge's embedding, then N with the fused one",
     )
@@ -44,15 +44,13 @@ def main() -> None:
     given = parser.parse_args()
     if not given.command:
         parser.error("the path of Megatron-Bridge's run_recipe.py is missing")
-    if given.compare is not None and given.compare < 1:
-        parser.error(f"--compare: expected at least 1, got {given.compare}")
     script = Path(given.command[0])
     if not script.is_file():
         sys.exit(
             f"step37_bridge: there is no file {script}: give the path of run_recipe.py, which is "
             "in scripts/training of Megatron-Bridge's repository and containers, not in its wheel"
         )
-    # As Python itself does for a script; this command's own folder stays behind it.
+    # Python does so for a script; the current folder, which it has for a module, comes second.
     sys.path.insert(0, str(script.resolve().parent))
     sys.argv = given.command
     if given.stock:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from step37_bridge.ranks import say
+from step37_bridge.command_line import say
 from step37_data.common.checks import checked_int
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.options import InsertOptions
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from step37_kernels.integration.options import InsertKeywords
 
-GIB = 2**30
+__all__ = ["CompareWithStock", "Measured"]
+
+_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Measured:
     def __str__(self) -> str:
         told = f"{1000 * self.seconds:.1f} ms a step"
         if self.peak_bytes is not None:
-            told += f", at most {self.peak_bytes / GIB:.3f} GiB"
+            told += f", at most {self.peak_bytes / _GIB:.3f} GiB"
         return told
 
 
@@ -124,7 +126,7 @@ class CompareWithStock:
         """Say so where the training was too short."""
         if len(self.results) < 2:
             wanted = 2 * (self._warmup + self._steps)
-            say(f"nothing to compare: that takes {wanted} steps, and the training had fewer")
+            say(f"there is no comparison: it takes {wanted} steps, and the training had fewer")
 
     def _finish_kind(self, context: Any) -> None:
         measured = Measured(statistics.median(self._times), self._peak)

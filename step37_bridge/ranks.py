@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from dataclasses import dataclass, fields
 
 from step37_data.common.checks import checked_int
@@ -14,8 +13,8 @@ from step37_data.common.checks import checked_int
 class ParallelSizes:
     """Over how many ranks a model is split, in each of three ways.
 
-    Experts are never split by tensor parallelism (``expert_tensor_parallel_size`` 1), and the
-    context parallel size is 1, because a rank takes whole packs.
+    Experts are never split by tensor parallelism (``expert_tensor_parallel_size`` is 1). The
+    context parallel size is 1, because our forward step takes whole packs.
 
     Raises:
         ValueError: a size is no integer, or below 1.
@@ -49,12 +48,3 @@ class ParallelSizes:
 def ranks_started() -> int:
     """How many ranks ``torchrun`` or ``srun`` started, as Megatron reads it; 1 without them."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def say(message: str) -> None:
-    """Print a line to stderr, on the first rank alone.
-
-    Not logged: whether the log shows it would depend on a script that has not run yet.
-    """
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-        print(f"step37_bridge: {message}", file=sys.stderr, flush=True)

@@ -3,8 +3,8 @@
     torchrun --nnodes=8 --nproc-per-node=8 -m step37_bridge.recipe --checkpoint /path/to/weights
     torchrun --nproc-per-node=4 -m step37_bridge.recipe --smoke --checkpoint /path/to/weights
 
-Needs Megatron-Bridge with Step-3.7, and no checkout of it. What is this project's are the places
-marked 1, 2, 3; everything else is Bridge's.
+It needs Megatron-Bridge with Step-3.7, and no checkout of it. This project's parts come in at the
+places marked 1, 2 and 3; everything else is Bridge's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 
 import step37_data
 from step37_bridge.callbacks import CompareWithStock
-from step37_bridge.ranks import ParallelSizes, ranks_started, say
+from step37_bridge.command_line import at_least_one, say
+from step37_bridge.ranks import ParallelSizes, ranks_started
 from step37_bridge.replacing import RECIPE_MODULES, find
 from step37_data.forward_step import ForwardStep
 from step37_kernels.megatron import patch_step37
+
+__all__ = ["ParallelSizes", "RecipeOptions", "bridge_recipe", "make_config", "set_parallel_sizes"]
 
 MODEL = "stepfun-ai/Step-3.7-Flash"
 # Newest first; the name has changed with the place.
@@ -34,9 +37,9 @@ SMOKE_RECIPES = (
     (RECIPE_MODULES[1], "step37_sft_flickr8k_smoke_config"),
 )
 FULL_SIZES = ParallelSizes(tensor=1, pipeline=8, expert=8)
-"""Those of Bridge's recipe, which wants 64 ranks."""
+"""Those of Bridge's recipe, for 64 ranks."""
 SMOKE_SIZES = ParallelSizes(tensor=1, pipeline=4, expert=1)
-"""Those of its smoke configuration, which wants 4."""
+"""Those of its smoke configuration, for 4 ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ def make_config(options: RecipeOptions) -> Any:
         cfg.dataset.sample_count = options.sample_count
     if not options.smoke:
         cfg.dataset.packing = "best_fit"
-        # Bridge ends with an error where a data set that it reads once has too few packs.
+        # A data set that is read once ends the training with an error when its packs are used up.
         cfg.dataset.dataloader_type = "cyclic"
     return cfg
 
@@ -129,7 +132,8 @@ def set_parallel_sizes(model: Any, sizes: ParallelSizes) -> None:
     model.pipeline_model_parallel_size = sizes.pipeline
     model.expert_model_parallel_size = sizes.expert
     model.expert_tensor_parallel_size = 1
-    model.sequence_parallel = sizes.tensor > 1  # which experts want of tensor parallelism
+    # Megatron requires it of a model with experts and tensor parallelism.
+    model.sequence_parallel = sizes.tensor > 1
     of_a_stage = -(-model.num_layers // sizes.pipeline)
     of_the_last = model.num_layers - of_a_stage * (sizes.pipeline - 1)
     if of_the_last < 1:
@@ -149,8 +153,8 @@ def main() -> None:
         sizes.check(started)
     except ValueError as error:
         sys.exit(
-            f"step37_bridge.recipe: {error}. Start as many with torchrun or srun, or "
-            "give other --pipeline, --expert and --tensor"
+            f"step37_bridge.recipe: {error}. Start as many with torchrun or srun, or give other "
+            "--pipeline, --expert and --tensor"
         )
     say(f"{started} ranks started, and a multiple of {sizes.ranks_needed()} needed: {sizes}")
     callbacks = []
@@ -179,15 +183,32 @@ def _parse() -> tuple[RecipeOptions, int | None]:
         "times the least common multiple of EXPERT and TENSOR.",
     )
     add = parser.add_argument
+    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
     add("--smoke", action="store_true", help="Bridge's smoke configuration: one pack, 4 GPUs")
     add("--tokenizer", default=default.tokenizer, help="folder, or name on the hub: %(default)s")
     add("--checkpoint", help="folder with weights converted to Megatron's format; random without")
     add("--data-dir", help="folder that holds Flickr8k, or into which it is downloaded")
-    add("--samples", type=int, metavar="N", help="the first N; without it all, in --smoke 8")
-    add("--steps", type=int, metavar="N", default=default.train_iters, help="default: %(default)s")
+    add(
+        "--samples",
+        type=at_least_one,
+        metavar="N",
+        help="the first N; without it all, in --smoke 8",
+    )
+    add(
+        "--steps",
+        type=at_least_one,
+        metavar="N",
+        default=default.train_iters,
+        help="default: %(default)s",
+    )
     for field in dataclasses.fields(ParallelSizes):
-        add(f"--{field.name}", type=int, metavar="N", help=f"{field.name} parallel size")
-    add("--compare", type=int, metavar="N", help="time N steps of stock's embedding, N of ours")
+        add(f"--{field.name}", **number, help=f"{field.name} parallel size")
+    add(
+        "--compare",
+        type=at_least_one,
+        metavar="N",
+        help="time N steps of stock's embedding, N of ours",
+    )
     given = parser.parse_args()
     sizes = SMOKE_SIZES if given.smoke else FULL_SIZES
     changed = {
@@ -195,10 +216,6 @@ def _parse() -> tuple[RecipeOptions, int | None]:
         for field in dataclasses.fields(sizes)
         if getattr(given, field.name) is not None
     }
-    try:
-        sizes = dataclasses.replace(sizes, **changed)
-    except ValueError as error:
-        parser.error(str(error))
     options = RecipeOptions(
         smoke=given.smoke,
         tokenizer=given.tokenizer,
@@ -206,7 +223,7 @@ def _parse() -> tuple[RecipeOptions, int | None]:
         data_dir=given.data_dir,
         sample_count=given.samples,
         train_iters=given.steps,
-        sizes=sizes,
+        sizes=dataclasses.replace(sizes, **changed),
     )
     return options, given.compare
 

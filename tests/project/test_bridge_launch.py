@@ -91,7 +91,8 @@ def test_a_missing_script_is_one_line(tmp_path, monkeypatch):
     [
         ([], "the path of Megatron-Bridge's run_recipe.py is missing"),
         (["--stok", "run_recipe.py"], "unrecognized arguments: --stok"),
-        (["--compare", "0", "run_recipe.py"], "--compare: expected at least 1, got 0"),
+        (["--compare", "0", "run_recipe.py"], "argument --compare: expected at least 1, got 0"),
+        (["--compare", "run_recipe.py"], "expected an integer, got 'run_recipe.py'"),
         (["--stock", "--compare", "3", "run_recipe.py"], "not allowed with argument --stock"),
     ],
 )

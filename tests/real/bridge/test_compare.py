@@ -90,7 +90,7 @@ def test_a_median_of_the_measured_steps_alone_is_told_and_the_peak_of_each_kind(
 
 def test_a_training_that_is_too_short_says_how_long_it_had_to_be(capsys):
     trained(build(), CompareWithStock(steps=2, warmup=1), 5)
-    assert "nothing to compare: that takes 6 steps" in capsys.readouterr().err
+    assert "there is no comparison: it takes 6 steps" in capsys.readouterr().err
 
 
 def test_a_model_with_the_fused_embedding_is_refused():

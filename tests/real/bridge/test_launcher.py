@@ -156,6 +156,7 @@ def test_options_behind_the_path_are_the_scripts_even_if_we_have_them(
 
 
 def test_the_first_rank_says_what_is_replaced_and_the_others_say_nothing(
+    *,
     trained: list[Trained],
     script: Path,
     launch: Callable[..., None],
@@ -176,6 +177,23 @@ def test_the_first_rank_says_what_is_replaced_and_the_others_say_nothing(
     launch(str(script), *ARGUMENTS)
     assert "step37_bridge:" not in capsys.readouterr().err
     assert len(trained) == 3
+
+
+def test_a_script_that_imports_the_step_and_the_recipe_at_its_top_gets_ours_too(
+    trained: list[Trained],
+    tmp_path: Path,
+    launch: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    del trained
+    path = tmp_path / "older.py"
+    path.write_text(
+        f"from {replacing.STEP_MODULE} import forward_step\n"
+        "from megatron.bridge.recipes import step37_sft_flickr8k_config as recipe\n"
+        "print(type(forward_step), type(recipe().dataset))\n"
+    )
+    launch(str(path))
+    assert capsys.readouterr().out == f"{ForwardStep} {Step37Flickr8kSFTDataProvider}\n"
 
 
 def test_the_threads_that_read_ahead_end_with_the_script_even_if_it_fails(
@@ -203,6 +221,7 @@ def test_the_threads_that_read_ahead_end_with_the_script_even_if_it_fails(
     ],
 )
 def test_a_bridge_without_a_name_is_one_line_and_nothing_is_replaced(
+    *,
     module: str,
     name: str,
     trained: list[Trained],

@@ -82,18 +82,27 @@ class CompareWithStock:
         self._began: float | None = None
 
     def on_train_start(self, context: Any) -> None:
-        """Refuse a model in which there is nothing to compare.
+        """Refuse a training in which there is nothing to compare.
 
         Raises:
-            ValueError: it has the fused embedding, or replays CUDA graphs.
+            ValueError: its steps are too few, the model has the fused embedding already, or it
+                replays CUDA graphs.
         """
+        state = context.state
+        wanted = 2 * (self._warmup + self._steps)
+        left = state.cfg.train.train_iters - state.train_state.step
+        if left < wanted:
+            raise ValueError(
+                f"CompareWithStock: {self._steps} steps of each kind and {self._warmup} before "
+                f"them are {wanted}, and cfg.train.train_iters leaves {left}"
+            )
         for chunk in context.model:
             if any(isinstance(module, ImageInsertEmbedding) for module in chunk.modules()):
                 raise ValueError(
                     "CompareWithStock: the model has the fused embedding from the start: build it "
                     "without patch_step37() and replace_in()"
                 )
-        graphs = getattr(context.state.cfg.model, "cuda_graph_impl", None)
+        graphs = getattr(state.cfg.model, "cuda_graph_impl", None)
         if graphs not in (None, "none"):
             raise ValueError(
                 f"CompareWithStock: cfg.model.cuda_graph_impl is {graphs!r}, and captured graphs "
@@ -121,12 +130,6 @@ class CompareWithStock:
             self._peak = max(self._peak or 0, torch.cuda.max_memory_allocated())
         if len(self._times) == self._steps:
             self._finish_kind(context)
-
-    def on_train_end(self, context: Any) -> None:  # noqa: ARG002 - Bridge passes it
-        """Say so where the training was too short."""
-        if len(self.results) < 2:
-            wanted = 2 * (self._warmup + self._steps)
-            say(f"there is no comparison: it takes {wanted} steps, and the training had fewer")
 
     def _finish_kind(self, context: Any) -> None:
         measured = Measured(statistics.median(self._times), self._peak)

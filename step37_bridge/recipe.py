@@ -188,27 +188,11 @@ def _parse() -> tuple[RecipeOptions, int | None]:
     add("--tokenizer", default=default.tokenizer, help="folder, or name on the hub: %(default)s")
     add("--checkpoint", help="folder with weights converted to Megatron's format; random without")
     add("--data-dir", help="folder that holds Flickr8k, or into which it is downloaded")
-    add(
-        "--samples",
-        type=at_least_one,
-        metavar="N",
-        help="the first N; without it all, in --smoke 8",
-    )
-    add(
-        "--steps",
-        type=at_least_one,
-        metavar="N",
-        default=default.train_iters,
-        help="default: %(default)s",
-    )
+    add("--samples", **number, help="the first N; without it all, in --smoke 8")
+    add("--steps", **number, default=default.train_iters, help="default: %(default)s")
     for field in dataclasses.fields(ParallelSizes):
         add(f"--{field.name}", **number, help=f"{field.name} parallel size")
-    add(
-        "--compare",
-        type=at_least_one,
-        metavar="N",
-        help="time N steps of stock's embedding, N of ours",
-    )
+    add("--compare", **number, help="time N steps of stock's embedding, then N of ours")
     given = parser.parse_args()
     sizes = SMOKE_SIZES if given.smoke else FULL_SIZES
     changed = {

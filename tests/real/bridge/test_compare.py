@@ -24,7 +24,10 @@ def trained(
     """Losses of some steps of Adam, and whether each saw the fused embedding."""
     manager = CallbackManager()
     manager.add(callback)
-    state: Any = SimpleNamespace(cfg=SimpleNamespace(model=SimpleNamespace(**config)))
+    cfg = SimpleNamespace(
+        model=SimpleNamespace(**config), train=SimpleNamespace(train_iters=10 + steps)
+    )
+    state: Any = SimpleNamespace(cfg=cfg, train_state=SimpleNamespace(step=10))
     context = CallbackContext(state=state, model=[model])
     manager.fire("on_train_start", context)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -38,7 +41,6 @@ def trained(
         losses.append(loss.detach())
         fused.append(isinstance(model.image_insert_embedding, ImageInsertEmbedding))
         manager.fire("on_train_step_end", context)
-    manager.fire("on_train_end", context)
     return torch.stack(losses), fused
 
 
@@ -78,8 +80,7 @@ def test_a_median_of_the_measured_steps_alone_is_told_and_the_peak_of_each_kind(
     manager = CallbackManager()
     callback = CompareWithStock(steps=3, warmup=1)
     manager.add(callback)
-    state: Any = SimpleNamespace(cfg=SimpleNamespace(model=SimpleNamespace()))
-    context = CallbackContext(state=state, model=[build()])
+    context = CallbackContext(state=SimpleNamespace(), model=[build()])  # type: ignore[arg-type]
     for _ in range(9):
         manager.fire("on_train_step_start", context)
         manager.fire("on_train_step_end", context)
@@ -88,20 +89,21 @@ def test_a_median_of_the_measured_steps_alone_is_told_and_the_peak_of_each_kind(
     assert str(Measured(0.0125, 3 * 2**29)) == "12.5 ms a step, at most 1.500 GiB"
 
 
-def test_a_training_that_is_too_short_says_how_long_it_had_to_be(capsys):
-    trained(build(), CompareWithStock(steps=2, warmup=1), 5)
-    assert "there is no comparison: it takes 6 steps" in capsys.readouterr().err
+def test_a_training_with_too_few_steps_left_is_refused_at_its_start():
+    trained(build(), CompareWithStock(steps=2, warmup=1), 6)
+    with pytest.raises(ValueError, match=r"are 6, and cfg\.train\.train_iters leaves 5$"):
+        trained(build(), CompareWithStock(steps=2, warmup=1), 5)
 
 
 def test_a_model_with_the_fused_embedding_is_refused():
     patch_step37()
     with pytest.raises(ValueError, match="has the fused embedding from the start"):
-        trained(build(), CompareWithStock(), 1)
+        trained(build(), CompareWithStock(), 46)
 
 
 def test_captured_graphs_are_refused_because_they_run_what_was_there_at_first():
     with pytest.raises(ValueError, match="cuda_graph_impl is 'local'"):
-        trained(build(), CompareWithStock(), 1, cuda_graph_impl="local")
+        trained(build(), CompareWithStock(), 46, cuda_graph_impl="local")
 
 
 @pytest.mark.parametrize(

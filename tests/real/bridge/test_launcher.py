@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 import shutil
 import sys
 import types
@@ -18,6 +20,7 @@ from megatron.bridge.models.stepfun.data.flickr8k.provider import (
 from megatron.bridge.models.stepfun.step37_flickr8k_step import forward_step as stock_step
 from megatron.bridge.models.stepfun.step37_provider import Step37ModelProvider
 from megatron.bridge.training.callbacks import CallbackManager
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from step37_bridge import __main__ as launcher
 from step37_bridge import replacing
@@ -26,6 +29,7 @@ from step37_data.forward_step import ForwardStep
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from tests.real.bridge.bridge_model import MODEL
 
+ROOT = Path(__file__).parents[3]
 RECIPES = "megatron.bridge.recipes.stepfun.h100.step37"
 ARGUMENTS = [
     "--recipe",
@@ -134,6 +138,26 @@ def test_the_command_line_is_the_scripts_with_every_override(
     assert (model.pipeline_model_parallel_size, model.num_layers_in_last_pipeline_stage) == (8, 3)
     assert (dataset.sample_count, dataset.cache_dir) == (None, "/a folder/with = in it")
     assert call.config.train.train_iters == 7
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["torchrun", "Slurm"])
+def test_bridge_takes_what_the_page_hands_to_its_script(
+    trained: list[Trained], script: Path, launch: Callable[..., None], number: int
+) -> None:
+    page = (ROOT / "docs" / "megatron-bridge.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"-m step37_bridge /\S+/scripts/training/run_recipe\.py((?: \\\n.*?)+)\n(?!    )", page
+    )
+    assert len(commands) == 2
+    launch(str(script), *shlex.split(commands[number].replace("\\\n", "")))
+    (call,) = trained
+    model = call.config.model
+    stages = range(model.pipeline_model_parallel_size)
+    assert sum(get_num_layers_to_build(model, None, rank) for rank in stages) == 45
+    assert call.config.checkpoint.pretrained_checkpoint == "/shared/step37_megatron"
+    assert type(call.config.dataset) is Step37Flickr8kSFTDataProvider
+    assert model.variable_seq_lengths is True
+    assert len(stages) == (4, 8)[number]
 
 
 def test_options_of_our_data_set_that_stock_has_not_can_be_overridden(

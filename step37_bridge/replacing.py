@@ -84,14 +84,14 @@ def put_in_bridge(
     recipe_module, _ = find([(module, PROVIDER) for module in RECIPE_MODULES])
     provider = getattr(step37_data, PROVIDER)
     if compare is None:
-        replaced = [f"{name} is step37_kernels.ImageInsertEmbedding" for name in patch_step37()]
+        replaced = [f"{name} is now step37_kernels.ImageInsertEmbedding" for name in patch_step37()]
     else:
         replaced = add_callback(compare)
     setattr(step_module, step_name, forward_step)
     setattr(recipe_module, PROVIDER, provider)
     replaced += [
-        f"{step_module.__name__}.{step_name} is step37_data.forward_step.ForwardStep",
-        f"{recipe_module.__name__}.{PROVIDER} is {provider.__module__}.{PROVIDER}",
+        f"{step_module.__name__}.{step_name} is now step37_data.forward_step.ForwardStep",
+        f"{recipe_module.__name__}.{PROVIDER} is now {provider.__module__}.{PROVIDER}",
     ]
     return tuple(replaced)
 
@@ -109,7 +109,8 @@ def add_callback(callback: CompareWithStock) -> list[str]:
     for module, name in found:
         setattr(module, name, _with_callback(getattr(module, name), callback))
     return [
-        f"{module.__name__}.{name} compares with stock besides training" for module, name in found
+        f"{module.__name__}.{name} now compares with stock besides training"
+        for module, name in found
     ]
 
 

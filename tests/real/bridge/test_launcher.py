@@ -190,9 +190,9 @@ def test_the_first_rank_says_what_is_replaced_and_the_others_say_nothing(
     launch(str(script), *ARGUMENTS)
     told = capsys.readouterr().err
     for line in (
-        f"step37_bridge: {MODEL}.ImageInsertEmbedding is step37_kernels.ImageInsertEmbedding\n",
-        f"step37_bridge: {replacing.STEP_MODULE}.forward_step is step37_data.forward_step.",
-        f"step37_bridge: {RECIPES}.Step37Flickr8kSFTDataProvider is step37_data.provider.",
+        f"step37_bridge: {MODEL}.ImageInsertEmbedding is now step37_kernels.ImageInsertEmbedding\n",
+        f"step37_bridge: {replacing.STEP_MODULE}.forward_step is now step37_data.forward_step.",
+        f"step37_bridge: {RECIPES}.Step37Flickr8kSFTDataProvider is now step37_data.provider.",
     ):
         assert line in told
     launch("--stock", str(script), *ARGUMENTS)

@@ -32,9 +32,11 @@ from bench.harness import DTYPES
 from bench.no_gpu import NoDriver, compiled
 from bench.report import Column, Table, print_table
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
-from step37_kernels.ops import gradient, pack, plan, project, tiles
-from step37_kernels.ops import normalize as pixel_ops
-from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops import copy_rows as copy_ops
+from step37_kernels.ops import gradient, project, tiles
+from step37_kernels.ops import normalize_pixels as pixel_ops
+from step37_kernels.ops import plan_rows as plan_ops
+from step37_kernels.ops import resize_pass as resize_ops
 from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.resize import resize_uint8
 from step37_kernels.runs import FlatRuns
@@ -89,7 +91,7 @@ def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
     table = torch.empty(12, dtype=torch.int64)
     runs = FlatRuns(tokens=(128003, 128000), group_sizes=(2, 1), features=(2, 1), rows=(81, 169))
     ids = torch.empty(1, 2048 * step, dtype=dtype)[:, ::step]
-    plan.plan_rows(ids, runs, None if inline else table)
+    plan_ops.plan_rows(ids, runs, None if inline else table)
 
 
 @contextlib.contextmanager
@@ -127,8 +129,8 @@ def insert_blank(
 def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch]:
     view = torch.empty(2, WIDTH, ROWS, dtype=dtype).transpose(1, 2)
     apart = view.contiguous()[:, ::2]
-    yield f"{short} channels-first", functools.partial(pack.pack_rows, [view])
-    yield f"{short} rows apart", functools.partial(pack.pack_rows, [apart])
+    yield f"{short} channels-first", functools.partial(copy_ops.copy_rows, [view])
+    yield f"{short} rows apart", functools.partial(copy_ops.copy_rows, [apart])
     entries = dict.fromkeys(tiles.entry(rows, dtype, capability) for rows in range(1, 8192, 64))
     variants: list[dict[str, Any]] = [{}, {"bias": True}, {"shard": True}, {"sources": 4}]
     variants.append({"lookup": True})
@@ -183,9 +185,9 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 
 KERNELS = (
-    plan.plan_kernel, gradient.gradient_rows_kernel,
+    plan_ops.plan_kernel, gradient.gradient_rows_kernel,
     table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
-    pack.pack_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
+    copy_ops.copy_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip
 

@@ -367,7 +367,7 @@ class ImageInsertEmbedding(nn.Module):
         """Plan, project and insert.
 
         Nothing is launched between the plan and the product, which so need not wait for its end:
-        what has to be packed is before, and the counts go to the host after.
+        what has to be copied is before, and the counts go to the host after.
         """
         projector = self.align_projector
         rows = FeatureRows(features, None)

@@ -25,7 +25,7 @@ from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_grad
 from step37_kernels.plan import InsertPlan
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_SOURCES = 4  # as in ops.pack, which needs Triton to import
+MAX_SOURCES = 4  # as in ops.copy_rows, which needs Triton to import
 """Contiguous tensors that one launch reads in place."""
 
 
@@ -94,13 +94,13 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
     """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`.
 
     What is contiguous stays where it is. Other layouts, such as the channels-first view of a vision
-    tower, are packed by one launch; so are all where there are too many.
+    tower, are copied by one launch; so are all where there are too many.
     """
     if len(features) > MAX_SOURCES:
-        return [operators.pack_rows(list(features))]
-    packed = [feature for feature in features if not feature.is_contiguous()]
-    counts = [feature.shape[0] * feature.shape[1] for feature in packed]
-    parts = iter(operators.pack_rows(packed).split(counts) if packed else ())
+        return [operators.copy_rows(list(features))]
+    strided = [feature for feature in features if not feature.is_contiguous()]
+    counts = [feature.shape[0] * feature.shape[1] for feature in strided]
+    parts = iter(operators.copy_rows(strided).split(counts) if strided else ())
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 
@@ -256,7 +256,8 @@ class FeatureRows:
 
     @classmethod
     def of(cls, features: Sequence[Tensor], dtype: torch.dtype, triton: bool) -> FeatureRows:
-        """From ``[N, L, C]`` or ``[L, C]`` tensors; with ``triton`` what must be packed is."""
+        """From ``[N, L, C]`` or ``[L, C]`` tensors; with ``triton``, what kernels cannot read in place is
+        copied."""
         tensors = [
             (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(dtype)
             for tensor in features
@@ -339,7 +340,7 @@ def project_and_insert(  # noqa: PLR0917 - the public signature
         embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; any strides.
         features: rows of all groups in the plan's order, R together: ``[N, L, C]`` or ``[L, C]``,
             or a sequence of such (ragged). Up to four contiguous tensors are read in place. More,
-            and other layouts, such as the channels-first view of a vision tower, are packed first,
+            and other layouts, such as the channels-first view of a vision tower, are copied first,
             in one pass. Cast to the weight's dtype.
         weight: ``[H, C]`` projector weight.
         bias: ``[H]``, or None.

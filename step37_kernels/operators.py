@@ -99,11 +99,11 @@ def plan(
         sum(feature.shape[0] * feature.shape[1] for feature in features), features[0].shape[2]
     )
 )
-def pack_rows(features: list[Tensor]) -> Tensor:
+def copy_rows(features: list[Tensor]) -> Tensor:
     """``[N, L, C]`` tensors of any strides → one contiguous ``[R, C]``."""
-    from step37_kernels.ops import pack
+    from step37_kernels.ops import copy_rows as ops
 
-    return pack.pack_rows(features)
+    return ops.copy_rows(features)
 
 
 def _fake_project_insert(

@@ -23,7 +23,7 @@ PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @functools.lru_cache(maxsize=64)
 def _table_of(runs: FlatRuns) -> tuple[int, ...]:
-    """What :func:`step37_kernels.ops.plan.plan_rows` reads where there are many runs."""
+    """What :func:`step37_kernels.ops.plan_rows.plan_rows` reads where there are many runs."""
     first_rows = itertools.accumulate(map(operator.mul, runs.features, runs.rows), initial=0)
     return (
         *runs.tokens,
@@ -82,7 +82,7 @@ def make_plan(
         triton: by the kernel.
     """
     if triton and (runs.tokens or vocabulary) and input_ids.numel():
-        from step37_kernels.ops import plan as ops
+        from step37_kernels.ops import plan_rows as ops
 
         table = None
         if not ops.fits_into_a_launch(runs):

@@ -30,8 +30,8 @@ from step37_kernels.ops.common import (
     round_to,
     whole_vectors,
 )
+from step37_kernels.ops.copy_rows import MAX_SOURCES, choose
 from step37_kernels.ops.launch import launch
-from step37_kernels.ops.pack import MAX_SOURCES, choose
 from step37_kernels.ops.tiles import MAX_PARTS, Tile, insert_tile, processors, schedule
 
 COPY_BLOCK_P = 8

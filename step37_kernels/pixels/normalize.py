@@ -51,7 +51,7 @@ def clip_normalize(
         raise ValueError(f"pixels: expected [N, H, W, 3], got {list(pixels.shape)}")
     mean, std = check_constants(mean, std, dtype)
     if use_triton(impl, pixels.device):
-        from step37_kernels.ops import normalize as ops
+        from step37_kernels.ops import normalize_pixels as ops
 
         return ops.normalize(pixels, kernel_constants(mean, std, dtype), dtype)
     return normalize_torch(pixels, mean, std, dtype)

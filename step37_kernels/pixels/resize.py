@@ -19,7 +19,7 @@ from step37_kernels.pixels.normalize import (
 from step37_kernels.pixels.ragged import Crop, RaggedImages, check_crop
 
 if TYPE_CHECKING:
-    from step37_kernels.ops.resize import ResizeJob
+    from step37_kernels.ops.resize_pass import ResizeJob
 
 
 def resize_clip_normalize(  # noqa: PLR0913 - the public signature
@@ -67,7 +67,7 @@ def resize_clip_normalize(  # noqa: PLR0913 - the public signature
     mean, std = check_constants(mean, std, dtype)
     version = pillow_arithmetic.installed_pillow() if pillow is None else pillow
     if triton and crops:
-        from step37_kernels.ops import resize as ops
+        from step37_kernels.ops import resize_pass as ops
 
         out = torch.empty((len(crops), 3, size, size), dtype=dtype, device=device)
         jobs = [
@@ -96,7 +96,7 @@ def _job(
     target: tuple[int, int, int],
     version: tuple[int, int],
 ) -> ResizeJob:
-    from step37_kernels.ops.resize import ResizeJob
+    from step37_kernels.ops.resize_pass import ResizeJob
 
     height, width = crop.bottom - crop.top, crop.right - crop.left
     pitch = images.shapes[crop.image][1] * 3
@@ -166,7 +166,7 @@ def resize_uint8(
         data=make(end, dtype=torch.uint8, device=device), offsets=offsets, shapes=list(padded_sizes)
     )
     if triton and len(images):
-        from step37_kernels.ops import resize as ops
+        from step37_kernels.ops import resize_pass as ops
 
         targets = [
             (offset, width * 3, 1) for offset, (_, width) in zip(offsets, padded_sizes, strict=True)

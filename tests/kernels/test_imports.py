@@ -81,7 +81,7 @@ def test_triton_on_a_cpu_tensor_is_an_error_without_the_interpreter():
 
 def test_the_interpreter_has_to_be_chosen_before_the_kernels_are_imported():
     done = python(
-        "import os, torch, step37_kernels as k, step37_kernels.ops.plan; "
+        "import os, torch, step37_kernels as k, step37_kernels.ops.plan_rows; "
         "os.environ['TRITON_INTERPRET'] = '1'; "
         "k.plan_insert(torch.tensor([[7]]), [(7, [1])], impl='triton')"
     )

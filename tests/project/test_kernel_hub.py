@@ -134,11 +134,11 @@ def test_every_backend_has_a_variant_of_its_own_id(folder: Path) -> None:
 
 
 def test_what_cannot_be_made_relative_or_would_be_overwritten_is_an_error(tmp_path: Path) -> None:
-    assert relative("ops/plan.py", "from step37_kernels.ops.common import x\n") == (
+    assert relative("ops/plan_rows.py", "from step37_kernels.ops.common import x\n") == (
         "from ..ops.common import x\n"
     )
-    with pytest.raises(ValueError, match=r"ops/plan.py, line 2: an import that cannot"):
-        relative("ops/plan.py", "\nimport step37_kernels.ops.common\n")
+    with pytest.raises(ValueError, match=r"ops/plan_rows.py, line 2: an import that cannot"):
+        relative("ops/plan_rows.py", "\nimport step37_kernels.ops.common\n")
     (tmp_path / "mine.txt").write_text("do not delete")
     with pytest.raises(FileExistsError, match="was not written by this command"):
         write_hub(tmp_path)

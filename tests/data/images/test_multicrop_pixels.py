@@ -132,8 +132,8 @@ def test_the_chain_on_a_device_is_the_rule_for_photographs_at_the_sizes_of_the_m
 @pytest.mark.parametrize("sizes", [[(50, 20), (30, 25)], [(20, 50), (33, 6), (1, 3)]])
 def test_the_kernels_chain_is_the_rule(sizes, monkeypatch):
     if INTERPRETED:  # its time goes by programs: fewer and larger ones
-        monkeypatch.setattr("step37_kernels.ops.resize.TILE", (64, 128))
-        monkeypatch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (64, 64))
+        monkeypatch.setattr("step37_kernels.ops.resize_pass.TILE", (64, 128))
+        monkeypatch.setattr("step37_kernels.ops.resize_pass.ROWS_AT_ONCE", (64, 64))
     assert_device_chain([noise(*size) for size in sizes], "triton", (28, 14))
 
 

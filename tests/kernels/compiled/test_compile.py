@@ -313,8 +313,8 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     destinations, row_at, _, _ = operators.plan(*arguments, 1, False, 0, True, False)
     weight, bias = case.weight.detach(), case.bias.detach()
     pictures = [case.features[0].detach()]
-    torch.library.opcheck(operators.pack_rows.default, (pictures,))
-    x = operators.pack_rows(pictures)
+    torch.library.opcheck(operators.copy_rows.default, (pictures,))
+    x = operators.copy_rows(pictures)
     words = case.embeddings.detach()
     torch.library.opcheck(
         operators.project_insert.default,

@@ -19,7 +19,7 @@ NoDriver("sm_90", lambda *arguments: launched.append(arguments)).install()
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, dispatch
 from step37_kernels import plan_insert, plan_placeholders
-from step37_kernels.ops import gradient, plan, project, tiles
+from step37_kernels.ops import gradient, plan_rows as plan, project, tiles
 from step37_kernels.runs import FlatRuns
 
 dispatch.kernels_run_on_cpu = lambda: True
@@ -264,7 +264,7 @@ def test_a_first_launch_inside_a_real_capture_is_refused_and_a_second_one_is_not
     script = """
 import json
 import torch
-from step37_kernels.ops import plan
+from step37_kernels.ops import plan_rows as plan
 from step37_kernels.runs import FlatRuns
 
 ids = torch.full((1, 64), 7, device="cuda")

@@ -9,7 +9,7 @@ import pytest
 from bench.resources import KERNELS, SHARED_LIMIT
 from tests.kernels.checks import run_compiling
 
-COPIES = {"pack_rows_kernel", "place_rows_kernel", "gradient_rows_kernel", "sum_segments_kernel"}
+COPIES = {"copy_rows_kernel", "place_rows_kernel", "gradient_rows_kernel", "sum_segments_kernel"}
 
 
 def resources(arch: str, dtypes: list[str]) -> list[dict[str, object]]:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from step37_kernels.ops import copy_rows as copy_ops
 from step37_kernels.ops import gradient as gradient_ops
-from step37_kernels.ops import pack, project
+from step37_kernels.ops import project
 from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.normalize import clip_normalize
 from step37_kernels.pixels.ragged import RaggedImages
@@ -65,8 +66,8 @@ def test_features_are_packed_in_whole_vectors_or_along_their_rows(tensors):
     channels_first = torch.zeros(3, WIDTH, ROWS, dtype=torch.bfloat16).transpose(1, 2)
     for features in (sliced, channels_first):
         with recorded() as launches:
-            pack.pack_rows([features] * tensors)
-        launch = one(launches, "pack_rows_kernel")
+            copy_ops.copy_rows([features] * tensors)
+        launch = one(launches, "copy_rows_kernel")
         assert launch.stores.keys() == {16}
         if features is sliced:
             assert launch.loads.keys() == {16}

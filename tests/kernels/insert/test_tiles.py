@@ -13,7 +13,8 @@ from torch import Tensor
 
 from step37_kernels import plan_insert, reference
 from step37_kernels.insert import contiguous_rows
-from step37_kernels.ops import pack, project, tiles
+from step37_kernels.ops import copy_rows as copy_ops
+from step37_kernels.ops import project, tiles
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.ops.tiles import Tile
 from step37_kernels.testing import deviation, expected, make_insert_case
@@ -294,8 +295,8 @@ def test_rows_are_made_contiguous_in_few_launches_and_only_where_they_are_not(de
     some = [features(*kind, width).to(device) for kind in kinds]
     launched = []
     with pytest.MonkeyPatch.context() as patch:
-        real = pack.launch
-        patch.setattr(pack, "launch", lambda *a, **k: launched.append(a[0]) or real(*a, **k))
+        real = copy_ops.launch
+        patch.setattr(copy_ops, "launch", lambda *a, **k: launched.append(a[0]) or real(*a, **k))
         sources = contiguous_rows(some)
     assert len(sources) <= project.MAX_SOURCES
     assert all(source.is_contiguous() for source in sources)

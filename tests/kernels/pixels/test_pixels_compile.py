@@ -15,8 +15,8 @@ from bench.no_gpu import NoDriver, compiled
 NoDriver(sys.argv[1]).install()
 
 from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
-from step37_kernels.ops.normalize import normalize_kernel
-from step37_kernels.ops.resize import resize_pass_kernel
+from step37_kernels.ops.normalize_pixels import normalize_kernel
+from step37_kernels.ops.resize_pass import resize_pass_kernel
 
 clip_normalize = functools.partial(clip_normalize, impl="triton")
 resize_clip_normalize = functools.partial(resize_clip_normalize, impl="triton")

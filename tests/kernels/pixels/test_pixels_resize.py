@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from step37_kernels.ops import resize as resize_ops
+from step37_kernels.ops import resize_pass as resize_ops
 from step37_kernels.ops.common import INTERPRETED
 from step37_kernels.pixels import pillow as resample
 from step37_kernels.pixels import reference as reference_pixels
@@ -35,8 +35,10 @@ def interpreted_tiles(rows: int, columns: int, rows_at_once: int):
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr("step37_kernels.ops.resize.TILE", (rows, columns))
-            patch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (rows_at_once, rows_at_once))
+            patch.setattr("step37_kernels.ops.resize_pass.TILE", (rows, columns))
+            patch.setattr(
+                "step37_kernels.ops.resize_pass.ROWS_AT_ONCE", (rows_at_once, rows_at_once)
+            )
         yield
 
 

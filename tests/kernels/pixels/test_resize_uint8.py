@@ -27,8 +27,8 @@ def interpreted_tiles():
     """Tiles for the interpreter, whose time goes by programs: fewer and larger ones."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr("step37_kernels.ops.resize.TILE", (64, 64))
-            patch.setattr("step37_kernels.ops.resize.ROWS_AT_ONCE", (32, 32))
+            patch.setattr("step37_kernels.ops.resize_pass.TILE", (64, 64))
+            patch.setattr("step37_kernels.ops.resize_pass.ROWS_AT_ONCE", (32, 32))
         yield
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from step37_kernels import plan_insert, plan_placeholders, project_and_insert, reference
-from step37_kernels.ops import plan as ops
+from step37_kernels.ops import plan_rows as ops
 from step37_kernels.testing import deviation, product_bound
 from tests.kernels.strategies import TOKENS, plan_groups, token_ids
 

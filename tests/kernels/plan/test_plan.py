@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step37_kernels import InsertPlan, plan_insert, reference
-from step37_kernels.ops import plan as plan_ops
+from step37_kernels.ops import plan_rows as plan_ops
 from tests.kernels.strategies import plan_groups, token_ids
 
 FIELDS = ("destinations", "row_at", "starts", "start_counts")

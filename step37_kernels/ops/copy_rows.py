@@ -1,4 +1,5 @@
-"""Feature rows of other layouts, such as the channels-first view of a vision tower, packed.
+"""Copies feature rows of any strides, such as the channels-first view of a vision tower, into one
+contiguous matrix.
 
 Shape letters: ``N`` features, ``L`` rows of each, ``C`` encoder output width, ``R`` rows of all.
 """
@@ -18,8 +19,8 @@ from step37_kernels.ops.launch import launch
 
 MAX_SOURCES = 4
 """Tensors of feature rows that one launch reads."""
-PACK_BLOCK_L = 64
-PACK_BLOCK_C = 64
+COPY_BLOCK_L = 64
+COPY_BLOCK_C = 64
 
 
 @triton.jit
@@ -54,15 +55,15 @@ def _numbered(*names: str) -> list[str]:
 @triton.jit(
     do_not_specialize=_numbered("rows_each", "stride_n", "stride_l", "stride_c", "row", "program")
 )
-def pack_rows_kernel(
+def copy_rows_kernel(
     source_0, source_1, source_2, source_3,  # [N, L, C], any strides
-    packed_ptr,  # [R, C] contiguous, out
+    rows_ptr,  # [R, C] contiguous, out
     C,
     rows_each_0, rows_each_1, rows_each_2, rows_each_3,  # L
     stride_n_0, stride_n_1, stride_n_2, stride_n_3,
     stride_l_0, stride_l_1, stride_l_2, stride_l_3,
     stride_c_0, stride_c_1, stride_c_2, stride_c_3,
-    row_0, row_1, row_2, row_3,  # the first packed row of each source
+    row_0, row_1, row_2, row_3,  # the first row of each source among all
     program_0, program_1, program_2, program_3,  # its first program along the first axis
     SOURCES: tl.constexpr,
     FASTEST: tl.constexpr,  # the axis whose stride is 1 in all sources: "L", "C", or ""
@@ -94,14 +95,14 @@ def pack_rows_kernel(
     source += n * in_vectors(stride_n, ALIGNED)
     values = tl.load(source + row_offsets[:, None] + col_offsets[None, :], mask=inside)
     target = (first_row + n * each + rows)[:, None] * C + cols[None, :]
-    tl.store(packed_ptr + target, values, mask=inside)
+    tl.store(rows_ptr + target, values, mask=inside)
 
 
-def pack_rows(features: Sequence[Tensor]) -> Tensor:
+def copy_rows(features: Sequence[Tensor]) -> Tensor:
     """Non-empty ``[N, L, C]`` tensors of any strides as one contiguous ``[R, C]``."""
     width = features[0].shape[2]
     num_rows = sum(each.shape[:2].numel() for each in features)
-    packed = torch.empty(num_rows, width, dtype=features[0].dtype, device=features[0].device)
+    copied = torch.empty(num_rows, width, dtype=features[0].dtype, device=features[0].device)
     row = 0
     for first in range(0, len(features), MAX_SOURCES):
         some = list(features[first : first + MAX_SOURCES])
@@ -111,23 +112,23 @@ def pack_rows(features: Sequence[Tensor]) -> Tensor:
             n, rows_each, _ = each.shape
             values.append((rows_each, *each.stride(), row, programs))
             row += n * rows_each
-            programs += n * ceil_div(rows_each, PACK_BLOCK_L)
+            programs += n * ceil_div(rows_each, COPY_BLOCK_L)
         # Sources that are not there begin after the last program.
         values += [(*values[0][:-1], programs)] * (MAX_SOURCES - len(some))
         unit = [all(each.stride(axis) == 1 for each in some) for axis in (1, 2)]
-        with device_of(packed):
+        with device_of(copied):
             launch(
-                pack_rows_kernel,
-                (programs, ceil_div(width, PACK_BLOCK_C)),
+                copy_rows_kernel,
+                (programs, ceil_div(width, COPY_BLOCK_C)),
                 *some,
                 *some[:1] * (MAX_SOURCES - len(some)),
-                packed,
+                copied,
                 width,
                 *itertools.chain.from_iterable(zip(*values, strict=True)),
                 SOURCES=len(some),
                 FASTEST="L" if unit[0] else "C" if unit[1] else "",
                 ALIGNED=whole_vectors(*[s for each in some for s in each.stride()[:2]]),
-                BLOCK_L=PACK_BLOCK_L,
-                BLOCK_C=PACK_BLOCK_C,
+                BLOCK_L=COPY_BLOCK_L,
+                BLOCK_C=COPY_BLOCK_C,
             )
-    return packed
+    return copied

@@ -28,7 +28,7 @@ from step37_kernels.ops.common import (
     whole_vectors,
 )
 from step37_kernels.ops.launch import launch
-from step37_kernels.ops.normalize import Constants, normalized
+from step37_kernels.ops.normalize_pixels import Constants, normalized
 
 Table = npt.NDArray[np.int32]
 

@@ -93,16 +93,16 @@ def normalize_kernel(
     blue_offset,
     MULTIPLY_ADD: tl.constexpr,
     INTERPRET: tl.constexpr,
-    PACKED: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out[n, c, r, x] = normalized(pixels[n, r, x, c])`` for one block of one row.
 
-    ``PACKED``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
+    ``WORDS``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
     hold whole vectors of them. They are read in words and written in vectors; byte by byte,
     the threads of a warp would each touch another cache multiply_add.
     """
-    columns = in_vectors(columns, PACKED)
+    columns = in_vectors(columns, WORDS)
     # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.
     blocks = tl.cdiv(columns, BLOCK).to(tl.int32)
     pid = tl.program_id(0)
@@ -116,7 +116,7 @@ def normalize_kernel(
     source = pixels_ptr + image * image_stride + row * row_stride
     plane = rows * columns
     target = out_ptr + image * 3 * plane + row * columns + x
-    if PACKED:
+    if WORDS:
         group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         words = source.to(tl.pointer_type(tl.int32)) + group * 3
         whole = group < columns // 4
@@ -125,7 +125,7 @@ def normalize_kernel(
         word2 = tl.load(words + 2, mask=whole, other=0)
     constants = (red_scale, red_offset, green_scale, green_offset, blue_scale, blue_offset)
     for channel in tl.static_range(3):
-        if PACKED:
+        if WORDS:
             value = channel_of_words(word0, word1, word2, channel)
         else:
             address = source + x * column_stride + channel * channel_stride
@@ -156,7 +156,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
     rows, columns = height, width
     if height == 1 or row_stride == width * column_stride:
         rows, columns = 1, height * width
-    packed = (
+    in_words = (
         (column_stride, channel_stride) == (3, 1)
         and whole_vectors(columns)
         and (rows == 1 or row_stride % 4 == 0)
@@ -179,7 +179,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
             *numbers,
             MULTIPLY_ADD=multiply_add,
             INTERPRET=INTERPRETED,
-            PACKED=packed,
+            WORDS=in_words,
             BLOCK=BLOCK_PIXELS,
         )
     return out

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.insert import insert_rows, join_rows, project_and_insert
-from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
+from step37_kernels.integration.patching import (
+    ClassPatch,
+    Mixin,
+    chunks_of,
+    refuse_own_methods,
+    with_mixin,
+)
 from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
 from step37_kernels.plan import InsertPlan, plan_runs
 
@@ -60,7 +66,7 @@ class _Features:
     """``[R]`` int64: place in the model's order of each row of the tensors; None: as they come."""
 
 
-class FusedMerge:
+class FusedMerge(Mixin):
     """What goes before ``Step3p7Model`` among a class's bases: projector and merge in one pass.
 
     ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before; what it
@@ -267,14 +273,7 @@ def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _fused(stock: type[nn.Module]) -> type[nn.Module]:
-    """The class with :class:`FusedMerge` before it, under its name; one for each."""
-    if stock not in _classes:
-        body = {"__module__": stock.__module__}
-        _classes[stock] = type(stock.__name__, (FusedMerge, stock), body)
-    return _classes[stock]
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+    return with_mixin(FusedMerge, stock)
 
 
 def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""A class of ours under a framework's name, in the modules that look the name up; and back."""
+"""A class of ours under a framework's name, in the modules that look the name up; and back.
+
+Also what every class of ours that is made of a framework's has in common: see :func:`with_mixin`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -135,6 +139,50 @@ class ClassPatch:
                 self.caller,
                 ", ".join(bound),
             )
+
+
+class Mixin:
+    """Base of what :func:`with_mixin` puts before a framework's class.
+
+    A class that is made so lies in no module, where pickle would look for it. Its instances are
+    therefore pickled and copied by the two classes that it was made of.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        cls = type(self)
+        if _made.get(cls.__bases__) is not cls:
+            # A class derived from ours, such as the one that fully_shard makes: its own affair.
+            return super().__reduce_ex__(protocol)
+        mixin, stock = cls.__bases__
+        # While it is patched in, our class is what the stock class's name stands for.
+        module = sys.modules.get(cls.__module__)
+        named = cls if getattr(module, cls.__name__, None) is cls else stock
+        default: Any = super().__reduce_ex__(2)
+        return _new, (mixin, named), *default[2:]
+
+
+def with_mixin(mixin: type[Mixin], stock: type[nn.Module]) -> type[nn.Module]:
+    """The class with ``mixin`` before ``stock``, under the name of ``stock``; one for each pair."""
+    if issubclass(stock, mixin):
+        return stock
+    if (mixin, stock) not in _made:
+        body = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+        _made[mixin, stock] = type(stock.__name__, (mixin, stock), body)
+    return _made[mixin, stock]
+
+
+def without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
+    """The stock class that :func:`with_mixin` has made ``cls`` of; any other class as it is."""
+    stock: type[nn.Module] = cls.__bases__[1] if _made.get(cls.__bases__) is cls else cls
+    return stock
+
+
+_made: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
+def _new(mixin: type[Mixin], stock: type[nn.Module]) -> nn.Module:
+    cls = with_mixin(mixin, stock)
+    return cls.__new__(cls)
 
 
 def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import logging
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +108,36 @@ def test_state_dicts_go_both_ways_and_the_model_can_be_copied(how):
     assert isinstance(copied.model, FusedMerge)
     inputs = batch(0, [1, 2])
     assert torch.equal(copied(**inputs), ours(**inputs))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    del options
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+@pytest.mark.parametrize("saved_while_patched", [False, True])
+@pytest.mark.parametrize("loaded_while_patched", [False, True])
+def test_a_model_is_saved_and_pickled_as_what_it_is(how, saved_while_patched, loaded_while_patched):
+    ours = make(how)
+    for layer in ours.model.language_model.layers.values():
+        layer.self_attn.attn_func = attend  # Its own is local to a function, which pickle refuses.
+    inputs = batch(0, [1, 2])
+    wanted = ours(**inputs)
+
+    def patched_if(asked: bool) -> None:
+        patch_step3p7(impl="torch") if asked else unpatch_step3p7()
+
+    patched_if(saved_while_patched)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    pickled = pickle.dumps(ours)
+    patched_if(loaded_while_patched)
+    file.seek(0)
+    for loaded in (torch.load(file, weights_only=False), pickle.loads(pickled)):
+        assert type(loaded.model) is type(ours.model)
+        assert loaded.model.step37_options == ours.model.step37_options
+        assert torch.equal(loaded(**inputs), wanted)
 
 
 @pytest.mark.parametrize("how", ["stock", "patched"])

@@ -41,6 +41,13 @@ _PATCH = ClassPatch(
     name=_CLASS,
     distribution="nemo-automodel",
     known="NeMo Automodel 0.7.0",
+    methods=(
+        ("get_multimodal_embeddings",),
+        ("prepare_inputs_embeds",),
+        ("_vision_dtype_device",),
+        # The tower's rows before they are projected: the first where it has it.
+        ("_downsample_image_features", "_process_image_features"),
+    ),
 )
 
 
@@ -155,12 +162,16 @@ class FusedMerge(Mixin):
         """``[N, L, C]`` rows of each picture, a channels-first view."""
         dtype, device = self._vision_dtype_device()  # type: ignore[attr-defined]
         pixels = pixels.reshape(-1, *pixels.shape[-3:]).to(device=device, dtype=dtype)
-        # Stock's own function, of a tower whose projector hands the rows on as they are.
-        tower = SimpleNamespace(
-            vision_model=self.vision_model, vit_large_projector=lambda rows: rows
-        )
-        downsample = super()._process_image_features.__func__  # type: ignore[misc]
-        features: Tensor = downsample(tower, self.vision_model(pixels))
+        patches = self.vision_model(pixels)
+        features: Tensor
+        if hasattr(self, "_downsample_image_features"):
+            features = self._downsample_image_features(patches)
+        else:
+            # Stock's own function, of a tower whose projector hands the rows on as they are.
+            tower = SimpleNamespace(
+                vision_model=self.vision_model, vit_large_projector=lambda rows: rows
+            )
+            features = super()._process_image_features.__func__(tower, patches)  # type: ignore[misc]
         return features
 
     def _plan(self, input_ids: Tensor, num_rows: int) -> InsertPlan:
@@ -294,7 +305,8 @@ def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ..
         The dotted names that hold our class now.
 
     Raises:
-        ImportError: Automodel, or a name in it, is missing. Nothing has been replaced then.
+        ImportError: Automodel, a name in it, or a method that our class needs is missing. Nothing
+            has been replaced then.
         ValueError: ``impl`` is none of the three.
     """
     global _options
@@ -333,9 +345,9 @@ def replace_in(
         preceded by the index).
 
     Raises:
-        ValueError: ``impl`` is none of the three, or an instance has a method of its own that our
-            class replaces. (A ``forward`` of its own is no harm: the class's, which it calls, is
-            not replaced.)
+        ValueError: ``impl`` is none of the three, an instance has a method of its own that our
+            class replaces, or its class has not a method that ours needs. (A ``forward`` of its own
+            is no harm: the class's, which it calls, is not replaced.)
     """
     options = _Options(impl=impl, strict=strict)
     found: dict[str, Any] = {
@@ -346,6 +358,7 @@ def replace_in(
     }
     for name, module in found.items():
         if not isinstance(module, FusedMerge):
+            _PATCH.refuse_without_methods(name, module)
             refuse_own_methods(name, module, _REPLACED_METHODS)
     for module in found.values():
         if not isinstance(module, FusedMerge):

@@ -36,6 +36,8 @@ class ClassPatch:
     """Of the framework, on the package index."""
     known: str
     """Releases in which the class was found there."""
+    methods: tuple[tuple[str, ...], ...] = ()
+    """What our class needs of it: of each entry one method."""
     _stock: dict[str, type[nn.Module]] = field(default_factory=dict)
     # The replaced class by module name; empty while nothing is patched.
     _put: dict[str, type[nn.Module]] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class ClassPatch:
             The dotted names that hold our class now.
 
         Raises:
-            ImportError: a module, or the name in it, is missing.
+            ImportError: a module, the name in it, or a method of the class is missing.
         """
         modules = {name: self._import(name) for name in self.modules}
         found = {name: self._look_up(module) for name, module in modules.items()}
@@ -88,6 +90,27 @@ class ClassPatch:
             logger.info("unpatched: %s", ", ".join(restored))
         return tuple(restored)
 
+    def refuse_without_methods(self, name: str, module: nn.Module) -> None:
+        """Raise ``ValueError`` where a built module has not all :attr:`methods`.
+
+        Args:
+            name: of the module in its model, for the message.
+            module: whose class is to be changed.
+        """
+        cls = type(module)
+        if lacking := self._lacking(cls):
+            raise ValueError(
+                f"{name or cls.__name__}: {cls.__module__}.{cls.__qualname__} has no method "
+                f"{lacking}, which ours needs. {self._releases()}"
+            )
+
+    def _lacking(self, cls: type) -> str:
+        return ", no ".join(
+            " or ".join(names)
+            for names in self.methods
+            if not any(callable(getattr(cls, name, None)) for name in names)
+        )
+
     def _import(self, name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
@@ -105,17 +128,20 @@ class ClassPatch:
             found = "no such name" if cls is None else f"found {cls!r}"
             message = self._missing(f"{module.__name__}.{self.name}", found)
             raise ImportError(message, name=module.__name__)
+        if lacking := self._lacking(cls):
+            message = self._missing(f"{module.__name__}.{self.name}", f"it has no method {lacking}")
+            raise ImportError(message, name=module.__name__)
         return cls
 
     def _missing(self, what: str, found: str) -> str:
+        return f"{self.caller}: cannot replace {what}: {found}. {self._releases()}"
+
+    def _releases(self) -> str:
         try:
             installed = f"{self.distribution} {importlib.metadata.version(self.distribution)}"
         except importlib.metadata.PackageNotFoundError:
             installed = f"no {self.distribution} distribution"
-        return (
-            f"{self.caller}: cannot replace {what}: {found}. "
-            f"Known to work: {self.known}; installed: {installed}"
-        )
+        return f"Known to work: {self.known}; installed: {installed}"
 
     def _warn_of_what_stays(self, stock: set[type[nn.Module]]) -> None:
         built = sum(1 for _ in _instances(stock))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +82,14 @@ def test_a_linear_whose_weight_is_a_plain_tensor_is_projected(text_only):
     assert bool(weight.grad.any()) is not text_only
 
 
+METHODS = (
+    "get_multimodal_embeddings",
+    "prepare_inputs_embeds",
+    "_vision_dtype_device",
+    "_process_image_features",
+)
+
+
 def stock_class(name: str) -> type[nn.Module]:
     class Stock(nn.Module):
         def __init__(self) -> None:
@@ -91,6 +101,8 @@ def stock_class(name: str) -> type[nn.Module]:
         def forward(self) -> None:
             pass
 
+    for method in METHODS:
+        setattr(Stock, method, Stock.forward)
     Stock.__name__ = name
     return Stock
 
@@ -117,3 +129,40 @@ def test_replace_in_refuses_a_method_of_the_instance(framework, name, method, fu
     ):
         framework.replace_in(model)
     assert type(model["first"]) is kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replace_in_refuses_a_step3p7_without_a_method_that_ours_needs(method):
+    model = nn.ModuleDict({"first": stock_class("Step3p7Model")()})
+    kept = type(model["first"])
+    delattr(kept, method)
+    wanted = f"(_downsample_image_features or )?{method}, which ours needs. Known to work"
+    with pytest.raises(ValueError, match=rf"first: .*Stock has no method {wanted}"):
+        automodel.replace_in(model)
+    assert type(model["first"]) is kept
+    kept._downsample_image_features = kept.forward
+    if method == "_process_image_features":
+        assert automodel.replace_in(model) == ("first",)
+
+
+class Step3p7Model(nn.Module):
+    """A stand-in that pickle finds."""
+
+    def nothing(self) -> None:
+        pass
+
+
+for _method in METHODS:
+    setattr(Step3p7Model, _method, Step3p7Model.nothing)
+
+
+def test_a_replaced_module_is_pickled_and_copied_and_its_derived_class_refused():
+    model = nn.Sequential(Step3p7Model())
+    automodel.replace_in(model, strict=True)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        assert type(copied[0]) is type(model[0]) is not Step3p7Model
+        assert copied[0].step37_options == model[0].step37_options
+    # As fully_shard does it, whose modules cannot be pickled either.
+    model[0].__class__ = type("FSDPStep3p7Model", (type(model[0]),), {"__module__": __name__})
+    with pytest.raises(pickle.PicklingError, match="FSDPStep3p7Model"):
+        pickle.dumps(model)

@@ -8,6 +8,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,6 +233,52 @@ def test_a_missing_name_is_an_import_error_that_names_it(monkeypatch):
     )
     with pytest.raises(ImportError, match=message):
         patch_step3p7()
+
+
+class NewStep3p7Model(step3p7.Step3p7Model):
+    """Its vision features as Automodel's pull request 3570 divides them."""
+
+    def _downsample_image_features(self, patches: Tensor) -> Tensor:
+        tower = SimpleNamespace(vision_model=self.vision_model, vit_large_projector=torch.clone)
+        return super()._process_image_features.__func__(tower, patches)
+
+    def _process_image_features(self, patches: Tensor) -> Tensor:
+        return self.vit_large_projector(self._downsample_image_features(patches))
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+def test_vision_features_divided_into_two_methods_are_taken_before_the_projector(how, monkeypatch):
+    monkeypatch.setattr(step3p7, "Step3p7Model", NewStep3p7Model)
+    inputs = batch(0, [1, 2])
+    stock, ours = make("stock"), make(how)
+    assert isinstance(ours.model, NewStep3p7Model)
+    torch.testing.assert_close(ours(**inputs), stock(**inputs))
+
+
+def test_a_class_without_either_way_to_vision_features_is_not_replaced(monkeypatch):
+    model = build()
+    monkeypatch.delattr(step3p7.Step3p7Model, "_process_image_features")
+    missing = "no method _downsample_image_features or _process_image_features"
+    with pytest.raises(ImportError, match=rf"cannot replace .*Step3p7Model: it has {missing}\. "):
+        patch_step3p7()
+    with pytest.raises(ValueError, match=rf"^model: .*\.Step3p7Model has {missing}, which ours"):
+        replace_in(model)
+    assert not isinstance(model.model, FusedMerge)
+    assert not issubclass(step3p7.Step3p7Model, FusedMerge)
+
+
+@pytest.mark.parametrize("crops", [[1, 2], [0, 0]])
+def test_the_projector_is_called_once_whether_there_are_crops_or_not(crops):
+    """So that ranks of FSDP, with crops and without, gather its weight equally often."""
+    calls = {}
+    for how in ("stock", "patched"):
+        model, calls[how] = make(how), []
+        model.model.vit_large_projector.register_forward_pre_hook(
+            lambda module, _, seen=calls[how]: seen.append(module)
+        )
+        model(**batch(0, crops))
+    assert len(calls["patched"]) == 1
+    assert len(calls["stock"]) == 1 + any(crops)
 
 
 def test_the_vision_tower_hands_its_rows_over_channels_first():

@@ -6,10 +6,12 @@ Automodel is imported inside the functions that need it, so that importing this 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,21 +65,50 @@ class _Options:
 _options = _Options()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Features:
-    """Rows on their way from the vision tower to the merge, not projected yet."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Features(Sequence[Tensor]):
+    """Images on their way from the vision tower to the merge, not projected yet.
 
+    Indexed or iterated over, it gives what stock returns: ``[R, H]`` of each image, the rows of its
+    crops before its own. All are projected then, by one call, and the numbers of crops are fetched
+    from the device. The merge needs neither.
+    """
+
+    projector: nn.Module
     tensors: list[Tensor]
     """``[N, L, C]`` each: crops, if there are any, and images."""
-    place: Tensor | None
+    place: Tensor | None = None
     """``[R]`` int64: place in the model's order of each row of the tensors; None: as they come."""
+    counts: Tensor | None = None
+    """``[N]`` int64: crops of each image; None where there are none."""
+
+    def __len__(self) -> int:
+        return len(self.tensors[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._projected[index]
+
+    @cached_property
+    def _projected(self) -> list[Tensor]:
+        rows: Tensor = self.projector(join_rows(self.tensors))
+        images = self.tensors[-1]
+        sizes = [images.shape[1]] * len(images)
+        if self.place is not None and self.counts is not None:
+            crops = self.tensors[0]
+            rows = torch.empty_like(rows).index_copy(0, self.place, rows)
+            starts = [0, *ends_of_crops(self.counts, crops).tolist()]
+            sizes = [
+                (end - start) * crops.shape[1] + images.shape[1]
+                for start, end in itertools.pairwise(starts)
+            ]
+        return list(rows[: sum(sizes)].split(sizes))
 
 
 class FusedMerge(Mixin):
     """What goes before ``Step3p7Model`` among a class's bases: projector and merge in one pass.
 
-    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before; what it
-    gives is opaque, unless ``image_embeds`` were passed in, which are projected already.
+    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before: a sequence
+    of one tensor an image, which are projected only where somebody indexes it.
     """
 
     config: Any
@@ -101,6 +132,11 @@ class FusedMerge(Mixin):
     ) -> Any:
         """Encode images ``[N, 3, s, s]`` and crops ``[P, 3, t, t]``; nothing waits for the device.
 
+        Returns:
+            A sequence of the rows ``[R, H]`` of each image, its crops' before its own. They are
+            projected by the merge; or when the sequence is indexed or iterated over, which waits
+            for the device. ``image_embeds`` that were passed in as ``[R, H]``; None without images.
+
         Raises:
             ValueError: ``num_patches`` has another length than there are images, or asks for crops
                 where there are none.
@@ -118,7 +154,7 @@ class FusedMerge(Mixin):
             crops = self._encode(patch_pixel_values) if patch_pixel_values.numel() else None
         images = self._encode(pixel_values)
         if num_patches is None:
-            return _Features(tensors=[images], place=None)
+            return _Features(projector=self.vit_large_projector, tensors=[images])
         counts = torch.as_tensor(num_patches).flatten()
         if len(counts) != len(images):
             raise ValueError(
@@ -130,19 +166,34 @@ class FusedMerge(Mixin):
                     f"num_patches: asks for {int(counts.sum())} crops, but patch_pixel_values is "
                     "missing"
                 )
-            return _Features(tensors=[images], place=None)
+            return _Features(projector=self.vit_large_projector, tensors=[images])
         counts = counts.to(images.device, torch.int64, non_blocking=True)
-        return _Features(tensors=[crops, images], place=places_of_rows(counts, crops, images))
+        return _Features(
+            projector=self.vit_large_projector,
+            tensors=[crops, images],
+            place=places_of_rows(counts, crops, images),
+            counts=counts,
+        )
 
     def prepare_inputs_embeds(self, input_ids: Tensor, multimodal_embeddings: Any = None) -> Tensor:
-        """``[B, S, H]`` word embeddings with the image rows in the places of ``image_token_id``.
+        """Word embeddings with the image rows in the places of ``image_token_id``.
+
+        Args:
+            input_ids: ``[B, S]``, or ``[T]`` of packed sequences.
+            multimodal_embeddings: from :meth:`get_multimodal_embeddings`, or rows that are
+                projected already: ``[R, H]``, or a sequence of such.
+
+        Returns:
+            ``[B, S, H]``, or ``[T, H]``.
 
         Raises:
             ValueError: with ``strict``, rows and placeholders differ in number.
         """
         if multimodal_embeddings is None or self.language_model.embed_tokens is None:
             return super().prepare_inputs_embeds(input_ids)  # type: ignore[misc]
-        embeddings = self.language_model.embed_tokens(input_ids)
+        words = self.language_model.embed_tokens(input_ids)
+        input_ids = torch.atleast_2d(input_ids)
+        embeddings = words.view(*input_ids.shape, words.shape[-1])
         if isinstance(multimodal_embeddings, _Features):
             tensors, place = multimodal_embeddings.tensors, multimodal_embeddings.place
         else:
@@ -154,9 +205,11 @@ class FusedMerge(Mixin):
         if place is not None:
             plan = with_rows_moved(plan, place)
         if isinstance(multimodal_embeddings, _Features):
-            return self._project_and_insert(embeddings, tensors, plan)
-        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
-        return insert_rows(embeddings, rows.to(embeddings), plan)
+            merged = self._project_and_insert(embeddings, tensors, plan)
+        else:
+            rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+            merged = insert_rows(embeddings, rows.to(embeddings), plan)
+        return merged.view(words.shape)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """``[N, L, C]`` rows of each picture, a channels-first view."""
@@ -223,6 +276,11 @@ class FusedMerge(Mixin):
         return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
 
 
+def ends_of_crops(counts: Tensor, crops: Tensor) -> Tensor:
+    """``[N]`` int64: the end, among the crops, of each image's; of too few, the last have none."""
+    return counts.cumsum(0).clamp_max(len(crops))
+
+
 def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
     """Where each row stands when every image's crops come before it: ``[R]`` int64.
 
@@ -234,7 +292,7 @@ def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
         images: ``[N, M, C]``.
     """
     crop_rows, image_rows = crops.shape[1], images.shape[1]
-    ends = counts.cumsum(0).clamp_max(len(crops))
+    ends = ends_of_crops(counts, crops)
 
     def rows_of(firsts: Tensor, rows: int) -> Tensor:
         return (firsts[:, None] + torch.arange(rows, device=firsts.device)).flatten()

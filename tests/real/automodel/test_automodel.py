@@ -191,6 +191,90 @@ def test_crops_that_no_image_has_and_crops_too_few_are_as_in_stock(counts):
     torch.testing.assert_close(ours(**inputs), stock(**inputs))
 
 
+class Decoder(torch.nn.Module):
+    """In place of its language model, whose attention to packed sequences needs a GPU."""
+
+    def __init__(self, embed_tokens: torch.nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+
+    def forward(self, inputs_embeds: Tensor, **options: Any) -> Tensor:
+        del options
+        return inputs_embeds
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_packed_sequences_come_with_a_batch_axis_and_without(how, impl, dimensions):
+    """Automodel takes the axis off for ``qkv_format="thd"``, off ``[1]`` numbers of crops too."""
+    inputs = batch(0, [3])
+    ids = inputs.pop("input_ids").squeeze(0)
+    if dimensions == 2:
+        ids = ids.unflatten(0, (2, LENGTH // 2))
+    inputs["num_patches"] = inputs["num_patches"].squeeze(0)
+    results = []
+    for model in (make("stock"), make(how, impl)):
+        model.model.language_model = Decoder(model.model.embed_tokens)
+        merged = model.model(ids, **inputs)
+        assert merged.shape == (*ids.shape, 32)
+        merged.square().sum().backward()
+        gradients = [model.model.embed_tokens.weight, model.model.vit_large_projector.weight]
+        results.append((merged, *(parameter.grad for parameter in gradients)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_whole_model_takes_packed_sequences():
+    inputs = batch(0, [2])
+    inputs |= {"qkv_format": "thd", "position_ids": torch.arange(LENGTH)[None]}
+    logits = []
+    for how in ("stock", "patched"):
+        model = make(how)
+        model.model.language_model = Decoder(model.model.embed_tokens)
+        logits.append(model(**dict(inputs)))
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("crops", [None, [1, 2], [0, 0], [1, 0], [0, 3], [3, 2], [0, 5]])
+def test_multimodal_embeddings_can_be_indexed_and_iterated_over_as_stocks(crops):
+    inputs = batch(0, [1, 2])
+    media = {
+        "pixel_values": inputs["pixel_values"],
+        "patch_pixel_values": inputs["patch_pixel_values"],
+        "num_patches": crops if crops is None else torch.tensor(crops),
+    }
+    called = []
+    stock, ours = (make(how) for how in ("stock", "patched"))
+    ours.model.vit_large_projector.register_forward_pre_hook(lambda *_: called.append(1))
+    theirs, mine = (model.model.get_multimodal_embeddings(**media) for model in (stock, ours))
+    assert not called
+    assert len(mine) == len(theirs) == 2
+    for rows, wanted in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(rows, wanted)
+    assert torch.equal(mine[-1], mine[1])
+    assert torch.equal(torch.cat(mine[:2]), torch.cat(list(mine)))
+    with pytest.raises(IndexError):
+        mine[2]
+    assert len(called) == 1
+    gradients = []
+    for model, embeddings in ((stock, theirs), (ours, mine)):
+        embeddings[0].square().sum().backward()
+        gradients.append(model.model.vit_large_projector.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_multimodal_embeddings_that_were_indexed_are_still_merged():
+    inputs = batch(0, [1, 2])
+    ids = inputs.pop("input_ids")
+    model = make("patched").model
+    embeddings = model.get_multimodal_embeddings(**inputs)
+    rows = torch.cat(list(embeddings))
+    merged = model.prepare_inputs_embeds(ids, embeddings)
+    torch.testing.assert_close(merged[ids == IMAGE], rows)
+    assert torch.equal(model.prepare_inputs_embeds(ids, list(embeddings))[ids == IMAGE], rows)
+
+
 def test_a_projector_with_a_hook_is_called(caplog):
     inputs = batch(0, [1, 2])
     outputs = []

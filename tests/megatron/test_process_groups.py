@@ -121,9 +121,9 @@ def test_a_group_that_is_not_set_is_named():
         warnings.simplefilter("ignore")
         from megatron.core.process_groups_config import ProcessGroupCollection
     groups = ProcessGroupCollection()
-    with pytest.raises(ValueError, match=r"pg_collection: cp is not set, .* context-parallel"):
+    with pytest.raises(ValueError, match=r"pg_collection: cp is not set; .* context-parallel"):
         sequence_layout(pg_collection=groups)
     groups.cp = Group(2)
     assert sequence_layout(pg_collection=groups).context_parallel_group is groups.cp
-    with pytest.raises(ValueError, match=r"pg_collection: tp is not set, .* tensor-parallel"):
+    with pytest.raises(ValueError, match=r"pg_collection: tp is not set; .* tensor-parallel"):
         sequence_layout(sequence_parallel=True, pg_collection=groups)

@@ -24,6 +24,7 @@ from step37_kernels.integration.patching import (
     ClassPatch,
     Mixin,
     chunks_of,
+    is_fsdp_unit,
     refuse_own_methods,
     with_mixin,
 )
@@ -324,10 +325,13 @@ def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
 
 
 def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else."""
+    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else.
+
+    PyTorch's, or Megatron-FSDP's: see :func:`.is_fsdp_unit`.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    if not (isinstance(projector, FSDPModule) and type(projector).forward is nn.Linear.forward):
+    if not (is_fsdp_unit(projector) and type(projector).forward is nn.Linear.forward):
         return False
     hooks = (
         *projector._forward_pre_hooks.values(),
@@ -335,10 +339,16 @@ def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
         *projector._backward_hooks.values(),
         *projector._backward_pre_hooks.values(),
     )
-    policy = projector._get_fsdp_state()._mp_policy
-    return all(
-        getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks
-    ) and policy.output_dtype in (None, dtype)
+    if not all(_is_of_fsdp(hook) for hook in hooks):
+        return False
+    if isinstance(projector, FSDPModule):
+        return projector._get_fsdp_state()._mp_policy.output_dtype in (None, dtype)
+    return True
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    module = f"{getattr(hook, '__module__', '')}."
+    return module.startswith("torch.distributed.") or ".megatron_fsdp." in f".{module}"
 
 
 def _fused(stock: type[nn.Module]) -> type[nn.Module]:

@@ -218,6 +218,19 @@ def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
     return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
 
 
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has changed the module's class, to gather its parameters in a call.
+
+    PyTorch's does, and that of Megatron-FSDP's ``experimental`` package, which need not be there.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule) or any(
+        cls.__name__ == "FsdpModule" and "megatron_fsdp" in cls.__module__.split(".")
+        for cls in type(module).__mro__
+    )
+
+
 def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> None:
     """Raise ``ValueError`` where the instance itself has one of the methods.
 

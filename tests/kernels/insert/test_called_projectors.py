@@ -16,7 +16,9 @@ from step37_kernels import (
     ImageInsertEmbedding,
     automodel,
     megatron,
+    plan_placeholders,
 )
+from step37_kernels.integration.patching import is_fsdp_unit
 
 IM_START = 128000
 IDS = torch.tensor([[IM_START, 2, 3]])
@@ -166,3 +168,46 @@ def test_a_replaced_module_is_pickled_and_copied_and_its_derived_class_refused()
     model[0].__class__ = type("FSDPStep3p7Model", (type(model[0]),), {"__module__": __name__})
     with pytest.raises(pickle.PicklingError, match="FSDPStep3p7Model"):
         pickle.dumps(model)
+
+
+def unit_of(package: str) -> type[nn.Module]:
+    """The class of a linear layer that Megatron-FSDP's experimental ``fully_shard`` has sharded."""
+    mixin = type("FsdpModule", (), {"__module__": f"{package}.experimental.module"})
+    return type("ExperimentalFsdpLinear", (mixin, nn.Linear), {})
+
+
+@pytest.mark.parametrize(
+    ("package", "unit"),
+    [
+        ("megatron_fsdp", True),
+        ("megatron.core.distributed.fsdp.src.megatron_fsdp", True),
+        ("other", False),
+    ],
+)
+def test_a_unit_of_megatron_fsdp_is_recognised_and_its_projector_called_with_the_merge(
+    package, unit
+):
+    model = Step3p7Model()
+    automodel.replace_in(model, impl="torch")
+    model.vit_large_projector = projector = nn.Linear(24, 16)
+    projector.__class__ = unit_of(package)
+    called = []
+
+    def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        called.append([tuple(tensor.shape) for tensor in arguments])
+
+    gather.__module__ = f"{package}.experimental.module"
+    projector.register_forward_pre_hook(gather)
+    assert is_fsdp_unit(projector) == unit
+    assert not is_fsdp_unit(nn.Linear(24, 16))
+    features = [torch.randn(2, 3, 24), torch.randn(1, 2, 24)]
+    plan = plan_placeholders(torch.tensor([[9] * 8 + [1]]), 9, 8, batch_first=True)
+    words = torch.zeros(1, 9, 16)
+    merged = model._project_and_insert(words, features, plan)
+    wanted = nn.functional.linear(
+        torch.cat([tensor.flatten(0, 1) for tensor in features]), projector.weight, projector.bias
+    )
+    torch.testing.assert_close(merged[0, :8], wanted)
+    # The features as the tower made them, or joined for a projector that is called as it is.
+    assert called == [[(2, 3, 24), (1, 2, 24)] if unit else [(8, 24)]]
+    assert "forward" not in vars(projector)

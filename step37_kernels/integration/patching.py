@@ -101,7 +101,8 @@ class ClassPatch:
         if lacking := self._lacking(cls):
             raise ValueError(
                 f"{name or cls.__name__}: {cls.__module__}.{cls.__qualname__} has no method "
-                f"{lacking}, which ours needs. {self._releases()}"
+                f"{lacking}, which ours needs. "
+                f"Known to work: {self.known}; installed: {self._installed()}"
             )
 
     def _lacking(self, cls: type) -> str:
@@ -134,14 +135,16 @@ class ClassPatch:
         return cls
 
     def _missing(self, what: str, found: str) -> str:
-        return f"{self.caller}: cannot replace {what}: {found}. {self._releases()}"
+        return (
+            f"{self.caller}: cannot replace {what}: {found}. "
+            f"Known to work: {self.known}; installed: {self._installed()}"
+        )
 
-    def _releases(self) -> str:
+    def _installed(self) -> str:
         try:
-            installed = f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+            return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
         except importlib.metadata.PackageNotFoundError:
-            installed = f"no {self.distribution} distribution"
-        return f"Known to work: {self.known}; installed: {installed}"
+            return f"no {self.distribution} distribution"
 
     def _warn_of_what_stays(self, stock: set[type[nn.Module]]) -> None:
         built = sum(1 for _ in _instances(stock))

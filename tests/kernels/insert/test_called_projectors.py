@@ -1,11 +1,12 @@
-"""Projectors that are called as modules, and instances whose class cannot be swapped."""
+"""Projectors that are called as modules, and modules whose class is swapped, or cannot be."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import pickle
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ from step37_kernels import (
     plan_placeholders,
 )
 from step37_kernels.integration.patching import is_fsdp_unit
+from step37_kernels.integration.vocab_parallel import (
+    RowGradient,
+    restore_dense_gradient,
+    use_row_gradient,
+)
 
 IM_START = 128000
 IDS = torch.tensor([[IM_START, 2, 3]])
@@ -168,6 +174,21 @@ def test_a_replaced_module_is_pickled_and_copied_and_its_derived_class_refused()
     model[0].__class__ = type("FSDPStep3p7Model", (type(model[0]),), {"__module__": __name__})
     with pytest.raises(pickle.PicklingError, match="FSDPStep3p7Model"):
         pickle.dumps(model)
+
+
+def test_an_embedding_with_the_gradient_by_rows_is_pickled_copied_and_restored(monkeypatch):
+    stand_in = ModuleType("megatron.stand_in")
+    stock = type("VocabParallelEmbedding", (nn.Embedding,), {"__module__": stand_in.__name__})
+    stand_in.VocabParallelEmbedding = stock
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    model = nn.Sequential(stock(4, 2))
+    use_row_gradient(model)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(copied[0]) is type(model[0])
+        assert isinstance(copied[0], RowGradient)
+        assert torch.equal(copied[0].weight, model[0].weight)
+    restore_dense_gradient()
+    assert type(model[0]) is stock
 
 
 def unit_of(package: str) -> type[nn.Module]:

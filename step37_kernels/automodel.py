@@ -6,10 +6,12 @@ Automodel is imported inside the functions that need it, so that importing this 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,14 @@ from torch import Tensor, nn
 
 from step37_kernels.dispatch import Impl, check_impl
 from step37_kernels.insert import insert_rows, join_rows, project_and_insert
-from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
+from step37_kernels.integration.patching import (
+    ClassPatch,
+    Mixin,
+    chunks_of,
+    is_fsdp_unit,
+    refuse_own_methods,
+    with_mixin,
+)
 from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
 from step37_kernels.plan import InsertPlan, plan_runs
 
@@ -35,6 +44,13 @@ _PATCH = ClassPatch(
     name=_CLASS,
     distribution="nemo-automodel",
     known="NeMo Automodel 0.7.0",
+    methods=(
+        ("get_multimodal_embeddings",),
+        ("prepare_inputs_embeds",),
+        ("_vision_dtype_device",),
+        # The tower's rows before they are projected: the first where it has it.
+        ("_downsample_image_features", "_process_image_features"),
+    ),
 )
 
 
@@ -50,21 +66,50 @@ class _Options:
 _options = _Options()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Features:
-    """Rows on their way from the vision tower to the merge, not projected yet."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Features(Sequence[Tensor]):
+    """Images on their way from the vision tower to the merge, not projected yet.
 
+    Indexed or iterated over, it gives what stock returns: ``[R, H]`` of each image, the rows of its
+    crops before its own. All are projected then, by one call, and the numbers of crops are fetched
+    from the device. The merge needs neither.
+    """
+
+    projector: nn.Module
     tensors: list[Tensor]
     """``[N, L, C]`` each: crops, if there are any, and images."""
-    place: Tensor | None
+    place: Tensor | None = None
     """``[R]`` int64: place in the model's order of each row of the tensors; None: as they come."""
+    counts: Tensor | None = None
+    """``[N]`` int64: crops of each image; None where there are none."""
+
+    def __len__(self) -> int:
+        return len(self.tensors[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._projected[index]
+
+    @cached_property
+    def _projected(self) -> list[Tensor]:
+        rows: Tensor = self.projector(join_rows(self.tensors))
+        images = self.tensors[-1]
+        sizes = [images.shape[1]] * len(images)
+        if self.place is not None and self.counts is not None:
+            crops = self.tensors[0]
+            rows = torch.empty_like(rows).index_copy(0, self.place, rows)
+            starts = [0, *ends_of_crops(self.counts, crops).tolist()]
+            sizes = [
+                (end - start) * crops.shape[1] + images.shape[1]
+                for start, end in itertools.pairwise(starts)
+            ]
+        return list(rows[: sum(sizes)].split(sizes))
 
 
-class FusedMerge:
+class FusedMerge(Mixin):
     """What goes before ``Step3p7Model`` among a class's bases: projector and merge in one pass.
 
-    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before; what it
-    gives is opaque, unless ``image_embeds`` were passed in, which are projected already.
+    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before: a sequence
+    of one tensor an image, which are projected only where somebody indexes it.
     """
 
     config: Any
@@ -88,6 +133,11 @@ class FusedMerge:
     ) -> Any:
         """Encode images ``[N, 3, s, s]`` and crops ``[P, 3, t, t]``; nothing waits for the device.
 
+        Returns:
+            A sequence of the rows ``[R, H]`` of each image, its crops' before its own. They are
+            projected by the merge; or when the sequence is indexed or iterated over, which waits
+            for the device. ``image_embeds`` that were passed in as ``[R, H]``; None without images.
+
         Raises:
             ValueError: ``num_patches`` has another length than there are images, or asks for crops
                 where there are none.
@@ -105,7 +155,7 @@ class FusedMerge:
             crops = self._encode(patch_pixel_values) if patch_pixel_values.numel() else None
         images = self._encode(pixel_values)
         if num_patches is None:
-            return _Features(tensors=[images], place=None)
+            return _Features(projector=self.vit_large_projector, tensors=[images])
         counts = torch.as_tensor(num_patches).flatten()
         if len(counts) != len(images):
             raise ValueError(
@@ -117,19 +167,34 @@ class FusedMerge:
                     f"num_patches: asks for {int(counts.sum())} crops, but patch_pixel_values is "
                     "missing"
                 )
-            return _Features(tensors=[images], place=None)
+            return _Features(projector=self.vit_large_projector, tensors=[images])
         counts = counts.to(images.device, torch.int64, non_blocking=True)
-        return _Features(tensors=[crops, images], place=places_of_rows(counts, crops, images))
+        return _Features(
+            projector=self.vit_large_projector,
+            tensors=[crops, images],
+            place=places_of_rows(counts, crops, images),
+            counts=counts,
+        )
 
     def prepare_inputs_embeds(self, input_ids: Tensor, multimodal_embeddings: Any = None) -> Tensor:
-        """``[B, S, H]`` word embeddings with the image rows in the places of ``image_token_id``.
+        """Word embeddings with the image rows in the places of ``image_token_id``.
+
+        Args:
+            input_ids: ``[B, S]``, or ``[T]`` of packed sequences.
+            multimodal_embeddings: from :meth:`get_multimodal_embeddings`, or rows that are
+                projected already: ``[R, H]``, or a sequence of such.
+
+        Returns:
+            ``[B, S, H]``, or ``[T, H]``.
 
         Raises:
             ValueError: with ``strict``, rows and placeholders differ in number.
         """
         if multimodal_embeddings is None or self.language_model.embed_tokens is None:
             return super().prepare_inputs_embeds(input_ids)  # type: ignore[misc]
-        embeddings = self.language_model.embed_tokens(input_ids)
+        words = self.language_model.embed_tokens(input_ids)
+        input_ids = torch.atleast_2d(input_ids)
+        embeddings = words.view(*input_ids.shape, words.shape[-1])
         if isinstance(multimodal_embeddings, _Features):
             tensors, place = multimodal_embeddings.tensors, multimodal_embeddings.place
         else:
@@ -141,20 +206,26 @@ class FusedMerge:
         if place is not None:
             plan = with_rows_moved(plan, place)
         if isinstance(multimodal_embeddings, _Features):
-            return self._project_and_insert(embeddings, tensors, plan)
-        rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
-        return insert_rows(embeddings, rows.to(embeddings), plan)
+            merged = self._project_and_insert(embeddings, tensors, plan)
+        else:
+            rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+            merged = insert_rows(embeddings, rows.to(embeddings), plan)
+        return merged.view(words.shape)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """``[N, L, C]`` rows of each picture, a channels-first view."""
         dtype, device = self._vision_dtype_device()  # type: ignore[attr-defined]
         pixels = pixels.reshape(-1, *pixels.shape[-3:]).to(device=device, dtype=dtype)
-        # Stock's own function, of a tower whose projector hands the rows on as they are.
-        tower = SimpleNamespace(
-            vision_model=self.vision_model, vit_large_projector=lambda rows: rows
-        )
-        downsample = super()._process_image_features.__func__  # type: ignore[misc]
-        features: Tensor = downsample(tower, self.vision_model(pixels))
+        patches = self.vision_model(pixels)
+        features: Tensor
+        if hasattr(self, "_downsample_image_features"):
+            features = self._downsample_image_features(patches)
+        else:
+            # Stock's own function, of a tower whose projector hands the rows on as they are.
+            tower = SimpleNamespace(
+                vision_model=self.vision_model, vit_large_projector=lambda rows: rows
+            )
+            features = super()._process_image_features.__func__(tower, patches)  # type: ignore[misc]
         return features
 
     def _plan(self, input_ids: Tensor, num_rows: int) -> InsertPlan:
@@ -206,6 +277,11 @@ class FusedMerge:
         return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
 
 
+def ends_of_crops(counts: Tensor, crops: Tensor) -> Tensor:
+    """``[N]`` int64: the end, among the crops, of each image's; of too few, the last have none."""
+    return counts.cumsum(0).clamp_max(len(crops))
+
+
 def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
     """Where each row stands when every image's crops come before it: ``[R]`` int64.
 
@@ -217,7 +293,7 @@ def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
         images: ``[N, M, C]``.
     """
     crop_rows, image_rows = crops.shape[1], images.shape[1]
-    ends = counts.cumsum(0).clamp_max(len(crops))
+    ends = ends_of_crops(counts, crops)
 
     def rows_of(firsts: Tensor, rows: int) -> Tensor:
         return (firsts[:, None] + torch.arange(rows, device=firsts.device)).flatten()
@@ -249,10 +325,13 @@ def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
 
 
 def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else."""
+    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else.
+
+    PyTorch's, or Megatron-FSDP's: see :func:`.is_fsdp_unit`.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    if not (isinstance(projector, FSDPModule) and type(projector).forward is nn.Linear.forward):
+    if not (is_fsdp_unit(projector) and type(projector).forward is nn.Linear.forward):
         return False
     hooks = (
         *projector._forward_pre_hooks.values(),
@@ -260,21 +339,20 @@ def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
         *projector._backward_hooks.values(),
         *projector._backward_pre_hooks.values(),
     )
-    policy = projector._get_fsdp_state()._mp_policy
-    return all(
-        getattr(hook, "__module__", "").startswith("torch.distributed.") for hook in hooks
-    ) and policy.output_dtype in (None, dtype)
+    if not all(_is_of_fsdp(hook) for hook in hooks):
+        return False
+    if isinstance(projector, FSDPModule):
+        return projector._get_fsdp_state()._mp_policy.output_dtype in (None, dtype)
+    return True
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    module = f"{getattr(hook, '__module__', '')}."
+    return module.startswith("torch.distributed.") or ".megatron_fsdp." in f".{module}"
 
 
 def _fused(stock: type[nn.Module]) -> type[nn.Module]:
-    """The class with :class:`FusedMerge` before it, under its name; one for each."""
-    if stock not in _classes:
-        body = {"__module__": stock.__module__}
-        _classes[stock] = type(stock.__name__, (FusedMerge, stock), body)
-    return _classes[stock]
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+    return with_mixin(FusedMerge, stock)
 
 
 def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ...]:
@@ -295,7 +373,8 @@ def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ..
         The dotted names that hold our class now.
 
     Raises:
-        ImportError: Automodel, or a name in it, is missing. Nothing has been replaced then.
+        ImportError: Automodel, a name in it, or a method that our class needs is missing. Nothing
+            has been replaced then.
         ValueError: ``impl`` is none of the three.
     """
     global _options
@@ -334,9 +413,9 @@ def replace_in(
         preceded by the index).
 
     Raises:
-        ValueError: ``impl`` is none of the three, or an instance has a method of its own that our
-            class replaces. (A ``forward`` of its own is no harm: the class's, which it calls, is
-            not replaced.)
+        ValueError: ``impl`` is none of the three, an instance has a method of its own that our
+            class replaces, or its class has not a method that ours needs. (A ``forward`` of its own
+            is no harm: the class's, which it calls, is not replaced.)
     """
     options = _Options(impl=impl, strict=strict)
     found: dict[str, Any] = {
@@ -347,6 +426,7 @@ def replace_in(
     }
     for name, module in found.items():
         if not isinstance(module, FusedMerge):
+            _PATCH.refuse_without_methods(name, module)
             refuse_own_methods(name, module, _REPLACED_METHODS)
     for module in found.values():
         if not isinstance(module, FusedMerge):

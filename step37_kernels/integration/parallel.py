@@ -195,33 +195,59 @@ def check_layout(layout: Layout) -> None:
 
 
 def sequence_layout(
-    *, sequence_parallel: bool = False, cu_seqlens: Tensor | None = None
+    *,
+    sequence_parallel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    pg_collection: Any = None,
 ) -> SequenceLayout | None:
-    """The layout of this rank by Megatron's parallel state.
+    """The layout of this rank by Megatron's process groups.
 
     Args:
         sequence_parallel: ``config.sequence_parallel``.
         cu_seqlens: bounds of packed sequences, which context parallelism cuts one by one.
+        pg_collection: Megatron's ``ProcessGroupCollection`` that the model was built with: its
+            ``cp`` is read, and with ``sequence_parallel`` its ``tp``. Without it the groups of
+            Megatron's global ``parallel_state`` are read, which has to be initialised then.
 
     Returns:
         None where every rank holds the whole sequence.
-    """
-    from megatron.core import parallel_state
 
-    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    context_ranks = parallel_state.get_context_parallel_world_size()
-    parted = sequence_parallel and tensor_ranks > 1
-    if not parted and context_ranks == 1:
+    Raises:
+        ValueError: a group that is read is not set in ``pg_collection``.
+    """
+    tensor_group = None
+    if pg_collection is not None:
+        context_group = _group_of(pg_collection, "cp")
+        if sequence_parallel:
+            tensor_group = _group_of(pg_collection, "tp")
+    else:
+        from megatron.core import parallel_state
+
+        context_group = parallel_state.get_context_parallel_group()
+        if sequence_parallel:
+            tensor_group = parallel_state.get_tensor_model_parallel_group()
+    if not (_has_several_ranks(tensor_group) or _has_several_ranks(context_group)):
         return None
     return SequenceLayout(
-        sequence_parallel_group=(
-            parallel_state.get_tensor_model_parallel_group() if parted else None
-        ),
-        context_parallel_group=(
-            parallel_state.get_context_parallel_group() if context_ranks > 1 else None
-        ),
+        sequence_parallel_group=tensor_group if _has_several_ranks(tensor_group) else None,
+        context_parallel_group=context_group if _has_several_ranks(context_group) else None,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _group_of(pg_collection: Any, name: str) -> dist.ProcessGroup:
+    group: dist.ProcessGroup | None = getattr(pg_collection, name, None)
+    if group is None:
+        kind = {"cp": "context", "tp": "tensor"}[name]
+        raise ValueError(
+            f"pg_collection: {name} is not set; it is the group of {kind}-parallel ranks, "
+            "of this rank alone where there are no others"
+        )
+    return group
+
+
+def _has_several_ranks(group: dist.ProcessGroup | None) -> bool:
+    return group is not None and group.size() > 1
 
 
 def auto_layout(language_embedding: Any) -> SequenceLayout | None:
@@ -273,4 +299,4 @@ def auto_layout(language_embedding: Any) -> SequenceLayout | None:
     group = getattr(language_embedding, "tp_group", None)
     if group is None:
         group = parallel_state.get_tensor_model_parallel_group()
-    return SequenceLayout(sequence_parallel_group=group) if group.size() > 1 else None
+    return SequenceLayout(sequence_parallel_group=group) if _has_several_ranks(group) else None

@@ -1,4 +1,7 @@
-"""A class of ours under a framework's name, in the modules that look the name up; and back."""
+"""A class of ours under a framework's name, in the modules that look the name up; and back.
+
+Also what every class of ours that is made of a framework's has in common: see :func:`with_mixin`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -32,6 +36,8 @@ class ClassPatch:
     """Of the framework, on the package index."""
     known: str
     """Releases in which the class was found there."""
+    methods: tuple[tuple[str, ...], ...] = ()
+    """What our class needs of it: of each entry one method."""
     _stock: dict[str, type[nn.Module]] = field(default_factory=dict)
     # The replaced class by module name; empty while nothing is patched.
     _put: dict[str, type[nn.Module]] = field(default_factory=dict)
@@ -49,7 +55,7 @@ class ClassPatch:
             The dotted names that hold our class now.
 
         Raises:
-            ImportError: a module, or the name in it, is missing.
+            ImportError: a module, the name in it, or a method of the class is missing.
         """
         modules = {name: self._import(name) for name in self.modules}
         found = {name: self._look_up(module) for name, module in modules.items()}
@@ -84,6 +90,28 @@ class ClassPatch:
             logger.info("unpatched: %s", ", ".join(restored))
         return tuple(restored)
 
+    def refuse_without_methods(self, name: str, module: nn.Module) -> None:
+        """Raise ``ValueError`` where a built module has not all :attr:`methods`.
+
+        Args:
+            name: of the module in its model, for the message.
+            module: whose class is to be changed.
+        """
+        cls = type(module)
+        if lacking := self._lacking(cls):
+            raise ValueError(
+                f"{name or cls.__name__}: {cls.__module__}.{cls.__qualname__} has no method "
+                f"{lacking}, which ours needs. "
+                f"Known to work: {self.known}; installed: {self._installed()}"
+            )
+
+    def _lacking(self, cls: type) -> str:
+        return ", no ".join(
+            " or ".join(names)
+            for names in self.methods
+            if not any(callable(getattr(cls, name, None)) for name in names)
+        )
+
     def _import(self, name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
@@ -101,17 +129,22 @@ class ClassPatch:
             found = "no such name" if cls is None else f"found {cls!r}"
             message = self._missing(f"{module.__name__}.{self.name}", found)
             raise ImportError(message, name=module.__name__)
+        if lacking := self._lacking(cls):
+            message = self._missing(f"{module.__name__}.{self.name}", f"it has no method {lacking}")
+            raise ImportError(message, name=module.__name__)
         return cls
 
     def _missing(self, what: str, found: str) -> str:
-        try:
-            installed = f"{self.distribution} {importlib.metadata.version(self.distribution)}"
-        except importlib.metadata.PackageNotFoundError:
-            installed = f"no {self.distribution} distribution"
         return (
             f"{self.caller}: cannot replace {what}: {found}. "
-            f"Known to work: {self.known}; installed: {installed}"
+            f"Known to work: {self.known}; installed: {self._installed()}"
         )
+
+    def _installed(self) -> str:
+        try:
+            return f"{self.distribution} {importlib.metadata.version(self.distribution)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"no {self.distribution} distribution"
 
     def _warn_of_what_stays(self, stock: set[type[nn.Module]]) -> None:
         built = sum(1 for _ in _instances(stock))
@@ -137,11 +170,68 @@ class ClassPatch:
             )
 
 
+class Mixin:
+    """Base of what :func:`with_mixin` puts before a framework's class.
+
+    A class that is made so lies in no module, where pickle would look for it. Its instances are
+    therefore pickled and copied by the two classes that it was made of.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        cls = type(self)
+        if _made.get(cls.__bases__) is not cls:
+            # A class derived from ours, such as the one that fully_shard makes: its own affair.
+            return super().__reduce_ex__(protocol)
+        mixin, stock = cls.__bases__
+        # While it is patched in, our class is what the stock class's name stands for.
+        module = sys.modules.get(cls.__module__)
+        named = cls if getattr(module, cls.__name__, None) is cls else stock
+        default: Any = super().__reduce_ex__(2)
+        return _new, (mixin, named), *default[2:]
+
+
+def with_mixin(mixin: type[Mixin], stock: type[nn.Module]) -> type[nn.Module]:
+    """The class with ``mixin`` before ``stock``, under the name of ``stock``; one for each pair."""
+    if issubclass(stock, mixin):
+        return stock
+    if (mixin, stock) not in _made:
+        body = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+        _made[mixin, stock] = type(stock.__name__, (mixin, stock), body)
+    return _made[mixin, stock]
+
+
+def without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
+    """The stock class that :func:`with_mixin` has made ``cls`` of; any other class as it is."""
+    stock: type[nn.Module] = cls.__bases__[1] if _made.get(cls.__bases__) is cls else cls
+    return stock
+
+
+_made: dict[tuple[type, ...], type[nn.Module]] = {}
+
+
+def _new(mixin: type[Mixin], stock: type[nn.Module]) -> nn.Module:
+    cls = with_mixin(mixin, stock)
+    return cls.__new__(cls)
+
+
 def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """A model, or the chunks of one, with the prefix of their modules' names."""
     if isinstance(model, nn.Module):
         return [("", model)]
     return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has changed the module's class, to gather its parameters in a call.
+
+    PyTorch's does, and that of Megatron-FSDP's ``experimental`` package, which need not be there.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule) or any(
+        cls.__name__ == "FsdpModule" and "megatron_fsdp" in cls.__module__.split(".")
+        for cls in type(module).__mro__
+    )
 
 
 def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from step37_kernels.dispatch import use_triton
+from step37_kernels.integration.patching import Mixin, with_mixin, without_mixin
 from step37_kernels.lookup import LookUp, check_ids
 
 _changed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class RowGradient:
+class RowGradient(Mixin):
     """What goes before ``VocabParallelEmbedding`` among a class's bases.
 
     Where the weight has a ``main_grad``, its gradient is added to the rows that were looked up;
@@ -55,11 +55,6 @@ class RowGradient:
             result = mappings.reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
         return result
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled and copied as what it is, though its class is found in no module."""
-        del protocol
-        return _new, (type(self).__mro__[2],), vars(self).copy()
-
 
 def use_row_gradient(model: nn.Module) -> None:
     """Give every ``VocabParallelEmbedding`` in ``model`` the gradient by rows."""
@@ -67,26 +62,12 @@ def use_row_gradient(model: nn.Module) -> None:
         kind = type(module)
         if kind.__name__ == "VocabParallelEmbedding" and kind.__module__.startswith("megatron."):
             if not isinstance(module, RowGradient):
-                module.__class__ = _with_row_gradient(kind)
+                module.__class__ = with_mixin(RowGradient, kind)
             _changed.add(module)
 
 
 def restore_dense_gradient() -> None:
     """Undo :func:`use_row_gradient` wherever it was done."""
     for module in list(_changed):
-        if isinstance(module, RowGradient):
-            module.__class__ = type(module).__mro__[2]
+        module.__class__ = without_mixin(type(module))
     _changed.clear()
-
-
-def _with_row_gradient(stock: type[nn.Module]) -> type[nn.Module]:
-    """The class with :class:`RowGradient` before it, under its name; one for each."""
-    if stock not in _classes:
-        body = {"__module__": stock.__module__}
-        _classes[stock] = type(stock.__name__, (RowGradient, stock), body)
-    return _classes[stock]
-
-
-def _new(stock: type[nn.Module]) -> nn.Module:
-    kind = _with_row_gradient(stock)
-    return kind.__new__(kind)

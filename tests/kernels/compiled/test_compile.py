@@ -231,7 +231,7 @@ class Merge(automodel.FusedMerge, Placeholders):
     """The merge of rows that the tower has made, ``[N, L, C]``."""
 
     def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
-        features = automodel._Features(tensors=[rows], place=None)
+        features = automodel._Features(projector=self.vit_large_projector, tensors=[rows])
         return self.prepare_inputs_embeds(ids, features)
 
 

@@ -1,9 +1,12 @@
-"""Projectors that are called as modules, and instances whose class cannot be swapped."""
+"""Projectors that are called as modules, and modules whose class is swapped, or cannot be."""
 
 from __future__ import annotations
 
+import copy
 import functools
-from types import SimpleNamespace
+import pickle
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,13 @@ from step37_kernels import (
     ImageInsertEmbedding,
     automodel,
     megatron,
+    plan_placeholders,
+)
+from step37_kernels.integration.patching import is_fsdp_unit
+from step37_kernels.integration.vocab_parallel import (
+    RowGradient,
+    restore_dense_gradient,
+    use_row_gradient,
 )
 
 IM_START = 128000
@@ -80,6 +90,14 @@ def test_a_linear_whose_weight_is_a_plain_tensor_is_projected(text_only):
     assert bool(weight.grad.any()) is not text_only
 
 
+METHODS = (
+    "get_multimodal_embeddings",
+    "prepare_inputs_embeds",
+    "_vision_dtype_device",
+    "_process_image_features",
+)
+
+
 def stock_class(name: str) -> type[nn.Module]:
     class Stock(nn.Module):
         def __init__(self) -> None:
@@ -91,6 +109,8 @@ def stock_class(name: str) -> type[nn.Module]:
         def forward(self) -> None:
             pass
 
+    for method in METHODS:
+        setattr(Stock, method, Stock.forward)
     Stock.__name__ = name
     return Stock
 
@@ -117,3 +137,98 @@ def test_replace_in_refuses_a_method_of_the_instance(framework, name, method, fu
     ):
         framework.replace_in(model)
     assert type(model["first"]) is kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replace_in_refuses_a_step3p7_without_a_method_that_ours_needs(method):
+    model = nn.ModuleDict({"first": stock_class("Step3p7Model")()})
+    kept = type(model["first"])
+    delattr(kept, method)
+    wanted = f"(_downsample_image_features or )?{method}, which ours needs. Known to work"
+    with pytest.raises(ValueError, match=rf"first: .*Stock has no method {wanted}"):
+        automodel.replace_in(model)
+    assert type(model["first"]) is kept
+    kept._downsample_image_features = kept.forward
+    if method == "_process_image_features":
+        assert automodel.replace_in(model) == ("first",)
+
+
+class Step3p7Model(nn.Module):
+    """A stand-in that pickle finds."""
+
+    def nothing(self) -> None:
+        pass
+
+
+for _method in METHODS:
+    setattr(Step3p7Model, _method, Step3p7Model.nothing)
+
+
+def test_a_replaced_module_is_pickled_and_copied_and_its_derived_class_refused():
+    model = nn.Sequential(Step3p7Model())
+    automodel.replace_in(model, strict=True)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        assert type(copied[0]) is type(model[0]) is not Step3p7Model
+        assert copied[0].step37_options == model[0].step37_options
+    # As fully_shard does it, whose modules cannot be pickled either.
+    model[0].__class__ = type("FSDPStep3p7Model", (type(model[0]),), {"__module__": __name__})
+    with pytest.raises(pickle.PicklingError, match="FSDPStep3p7Model"):
+        pickle.dumps(model)
+
+
+def test_an_embedding_with_the_gradient_by_rows_is_pickled_copied_and_restored(monkeypatch):
+    stand_in = ModuleType("megatron.stand_in")
+    stock = type("VocabParallelEmbedding", (nn.Embedding,), {"__module__": stand_in.__name__})
+    stand_in.VocabParallelEmbedding = stock
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    model = nn.Sequential(stock(4, 2))
+    use_row_gradient(model)
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(copied[0]) is type(model[0])
+        assert isinstance(copied[0], RowGradient)
+        assert torch.equal(copied[0].weight, model[0].weight)
+    restore_dense_gradient()
+    assert type(model[0]) is stock
+
+
+def unit_of(package: str) -> type[nn.Module]:
+    """The class of a linear layer that Megatron-FSDP's experimental ``fully_shard`` has sharded."""
+    mixin = type("FsdpModule", (), {"__module__": f"{package}.experimental.module"})
+    return type("ExperimentalFsdpLinear", (mixin, nn.Linear), {})
+
+
+@pytest.mark.parametrize(
+    ("package", "unit"),
+    [
+        ("megatron_fsdp", True),
+        ("megatron.core.distributed.fsdp.src.megatron_fsdp", True),
+        ("other", False),
+    ],
+)
+def test_a_unit_of_megatron_fsdp_is_recognised_and_its_projector_called_with_the_merge(
+    package, unit
+):
+    model = Step3p7Model()
+    automodel.replace_in(model, impl="torch")
+    model.vit_large_projector = projector = nn.Linear(24, 16)
+    projector.__class__ = unit_of(package)
+    called = []
+
+    def gather(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        called.append([tuple(tensor.shape) for tensor in arguments])
+
+    gather.__module__ = f"{package}.experimental.module"
+    projector.register_forward_pre_hook(gather)
+    assert is_fsdp_unit(projector) == unit
+    assert not is_fsdp_unit(nn.Linear(24, 16))
+    features = [torch.randn(2, 3, 24), torch.randn(1, 2, 24)]
+    plan = plan_placeholders(torch.tensor([[9] * 8 + [1]]), 9, 8, batch_first=True)
+    words = torch.zeros(1, 9, 16)
+    merged = model._project_and_insert(words, features, plan)
+    wanted = nn.functional.linear(
+        torch.cat([tensor.flatten(0, 1) for tensor in features]), projector.weight, projector.bias
+    )
+    torch.testing.assert_close(merged[0, :8], wanted)
+    # The features as the tower made them, or joined for a projector that is called as it is.
+    assert called == [[(2, 3, 24), (1, 2, 24)] if unit else [(8, 24)]]
+    assert "forward" not in vars(projector)

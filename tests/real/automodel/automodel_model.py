@@ -18,6 +18,7 @@ CROP_SIDE, CROP_ROWS = 56, 1
 
 
 def config(
+    *,
     layers: int = 2,
     projector_bias: bool = False,
     side: int = SIDE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import warnings
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor.experimental._context_parallel import _attention
 
 from step37_kernels.automodel import FusedMerge, patch_step3p7, replace_in, unpatch_step3p7
+from step37_kernels.integration.patching import is_fsdp_unit
 from tests.real.automodel import automodel_recipe
 from tests.real.automodel.automodel_model import batch, build
 from tests.real.automodel.automodel_recipe import LENGTH, model_options
@@ -80,6 +82,61 @@ def _train_sharded(rank: int, how: str) -> list[dict[str, Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
     return steps
+
+
+class _Stream:
+    """In place of a CUDA stream, for Megatron-FSDP on the CPU, where all runs in order."""
+
+    device = torch.device("cpu")
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self) -> object:
+        return object()
+
+
+def megatron_fsdp(rank: int) -> dict[str, dict[str, Tensor]]:
+    """By the class in place: gradients in full of one step, sharded by Megatron-FSDP's
+    experimental ``fully_shard``, and the loss of both ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
+        for name in ("stream", "device"):
+            patch.setattr(torch.cuda, name, contextlib.nullcontext)
+        for name in ("range_push", "range_pop"):
+            patch.setattr(torch.cuda.nvtx, name, lambda *_: None)
+        return {how: _step_of_megatron_fsdp(rank, how) for how in HOWS}
+
+
+def _step_of_megatron_fsdp(rank: int, how: str) -> dict[str, Tensor]:
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import experimental
+
+    model = made(how)
+    flat = [experimental.Flat()]
+    placements = experimental.Placements(dp_axes=[0], parameter=flat, gradient=flat, optimizer=flat)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model.model.vit_large_projector, model.model, model):
+        experimental.fully_shard(part, mesh, placements)
+        assert is_fsdp_unit(part)
+    if how == "replaced":
+        assert replace_in(model, impl="torch") == ("model",)
+    inputs = batch(rank, CROPS[rank])
+    loss = sum_of_losses(model(**inputs), inputs["input_ids"])
+    loss.backward()
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    gradients = {}
+    for prefix, module in model.named_modules():
+        for group in module.parameter_groups if is_fsdp_unit(module) else ():
+            full = group.main_grad.redistribute([experimental.Replicate()])
+            for i, name in enumerate(group.parameter_names):
+                gradients[f"{prefix}.{name}".lstrip(".")] = full.get_local_tensor(i)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    return gradients | {"loss": total}
 
 
 def whole(how: str, dtype: torch.dtype) -> list[dict[str, Tensor]]:

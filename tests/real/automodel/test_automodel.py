@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import logging
+import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +111,36 @@ def test_state_dicts_go_both_ways_and_the_model_can_be_copied(how):
     assert torch.equal(copied(**inputs), ours(**inputs))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    del options
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+@pytest.mark.parametrize("saved_while_patched", [False, True])
+@pytest.mark.parametrize("loaded_while_patched", [False, True])
+def test_a_model_is_saved_and_pickled_as_what_it_is(how, saved_while_patched, loaded_while_patched):
+    ours = make(how)
+    for layer in ours.model.language_model.layers.values():
+        layer.self_attn.attn_func = attend  # Its own is local to a function, which pickle refuses.
+    inputs = batch(0, [1, 2])
+    wanted = ours(**inputs)
+
+    def patched_if(asked: bool) -> None:
+        patch_step3p7(impl="torch") if asked else unpatch_step3p7()
+
+    patched_if(saved_while_patched)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    pickled = pickle.dumps(ours)
+    patched_if(loaded_while_patched)
+    file.seek(0)
+    for loaded in (torch.load(file, weights_only=False), pickle.loads(pickled)):
+        assert type(loaded.model) is type(ours.model)
+        assert loaded.model.step37_options == ours.model.step37_options
+        assert torch.equal(loaded(**inputs), wanted)
+
+
 @pytest.mark.parametrize("how", ["stock", "patched"])
 def test_features_that_are_projected_already_go_in_as_they_are(how):
     model = make(how).model
@@ -158,6 +191,90 @@ def test_crops_that_no_image_has_and_crops_too_few_are_as_in_stock(counts):
     torch.testing.assert_close(ours(**inputs), stock(**inputs))
 
 
+class Decoder(torch.nn.Module):
+    """In place of its language model, whose attention to packed sequences needs a GPU."""
+
+    def __init__(self, embed_tokens: torch.nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+
+    def forward(self, inputs_embeds: Tensor, **options: Any) -> Tensor:
+        del options
+        return inputs_embeds
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_packed_sequences_come_with_a_batch_axis_and_without(how, impl, dimensions):
+    """Automodel takes the axis off for ``qkv_format="thd"``, off ``[1]`` numbers of crops too."""
+    inputs = batch(0, [3])
+    ids = inputs.pop("input_ids").squeeze(0)
+    if dimensions == 2:
+        ids = ids.unflatten(0, (2, LENGTH // 2))
+    inputs["num_patches"] = inputs["num_patches"].squeeze(0)
+    results = []
+    for model in (make("stock"), make(how, impl)):
+        model.model.language_model = Decoder(model.model.embed_tokens)
+        merged = model.model(ids, **inputs)
+        assert merged.shape == (*ids.shape, 32)
+        merged.square().sum().backward()
+        gradients = [model.model.embed_tokens.weight, model.model.vit_large_projector.weight]
+        results.append((merged, *(parameter.grad for parameter in gradients)))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_whole_model_takes_packed_sequences():
+    inputs = batch(0, [2])
+    inputs |= {"qkv_format": "thd", "position_ids": torch.arange(LENGTH)[None]}
+    logits = []
+    for how in ("stock", "patched"):
+        model = make(how)
+        model.model.language_model = Decoder(model.model.embed_tokens)
+        logits.append(model(**dict(inputs)))
+    torch.testing.assert_close(*logits)
+
+
+@pytest.mark.parametrize("crops", [None, [1, 2], [0, 0], [1, 0], [0, 3], [3, 2], [0, 5]])
+def test_multimodal_embeddings_can_be_indexed_and_iterated_over_as_stocks(crops):
+    inputs = batch(0, [1, 2])
+    media = {
+        "pixel_values": inputs["pixel_values"],
+        "patch_pixel_values": inputs["patch_pixel_values"],
+        "num_patches": crops if crops is None else torch.tensor(crops),
+    }
+    called = []
+    stock, ours = (make(how) for how in ("stock", "patched"))
+    ours.model.vit_large_projector.register_forward_pre_hook(lambda *_: called.append(1))
+    theirs, mine = (model.model.get_multimodal_embeddings(**media) for model in (stock, ours))
+    assert not called
+    assert len(mine) == len(theirs) == 2
+    for rows, wanted in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(rows, wanted)
+    assert torch.equal(mine[-1], mine[1])
+    assert torch.equal(torch.cat(mine[:2]), torch.cat(list(mine)))
+    with pytest.raises(IndexError):
+        mine[2]
+    assert len(called) == 1
+    gradients = []
+    for model, embeddings in ((stock, theirs), (ours, mine)):
+        embeddings[0].square().sum().backward()
+        gradients.append(model.model.vit_large_projector.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_multimodal_embeddings_that_were_indexed_are_still_merged():
+    inputs = batch(0, [1, 2])
+    ids = inputs.pop("input_ids")
+    model = make("patched").model
+    embeddings = model.get_multimodal_embeddings(**inputs)
+    rows = torch.cat(list(embeddings))
+    merged = model.prepare_inputs_embeds(ids, embeddings)
+    torch.testing.assert_close(merged[ids == IMAGE], rows)
+    assert torch.equal(model.prepare_inputs_embeds(ids, list(embeddings))[ids == IMAGE], rows)
+
+
 def test_a_projector_with_a_hook_is_called(caplog):
     inputs = batch(0, [1, 2])
     outputs = []
@@ -200,6 +317,52 @@ def test_a_missing_name_is_an_import_error_that_names_it(monkeypatch):
     )
     with pytest.raises(ImportError, match=message):
         patch_step3p7()
+
+
+class NewStep3p7Model(step3p7.Step3p7Model):
+    """Its vision features as Automodel's pull request 3570 divides them."""
+
+    def _downsample_image_features(self, patches: Tensor) -> Tensor:
+        tower = SimpleNamespace(vision_model=self.vision_model, vit_large_projector=torch.clone)
+        return super()._process_image_features.__func__(tower, patches)
+
+    def _process_image_features(self, patches: Tensor) -> Tensor:
+        return self.vit_large_projector(self._downsample_image_features(patches))
+
+
+@pytest.mark.parametrize("how", ["patched", "replaced"])
+def test_vision_features_divided_into_two_methods_are_taken_before_the_projector(how, monkeypatch):
+    monkeypatch.setattr(step3p7, "Step3p7Model", NewStep3p7Model)
+    inputs = batch(0, [1, 2])
+    stock, ours = make("stock"), make(how)
+    assert isinstance(ours.model, NewStep3p7Model)
+    torch.testing.assert_close(ours(**inputs), stock(**inputs))
+
+
+def test_a_class_without_either_way_to_vision_features_is_not_replaced(monkeypatch):
+    model = build()
+    monkeypatch.delattr(step3p7.Step3p7Model, "_process_image_features")
+    missing = "no method _downsample_image_features or _process_image_features"
+    with pytest.raises(ImportError, match=rf"cannot replace .*Step3p7Model: it has {missing}\. "):
+        patch_step3p7()
+    with pytest.raises(ValueError, match=rf"^model: .*\.Step3p7Model has {missing}, which ours"):
+        replace_in(model)
+    assert not isinstance(model.model, FusedMerge)
+    assert not issubclass(step3p7.Step3p7Model, FusedMerge)
+
+
+@pytest.mark.parametrize("crops", [[1, 2], [0, 0]])
+def test_the_projector_is_called_once_whether_there_are_crops_or_not(crops):
+    """So that ranks of FSDP, with crops and without, gather its weight equally often."""
+    calls = {}
+    for how in ("stock", "patched"):
+        model, calls[how] = make(how), []
+        model.model.vit_large_projector.register_forward_pre_hook(
+            lambda module, _, seen=calls[how]: seen.append(module)
+        )
+        model(**batch(0, crops))
+    assert len(calls["patched"]) == 1
+    assert len(calls["stock"]) == 1 + any(crops)
 
 
 def test_the_vision_tower_hands_its_rows_over_channels_first():

@@ -29,6 +29,21 @@ def test_fsdp2_gives_the_losses_and_gradients_of_one_process(sharded, how):
 
 
 @pytest.fixture(scope="module")
+def sharded_by_megatron() -> Any:
+    return run(ranks_of.megatron_fsdp)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_megatron_fsdp_gives_the_losses_and_gradients_of_one_process(
+    sharded_by_megatron, sharded, how
+):
+    _, one_process, exact = sharded
+    for rank in sharded_by_megatron:
+        first_steps = (steps[:1] for steps in (one_process["stock"], exact, one_process[how]))
+        assert_within_stocks_rounding([rank[how]], *first_steps)
+
+
+@pytest.fixture(scope="module")
 def one_process() -> Any:
     return [ranks_of.of_recipe(dtype) for dtype in (torch.float32, torch.float64)]
 
@@ -42,7 +57,7 @@ def stages() -> Any:
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_its_pipeline_gives_the_losses_and_gradients_of_the_whole_model(
-    stages, one_process, schedule, how, media
+    stages, one_process, *, schedule, how, media
 ):
     seen = set()
     for rank in stages:

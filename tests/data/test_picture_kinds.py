@@ -8,6 +8,7 @@ those of the first.
 from __future__ import annotations
 
 import csv
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,13 @@ from PIL import Image, ImageOps, features
 from step37_data.common.image_entry import ImageEntry
 from step37_data.images import stacks
 from step37_data.images.crops import picture_size, plan_file
-from step37_data.images.decode import open_image, picture_formats, read_rgb, viewed_otherwise
+from step37_data.images.decode import (
+    _PICTURE_FORMATS,
+    open_image,
+    picture_formats,
+    read_rgb,
+    viewed_otherwise,
+)
 from step37_data.images.options import ImageOptions
 from step37_data.preprocess import preprocess_packed_batch
 from step37_data.provider import Step37Flickr8kSFTDataProvider
@@ -245,6 +252,16 @@ def test_there_is_a_picture_of_every_format_that_is_read(folder: Path) -> None:
             seen.add(image.format)
     assert seen >= set(picture_formats()) - {"JPEG2000", "AVIF"}
     assert len(KINDS) >= 40
+
+
+def test_the_page_on_data_lists_the_formats_that_are_read_and_no_others() -> None:
+    page = Path(__file__).parents[2] / "docs" / "data.md"
+    match = re.search(
+        r"Pictures may be (.*?), AVIF and JPEG2000\nwhere", page.read_text(), re.DOTALL
+    )
+    assert match is not None
+    listed = re.sub(r"\(.*?\)", "", match[1])
+    assert set(re.findall(r"[A-Z0-9]+", listed)) == set(_PICTURE_FORMATS)
 
 
 @pytest.mark.parametrize("name", KINDS)

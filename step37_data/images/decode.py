@@ -293,8 +293,9 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow turns these by itself, whoever asks.
     try:
         # Pillow decodes a PNG that has no EXIF before its pixels, to look behind them.
-        by_header = image.format == "PNG" and not _has_exif_behind_pixels(image)
-        exif = Image.Image.getexif(image) if by_header else image.getexif()
+        decodes = image.format == "PNG" and "exif" not in image.info
+        in_vain = decodes and not _has_exif_behind_pixels(image)
+        exif = Image.Image.getexif(image) if in_vain else image.getexif()
         orientation = exif.get(_ORIENTATION, 1)
     except Exception as error:  # Pillow's readers raise errors of any kind on damaged EXIF
         logger.debug("the EXIF of a picture is unreadable, so it is not turned: %s", error)

@@ -89,8 +89,8 @@ class Step37Flickr8kDataset:
     def sample_keys(self) -> np.ndarray:
         """uint64 ``[N, 2]``: what decides a sample's length, hashed.
 
-        Prompt and caption; with the template's multicrop the picture's size too, for which the
-        header of every file is read.
+        Prompt and caption; with the template's multicrop also the size of the picture as the
+        template sees it (``as_viewed``), for which the header of every file is read.
         """
         prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         # A template of the user's own need not know of crops.
@@ -114,7 +114,10 @@ class Step37Flickr8kDataset:
     def _plans(self) -> list[CropPlan]:
         rewrite = self.template.path_rewrite_fn or str
         paths = [rewrite(str(sample.image_path)) for sample in self.samples]
-        return map_threads(plan_file, paths, _HEADER_READERS)
+        # A template of the user's own need not know of it.
+        as_viewed = getattr(self.template, "as_viewed", False)
+        plan = functools.partial(plan_file, as_viewed=as_viewed)
+        return map_threads(plan, paths, _HEADER_READERS)
 
     @staticmethod
     def _to_dialog(sample: Flickr8kSample, prompt: str) -> dict[str, Any]:

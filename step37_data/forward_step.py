@@ -123,7 +123,8 @@ class ForwardStep:
         only_pp_first_stage: see :func:`~step37_data.preprocess.preprocess_packed_batch`.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords:
             ``device``, where the model is, ``dtype``, ``on_broken``, ``threads`` and so on; but not
-            the sizes, which the data set knows.
+            the sizes, which the data set knows. Leave out ``as_viewed``: the packs say what the
+            data set's ``as_viewed`` was.
 
     Raises:
         ValueError: ``prefetch_depth`` is negative, or an option none of the values that it may be.

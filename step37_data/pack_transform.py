@@ -51,8 +51,9 @@ def pack_samples(
     sub-sequence without loss fills it up. ``pieces`` is left as it is.
 
     Args:
-        pieces: samples with ``tokens`` ``[n]``, ``loss_mask`` ``[n]`` and ``image_paths`` (a list
-            of ``(path, item type)``; absent means none).
+        pieces: samples with ``tokens`` ``[n]``, ``loss_mask`` ``[n]``, ``image_paths`` (a list
+            of ``(path, item type)``; absent means none) and ``as_viewed`` (how the pictures are
+            read; absent means False).
         seqlen_divisible_by: the packed length T is a multiple of this.
         pad_token_id: token of the padding.
         start_token_ids: tokens that mark an image or crop. Padding with one of them would be taken
@@ -64,11 +65,13 @@ def pack_samples(
     Returns:
         ``tokens``, ``labels`` int64 ``[T]``; ``loss_masks`` float32 ``[T]``; ``cu_seqlens`` int32
         ``[sub-sequences + 1]``; ``max_seq_len`` int64 scalar tensor; ``position_id`` int64
-        ``[T]``; ``image_paths`` of all samples in order.
+        ``[T]``; ``image_paths`` of all samples in order; and ``as_viewed``, True, if it is so of
+        the samples.
 
     Raises:
         ValueError: no pieces, tokens that are no integers, a loss mask of another length than its
-            tokens, ``image_paths`` that are no list, a pad token that marks an image, more tokens
+            tokens, ``image_paths`` that are no list, samples with ``as_viewed`` and samples without
+            it, a pad token that marks an image, more tokens
             than int32 ``cu_seqlens`` can hold; with a mapping, an image cut off by the end of its
             sample, or start tokens and ``image_paths`` that differ in number.
     """
@@ -77,6 +80,10 @@ def pack_samples(
     checked_int("seqlen_divisible_by", seqlen_divisible_by)
     checked = [_checked(f"pieces[{number}]", piece) for number, piece in enumerate(pieces)]
     all_tokens, all_masks, all_paths = map(list, zip(*checked, strict=True))
+    as_viewed = [bool(piece.get("as_viewed", False)) for piece in pieces]
+    if any(as_viewed) and not all(as_viewed):
+        told = f"pieces[{as_viewed.index(True)}] with and pieces[{as_viewed.index(False)}] without"
+        raise ValueError(f"as_viewed: the samples of a pack must agree, got {told}")
     if isinstance(start_token_ids, Mapping):
         for number, (tokens, _, paths) in enumerate(checked):
             _check_images(f"pieces[{number}]", tokens, start_token_ids, len(paths))
@@ -91,7 +98,7 @@ def pack_samples(
     bounds = np.cumsum([0, *sizes], dtype=np.int64)
     if bounds[-1] > _INT32_MAX:
         raise ValueError(f"pieces: {bounds[-1]} tokens do not fit the int32 cu_seqlens")
-    return {
+    packed = {
         "tokens": torch.from_numpy(np.concatenate([tokens[:-1] for tokens in all_tokens])),
         "labels": torch.from_numpy(np.concatenate([tokens[1:] for tokens in all_tokens])),
         "loss_masks": torch.from_numpy(np.concatenate([mask[1:] for mask in all_masks])),
@@ -100,6 +107,9 @@ def pack_samples(
         "position_id": torch.from_numpy(_positions(bounds)),
         "image_paths": [entry for paths in all_paths for entry in paths],
     }
+    if all(as_viewed):
+        packed["as_viewed"] = True
+    return packed
 
 
 def _checked(

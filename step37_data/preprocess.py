@@ -195,7 +195,8 @@ def preprocess_packed_batch(
             parallel state is initialised. With ``on_broken="skip-loss"`` every stage that has
             tokens decodes them all the same: it has to know which samples lose their loss.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
-            ``device`` is where everything goes, not the images alone.
+            ``device`` is where everything goes, not the images alone. Where ``as_viewed`` is not
+            given, the pictures are read as the pack says they were planned.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
@@ -205,8 +206,9 @@ def preprocess_packed_batch(
 
     Raises:
         ValueError: an argument is none of the values it may be, a start token is negative (not
-            resolved), a tensor has another shape (a batch that was not unwrapped), or
-            ``image_paths`` are not what ``multicrop`` says.
+            resolved), a tensor has another shape (a batch that was not unwrapped),
+            ``image_paths`` are not what ``multicrop`` says, or they are crops that were planned
+            with another ``as_viewed`` than the one given.
         TypeError: there is no such option.
     """
     unset = "(-1: the provider's build_datasets() has not run)"
@@ -218,6 +220,8 @@ def preprocess_packed_batch(
     _check_shapes(batch)
     if options.get("on_broken") is None:
         options["on_broken"] = batch.get("on_broken", "zero")
+    planned_as_viewed = bool(batch.get("as_viewed", False))
+    options.setdefault("as_viewed", planned_as_viewed)
     reading = ImageOptions(image_size=image_size, patch_image_size=patch_image_size, **options)
     skip_loss = reading.on_broken == "skip-loss"
     target = resolve_device(reading.device)
@@ -233,6 +237,11 @@ def preprocess_packed_batch(
     tokens = batch["tokens"].cpu()
     loss_masks = batch["loss_masks"]
     given = reading.checked_entries(batch.get("image_paths", ()))
+    in_crops = any(entry.window is not None for entry in given)
+    if in_crops and reading.as_viewed != planned_as_viewed:
+        planned = f"the crops of this pack were planned with {planned_as_viewed}"
+        remedy = "give the template or the provider the same, or leave it out here"
+        raise ValueError(f"as_viewed: {reading.as_viewed}, but {planned}; {remedy}")
     entries, positions = _used_images(given, tokens, starts)
     groups = []
     if not only_pp_first_stage or _is_first_pipeline_stage():

@@ -135,6 +135,10 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     longer: a photograph of 500×333 takes 337 tokens in place of 171, one of 1920×1080 takes 836,
     one of 4032×3024 takes 2665, which needs a larger ``max_packing_seqlen``. Lengths are read from
     the headers of the image files."""
+    as_viewed: bool = False
+    """Show the model every picture as image viewers do: turned by EXIF, transparent parts on white,
+    the upper 8 of 16 bits (see ``ImageOptions``). The packs say so, and ``preprocess_packed_batch``
+    and ``ForwardStep`` read the pictures accordingly."""
 
     max_packing_seqlen: int = 2048
     """Tokens in a pack."""
@@ -208,6 +212,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
             tokenizer_path=self.tokenizer_path,
             max_sequence_length=self.max_packing_seqlen,
             multicrop=self.multicrop,
+            as_viewed=self.as_viewed,
             **{field.name: getattr(self, field.name) for field in fields(ImageTokens)},
         )
 

@@ -66,9 +66,9 @@ class MultimodalSFTSample(dict[str, Any]):
     """One tokenised conversation.
 
     Items: ``tokens`` int64 ``[n]``, ``loss_mask`` float32 ``[n]``, ``image_paths`` (list of
-    ``(path, item type)``, with multicrop of ``(path, item type, window)``). ``len()`` is its length
-    in training, n − 1 and never below 0, because inputs are ``tokens[:-1]`` and labels
-    ``tokens[1:]``.
+    ``(path, item type)``, with multicrop of ``(path, item type, window)``), and ``as_viewed`` where
+    the template has it on. ``len()`` is its length in training, n − 1 and never below 0, because
+    inputs are ``tokens[:-1]`` and labels ``tokens[1:]``.
     """
 
     def __len__(self) -> int:
@@ -110,6 +110,10 @@ class Step37MultimodalTemplate(ImageTokens):
         max_sequence_length: a longer sample is logged; packing decides what happens to it.
         path_rewrite_fn: applied to every image path.
         multicrop: expand ``<image>`` into crops and full image.
+        as_viewed: show the model every picture as image viewers do, turned by its EXIF orientation
+            among other things (see ``ImageOptions.as_viewed``). Turning swaps width and height, so
+            crops are planned accordingly. The samples say so, and ``pack_samples`` hands it on to
+            whoever reads the pictures.
 
     Raises:
         ValueError: no tokenizer or chat template under the path, a special token missing from the
@@ -125,6 +129,7 @@ class Step37MultimodalTemplate(ImageTokens):
     max_sequence_length: int = 2048
     path_rewrite_fn: Callable[[str], str] | None = None
     multicrop: bool = False
+    as_viewed: bool = False
 
     def __post_init__(self) -> None:
         if not self.tokenizer_path:
@@ -176,7 +181,8 @@ class Step37MultimodalTemplate(ImageTokens):
         """
         if "conversations" not in data:
             raise ValueError(f"data: expected conversations, got only {sorted(data)}")
-        images = SampleImages(self._image_items(data.get("images")))
+        given = self._image_items(data.get("images"))
+        images = SampleImages(given, as_viewed=self.as_viewed)
         messages = self._expand_messages(data["conversations"], images)
         roles = [message["role"] for message in messages]
         if "user" not in roles or roles[-1] != "assistant":
@@ -197,7 +203,10 @@ class Step37MultimodalTemplate(ImageTokens):
                 f"a sample of {len(tokens)} tokens is longer than max_sequence_length + 1 = {limit}"
                 "; the oversize policy of the packing decides about it (said once)"
             )
-        return MultimodalSFTSample(tokens=tokens, loss_mask=loss_mask, image_paths=entries)
+        sample = MultimodalSFTSample(tokens=tokens, loss_mask=loss_mask, image_paths=entries)
+        if self.as_viewed:
+            sample["as_viewed"] = True
+        return sample
 
     def fingerprint(self) -> str:
         """Hex digest of everything but the conversation that decides its tokens."""
@@ -210,6 +219,10 @@ class Step37MultimodalTemplate(ImageTokens):
             [getattr(self, field.name) for field in fields(ImageTokens)],
             _MULTICROP_VERSION if self.multicrop else None,
         ]
+        if self.multicrop and self.as_viewed:
+            # Crops are planned from the turned size. Other keys stay as they were before there was
+            # this option, so lengths that were measured then are still found.
+            parts.append("as_viewed")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -127,6 +127,8 @@ class Step37EnergonSFTDataProvider(PackProvider):
     packing_buffer_size: int = 256
     """Samples that a worker packs together; it holds their encoded pictures."""
     multicrop: bool = False
+    as_viewed: bool = False
+    """Show the model every picture as image viewers do (see ``ImageOptions``); the packs say so."""
     prompt: str | None = None
     caption_key: str | None = None
     """Where in ``json`` the captions are, as in ``"caption"``; None takes those of ``txt``."""
@@ -160,6 +162,7 @@ class Step37EnergonSFTDataProvider(PackProvider):
             seqlen_divisible_by=self.seqlen_divisible_by,
             packing=self.packing,
             multicrop=self.multicrop,
+            as_viewed=self.as_viewed,
             prompt=self.prompt,
             caption_key=self.caption_key,
             on_broken=self.on_broken,

@@ -195,6 +195,8 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             within the buffer for fuller packs, ``"balanced"`` also makes the packs of a buffer more
             alike in vision tokens (of one worker: workers do not know of each other).
         multicrop: show the model crops of a picture besides the full image.
+        as_viewed: show the model every picture as image viewers do, turned by EXIF for example (see
+            ``ImageOptions``). The packs say so to ``preprocess_packed_batch``.
         prompt: what the user asks about the picture of a caption; None is the question that the
             folder's provider asks.
         caption_key: where in ``json`` the captions are, as in ``"caption"``; None takes those of
@@ -213,6 +215,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     seqlen_divisible_by: int = 64
     packing: Packing = "next_fit"
     multicrop: bool = False
+    as_viewed: bool = False
     prompt: str | None = None
     caption_key: str | None = None
     on_broken: OnBroken = "zero"
@@ -231,6 +234,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             tokenizer_path=self.tokenizer_path,
             max_sequence_length=self.max_packing_seqlen,
             multicrop=self.multicrop,
+            as_viewed=self.as_viewed,
         )
         if self.caption_key is not None:
             cook = stateless(functools.partial(cook_sample, caption_key=self.caption_key))

@@ -26,6 +26,8 @@ OnBroken = Literal["zero", "raise", "skip-loss"]
 BROKEN_SIZE = (224, 224)
 
 _ORIENTATION = 0x0112
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_LONGEST_KEYWORD = 79  # of a text in a PNG
 
 # Pillow reads each of them by itself; for EPS it would start Ghostscript, an external program. It
 # tries them in this order: the common ones are first.
@@ -261,18 +263,25 @@ def viewed_otherwise(image: Image.Image) -> list[str]:
     """What an image viewer shows otherwise than training does, by name; mostly nothing.
 
     Args:
-        image: opened by :func:`open_image`. Its pixels are decoded if it has transparency.
+        image: opened by :func:`open_image`. Its pixels are decoded if it can have transparent
+            parts, or is a PNG whose EXIF stands behind its pixels.
 
     Returns:
-        Of ``"turned by EXIF"``, ``"transparent"`` (a pixel of it at least), ``"16 bits"`` and
-        ``"animated"``, those that hold, in this order. All but ``"animated"``, of which the first
-        frame is shown, go away with ``as_viewed``.
+        Those that hold, in this order. The first three go away with ``as_viewed``, the others do
+        not:
+
+        * ``"turned by EXIF"``;
+        * ``"transparent"``: a pixel of it at least;
+        * ``"16 bits"``: grey of 16 bits, of which values above 255 become white;
+        * ``"more than 16 bits"``: integers of 32 bits or fractions, where they do, too;
+        * ``"animated"``: it has several frames or pages, of which the first is used.
     """
     transparent = _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255
     found = {
         "turned by EXIF": _orientation(image) != 1,
         "transparent": transparent,
         "16 bits": _has_16_bits(image),
+        "more than 16 bits": image.mode in ("I", "F") and not _has_16_bits(image),
         "animated": image.format != "MPO" and getattr(image, "is_animated", False),
     }
     return [name for name, holds in found.items() if holds]
@@ -283,11 +292,40 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1  # Pillow turns these by itself, whoever asks.
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        # Pillow decodes a PNG that has no EXIF before its pixels, to look behind them.
+        decodes = image.format == "PNG" and "exif" not in image.info
+        in_vain = decodes and not _has_exif_behind_pixels(image)
+        exif = Image.Image.getexif(image) if in_vain else image.getexif()
+        orientation = exif.get(_ORIENTATION, 1)
     except Exception as error:  # Pillow's readers raise errors of any kind on damaged EXIF
         logger.debug("the EXIF of a picture is unreadable, so it is not turned: %s", error)
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def _has_exif_behind_pixels(image: Image.Image) -> bool:
+    """Whether a PNG has EXIF or XMP behind its pixels, by the headers of its chunks."""
+    file = image.fp
+    if file is None:  # decoded already, so Pillow knows all that the file says
+        return True
+    place = file.tell()
+    try:
+        at, behind = len(_PNG_SIGNATURE), False
+        file.seek(at)
+        while len(header := file.read(8)) == 8:
+            size, kind = int.from_bytes(header[:4], "big"), header[4:]
+            behind = behind or kind == b"IDAT"
+            if behind and kind == b"eXIf":
+                return True
+            if behind and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                keyword = file.read(min(size, _LONGEST_KEYWORD + 1)).partition(b"\0")[0]
+                if keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif"):
+                    return True
+            at += size + 12  # size and kind before the content, a checksum behind it
+            file.seek(at)
+        return False
+    finally:
+        file.seek(place)
 
 
 def _has_16_bits(image: Image.Image) -> bool:

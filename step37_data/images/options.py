@@ -54,8 +54,9 @@ class ImageOptions:
             transparent parts on white, both as vLLM does when it serves the model, and with the
             upper 8 of 16 bits. False is as stock trains: pictures of phones lie as the phone was
             held, transparent parts show the colours hidden in them, grey of 16 bits is mostly
-            white. With crops, the windows have to be planned with the same value
-            (``plan_file(path, as_viewed=...)``).
+            white. With crops, the windows have to be planned with the same value (``as_viewed`` of
+            the template, ``plan_file(path, as_viewed=...)``). Where it is not given,
+            ``preprocess_packed_batch`` and ``ForwardStep`` take what the pack says.
 
     Raises:
         ValueError: a size, ``threads`` or ``max_pixels`` is no integer of at least 1, or

@@ -11,14 +11,20 @@ from step37_data.images.crops import plan_file
 class SampleImages:
     """The images of a sample, dealt out to its placeholders in their order.
 
-    Attributes:
+    Args:
         given: ``(path, item type)`` of the sample.
+        as_viewed: the pictures will be read with this ``ImageOptions.as_viewed``, on which the
+            windows of crops depend.
+
+    Attributes:
+        given: as above.
         wanted: the item type of every ``<im_patch>`` of the placeholders so far.
     """
 
-    def __init__(self, given: Sequence[tuple[ImageFile, int]]) -> None:
+    def __init__(self, given: Sequence[tuple[ImageFile, int]], *, as_viewed: bool = False) -> None:
         self.given: list[Entry] = list(given)
         self.wanted: list[int] = []
+        self._as_viewed = as_viewed
         self._left = {
             wanted: iter([path for path, kind in given if kind == wanted])
             for wanted in (IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE)
@@ -42,7 +48,7 @@ class SampleImages:
         """
         path = next(self._left[kind], None)
         if in_crops and path is not None:
-            plan = plan_file(path)
+            plan = plan_file(path, as_viewed=self._as_viewed)
             crops = [(path, PATCH_ITEM_TYPE, window) for window in plan.windows]
             self._dealt += [*crops, (path, kind, plan.full_window)]
             self.wanted += [PATCH_ITEM_TYPE] * len(crops) + [kind]

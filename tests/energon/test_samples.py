@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.energon.conftest import TOKENIZER
 
@@ -21,6 +21,7 @@ energon = pytest.importorskip("megatron.energon", reason="the extra energon is n
 from step37_data.common.image_entry import EncodedImage
 from step37_data.images.decode import BrokenImageError
 from step37_data.preprocess import preprocess_packed_batch
+from step37_energon.provider import Step37EnergonSFTDataProvider
 from step37_energon.task_encoder import Step37TaskEncoder, cook_sample, prepare_shards
 
 Build = Callable[..., Any]
@@ -288,6 +289,58 @@ def test_a_broken_picture_follows_on_broken(
     assert torch.equal(skip["loss_masks"][0, kept], zero["loss_masks"][0, kept])
     with pytest.raises(BrokenImageError, match=r"image s1\.jpg could not be read"):
         prepared("raise")
+
+
+@pytest.mark.parametrize("multicrop", [False, True])
+def test_packs_say_whether_pictures_are_read_as_viewers_show_them(
+    shard: Callable[[list[Parts]], Path], multicrop: bool
+) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.effect_noise((900, 500), 60).save(file, "JPEG", exif=exif)
+    with Image.open(file) as image:
+        upright = io.BytesIO()
+        ImageOps.exif_transpose(image).save(upright, "PNG")
+
+    path = shard(
+        [
+            {"jpg": file.getvalue(), "txt": "Noise."},
+            {"png": upright.getvalue(), "txt": "Noise."},
+        ]
+    )
+
+    def pack_and_input(as_viewed: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        provider = Step37EnergonSFTDataProvider(
+            path=str(path),
+            tokenizer_path=TOKENIZER,
+            multicrop=multicrop,
+            as_viewed=as_viewed,
+            packing_buffer_size=2,
+            shuffle_buffer_size=None,
+            num_workers=0,
+        )
+        pack = next(provider.build_datasets(None)[0])
+        return pack, preprocess_packed_batch(
+            pack,
+            img_start_token_id=provider.img_start_token_id,
+            patch_start_token_id=provider.patch_start_token_id,
+            image_size=28,
+            patch_image_size=14,
+            encoder_patch_size=14,
+            device="cpu",
+            on_broken="raise",
+        )
+
+    pack, batch = pack_and_input(True)
+    assert pack["as_viewed"] is True
+    first, second, end = pack["cu_seqlens"][:3].tolist()
+    assert torch.equal(pack["tokens"][first:second], pack["tokens"][second:end])
+    assert len(batch["images"]) == 1 + multicrop
+    for group in batch["images"]:
+        assert torch.equal(*group.images.chunk(2))
+    pack, batch = pack_and_input(False)
+    assert "as_viewed" not in pack
+    assert not torch.equal(*batch["images"][-1].images)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_the_page_tells_how_it_was_made_and_what_was_left_out(page: Path) -> Non
     assert told["packing"] == "next_fit"
     assert told["rows skipped"] == "1, without a file name or a caption"
     assert told["longer than a pack"].startswith("1 of 9 samples have more than 450 tokens")
-    assert "EXIF orientation 6" in text
+    assert "turned by EXIF" in text
 
 
 def test_every_title_stands_once_and_as_text(page: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that a viewer shows otherwise than their pixels are used are found by their headers."""
+"""Pictures that a viewer shows otherwise than their pixels are used are found and named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from step37_data.images.decode import read_rgb
-from step37_inspect.viewer_difference import find_viewer_differences, viewer_difference
+from step37_inspect.viewer_difference import find_viewer_differences
 
 GREY = Image.new("RGB", (20, 10), (90, 90, 90))
 RED = Image.new("RGB", (20, 10), (200, 9, 9))
+CLEAR = Image.new("RGBA", (20, 10))
 
 
 def turned(orientation: int) -> dict[str, Any]:
@@ -34,32 +35,38 @@ def saved(folder: Path, image: Image.Image, suffix: str, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("image", "suffix", "options", "told"),
     [
-        (Image.new("I;16", (20, 10)), "png", {}, "more than 8 bits a pixel (I;16): values above"),
-        (Image.new("F", (20, 10)), "tiff", {}, "more than 8 bits a pixel (F)"),
-        (GREY.convert("RGBA"), "png", {}, "transparency (RGBA)"),
-        (GREY.convert("LA"), "png", {}, "transparency (LA)"),
-        (Image.new("RGBA", (20, 10)), "webp", {}, "transparency (RGBA)"),
-        (Image.new("P", (20, 10)), "gif", {"transparency": 0}, "transparency (P)"),
-        (GREY.convert("L"), "png", {"transparency": 3}, "transparency (L)"),
-        (GREY, "jpg", turned(6), "EXIF orientation 6: the picture is not turned"),
-        (GREY, "png", turned(3), "EXIF orientation 3"),
-        (GREY, "webp", turned(8), "EXIF orientation 8"),
-        (GREY, "gif", ANIMATED, "2 frames or pages: only the first is used"),
-        (GREY, "webp", ANIMATED, "2 frames"),
-        (GREY, "png", ANIMATED, "2 frames"),
-        (GREY, "tiff", ANIMATED, "2 frames or pages"),
+        (Image.new("I;16", (20, 10)), "png", {}, "16 bits"),
+        (Image.new("F", (20, 10)), "tiff", {}, "more than 16 bits"),
+        (Image.new("I", (20, 10)), "tiff", {}, "more than 16 bits"),
+        (CLEAR, "png", {}, "transparent"),
+        (CLEAR.convert("LA"), "png", {}, "transparent"),
+        (CLEAR, "webp", {}, "transparent"),
+        (Image.new("P", (20, 10)), "gif", {"transparency": 0}, "transparent"),
+        (GREY.convert("L"), "png", {"transparency": 90}, "transparent"),
+        (GREY, "jpg", turned(6), "turned by EXIF"),
+        (GREY, "png", turned(3), "turned by EXIF"),
+        (GREY, "webp", turned(8), "turned by EXIF"),
+        (GREY, "gif", ANIMATED, "animated"),
+        (GREY, "webp", ANIMATED, "animated"),
+        (GREY, "png", ANIMATED, "animated"),
+        (GREY, "tiff", ANIMATED, "animated"),
+        (CLEAR, "png", turned(6), "turned by EXIF; transparent"),
     ],
 )
-def test_a_picture_that_a_viewer_shows_otherwise_is_told_with_the_reason(
+def test_a_picture_that_a_viewer_shows_otherwise_is_named_by_what_differs(
     *, tmp_path: Path, image: Image.Image, suffix: str, options: dict[str, Any], told: str
 ) -> None:
-    assert told in (viewer_difference(saved(tmp_path, image, suffix, **options)) or "")
+    path = saved(tmp_path, image, suffix, **options)
+    assert find_viewer_differences([path], quiet=True) == {path: told}
 
 
 @pytest.mark.parametrize(
     ("image", "suffix", "options"),
     [
         (GREY, "png", {}),
+        (GREY.convert("RGBA"), "png", {}),  # it could hide something, and hides nothing
+        (GREY.convert("LA"), "png", {}),
+        (GREY.convert("L"), "png", {"transparency": 3}),
         (GREY, "jpg", {}),
         (GREY, "jpg", turned(1)),
         (GREY, "jpg", turned(0)),  # no orientation: viewers ignore it
@@ -74,7 +81,8 @@ def test_a_picture_that_a_viewer_shows_otherwise_is_told_with_the_reason(
 def test_a_picture_that_a_viewer_shows_as_it_is_used_is_not_told(
     tmp_path: Path, image: Image.Image, suffix: str, options: dict[str, Any]
 ) -> None:
-    assert viewer_difference(saved(tmp_path, image, suffix, **options)) is None
+    path = saved(tmp_path, image, suffix, **options)
+    assert find_viewer_differences([path], quiet=True) == {}
 
 
 def test_what_is_told_is_so(tmp_path: Path) -> None:
@@ -89,10 +97,11 @@ def test_what_is_told_is_so(tmp_path: Path) -> None:
         path = saved(tmp_path, RED, suffix, **turned(6))
         with Image.open(path) as image:
             shown = ImageOps.exif_transpose(image).size
-        assert (read_rgb(path).size == shown) == (viewer_difference(path) is None)
+        told = find_viewer_differences([path], quiet=True)
+        assert (read_rgb(path).size == shown) == (told == {})
 
 
-def test_only_headers_are_read_and_broken_files_are_left_to_the_other_search(
+def test_only_headers_are_read_of_opaque_pictures_and_broken_files_are_left_to_the_other_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["deep.png", "upright.jpg", "turned.jpg"]
@@ -102,8 +111,11 @@ def test_only_headers_are_read_and_broken_files_are_left_to_the_other_search(
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     paths = [str(tmp_path / name) for name in (*names, "broken.jpg", "missing.jpg")]
 
-    def decoded(_image: Image.Image) -> None:
-        raise AssertionError("decoded")
+    decoded: list[Image.Image] = []
 
-    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    def load(image: Image.Image) -> None:
+        decoded.append(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     assert list(find_viewer_differences(paths, quiet=True)) == [paths[0], paths[2]]
+    assert decoded == []

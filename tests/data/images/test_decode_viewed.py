@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from step37_data.common.image_entry import (
     IMAGE_ITEM_TYPE,
@@ -95,6 +95,62 @@ def test_grey_of_16_bits_keeps_its_upper_byte_where_stock_makes_it_white(tmp_pat
     assert np.asarray(read_rgb(path)).mean() > 250
     with open_image(path) as image:
         assert viewed_otherwise(image) == ["16 bits"]
+
+
+def chunks_of(data: bytes) -> list[bytes]:
+    """The chunks of a PNG, whole."""
+    chunks, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big") + 12
+        chunks.append(data[at : at + size])
+        at += size
+    return chunks
+
+
+def has_exif(chunk: bytes) -> bool:
+    return chunk[4:8] == b"eXIf" or b"exif" in chunk or b"xmp" in chunk
+
+
+@pytest.mark.parametrize("kept_in", ["eXIf", "tEXt", "iTXt"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_png_is_turned_wherever_its_exif_stands_and_planned_without_decoding(
+    tmp_path, monkeypatch, kept_in, late
+):
+    path = tmp_path / "phone.png"
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[ORIENTATION] = 6
+    options: dict[str, Any] = {"pnginfo": text}
+    if kept_in == "eXIf":
+        options["exif"] = exif
+    elif kept_in == "tEXt":  # as ImageMagick writes it: a number of bytes, then these in hex
+        raw = exif.tobytes()
+        text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n")
+    else:
+        text.add_itxt("XML:com.adobe.xmp", '<rdf tiff:Orientation="6"/>')
+    text.add(b"tEXt", b"date:create\0002026", after_idat=True)
+    noise("RGB").save(path, **options)
+    data = path.read_bytes()
+    if late:
+        chunks = chunks_of(data)
+        moved = [each for each in chunks if has_exif(each)]
+        assert len(moved) == 1
+        kept = [each for each in chunks if each not in moved]
+        data = data[:8] + b"".join([*kept[:-1], *moved, kept[-1]])
+        path.write_bytes(data)
+    viewed = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert viewed.size == (30, 40)
+    for file in (str(path), EncodedImage("phone", data)):
+        assert np.array_equal(read_rgb(file, as_viewed=True), viewed)
+        assert picture_size(file, as_viewed=True) == viewed.size
+    if not late:
+        decoded: list[Image.Image] = []
+
+        def load(image: Image.Image) -> None:
+            decoded.append(image)
+
+        monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+        assert picture_size(str(path), as_viewed=True) == viewed.size
+        assert decoded == []
 
 
 def transparent(kind: str) -> tuple[Image.Image, dict[str, Any]]:

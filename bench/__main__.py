@@ -1,9 +1,9 @@
 """``python -m bench [subjects…]``: measures, prints tables, and keeps JSON and Markdown.
 
-Without names it measures plan, step, insert, automodel, normalize, resize, host, pixels, multicrop
-and data, as far as this machine can; tune, predict and shards run when they are named. Every shape
-is measured by a process of its own, and so is every module without shapes, so that a fault ends
-nothing else.
+Without names it measures plan, step, insert, embedding, automodel, normalize, resize, host, pixels,
+multicrop and data, as far as this machine can; tune, predict and shards run when they are named.
+Every shape is measured by a process of its own, and so is every module without shapes, so that a
+fault ends nothing else.
 """
 
 from __future__ import annotations

@@ -295,8 +295,8 @@ def pack_balanced(
         sizes, max_len, oversize_policy, window: as for :func:`pack_best_fit`.
         loads: ``[N]``, what to spread evenly over the packs, such as vision tokens.
         group: packs of a step, or a multiple: any data-parallel size that divides it is served.
-            The packs of all windows that make no whole group there are grouped at the end. 1 leaves
-            the packs of a window in the order of their first samples.
+            What is left over of each window's packs, fewer than a group, is grouped at the end. 1
+            leaves the packs of a window in the order of their first samples.
 
     Returns:
         As :func:`pack_best_fit`.

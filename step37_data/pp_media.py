@@ -162,8 +162,8 @@ def chunk_step3_media(
 
     `pixel_values` holds one full image a sample, `patch_pixel_values` the crops of all samples one
     after the other. In the flat layout there are no full images: `pixel_values` itself holds the
-    `sum(num_patches)` crops. A `pixel_values` that fits both ways follows the counts: it is flat
-    where no `patch_pixel_values` hold the crops that `num_patches` counts, and `num_patches` then
+    `sum(num_patches)` crops. Where the number of rows fits both layouts, it is taken as flat if
+    `num_patches` counts crops and there is no `patch_pixel_values` to hold them; `num_patches` then
     counts by sample if it has one entry a sample.
 
     Args:

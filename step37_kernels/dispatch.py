@@ -1,4 +1,4 @@
-"""Which implementation runs: the one place that reads ``impl``.
+"""Decides which implementation runs, from ``impl`` and the device.
 
 ``auto``    Triton for CUDA tensors, PyTorch otherwise.
 ``triton``  Triton. On a CPU tensor only with Triton's interpreter (``TRITON_INTERPRET=1`` set

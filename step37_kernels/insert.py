@@ -112,10 +112,12 @@ class _ProjectAndInsert(torch.autograd.Function):
     """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the text's.
 
     ``text`` are the embeddings, or with ``input_ids`` the table that they are looked up in.
-    ``counted_tensors`` are the number of sources, these, which hold the features' rows, then the
-    features themselves, for their gradients. Saved for backward: the sources (if the weight needs a
-    gradient), the weight (if a feature does), and the plan. Each gradient is computed only where it
-    is asked for: one launch that takes ``grad_output`` apart, then the library's matrix products.
+    ``counted_tensors`` are ``(n, *n sources, *features)``: the kernels read the sources, which hold
+    the rows of the features; the features themselves are there for their gradients.
+
+    Saved for backward: the sources (if the weight needs a gradient), the weight (if a feature
+    does), the ids (if the table does), and the plan. Each gradient is computed only where it is
+    asked for: one launch that takes ``grad_output`` apart, then the library's matrix products.
     """
 
     @staticmethod
@@ -256,8 +258,8 @@ class FeatureRows:
 
     @classmethod
     def of(cls, features: Sequence[Tensor], dtype: torch.dtype, triton: bool) -> FeatureRows:
-        """From ``[N, L, C]`` or ``[L, C]`` tensors; with ``triton``, what kernels cannot read in place is
-        copied."""
+        """From ``[N, L, C]`` or ``[L, C]`` tensors. With ``triton``, what kernels cannot read in
+        place is copied."""
         tensors = [
             (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(dtype)
             for tensor in features

@@ -21,7 +21,7 @@ def put_table_gradient(
         grad_output: ``[S, B, H]``, any strides.
         input_ids: ``[S, B]``: the id looked up at each position; negative or not below V for none.
         out: ``[V, H]`` contiguous.
-        add: to the rows of ``out``, instead of in their place.
+        add: to the rows of ``out``. Otherwise ``out`` is zero, and the rows are stored.
         triton: by the kernels, else by PyTorch operations.
     """
     num_rows, hidden = out.shape

@@ -16,7 +16,7 @@ PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` of a batch-first plan), ``starts [N]``,
 ``counts [G + 1]`` (start tokens of each group, then ids outside the vocabulary), all int32."""
 
-# Numbers, not tensors, are what is kept for the runs seen last. A tensor would belong to where
+# The cache below keeps host integers, never a tensor on the device. A tensor would belong to where
 # it was made: to a stream, on which alone it is known to have arrived; to the pool of a CUDA graph,
 # which it must not outlive; to a mode, such as that of fake tensors.
 

@@ -190,7 +190,8 @@ def phases(out: Path) -> list[Phase]:
             insert(shape, 40, "--no-compile")
             for shape in ("one-image", "long", "huge", "multicrop")
         ),
-        bench("tune", 80, "tune", rehearsal=Phase("", ("-c", SMALL_TUNE), REHEARSAL_S)),
+        bench("embedding", 40, "embedding", "--shapes=flickr8k,long", "--no-compile"),
+        bench("tune", 60, "tune", rehearsal=Phase("", ("-c", SMALL_TUNE), REHEARSAL_S)),
         bench(
             "pixels", 60, *pixels, "--no-compile", rehearsal=small(SMALL_BENCH, "torch", *pixels)
         ),

@@ -53,11 +53,12 @@ class InsertOptions:
     language embedding and returns a layout or None. None: every rank holds the whole sequence."""
     lookup: Lookup = "auto"
     """``"auto"`` looks words up in the launch that writes the output, where the language embedding
-    is nothing but a lookup: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` with one
-    tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
-    residual connection, muP factor, or hooks that are not Megatron's. The gradient of its table
-    then touches only the rows of the words that were there. Anything else is called, and the log
-    (INFO) says once why. ``"call"`` always calls."""
+    is nothing but a lookup: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` on one
+    tensor-parallel rank. The gradient of its table is then summed by rows; with
+    ``gradient_accumulation_fusion`` only the rows of the words that were there are touched. The
+    embedding is called, and the log (INFO) says once why, if it has position or token-type
+    embeddings, dropout that is in effect, an fp32 residual connection, a muP factor, or hooks that
+    are not Megatron's, or if it is of any other class. ``"call"`` always calls."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add the gradient of the projector's weight, and of the table that words are looked up in, to
     its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of

@@ -45,10 +45,10 @@ VECTOR = tl.constexpr(8)
 
 @triton.jit
 def in_vectors(value, ALIGNED: tl.constexpr):
-    """``value``, known to the compiler as a multiple of :data:`VECTOR` if ALIGNED, as it then is.
+    """Tell the compiler that ``value`` is a multiple of :data:`VECTOR`, if ALIGNED says that it is.
 
-    A size or stride that Triton does not specialise is otherwise any number, and every address
-    made with it a place where no vector may begin.
+    Triton knows nothing about a size or stride that it does not specialise. It cannot prove that an
+    address made with one is aligned, and would load element by element.
     """
     if ALIGNED:
         value = value // VECTOR * VECTOR

@@ -100,7 +100,7 @@ def normalize_kernel(
 
     ``WORDS``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
     hold whole vectors of them. They are read in words and written in vectors; byte by byte,
-    the threads of a warp would each touch another cache multiply_add.
+    the threads of a warp would each touch another cache line.
     """
     columns = in_vectors(columns, WORDS)
     # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.

@@ -312,8 +312,9 @@ def project_insert(
 ) -> Tensor:
     """A new ``[S, B, H]``: feature rows ``x @ weightᵀ + bias`` at their positions, else text rows.
 
-    One launch, or two where the last wave of tiles is split; of the library, one more than there
-    are sources. Deterministic: parts are added in a fixed order.
+    One launch, or two if the last wave of tiles is split. Where the library multiplies: one product
+    for each source, and one launch that places the rows. Deterministic: parts are added in a fixed
+    order.
 
     Args:
         text: ``[S, B, H]``, any strides, or with ``input_ids`` the table ``[V, H]``, contiguous; of

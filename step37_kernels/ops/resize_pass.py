@@ -83,8 +83,8 @@ class ResizeJob:
 def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(source_ptr + place + channel, mask=inside, other=0).to(tl.int32)
-    # Places that gather look the same along either axis, and Triton 3.6 then gives the threads of
-    # a warp the rows, many cache lines apart. Flat, they are neighbours in a row.
+    # For gathered addresses Triton 3.6 cannot see which axis is contiguous in memory, and lays the
+    # threads of a warp along the rows, many cache lines apart. Flattened, they lie along a row.
     flat = tl.reshape(place, (place.shape[0] * place.shape[1],))
     return tl.reshape(tl.load(source_ptr + flat + channel), place.shape).to(tl.int32)
 

@@ -50,7 +50,9 @@ _128x256 = Tile(128, 256, 64, 8, 4)
 _192x128 = Tile(192, 128, 64, 8, 5)
 _128x128 = Tile(128, 128, 64, 8, 6)
 _HOPPER: tuple[tuple[int, Tile], ...] = (
-    # rows up to, tile; pictures of 169 rows; tiles of C = 6144, H = 4096 in waves of 132
+    # (rows up to, tile), with what that means for pictures of 169 rows at C = 6144, H = 4096. A
+    # wave is 132 tiles, one for each multiprocessor. "10: a wave, and 12 split in 8": ten pictures
+    # fill one wave; the 12 tiles that are left are shared by 8 programs each.
     (128, _128x128),  # 32 tiles, K split in 4
     (192, _192x128),  # 1: 32, split in 4
     (256, _128x256),

@@ -293,6 +293,7 @@ def test_the_keywords_of_the_options_are_their_fields():
     assert InsertKeywords.__annotations__.keys() == InsertOptions.__annotations__.keys()
     for name, annotation in InsertOptions.__annotations__.items():
         assert annotation in str(InsertKeywords.__annotations__[name])
+        assert isinstance(getattr(ImageInsertEmbedding, name), property)
 
 
 def test_modules_copy_and_pickle(device):

@@ -540,6 +540,27 @@ class TestOwnership:
         with pytest.raises(ValueError, match=r"torch\.func .* does not reach the Triton kernels"):
             torch.func.grad(total)(table)
 
+    @pytest.mark.parametrize("kind", ["embedding", "called"])
+    def test_torch_func_differentiates_text_only_batches_and_words_that_are_looked_up(
+        self, device, kind
+    ):
+        table = nn.Embedding(IM_START + 1, 16, device=device)
+        words = table if kind == "embedding" else lambda input_ids, **_: table(input_ids.t())
+        module = ImageInsertEmbedding(words, 24, 16, impl="torch", text_only_gradient=True)
+        module.to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        parameters = dict(module.named_parameters())
+
+        for images in (None, self.images(device)):
+
+            def total(parameters: dict[str, Tensor], images=images) -> Tensor:
+                return torch.func.functional_call(module, parameters, (ids, images)).square().sum()
+
+            (grad,) = torch.func.grad(total)(parameters).values()
+            (wanted,) = torch.autograd.grad(total(parameters), [*parameters.values()])
+            torch.testing.assert_close(grad, wanted)
+            assert grad.any() == (images is not None)
+
 
 def _fresh_inference_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode():

@@ -1,15 +1,17 @@
 """Subject ``predict``: says what every launch should cost, by arithmetic; nothing is measured.
 
-A product takes its start and the filling of its pipeline, then the slowest of three: the matrix
-units, in waves of tiles; the blocks that come through L2; operands and result through memory. The
-store of the last wave follows. Library products are the best of :data:`LIBRARY` by the same model.
+A product takes its start and the filling of its pipeline, then the slowest of four: the matrix
+units, in waves of tiles; the shared memory that feeds them; the blocks that come through L2;
+operands and result through memory. The store of the last wave follows, and the launch that adds
+parts up. Library products are the best of :data:`LIBRARY` by the same model, without shared memory:
+which instructions they use is not known, so they are taken to be fed as fast as they multiply.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +39,24 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "Triton": (0.94, 1, 1, "of products", "reported: 92–98 % of cuBLAS, from start to end"),
     "H100 memory": (2.8, 3.0, 3.1, "TB/s", "reported: copies, bytes read plus written"),
     "H200 memory": (4.1, 4.3, 4.4, "TB/s", "reported: copies, bytes read plus written"),
+    "tensor": (
+        4096,
+        4096,
+        4096,
+        "FLOP a clock",
+        "data sheet: peak, by 132 multiprocessors, 1.83 GHz",
+    ),
+    "shared": (128, 128, 128, "B a clock", "reported: shared memory of one multiprocessor"),
+    "transposing": (0.6, 0.7, 0.8, "of memory", "assumed: packing reads two bytes at a time"),
     "L2": (7.7, 8.5, 10, "TB/s", "reported: L2 to all multiprocessors"),
     "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor, reading plus writing"),
     "start": (2.0, 2.3, 3.0, "µs", "reported: the shortest useful kernel"),
     "fill": (1.0, 1.5, 2.0, "µs", "assumed: two trips to memory before the first product"),
     "dependent": (0.7, 1.0, 1.5, "µs", "reported: a launch behind another"),
+    "counts": (3.0, 4.0, 5.0, "µs", "assumed: some bytes to the host, behind a launch"),
     "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
+    "sort": (10.0, 20.0, 40.0, "µs", "assumed: torch.sort of the ids, and what selects them"),
+    "wait": (10.0, 15.0, 25.0, "µs", "assumed: the host waits for one number of the device"),
     "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
 }
 SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
@@ -74,16 +88,42 @@ class Launch(NamedTuple):
         return f"{self.kernel} {self.us:.1f}{how if self.tile else ''}"
 
 
-def timed(rates: Rates, mnk: Extents, *, flops: float, l2: float, end: float) -> tuple[str, float]:
-    """Say what bounds a product, and its µs; ``end`` of them follow the last wave."""
-    m, n, k = mnk
-    times = {
-        "tensor": flops / rates["products"] / 1e6 + end,
-        "L2": l2 / rates["L2"] / 1e6 + end,
-        "HBM": 2 * (m * k + n * k + m * n) / rates["memory"] / 1e6,
-    }
-    bound = max(times, key=times.__getitem__)
-    return bound, rates["start"] + rates["fill"] + times[bound]
+class Demand(NamedTuple):
+    """What one launch of a product asks of the chip."""
+
+    flops: float
+    shared: float  # shared memory's time over the matrix unit's
+    l2: float  # bytes
+    memory: float  # bytes
+    end: float  # µs that follow the last wave, unless memory is still busy with its results
+
+    def bound(self, rates: Rates) -> tuple[str, float]:
+        """Say what bounds the product, and its µs from start to end."""
+        multiplying = self.flops / rates["products"] / 1e6
+        times = {
+            "tensor": multiplying + self.end,
+            "shared": multiplying * self.shared + self.end,
+            "L2": self.l2 / rates["L2"] / 1e6 + self.end,
+            "HBM": self.memory / rates["memory"] / 1e6,
+        }
+        bound = max(times, key=times.__getitem__)
+        return bound, rates["start"] + rates["fill"] + times[bound]
+
+
+def shared_share(tile: Tile, rates: Rates) -> float:
+    """Compute the clocks of shared memory over those of the matrix unit, for one step of a tile.
+
+    Both operands arrive there and are read from there. Four warps multiply 64 rows at a time: the
+    weight's block is read for each 64 rows, the features' by each four warps that share their rows.
+    192 rows are two products, of 128 and of 64.
+    """
+    area = tile.block_m * tile.block_n
+    reads = 0
+    for rows in (128, 64) if tile.block_m == 192 else (tile.block_m,):
+        apart = min(tile.num_warps // 4, rows // 64)  # groups of four warps with rows of their own
+        reads += rows * (tile.num_warps // 4 // apart) + rows // 64 * tile.block_n
+    moved = 2 * tile.block_k * (tile.block_m + tile.block_n + reads)
+    return moved / rates["shared"] / (2 * area * tile.block_k / rates["tensor"])
 
 
 def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
@@ -100,14 +140,17 @@ def library(chip: str, case: str, extents: Extents) -> Launch:
         area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
         programs = ceil_div(m, block_m) * ceil_div(n, block_n) * split
         waves = ceil_div(programs, PROCESSORS)
-        end = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
-        if split > 1:
-            end = sum_us(rates, split * m * n, m * n, rates["start"])
-        flops = waves * PROCESSORS * 2 * area * k / split
-        l2 = 2 * programs * read * k / split
+        store = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
+        sums = sum_us(rates, split * m * n, m * n, rates["start"]) if split > 1 else 0
         name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
-        cost = timed(rates, extents, flops=flops, l2=l2, end=end)
-        found.append(Launch("library product", name, programs, waves, *cost))
+        bound, us = Demand(
+            flops=waves * PROCESSORS * 2 * area * k / split,
+            shared=0,
+            l2=2 * programs * read * k / split,
+            memory=2 * (m * k + n * k + (m * n if split == 1 else 0)),
+            end=store if split == 1 else 0,
+        ).bound(rates)
+        found.append(Launch("library product", name, programs, waves, bound, us + sums))
     return min(found, key=lambda launch: launch.us)
 
 
@@ -121,15 +164,26 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
     area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
     tiles, waves = shares.whole + shares.tail, ceil_div(shares.programs, PROCESSORS)
     store = 2 * area * min(tiles, PROCESSORS) / rates["memory"] / 1e6
-    end = store + (waves - 1) * (store + rates["fill"])
-    if shares.partials:  # that launch waits inside the kernel, so its start is hidden
-        end += sum_us(rates, shares.partials * area, shares.tail * area, 0) - store
     work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
-    flops = work * PROCESSORS * 2 * area * like.width / rates["Triton"]
-    mnk = (sum(row_counts), like.hidden, like.width)
-    cost = timed(rates, mnk, flops=flops, l2=2 * tiles * read * like.width, end=end)
+    rows, hidden, width = sum(row_counts), like.hidden, like.width
+    split = bool(shares.partials)
+    bound, us = Demand(
+        flops=work * PROCESSORS * 2 * area * width / rates["Triton"],
+        shared=shared_share(tile, rates),
+        l2=2 * tiles * read * width,
+        # The results of tiles in parts are written by the launch that adds these up.
+        memory=2 * (rows * width + hidden * width + rows * hidden * shares.whole / tiles),
+        end=(waves - 1) * (store + rates["fill"]) + (0 if split else store),
+    ).bound(rates)
+    if split:  # the second launch waits inside the kernel, so its start is hidden
+        us += sum_us(rates, shares.partials * area, shares.tail * area, 0)
     name = f"{tile}" + f", {shares.tail} in {shares.parts} parts" * (shares.parts > 1)
-    return Launch("project, scatter", name, shares.programs, waves, *cost)
+    return Launch("project, scatter", name, shares.programs, waves, bound, us)
+
+
+def moved(rates: Rates, size: float, share: float = 1) -> float:
+    """Time a launch that only moves ``size`` bytes, at a share of memory's rate, in µs."""
+    return rates["start"] + size / (share * rates["memory"]) / 1e6
 
 
 def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
@@ -174,9 +228,13 @@ def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
         made, us = forward(shape, chip, case)
         if len(products) > 1:
             gather = 2 * hidden * (2 * shape.seq_len + rows) / rates["memory"] / 1e6
-            made.append(Launch("gradient", "", 0, 0, "HBM", rates["start"] + gather))
-            made += products[1:]
-            us += sum(each.us for each in made[-3:]) + 3 * rates["dependent"]
+            behind = [Launch("gradient", "", 0, 0, "HBM", rates["start"] + gather)]
+            if shape.crops and shape.images:
+                both = moved(rates, 4 * rows * width)
+                behind.append(Launch("concatenation of the groups", "", 0, 0, "HBM", both))
+            behind += products[1:]
+            made += behind
+            us += sum(each.us for each in behind) + len(behind) * rates["dependent"]
         totals.append(us)
         launches.append(made)
     rates, work = rates_of(chip, "nominal"), work_of(operation, shape, 2)
@@ -205,14 +263,54 @@ def add_measured(rows: Iterable[dict[str, Any]], results: dict[str, Any]) -> Non
             each["measured"] = f"{ours:.1f} µs, product {gemm:.1f}, × {ours / gemm:.2f}"
 
 
+Range = tuple[float, float, float]
+"""Nominal, at the fast end of all rates, at the slow end."""
+
+
+def ranged(chip: str, us: Callable[[Rates], float]) -> Range:
+    """Compute µs from the rates of all three cases."""
+    nominal, fast, slow = (us(rates_of(chip, case)) for case in ("nominal", "fast", "slow"))
+    return nominal, fast, slow
+
+
+def packing(shape: Shape, chip: str) -> Range:
+    """Time the launch that packs the vision tower's channels-first view, before the product."""
+    size = 4 * shape.num_rows * shape.width
+    return ranged(chip, lambda r: r["dependent"] + moved(r, size, r["transposing"]))
+
+
+def unfused(chip: str) -> Range:
+    """Time Megatron's ``main_grad.add_``: fp32 is read and written, the bf16 gradient read."""
+    size = 10 * SHAPES["flickr8k"].hidden * SHAPES["flickr8k"].width
+    return ranged(chip, lambda r: r["dependent"] + moved(r, size))
+
+
+def in_some_uses(shapes: Sequence[Shape], chip: str) -> Table:
+    """Make the table of what is added where features or gradients need one launch more."""
+    form = "{:.1f} [{:.0f}–{:.0f}]"
+    counts = form.format(*ranged(chip, lambda rates: rates["counts"]))
+    added = form.format(*unfused(chip))
+    text = (
+        f"* The module's copy of counts to the host: {counts} µs a forward, not with `strict`.\n"
+        f"* Megatron's `add_` of a weight gradient that is not fused: {added} µs a backward.\n"
+        "* Features channels-first, as the vision tower gives them: a forward packs them."
+    )
+    columns = (Column("shape"), Column("rows"), Column("packing, µs", form))
+    lines = [(shape.name, shape.num_rows, packing(shape, chip)) for shape in shapes]
+    return Table(title=f"{chip}, added in some uses", text=text, columns=columns, lines=lines)
+
+
 HEAD = f"""# Predicted times
 
 Made by `{COMMAND} > docs/predicted.md`: arithmetic, see `bench/predict.py`. **No figure here was
 measured**, but in the last column. × product: over the predicted cuBLAS product, or three and the
 gaps between; × floor: over FLOP by peak or bytes by bandwidth. Ranges: all rates at their slow or
-fast end. Why some forwards are above 1.05 ×: up to four pictures make fewer tiles than there are
-multiprocessors, so parts of the reduction go through L2 to a second launch, or small tiles do; and
-from the second wave on, each wave's store and the next one's filling are not hidden. `automodel`
+fast end. A product is bounded by the tensor cores, by the shared memory that feeds them, by L2 or
+by HBM. Library products are not held to shared memory: they are rather predicted too fast. Why some
+forwards are above 1.05 ×: up to four pictures make fewer tiles than there are multiprocessors,
+so parts of the reduction go through L2 to a second launch, or small tiles do; and from the second
+wave on, each wave's store and the next one's filling are not hidden. Not counted: text rows copied
+by multiprocessors that hold a tile, and the clock, which moves all figures together. `automodel`
 is NeMo Automodel's merge into placeholders, crops among its pictures: PyTorch operations put the
 plan's rows in its order, and the product follows them.
 """
@@ -235,6 +333,9 @@ def cells(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def run(settings: Settings) -> Iterator[Table]:
     """Yield the table of assumed rates, and one for each chip and operation."""
+    # Imported here, since it takes its rates from this module.
+    from bench import predict_embedding
+
     shapes = shapes_named(settings.shapes)
     # Files that cannot be read end it before anything is printed.
     measured = [read(Path(path)) for path in settings.options["measured"]]
@@ -247,3 +348,7 @@ def run(settings: Settings) -> Iterator[Table]:
                 add_measured(rows, results)
             title = f"{chip}, {operation}, predicted"
             yield Table(title=title, columns=COLUMNS, lines=map(cells, rows))
+        yield in_some_uses(shapes, chip)
+        named = [shape for shape in shapes if shape.name in SHAPES]
+        if named:
+            yield predict_embedding.table_of(named, chip)

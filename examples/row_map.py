@@ -66,7 +66,7 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
     for k, file in enumerate(photographs):
         x = MARGIN + k % a_row * (THUMBNAIL + 0.2)
         y = 0.6 + k // a_row * (THUMBNAIL + 0.45)
-        _photograph(axes, file, x, y, IMAGES[k % len(IMAGES)])
+        _photograph(axes, file, at=(x, y), frame=IMAGES[k % len(IMAGES)])
         name = f"{k}: {Path(file).name}"
         style.label(axes, (x, y + THUMBNAIL + 0.2), name, width=THUMBNAIL + 0.1)
 
@@ -100,8 +100,8 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
     return sheet
 
 
-def _photograph(axes: Any, file: str, x: float, y: float, frame: str) -> None:
+def _photograph(axes: Any, file: str, *, at: tuple[float, float], frame: str) -> None:
     with Image.open(file) as photograph:
         small = photograph.convert("RGB")
     small.thumbnail((180, 180))
-    style.show(axes, ImageOps.expand(small, 7, frame), (x, y), THUMBNAIL + 0.1)
+    style.show(axes, ImageOps.expand(small, 7, frame), at, THUMBNAIL + 0.1)

@@ -98,8 +98,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             packed.
     """
 
-    # Megatron-Bridge's class takes the first six by position.
-    def __init__(
+    def __init__(  # noqa: PLR0917 - Megatron-Bridge's class takes the first six by position
         self,
         datasets: Sequence[Any],
         epochs: Sequence[float],

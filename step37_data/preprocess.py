@@ -98,7 +98,7 @@ def _image_to_tensor(image: Image.Image, size: int) -> torch.Tensor:
     return normalized[0]
 
 
-def build_image_for_insert(
+def build_image_for_insert(  # noqa: PLR0913 - the parameters of the function that it replaces
     images_and_types: Iterable[tuple[torch.Tensor, int]],
     *,
     patch_start_id: int,

@@ -1,13 +1,18 @@
 """Make packs from WebDataset shards, through Megatron-Energon (extra ``energon``)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from step37_energon.task_encoder import Step37TaskEncoder as Step37TaskEncoder
 
 __all__ = ["Step37TaskEncoder"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from step37_energon import task_encoder  # shards are written without Energon
+if not TYPE_CHECKING:  # a type checker reads the import above, and refuses other names
 
-    return task_encoder.Step37TaskEncoder
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from step37_energon import task_encoder  # shards are written without Energon
+
+        return task_encoder.Step37TaskEncoder

@@ -17,6 +17,7 @@ from step37_kernels.count_watch import count_watch
 from step37_kernels.dispatch import use_triton
 from step37_kernels.insert import (
     FeatureRows,
+    Projector,
     check_embeddings,
     insert_projected,
     insert_rows,
@@ -298,7 +299,9 @@ class ImageInsertEmbedding(nn.Module):
         runs, features = self._take_features(images or (), plain, text.rows)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
-        return self._insert(text, input_ids, runs, features, positions, plain)
+        return self._insert(
+            text, input_ids, runs=runs, features=features, positions=positions, plain=plain
+        )
 
     def _look_up(
         self, layout: SequenceLayout | None, input_ids: Tensor, position_ids: Tensor | None
@@ -381,6 +384,7 @@ class ImageInsertEmbedding(nn.Module):
         self,
         text: TextRows,
         input_ids: Tensor,
+        *,
         runs: Runs,
         features: list[Tensor],
         positions: Tensor | None,
@@ -421,12 +425,14 @@ class ImageInsertEmbedding(nn.Module):
             result = insert_projected(
                 text,
                 rows,
-                projector.weight,
-                projector.bias,
-                plan,
-                gradient_accumulation_fusion=self.options.fuses_gradient_of(
-                    projector.weight, self._language_embedding
+                Projector(
+                    weight=projector.weight,
+                    bias=projector.bias,
+                    fused=self.options.fuses_gradient_of(
+                        projector.weight, self._language_embedding
+                    ),
                 ),
+                plan,
                 after_plan=plan is whole and not (self.options.strict or compiling),
             )
         else:

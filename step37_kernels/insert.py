@@ -119,7 +119,7 @@ class _ProjectAndInsert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - autograd takes no keywords
         ctx: Any,
         text: Tensor,
         weight: Tensor,
@@ -175,7 +175,9 @@ class _ProjectAndInsert(torch.autograd.Function):
         )
         if need_text and input_ids is not None:
             ids = text_ids(input_ids, row_at)
-            grad_text = table_gradient(grad_output, ids, ctx.text, ctx.text_fused_into, triton=True)
+            grad_text = table_gradient(
+                grad_output, ids, table=ctx.text, fused_into=ctx.text_fused_into, triton=True
+            )
         grad_weight = None
         if need_weight:
             # One product: several would round their sums in between.
@@ -190,7 +192,9 @@ class _ProjectAndInsert(torch.autograd.Function):
                 grad_weight = into_main_grad(ctx.fused_into[0], put)
         grad_features: list[Tensor | None] = [None] * len(need_features)
         if any(need_features):
-            grad_features = _grad_features(rows, weight, local_rows, ctx.shapes, need_features)
+            grad_features = _grad_features(
+                rows, weight, local_rows=local_rows, shapes=ctx.shapes, needed=need_features
+            )
         return (
             grad_text if need_text else None,
             grad_weight,
@@ -203,6 +207,7 @@ class _ProjectAndInsert(torch.autograd.Function):
 def _grad_features(
     rows: Tensor,
     weight: Tensor,
+    *,
     local_rows: Tensor | None,
     shapes: Sequence[tuple[int, ...]],
     needed: Sequence[bool],
@@ -228,6 +233,18 @@ def _grad_features(
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projector:
+    """What features are multiplied by."""
+
+    weight: Tensor
+    """``[H, C]``"""
+    bias: Tensor | None = None
+    """``[H]``"""
+    fused: bool = False
+    """Whether the gradient of the weight is added to its ``main_grad``."""
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureRows:
     """Feature tensors ready to be projected."""
@@ -250,12 +267,10 @@ class FeatureRows:
 
 
 def _validate(
-    text: TextRows,
-    features: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: InsertPlan,
+    text: TextRows, features: Sequence[Tensor], projector: Projector, plan: InsertPlan
 ) -> None:
+    weight, bias = projector.weight, projector.bias
+
     def fail(name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -299,7 +314,7 @@ def _validate(
             fail(name, f"the weight's device {weight.device}", tensor.device)
 
 
-def project_and_insert(
+def project_and_insert(  # noqa: PLR0917 - the public signature
     embeddings: Tensor,
     features: Tensor | Sequence[Tensor],
     weight: Tensor,
@@ -342,18 +357,11 @@ def project_and_insert(
         ValueError: shapes, dtypes or devices do not fit together or the plan, or ``impl`` cannot
             run there.
     """
-    return _check_and_insert(
-        TextRows(rows=embeddings),
-        features,
-        weight,
-        bias,
-        plan,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        impl=impl,
-    )
+    projector = Projector(weight=weight, bias=bias, fused=gradient_accumulation_fusion)
+    return _check_and_insert(TextRows(rows=embeddings), features, projector, plan, impl=impl)
 
 
-def embed_project_and_insert(
+def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
     input_ids: Tensor,
     table: Tensor,
     features: Tensor | Sequence[Tensor],
@@ -397,51 +405,34 @@ def embed_project_and_insert(
             waits for the ids: that text row is NaN.
     """
     ids = input_ids if plan.batch_first else input_ids.t()
-    return _check_and_insert(
-        TextRows(rows=table, input_ids=ids, fused=gradient_accumulation_fusion),
-        features,
-        weight,
-        bias,
-        plan,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        impl=impl,
-    )
+    text = TextRows(rows=table, input_ids=ids, fused=gradient_accumulation_fusion)
+    projector = Projector(weight=weight, bias=bias, fused=gradient_accumulation_fusion)
+    return _check_and_insert(text, features, projector, plan, impl=impl)
 
 
 def _check_and_insert(
     text: TextRows,
     features: Tensor | Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    projector: Projector,
     plan: InsertPlan,
     *,
-    gradient_accumulation_fusion: bool,
     impl: Impl,
 ) -> Tensor:
     tensors = [features] if isinstance(features, Tensor) else list(features)
-    _validate(text, tensors, weight, bias, plan)
+    _validate(text, tensors, projector, plan)
     if text.input_ids is not None:
         check_ids(text.input_ids, plan.row_at, text.rows.shape[0])
-    triton = use_triton(impl, weight.device)
-    rows = FeatureRows.of(tensors, weight.dtype, triton)
-    return insert_projected(
-        text,
-        rows,
-        weight,
-        bias,
-        plan,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-    )
+    triton = use_triton(impl, projector.weight.device)
+    rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
+    return insert_projected(text, rows, projector, plan)
 
 
 def insert_projected(
     text: TextRows,
     rows: FeatureRows,
-    weight: Tensor,
-    bias: Tensor | None,
+    projector: Projector,
     plan: InsertPlan,
     *,
-    gradient_accumulation_fusion: bool,
     after_plan: bool = False,
 ) -> Tensor:
     """:func:`embed_project_and_insert` of rows that are ready, by the implementation they are ready
@@ -450,7 +441,8 @@ def insert_projected(
     ``after_plan`` says that nothing was launched since the plan was: the product may begin before
     the plan's kernel has ended.
     """
-    fused_into = fusion_target(weight, "weight", gradient_accumulation_fusion)
+    weight, bias = projector.weight, projector.bias
+    fused_into = fusion_target(weight, "weight", projector.fused)
     triton, empty = rows.sources is not None, math.prod(text.shape) == 0
     if not rows.tensors or empty:
         return text.embeddings(plan.row_at, triton=triton and not empty)

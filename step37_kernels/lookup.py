@@ -102,6 +102,7 @@ def check_ids(input_ids: Tensor, row_at: Tensor | None, num_rows: int) -> None:
 def table_gradient(
     grad_output: Tensor,
     input_ids: Tensor,
+    *,
     table: tuple[torch.Size, torch.dtype],
     fused_into: tuple[Tensor] | None,
     triton: bool,
@@ -132,7 +133,7 @@ class LookUp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd takes no keywords
         ctx: Any,
         table: Tensor,
         input_ids: Tensor,
@@ -155,5 +156,11 @@ class LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input_ids,) = ctx.saved_tensors
-        gradient = table_gradient(grad_output, input_ids, ctx.table, ctx.fused_into, ctx.triton)
+        gradient = table_gradient(
+            grad_output,
+            input_ids,
+            table=ctx.table,
+            fused_into=ctx.fused_into,
+            triton=ctx.triton,
+        )
         return gradient, None, None, None, None, None

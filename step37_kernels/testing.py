@@ -98,7 +98,7 @@ def random_normal(
     return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
 
 
-def make_insert_case(
+def make_insert_case(  # noqa: PLR0913 - every number that a test varies
     input_ids: Tensor,
     groups: Sequence[tuple[int, Sequence[tuple[int, int]]]],
     *,

@@ -67,13 +67,16 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
 
 
 def vertical_pass_first(
-    in_height: int, in_width: int, out_height: int, out_width: int, pillow: tuple[int, int]
+    in_size: tuple[int, int], out_size: tuple[int, int], pillow: tuple[int, int]
 ) -> bool:
     """Whether Pillow of version ``pillow`` (major, minor) filters the columns before the rows.
+
+    Sizes are ``(height, width)``.
 
     The picture is rounded to 8 bits between the passes, so the order shows in the result. Pillow
     12.2 began to turn it round for very tall pictures, and 13.0 wherever that is less work.
     """
+    (in_height, in_width), (out_height, out_width) = in_size, out_size
     if pillow >= (13, 0):
         fewer_rows = in_height - out_height
         return fewer_rows > 0 and fewer_rows > 2 * (in_width - out_width)
@@ -94,7 +97,7 @@ def resize(image: torch.Tensor, height: int, width: int, pillow: tuple[int, int]
         uint8 ``[height, width, 3]``.
     """
     in_height, in_width, _ = image.shape
-    if vertical_pass_first(in_height, in_width, height, width, pillow):
+    if vertical_pass_first((in_height, in_width), (height, width), pillow):
         return _filter_axis(_filter_axis(image, height, dim=0), width, dim=1)
     return _filter_axis(_filter_axis(image, width, dim=1), height, dim=0)
 

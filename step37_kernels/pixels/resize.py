@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from step37_kernels.ops.resize import ResizeJob
 
 
-def resize_clip_normalize(
+def resize_clip_normalize(  # noqa: PLR0913 - the public signature
     images: Sequence[torch.Tensor] | RaggedImages,
     size: int,
     *,
@@ -71,7 +71,13 @@ def resize_clip_normalize(
 
         out = torch.empty((len(crops), 3, size, size), dtype=dtype, device=device)
         jobs = [
-            _job(images, crop, (size, size), (i * 3 * size * size, size, size * size), version)
+            _job(
+                images,
+                crop,
+                size=(size, size),
+                target=(i * 3 * size * size, size, size * size),
+                version=version,
+            )
             for i, crop in enumerate(crops)
         ]
         ops.resize(images.data, jobs, out, kernel_constants(mean, std, dtype))
@@ -85,6 +91,7 @@ def resize_clip_normalize(
 def _job(
     images: RaggedImages,
     crop: Crop,
+    *,
     size: tuple[int, int],
     target: tuple[int, int, int],
     version: tuple[int, int],
@@ -95,7 +102,7 @@ def _job(
     pitch = images.shapes[crop.image][1] * 3
     rows = True, pillow_arithmetic.axis_table(height, size[0])
     columns = False, pillow_arithmetic.axis_table(width, size[1])
-    vertical_first = pillow_arithmetic.vertical_pass_first(height, width, *size, version)
+    vertical_first = pillow_arithmetic.vertical_pass_first((height, width), size, version)
     return ResizeJob(
         source=(images.offsets[crop.image] + crop.top * pitch + crop.left * 3, pitch),
         height=height,
@@ -165,8 +172,8 @@ def resize_uint8(
             (offset, width * 3, 1) for offset, (_, width) in zip(offsets, padded_sizes, strict=True)
         ]
         jobs = [
-            _job(images, *each, version)
-            for each in zip(images.whole(), sizes, targets, strict=True)
+            _job(images, crop, size=size, target=target, version=version)
+            for crop, size, target in zip(images.whole(), sizes, targets, strict=True)
         ]
         ops.resize(images.data, jobs, result.data)
         return result

@@ -146,6 +146,7 @@ def test_the_sdist_holds_tests_docs_and_examples_and_the_wheel_only_the_packages
         assert {"step37_kernels/py.typed", "step37_inspect/page.html"} <= held
         tops = {name.partition("/")[0] for name in held}
     assert tops == {
+        "step37_bridge",
         "step37_data",
         "step37_energon",
         "step37_inspect",
@@ -195,6 +196,21 @@ def test_the_command_helps_without_extras_and_names_the_one_that_it_needs(instal
     # Whichever of them is looked for first: each is in that extra.
     expected = r"step37-data: inspect needs \w+: pip install 'step37\[data\]'\n"
     assert re.fullmatch(expected, done.stderr), done.stderr
+
+
+def test_bridges_launcher_and_recipe_help_without_bridge_and_say_that_it_is_missing(
+    installed: Run, tmp_path: Path
+) -> None:
+    assert "--stock" in installed("python", "-m", "step37_bridge", "--help").stdout
+    assert "--pipeline" in installed("python", "-m", "step37_bridge.recipe", "--help").stdout
+    script = tmp_path / "run_recipe.py"
+    script.write_text("print('the script ran')\n")
+    stock = installed("python", "-m", "step37_bridge", "--stock", str(script))
+    assert stock.stdout == "the script ran\n"
+    done = installed("python", "-m", "step37_bridge", str(script), check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    told = r"step37_bridge: there is no megatron\.bridge\..*installed: no megatron-bridge .*\n"
+    assert re.fullmatch(told, done.stderr), done.stderr
 
 
 def test_a_picture_needs_no_extra_until_it_is_drawn(installed: Run) -> None:

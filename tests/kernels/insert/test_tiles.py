@@ -129,7 +129,7 @@ def whole_numbers(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -
     return torch.randint(-3, 4, shape, generator=generator).to(dtype).to(device)
 
 
-def exact_insert(
+def exact_insert(  # noqa: PLR0913 - every number that the tests below vary
     device: str,
     counts: list[int],
     *,

@@ -1,0 +1,120 @@
+"""Predicts the whole embedding of a training step, into ``main_grad``: the rows of the subject
+``embedding``, by the rates of :mod:`bench.predict`. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.predict import Range, Rates, moved, ranged, row
+from bench.report import Column, Table
+from bench.shapes import Shape
+from bench.subjects.embedding import VOCABULARY
+from step37_kernels.ops.table import BLOCK_P
+
+
+def base(shape: Shape, chip: str) -> Range:
+    """Take ours of embeddings that are there already, forward and backward."""
+    found = row(shape, chip, "forward+backward")
+    return found["predicted_us"], found["low_us"], found["high_us"]
+
+
+def dense_us(shape: Shape, rates: Rates) -> float:
+    """Time the lookup, and the dense gradient of the table with Megatron's ``add_``.
+
+    The table is filled with zeros in bf16, rows are added to it, and fp32 ``main_grad`` is read and
+    written with it read once more.
+    """
+    rows, table = shape.seq_len * shape.hidden, VOCABULARY * shape.hidden
+    launches = 4 * rates["dependent"]
+    lookup, fill, scatter, add = 4 * rows, 2 * table, 6 * rows, 10 * table
+    return launches + sum(moved(rates, size) for size in (lookup, fill, scatter, add))
+
+
+def by_rows_us(shape: Shape, rates: Rates) -> float:
+    """Time what takes the place of that: a sort, and two launches over the rows of text.
+
+    Each word is taken to occur once, which is the most that can be read and written. Reading these
+    rows and writing their gradient is taken out of the embeddings' gradient, which is not made.
+    """
+    text = (shape.seq_len - shape.num_rows) * shape.hidden
+    sums = moved(rates, 2 * text + 8 * text)
+    not_made = 2 * (text + shape.seq_len * shape.hidden) / rates["memory"] / 1e6
+    return rates["sort"] + sums + rates["start"] + 3 * rates["dependent"] - not_made
+
+
+def stock_us(shape: Shape, rates: Rates) -> float:
+    """Time what stock does besides the products, the lookup and the dense gradient.
+
+    A clone for each group and a copy for each picture forward; two waits a picture; backward, for
+    each picture, the gradient of ``[S, B, H]`` is copied and the picture's rows are set to zero.
+    """
+    groups = (shape.images > 0) + (shape.crops > 0)
+    pictures = shape.images + shape.crops
+    whole = 4 * shape.seq_len * shape.hidden
+    rows = 4 * shape.num_rows * shape.hidden
+    copies = (groups + pictures) * whole + 3 * rows
+    launches = (groups + 4 * pictures) * rates["dependent"]
+    return copies / rates["memory"] / 1e6 + launches + 2 * pictures * rates["wait"]
+
+
+def added(start: Range, *us: Range) -> Range:
+    """Add ranges up, each end to its own."""
+    nominal, fast, slow = (sum(values) for values in zip(start, *us, strict=True))
+    return nominal, fast, slow
+
+
+def predicted(shape: Shape, chip: str) -> dict[str, Range]:
+    """Predict µs of stock, of ours with ``lookup="call"``, and of ours."""
+    ours = base(shape, chip)
+    dense = ranged(chip, lambda rates: dense_us(shape, rates))
+    return {
+        "stock": added(ours, dense, ranged(chip, lambda rates: stock_us(shape, rates))),
+        "called": added(ours, dense),
+        "ours": added(ours, ranged(chip, lambda rates: by_rows_us(shape, rates))),
+    }
+
+
+def temporary_bytes(shape: Shape) -> tuple[int, int]:
+    """Count what a step allocates besides its output and the features' gradient.
+
+    Called: embeddings, their gradient, and the dense gradient of the table. Ours: the sums that
+    segments keep, ids in order. Both: the gathered rows.
+    """
+    rows = 2 * shape.num_rows * shape.hidden
+    whole = 2 * shape.seq_len * shape.hidden
+    kept = -(-shape.seq_len // BLOCK_P) * 2 * shape.hidden * 4
+    return rows + 2 * whole + 2 * VOCABULARY * shape.hidden, rows + kept + 24 * shape.seq_len
+
+
+def table_of(shapes: Sequence[Shape], chip: str) -> Table:
+    """Make the table of the whole embedding on one chip."""
+    form = "{:.0f} [{:.0f}–{:.0f}]"
+    lines = []
+    for shape in shapes:
+        us = predicted(shape, chip)
+        called, ours = (f"{size / 1e6:.0f}" for size in temporary_bytes(shape))
+        lines.append(
+            (
+                shape.name,
+                *us.values(),
+                us["called"][0] / us["ours"][0],
+                us["stock"][0] / us["ours"][0],
+                called,
+                ours,
+            )
+        )
+    return Table(
+        title=f"{chip}, the whole embedding into main_grad, predicted",
+        text=(
+            "Words and features in, forward and backward, gradients of table and projector in\n"
+            f"fp32 `main_grad`; a table of {VOCABULARY:,} rows on one tensor-parallel rank. The\n"
+            "insertion of stock is taken to multiply as fast as ours."
+        ),
+        columns=(
+            Column("shape"), Column("stock µs", form), Column('ours, lookup="call", µs', form),
+            Column("ours µs", form), Column("× called", "{:.1f}"), Column("× stock", "{:.1f}"),
+            Column("temporary MB, called"), Column("ours"),
+        ),
+        lines=lines,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Measures what the fused embedding saves: steps of Bridge's own class, then of ours, in one job.
+
+Megatron is not imported here: its callbacks are any objects with the methods of its ``Callback``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from step37_bridge.command_line import say
+from step37_data.common.checks import checked_int
+from step37_kernels.image_insert_embedding import ImageInsertEmbedding
+from step37_kernels.integration.options import InsertOptions
+from step37_kernels.megatron import replace_in
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from step37_kernels.integration.options import InsertKeywords
+
+__all__ = ["CompareWithStock", "Measured"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What some training steps took on this rank."""
+
+    seconds: float
+    """The median of a step."""
+    peak_bytes: int | None
+    """The most that tensors took on the device; None without CUDA."""
+
+    def __str__(self) -> str:
+        told = f"{1000 * self.seconds:.1f} ms a step"
+        if self.peak_bytes is not None:
+            told += f", at most {self.peak_bytes / _GIB:.3f} GiB"
+        return told
+
+
+class CompareWithStock:
+    """A callback for Megatron-Bridge's training that compares its embedding with the fused one.
+
+    It leaves the first steps alone, measures ``steps`` of them, replaces the embedding in the model
+    (:func:`step37_kernels.megatron.replace_in`), leaves as many steps alone again, measures
+    ``steps`` more, and prints both on the first rank, which has the embedding. Training goes on
+    with the fused embedding. A step is timed from the first microbatch to the optimizer's end, with
+    the device idle at both ends, so a compared step is a little longer than others.
+
+    Start it without :func:`.patch_step37`, and with every step on the same pack
+    (``dataset.fixed_pack_idx=0``): otherwise the packs differ, too.
+
+    Args:
+        steps: how many are measured, of each kind.
+        warmup: how many are left alone before each, at least 1: kernels are compiled there.
+        **options: of ``replace_in``, the fields of :class:`.InsertOptions`.
+
+    Attributes:
+        results: ``"stock"`` and ``"fused"``, each :class:`Measured` once its steps are over.
+
+    Raises:
+        ValueError: an argument is none of the values that it may be.
+    """
+
+    def __init__(
+        self, *, steps: int = 20, warmup: int = 3, **options: Unpack[InsertKeywords]
+    ) -> None:
+        self._steps = checked_int("steps", steps)
+        self._warmup = checked_int("warmup", warmup)
+        InsertOptions(**options)
+        self._options = options
+        self.results: dict[str, Measured] = {}
+        self._times: list[float] = []
+        self._peak: int | None = None
+        self._left_alone = 0
+        self._began: float | None = None
+
+    def on_train_start(self, context: Any) -> None:
+        """Refuse a training in which there is nothing to compare.
+
+        Raises:
+            ValueError: its steps are too few, the model has the fused embedding already, or it
+                replays CUDA graphs.
+        """
+        state = context.state
+        wanted = 2 * (self._warmup + self._steps)
+        left = state.cfg.train.train_iters - state.train_state.step
+        if left < wanted:
+            raise ValueError(
+                f"CompareWithStock: {self._steps} steps of each kind and {self._warmup} before "
+                f"them are {wanted}, and cfg.train.train_iters leaves {left}"
+            )
+        for chunk in context.model:
+            if any(isinstance(module, ImageInsertEmbedding) for module in chunk.modules()):
+                raise ValueError(
+                    "CompareWithStock: the model has the fused embedding from the start: build it "
+                    "without patch_step37() and replace_in()"
+                )
+        graphs = getattr(state.cfg.model, "cuda_graph_impl", None)
+        if graphs not in (None, "none"):
+            raise ValueError(
+                f"CompareWithStock: cfg.model.cuda_graph_impl is {graphs!r}, and captured graphs "
+                'run what was there at first: set it to "none"'
+            )
+
+    def on_train_step_start(self, context: Any) -> None:  # noqa: ARG002 - Bridge passes it
+        """Take the time, unless both kinds of steps have been measured."""
+        if len(self.results) == 2:
+            return
+        if self._left_alone == self._warmup and not self._times and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._began = _now()
+
+    def on_train_step_end(self, context: Any) -> None:
+        """Count the step; after the last of a kind, go on to the next kind, or print."""
+        if self._began is None:
+            return
+        seconds, self._began = _now() - self._began, None
+        if self._left_alone < self._warmup:
+            self._left_alone += 1
+            return
+        self._times.append(seconds)
+        if torch.cuda.is_available():
+            self._peak = max(self._peak or 0, torch.cuda.max_memory_allocated())
+        if len(self._times) == self._steps:
+            self._finish_kind(context)
+
+    def _finish_kind(self, context: Any) -> None:
+        measured = Measured(statistics.median(self._times), self._peak)
+        self._times, self._peak, self._left_alone = [], None, 0
+        if not self.results:
+            self.results["stock"] = measured
+            replace_in(context.model, **self._options)
+            return
+        self.results["fused"] = measured
+        told = "; ".join(f"{kind} {value}" for kind, value in self.results.items())
+        say(f"{self._steps} steps each on the first rank: {told}")
+
+
+def _now() -> float:
+    """Seconds, when all that was launched is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,216 @@
+"""Fine-tune Step-3.7-Flash by Megatron-Bridge's own recipe, with our embedding, data and step.
+
+    torchrun --nnodes=8 --nproc-per-node=8 -m step37_bridge.recipe --checkpoint /path/to/weights
+    torchrun --nproc-per-node=4 -m step37_bridge.recipe --smoke --checkpoint /path/to/weights
+
+It needs Megatron-Bridge with Step-3.7, and no checkout of it. This project's parts come in at the
+places marked 1, 2 and 3; everything else is Bridge's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import step37_data
+from step37_bridge.callbacks import CompareWithStock
+from step37_bridge.command_line import at_least_one, say
+from step37_bridge.ranks import ParallelSizes, ranks_started
+from step37_bridge.replacing import RECIPE_MODULES, find
+from step37_data.forward_step import ForwardStep
+from step37_kernels.megatron import patch_step37
+
+__all__ = ["ParallelSizes", "RecipeOptions", "bridge_recipe", "make_config", "set_parallel_sizes"]
+
+MODEL = "stepfun-ai/Step-3.7-Flash"
+# Newest first; the name has changed with the place.
+RECIPES = (
+    (RECIPE_MODULES[0], "step37_sft_64gpu_h100_bf16_flickr8k_config"),
+    (RECIPE_MODULES[1], "step37_sft_flickr8k_config"),
+)
+SMOKE_RECIPES = (
+    (RECIPE_MODULES[0], "step37_sft_4gpu_h100_bf16_flickr8k_smoke_config"),
+    (RECIPE_MODULES[1], "step37_sft_flickr8k_smoke_config"),
+)
+FULL_SIZES = ParallelSizes(tensor=1, pipeline=8, expert=8)
+"""Those of Bridge's recipe, for 64 ranks."""
+SMOKE_SIZES = ParallelSizes(tensor=1, pipeline=4, expert=1)
+"""Those of its smoke configuration, for 4 ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What is to be different from Bridge's recipe."""
+
+    smoke: bool = False
+    """Bridge's smoke configuration: one pack over and over, the language model and the vision tower
+    frozen, a high learning rate, so that the loss falls within 100 steps."""
+    tokenizer: str = MODEL
+    """A folder with the model's tokenizer, or a name on the Hugging Face hub."""
+    checkpoint: str | None = None
+    """A folder with weights converted to Megatron's format; None starts from random ones."""
+    data_dir: str | None = None
+    """The folder that holds Flickr8k, or into which it is downloaded; None is the recipe's."""
+    sample_count: int | None = None
+    """The first N samples; None is all of them, and the recipe's 8 for ``smoke``."""
+    train_iters: int = 100
+    """Training steps."""
+    sizes: ParallelSizes | None = None
+    """Over how many ranks the model is split; None is as in Bridge's recipe."""
+
+    @property
+    def parallel_sizes(self) -> ParallelSizes:
+        """``sizes``, or those of Bridge's recipe."""
+        return self.sizes or (SMOKE_SIZES if self.smoke else FULL_SIZES)
+
+
+def bridge_recipe(*, smoke: bool = False) -> Any:
+    """Bridge's own configuration for Step-3.7 on Flickr8k, a ``ConfigContainer``.
+
+    Args:
+        smoke: the smoke configuration for 4 GPUs in place of the whole recipe for 64.
+
+    Raises:
+        ImportError: none of the places known has it.
+    """
+    module, name = find(SMOKE_RECIPES if smoke else RECIPES)
+    return getattr(module, name)()
+
+
+def make_config(options: RecipeOptions) -> Any:
+    """Bridge's recipe with our data set in place of its own, and with ``options``.
+
+    Args:
+        options: what else is different.
+
+    Returns:
+        A ``ConfigContainer`` of Bridge's, for its ``pretrain``.
+
+    Raises:
+        ImportError: Megatron-Bridge has no recipe for Step-3.7.
+        ValueError: the model's layers cannot be split into so many pipeline stages.
+    """
+    cfg = bridge_recipe(smoke=options.smoke)
+    cfg.train.train_iters = options.train_iters
+    cfg.train.micro_batch_size = 1
+    cfg.checkpoint.pretrained_checkpoint = options.checkpoint
+    # Packs differ in length, and pipeline stages have to tell each other.
+    cfg.model.variable_seq_lengths = True
+    cfg.model.moe_token_dispatcher_type = "alltoall"
+    set_parallel_sizes(cfg.model, options.parallel_sizes)
+
+    of_bridge = {f.name: getattr(cfg.dataset, f.name) for f in dataclasses.fields(cfg.dataset)}
+    cfg.dataset = step37_data.Step37Flickr8kSFTDataProvider(**of_bridge)  # 2
+    cfg.dataset.tokenizer_path = options.tokenizer
+    if options.data_dir is not None:
+        cfg.dataset.cache_dir = options.data_dir
+    if options.sample_count is not None or not options.smoke:
+        cfg.dataset.sample_count = options.sample_count
+    if not options.smoke:
+        cfg.dataset.packing = "best_fit"
+        # A data set that is read once ends the training with an error when its packs are used up.
+        cfg.dataset.dataloader_type = "cyclic"
+    return cfg
+
+
+def set_parallel_sizes(model: Any, sizes: ParallelSizes) -> None:
+    """Split a model over ranks.
+
+    Args:
+        model: the ``cfg.model`` of Bridge's recipe.
+        sizes: over how many.
+
+    Raises:
+        ValueError: its layers cannot be split into so many pipeline stages, all alike but a
+            smaller last one.
+    """
+    model.tensor_model_parallel_size = sizes.tensor
+    model.pipeline_model_parallel_size = sizes.pipeline
+    model.expert_model_parallel_size = sizes.expert
+    model.expert_tensor_parallel_size = 1
+    # Megatron requires it of a model with experts and tensor parallelism.
+    model.sequence_parallel = sizes.tensor > 1
+    of_a_stage = -(-model.num_layers // sizes.pipeline)
+    of_the_last = model.num_layers - of_a_stage * (sizes.pipeline - 1)
+    if of_the_last < 1:
+        raise ValueError(
+            f"pipeline: {sizes.pipeline} stages of {of_a_stage} layers each leave none of the "
+            f"model's {model.num_layers} for the last one"
+        )
+    model.num_layers_in_first_pipeline_stage = None
+    model.num_layers_in_last_pipeline_stage = None if of_the_last == of_a_stage else of_the_last
+
+
+def main() -> None:
+    """Read the command line, check the number of ranks, and train."""
+    options, compared_steps = _parse()
+    sizes, started = options.parallel_sizes, ranks_started()
+    try:
+        sizes.check(started)
+    except ValueError as error:
+        sys.exit(
+            f"step37_bridge.recipe: {error}. Start as many with torchrun or srun, or give other "
+            "--pipeline, --expert and --tensor"
+        )
+    say(f"{started} ranks started, and a multiple of {sizes.ranks_needed()} needed: {sizes}")
+    callbacks = []
+    try:
+        if compared_steps is None:
+            patch_step37()  # 1: before the model is built
+        else:
+            callbacks.append(CompareWithStock(steps=compared_steps))
+        pretrain_module, _ = find([("megatron.bridge.training.pretrain", "pretrain")])
+        cfg = make_config(options)
+    except ImportError as error:
+        sys.exit(f"step37_bridge.recipe: {error}")
+    with contextlib.closing(ForwardStep(prefetch_depth=2)) as forward_step:  # 3
+        pretrain_module.pretrain(cfg, forward_step, callbacks=callbacks)
+
+
+def _parse() -> tuple[RecipeOptions, int | None]:
+    """What the command line asks for, and how many steps of each kind are to be compared."""
+    default = RecipeOptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m step37_bridge.recipe",
+        description="Fine-tune Step-3.7-Flash on Flickr8k by Megatron-Bridge's own recipe, with "
+        "step37's embedding, data set and forward step.",
+        epilog=f"A rank is a GPU. The recipe needs a multiple of {FULL_SIZES.ranks_needed()} "
+        f"ranks, with --smoke of {SMOKE_SIZES.ranks_needed()}; with other sizes, of PIPELINE "
+        "times the least common multiple of EXPERT and TENSOR.",
+    )
+    add = parser.add_argument
+    number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
+    add("--smoke", action="store_true", help="Bridge's smoke configuration: one pack, 4 GPUs")
+    add("--tokenizer", default=default.tokenizer, help="folder, or name on the hub: %(default)s")
+    add("--checkpoint", help="folder with weights converted to Megatron's format; random without")
+    add("--data-dir", help="folder that holds Flickr8k, or into which it is downloaded")
+    add("--samples", **number, help="the first N; without it all, in --smoke 8")
+    add("--steps", **number, default=default.train_iters, help="default: %(default)s")
+    for field in dataclasses.fields(ParallelSizes):
+        add(f"--{field.name}", **number, help=f"{field.name} parallel size")
+    add("--compare", **number, help="time N steps of stock's embedding, then N of ours")
+    given = parser.parse_args()
+    sizes = SMOKE_SIZES if given.smoke else FULL_SIZES
+    changed = {
+        field.name: getattr(given, field.name)
+        for field in dataclasses.fields(sizes)
+        if getattr(given, field.name) is not None
+    }
+    options = RecipeOptions(
+        smoke=given.smoke,
+        tokenizer=given.tokenizer,
+        checkpoint=given.checkpoint,
+        data_dir=given.data_dir,
+        sample_count=given.samples,
+        train_iters=given.steps,
+        sizes=dataclasses.replace(sizes, **changed),
+    )
+    return options, given.compare
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -96,6 +97,19 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
             raise ValueError(f"{name}[{i}]: expected [L, C] or [N, L, C], got {tuple(item.shape)}")
         tensors.append(item if item.ndim == 3 else item.unsqueeze(0))
     return tensors
+
+
+def _costs_graphs(features: Any) -> bool:
+    """Whether the features, traced by ``torch.compile``, make a graph for each number of tensors.
+
+    An export makes one graph, of the number that it is given.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and isinstance(features, (list, tuple))
+        and (len(features) > 1 or any(getattr(item, "ndim", 3) == 2 for item in features))
+    )
 
 
 def _has_rows(tensor: Tensor) -> bool:
@@ -251,6 +265,8 @@ class ImageInsertEmbedding(nn.Module):
             ValueError: a shape that does not fit.
             TypeError: the start token is no integer.
         """
+        if _costs_graphs(image_features):
+            return _insert_features_untraced(input_embeddings, image_features, input_ids, flag)
         count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
         runs = (_run(flag, "flag", tensors),)
@@ -281,6 +297,10 @@ class ImageInsertEmbedding(nn.Module):
         Returns:
             ``[S, B, H]`` in the language embedding's dtype.
 
+        Under ``torch.compile`` a group whose features are a list of several tensors breaks the
+        graph, and this forward runs as it does without: traced, each number of tensors would be a
+        graph of its own. With ``fullgraph=True`` it is an error; ``[N, L, C]`` is traced whole.
+
         Raises:
             ValueError: a group without features or with features of the wrong rank or width; the
                 language embedding gives another shape; ``input_ids`` are on another device than
@@ -290,6 +310,10 @@ class ImageInsertEmbedding(nn.Module):
             TypeError: ``images`` is no list of groups, features are no tensors, or a start token is
                 no integer.
         """
+        if isinstance(images, (list, tuple)) and any(
+            _costs_graphs(getattr(image, "image_features", None)) for image in images
+        ):
+            return _forward_untraced(self, input_ids, images, position_ids)
         count_watch.poll()
         layout = self._layout_now()
         text, positions = self._look_up(layout, input_ids, position_ids)
@@ -532,3 +556,30 @@ class ImageInsertEmbedding(nn.Module):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = ZeroGradient.apply(embeddings, *parameters)
         return result
+
+
+_UNTRACED = (
+    "image_features is a list of tensors, of which torch.compile would make a graph for each "
+    "number: pass one tensor [N, L, C] to have ImageInsertEmbedding in the graph (torch.stack of "
+    "features of one length), or compile without fullgraph=True to have it run outside"
+)
+
+
+@functools.cache
+def _warn_untraced() -> None:
+    logger.warning(
+        "image_features is a list of tensors: ImageInsertEmbedding runs outside of the graph of "
+        "torch.compile; pass one tensor [N, L, C] to have it inside"
+    )
+
+
+@torch.compiler.disable(reason=_UNTRACED)
+def _forward_untraced(module: ImageInsertEmbedding, *arguments: Any) -> Tensor:
+    _warn_untraced()
+    return ImageInsertEmbedding.forward(module, *arguments)
+
+
+@torch.compiler.disable(reason=_UNTRACED)
+def _insert_features_untraced(*arguments: Any) -> Tensor:
+    _warn_untraced()
+    return ImageInsertEmbedding.insert_features(*arguments)

@@ -76,6 +76,14 @@ class ImageForInsert:
     """Most vision patches in one image."""
 
 
+def _check_input_ids(input_ids: Tensor) -> None:
+    """Raise unless it is a tensor ``[B, S]``; the plan checks its dtype."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a tensor [B, S], got {type(input_ids).__name__}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+
+
 def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
     """The group's non-empty tensors as ``[N, L, C]``.
 
@@ -267,6 +275,7 @@ class ImageInsertEmbedding(nn.Module):
         """
         if _costs_graphs(image_features):
             return _insert_features_untraced(input_embeddings, image_features, input_ids, flag)
+        _check_input_ids(input_ids)
         count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
         runs = (_run(flag, "flag", tensors),)
@@ -302,18 +311,19 @@ class ImageInsertEmbedding(nn.Module):
         graph of its own. With ``fullgraph=True`` it is an error; ``[N, L, C]`` is traced whole.
 
         Raises:
-            ValueError: a group without features or with features of the wrong rank or width; the
-                language embedding gives another shape; ``input_ids`` are on another device than
-                the table of words; the projector or the features are on the meta device and the
-                word embeddings are not; with ``strict``, a batch whose tokens and features do not
-                fit.
-            TypeError: ``images`` is no list of groups, features are no tensors, or a start token is
-                no integer.
+            ValueError: ``input_ids`` are not ``[B, S]``; a group without features or with features
+                of the wrong rank or width; the language embedding gives another shape;
+                ``input_ids`` are on another device than the table of words; the projector or the
+                features are on the meta device and the word embeddings are not; with ``strict``, a
+                batch whose tokens and features do not fit.
+            TypeError: ``input_ids`` are no tensor, ``images`` is no list of groups, features are no
+                tensors, or a start token is no integer.
         """
         if isinstance(images, (list, tuple)) and any(
             _costs_graphs(getattr(image, "image_features", None)) for image in images
         ):
             return _forward_untraced(self, input_ids, images, position_ids)
+        _check_input_ids(input_ids)
         count_watch.poll()
         layout = self._layout_now()
         text, positions = self._look_up(layout, input_ids, position_ids)

@@ -621,6 +621,28 @@ def test_what_is_no_list_or_no_integer_is_refused(device):
         module.insert_features(words, np.ones((1, 2, 16)), ids, IM_START)
 
 
+@pytest.mark.parametrize("kind", ["embedding", "called"])
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 2, 3]], TypeError, r"input_ids: expected a tensor \[B, S\], got list"),
+        (np.ones((1, 3), np.int64), TypeError, r"input_ids: expected a tensor .*, got ndarray"),
+        (None, TypeError, r"input_ids: expected a tensor \[B, S\], got NoneType"),
+        (torch.tensor([1, 2, 3]), ValueError, r"input_ids: expected \[B, S\], got \(3,\)"),
+        (torch.ones(1, 1, 3, dtype=torch.int64), ValueError, r"expected \[B, S\], got \(1, 1, 3\)"),
+    ],
+)
+def test_ids_that_are_no_tensor_of_two_dimensions_are_refused(kind, images, ids, error, message):
+    words = nn.Embedding(9, 16) if kind == "embedding" else lambda **_: torch.zeros(3, 1, 16)
+    module = ImageInsertEmbedding(words, 24, 16)
+    groups = images_of([(IM_START, torch.ones(1, 2, 24))]) if images else None
+    with pytest.raises(error, match=message):
+        module(ids, groups)
+    with pytest.raises(error, match=message):
+        module.insert_features(torch.zeros(3, 1, 16), torch.ones(1, 2, 16), ids, IM_START)
+
+
 def test_a_start_token_may_be_numpys(device):
     module, _ = make_module(device)
     ids = torch.tensor([[IM_START, 2, 3]], device=device)

@@ -27,6 +27,7 @@ from step37_data.images import decode
 from step37_data.images.device import Device, resolve_device, to_device
 from step37_data.images.options import ImageKeywords, ImageOptions
 from step37_data.images.stacks import find_broken, load_stacks
+from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_START_TOKEN
 from step37_kernels.image_insert_embedding import ImageForInsert
 from step37_kernels.pixels.normalize import CLIP_MEAN as _CLIP_MEAN  # noqa: F401
 from step37_kernels.pixels.normalize import CLIP_STD as _CLIP_STD  # noqa: F401
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
+
+_START_NAMES = {IMAGE_ITEM_TYPE: IMAGE_START_TOKEN, PATCH_ITEM_TYPE: PATCH_START_TOKEN}
 
 RopeArgs = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, int]]
 
@@ -287,7 +290,13 @@ def _used_images(
         used = min(len(of_kind), len(places))
         if len(of_kind) != len(places):
             told = f"{len(of_kind)} images of type {kind} and {len(places)} start tokens {start}"
-            logger.warning(f"the pack holds {told} for them; the first {used} of each are used")
+            told = f"the pack holds {told} for them; the first {used} of each are used"
+            if places:
+                logger.warning(told)
+            else:
+                # Every picture of the type is left out: a wrong id rather than a cut sample.
+                name = _START_NAMES[kind]
+                logger.error(f"{told}. There is none of them: is {start} the tokenizer's {name}?")
         entries += of_kind[:used]
         positions += places[:used]
     return entries, positions

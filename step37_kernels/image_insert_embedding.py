@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
@@ -28,7 +29,10 @@ from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
     ZeroGradient,
+    allow_elsewhere,
     allow_unfused,
+    check_has_values,
+    devices_of_plain,
     input_like,
     input_width,
     is_plain,
@@ -72,6 +76,14 @@ class ImageForInsert:
     """Most vision patches in one image."""
 
 
+def _check_input_ids(input_ids: Tensor) -> None:
+    """Raise unless it is a tensor ``[B, S]``; the plan checks its dtype."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a tensor [B, S], got {type(input_ids).__name__}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
+
+
 def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
     """The group's non-empty tensors as ``[N, L, C]``.
 
@@ -95,6 +107,19 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
     return tensors
 
 
+def _costs_graphs(features: Any) -> bool:
+    """Whether the features, traced by ``torch.compile``, make a graph for each number of tensors.
+
+    An export makes one graph, of the number that it is given.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not torch.compiler.is_exporting()
+        and isinstance(features, (list, tuple))
+        and (len(features) > 1 or any(getattr(item, "ndim", 3) == 2 for item in features))
+    )
+
+
 def _has_rows(tensor: Tensor) -> bool:
     return tensor.shape[0] * tensor.shape[1] > 0
 
@@ -104,6 +129,16 @@ def _check_widths(tensors: Sequence[Tensor], width: int, name: str, whose: str) 
     for tensor in tensors:
         if _has_rows(tensor) and tensor.shape[2] != width:
             raise ValueError(f"{name}: expected C = {width} ({whose}), got {tuple(tensor.shape)}")
+
+
+def _moved(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Raise ``ValueError`` where the move would ask for values that are nowhere."""
+    if tensor.device.type == "meta" != device.type:
+        raise ValueError(
+            f"{name}: expected values, got a tensor on the meta device, {tuple(tensor.shape)}; "
+            "is the vision tower on it?"
+        )
+    return tensor.to(device, dtype)
 
 
 def _run(
@@ -155,8 +190,8 @@ class ImageInsertEmbedding(nn.Module):
         **options: the fields of :class:`.InsertOptions`.
 
     A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
-    shard of FSDP's) is called as a module, and only the insertion is ours: slower, and said so in
-    the log once.
+    shard of FSDP's), or is on another device than the word embeddings, is called as a module, and
+    only the insertion is ours: slower, and said so in the log once.
     """
 
     # Each option reads and sets its field of ``options``.
@@ -212,7 +247,8 @@ class ImageInsertEmbedding(nn.Module):
         """One ``[L, C]`` a feature. The replaced class, in models built before it was, looks this
         up by the class's name, and finds it here."""
         tensors = _feature_tensors(image_features, "image_features")
-        return [f.to(device=device, dtype=dtype) for tensor in tensors for f in tensor.unbind(0)]
+        moved = [_moved(tensor, "image_features", device, dtype) for tensor in tensors]
+        return [feature for tensor in moved for feature in tensor.unbind(0)]
 
     @staticmethod
     def insert_features(
@@ -227,7 +263,7 @@ class ImageInsertEmbedding(nn.Module):
             input_embeddings: ``[S, B, H]``, left as it is.
             image_features: ``[N, L, H]``, or a list mixing ``[L, H]`` and ``[N, L, H]``; moved to
                 the embeddings' device and dtype.
-            input_ids: ``[B, S]``.
+            input_ids: ``[B, S]``, copied to the embeddings' device where they are on another.
             flag: the group's start token.
 
         Returns:
@@ -237,14 +273,18 @@ class ImageInsertEmbedding(nn.Module):
             ValueError: a shape that does not fit.
             TypeError: the start token is no integer.
         """
+        if _costs_graphs(image_features):
+            return _insert_features_untraced(input_embeddings, image_features, input_ids, flag)
+        _check_input_ids(input_ids)
         count_watch.poll()
         tensors = _feature_tensors(image_features, "image_features")
         runs = (_run(flag, "flag", tensors),)
-        plan = plan_runs(input_ids, runs, watch=True)
+        device, dtype = input_embeddings.device, input_embeddings.dtype
+        plan = plan_runs(input_ids.to(device), runs, watch=True)
         check_embeddings(input_embeddings, plan, "input_embeddings")
         hidden = input_embeddings.shape[-1]
         _check_widths(tensors, hidden, "image_features", "the embeddings'")
-        rows = [t.to(input_embeddings) for t in tensors if _has_rows(t)]
+        rows = [_moved(t, "image_features", device, dtype) for t in tensors if _has_rows(t)]
         return insert_rows(input_embeddings, join_rows(rows), plan) if rows else input_embeddings
 
     def forward(
@@ -266,19 +306,30 @@ class ImageInsertEmbedding(nn.Module):
         Returns:
             ``[S, B, H]`` in the language embedding's dtype.
 
+        Under ``torch.compile`` a group whose features are a list of several tensors breaks the
+        graph, and this forward runs as it does without: traced, each number of tensors would be a
+        graph of its own. With ``fullgraph=True`` it is an error; ``[N, L, C]`` is traced whole.
+
         Raises:
-            ValueError: a group without features or with features of the wrong rank or width; the
-                language embedding gives another shape; with ``strict``, a batch whose tokens and
-                features do not fit.
-            TypeError: ``images`` is no list of groups, features are no tensors, or a start token is
-                no integer.
+            ValueError: ``input_ids`` are not ``[B, S]``; a group without features or with features
+                of the wrong rank or width; the language embedding gives another shape;
+                ``input_ids`` are on another device than the table of words; the projector or the
+                features are on the meta device and the word embeddings are not; with ``strict``, a
+                batch whose tokens and features do not fit.
+            TypeError: ``input_ids`` are no tensor, ``images`` is no list of groups, features are no
+                tensors, or a start token is no integer.
         """
+        if isinstance(images, (list, tuple)) and any(
+            _costs_graphs(getattr(image, "image_features", None)) for image in images
+        ):
+            return _forward_untraced(self, input_ids, images, position_ids)
+        _check_input_ids(input_ids)
         count_watch.poll()
         layout = self._layout_now()
         text, positions = self._look_up(layout, input_ids, position_ids)
         if not images and text.input_ids is None:
             return self._without_image_rows(text.rows)
-        plain = self._is_projector_plain()
+        plain = self._is_projector_fused(text.rows.device)
         runs, features = self._take_features(images or (), plain, text.rows)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
@@ -303,6 +354,11 @@ class ImageInsertEmbedding(nn.Module):
             table = self._table()
             if table is not None:
                 weight = table.weight
+                if input_ids.device != weight.device:
+                    raise ValueError(
+                        f"input_ids: expected the device of the table of words, {weight.device}, "
+                        f"got {input_ids.device}"
+                    )
                 fused = self.options.fuses_gradient_of(weight, self._language_embedding)
                 table.run_hooks()
                 return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
@@ -317,6 +373,8 @@ class ImageInsertEmbedding(nn.Module):
         if self.options.lookup == "call":
             return None
         table = plain_table(self._language_embedding)
+        if torch._C._are_functorch_transforms_active():
+            table = "torch.func differentiates it"
         if isinstance(table, PlainTable):
             return table
         if not torch.compiler.is_compiling():
@@ -336,6 +394,8 @@ class ImageInsertEmbedding(nn.Module):
             device, dtype = weight.device, weight.dtype
         else:
             device, dtype = input_like(self.align_projector, embeddings)
+            if images and embeddings.device.type != "meta":
+                check_has_values(self.align_projector, "align_projector")
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -351,7 +411,7 @@ class ImageInsertEmbedding(nn.Module):
             if plain:
                 _check_widths(tensors, self.align_projector.in_features, name, "the projector's")
             runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
-            features += [t.to(device, dtype) for t in tensors if _has_rows(t)]
+            features += [_moved(t, name, device, dtype) for t in tensors if _has_rows(t)]
         return tuple(runs), features
 
     def _insert(
@@ -379,7 +439,7 @@ class ImageInsertEmbedding(nn.Module):
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
         plan = whole = plan_runs(
-            input_ids,
+            input_ids.to(text.rows.device),
             runs,
             vocabulary=0 if text.input_ids is None else text.rows.shape[0],
             impl=self.options.impl,
@@ -393,7 +453,7 @@ class ImageInsertEmbedding(nn.Module):
                 )
             plan.check()
         if positions is not None:
-            plan = plan.shard(positions)
+            plan = plan.shard(positions.to(text.rows.device))
         self._check_text(text, plan, projector.out_features if plain else None)
         if plain and features:
             result = insert_projected(
@@ -413,7 +473,10 @@ class ImageInsertEmbedding(nn.Module):
             triton = not features and use_triton(self.options.impl, text.rows.device)
             embeddings = text.embeddings(plan.row_at, triton=triton)
             if features:
-                projected = projector(pick_rows(join_rows(features), plan.local_rows))
+                local_rows = plan.local_rows
+                if local_rows is not None:
+                    local_rows = local_rows.to(features[0].device)
+                projected = projector(pick_rows(join_rows(features), local_rows))
                 result = insert_rows(embeddings, projected.to(embeddings), plan)
             else:
                 result = self._without_image_rows(embeddings)
@@ -460,27 +523,39 @@ class ImageInsertEmbedding(nn.Module):
             elif marked and not parted:
                 del parameter.sequence_parallel  # type: ignore[attr-defined]
 
-    def _is_projector_plain(self) -> bool:
-        """Whether its weight and bias may stand for the projector.
+    def _is_projector_fused(self, device: torch.device) -> bool:
+        """Whether its weight and bias stand for the projector, beside text rows on ``device``.
 
         Raises:
             ValueError: they may not, and ``impl="triton"`` asks for a kernel that knows no other.
         """
-        plain = is_plain(self.align_projector)
-        if not plain:
-            allow_unfused(self.align_projector, "align_projector", self.options.impl)
-        return plain
+        projector, impl = self.align_projector, self.options.impl
+        if not is_plain(projector):
+            allow_unfused(projector, "align_projector", impl)
+            return False
+        if devices_of_plain(projector) != {device}:
+            allow_elsewhere(projector, "align_projector", impl, device)
+            return False
+        return True
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
         trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
         if not (self.options.wants_text_only_gradient() and trained and torch.is_grad_enabled()):
             return embeddings
         result: Tensor
-        if not self._is_projector_plain():
+        if not self._is_projector_fused(embeddings.device):
+            if embeddings.device.type != "meta":
+                check_has_values(self.align_projector, "align_projector")
             device, dtype = input_like(self.align_projector, embeddings)
             width = input_width(self.align_projector) or self._width
-            no_rows = torch.empty(0, width, device=device, dtype=dtype)
-            result = ZeroGradient.apply(embeddings, self.align_projector(no_rows))
+            if width:
+                no_rows = torch.empty(0, width, device=device, dtype=dtype)
+                trained_through = [self.align_projector(no_rows)]
+            else:
+                # Nothing says what it takes, so it cannot be called without features.
+                tensors = tensors_of(self.align_projector)
+                trained_through = [tensor for tensor in tensors if tensor.requires_grad]
+            result = ZeroGradient.apply(embeddings, *trained_through)
             return result
         run_forward_pre_hooks(self.align_projector)
         weight, bias = self.align_projector.weight, self.align_projector.bias
@@ -491,3 +566,30 @@ class ImageInsertEmbedding(nn.Module):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = ZeroGradient.apply(embeddings, *parameters)
         return result
+
+
+_UNTRACED = (
+    "image_features is a list of tensors, of which torch.compile would make a graph for each "
+    "number: pass one tensor [N, L, C] to have ImageInsertEmbedding in the graph (torch.stack of "
+    "features of one length), or compile without fullgraph=True to have it run outside"
+)
+
+
+@functools.cache
+def _warn_untraced() -> None:
+    logger.warning(
+        "image_features is a list of tensors: ImageInsertEmbedding runs outside of the graph of "
+        "torch.compile; pass one tensor [N, L, C] to have it inside"
+    )
+
+
+@torch.compiler.disable(reason=_UNTRACED)
+def _forward_untraced(module: ImageInsertEmbedding, *arguments: Any) -> Tensor:
+    _warn_untraced()
+    return ImageInsertEmbedding.forward(module, *arguments)
+
+
+@torch.compiler.disable(reason=_UNTRACED)
+def _insert_features_untraced(*arguments: Any) -> Tensor:
+    _warn_untraced()
+    return ImageInsertEmbedding.insert_features(*arguments)

@@ -41,6 +41,9 @@ _PATCH = ClassPatch(
 )
 
 
+_PROJECTOR, _BORROWED = "align_projector", "_language_embedding"
+"""Attributes by which a stock module is known."""
+
 _TOWER = "Step37VisionModel"
 _TOWER_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name=_TOWER, _stock={}, _put={})
 _LAST_CONVOLUTION = "vit_downsampler2"
@@ -181,7 +184,8 @@ def replace_in(
 
     The stock module stays the object it is and changes its class, as ``fully_shard`` does it: its
     ``Parameter`` objects, the borrowed embedding, hooks, and whatever a wrapper or an optimizer
-    keeps by parameter or by module stay valid.
+    keeps by parameter or by module stay valid. Its projector may have been wrapped or replaced
+    before (LoRA, ``modules_to_save``, a layer of Transformer Engine): it is called then.
 
     Args:
         model: the model, or Megatron's list of model chunks.
@@ -201,10 +205,13 @@ def replace_in(
     given = InsertOptions(**options)
     chunks = chunks_of(model)
     ours: dict[str, nn.Module] = {}
+    others: list[str] = []
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, ImageInsertEmbedding) or _is_stock(module):
                 ours[f"{prefix}{name}"] = module
+            elif _is_named_so(module):
+                others.append(_description(f"{prefix}{name}", module))
     for name, module in ours.items():
         if isinstance(module, ImageInsertEmbedding):
             continue
@@ -229,11 +236,17 @@ def replace_in(
             for module in chunk.modules():
                 if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
                     _keep_channels_last(module)
+    if others:
+        logger.warning(
+            "replace_in leaves modules named ImageInsertEmbedding that are not of its shape (a "
+            "module align_projector, and _language_embedding): %s",
+            "; ".join(others),
+        )
     if ours:
         logger.info("fused embedding in %s (%s)", ", ".join(ours), given)
     elif any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):
         logger.info("no ImageInsertEmbedding: not the first pipeline stage")
-    else:
+    elif not others:
         logger.warning(
             "replace_in found no ImageInsertEmbedding in %s: nothing is replaced",
             ", ".join(type(chunk).__name__ for _, chunk in chunks),
@@ -242,7 +255,29 @@ def replace_in(
 
 
 def _is_stock(module: nn.Module) -> bool:
-    """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it."""
-    named_so = any(cls.__name__ == _CLASS for cls in type(module).__mro__)
-    projector = module._modules.get("align_projector")
-    return named_so and isinstance(projector, nn.Linear) and "_language_embedding" in vars(module)
+    """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it.
+
+    Its projector may be any module: an adapter (LoRA, ``modules_to_save``), a quantised layer or
+    one of Transformer Engine, which is called, as the stock module calls it.
+    """
+    projector = module._modules.get(_PROJECTOR)
+    return _is_named_so(module) and projector is not None and _BORROWED in vars(module)
+
+
+def _is_named_so(module: nn.Module) -> bool:
+    return any(cls.__name__ == _CLASS for cls in type(module).__mro__)
+
+
+def _description(name: str, module: nn.Module) -> str:
+    """Of a module of the stock name that is not of the stock shape: what it has and lacks."""
+    kind = type(module)
+    projector = getattr(module, _PROJECTOR, None)
+    if projector is None:
+        has = f"no {_PROJECTOR}"
+    elif isinstance(projector, nn.Module):
+        has = f"{_PROJECTOR} of class {type(projector).__name__}"
+    else:
+        has = f"{_PROJECTOR} of class {type(projector).__name__}, which is no module"
+    if _BORROWED not in vars(module):
+        has += f", no {_BORROWED}"
+    return f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__}: {has})"

@@ -21,11 +21,17 @@ _COMPUTED_IN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class ZeroGradient(torch.autograd.Function):
     """The embeddings as they are, and in backward zeros for everything else that comes in."""
 
+    # In the two parts that torch.func asks for.
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+    def forward(embeddings: Tensor, *parameters: Tensor) -> Tensor:
+        del parameters
         # Not the tensor itself: autograd would make that a view, which no later layer may change.
         return embeddings.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        del output
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -109,6 +115,24 @@ def input_width(projector: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
+def devices_of_plain(projector: nn.Linear) -> set[torch.device]:
+    """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
+    return {t.device for t in (projector.weight, projector.bias) if t is not None}
+
+
+def check_has_values(projector: nn.Module, name: str) -> None:
+    """Raise ``ValueError`` where a parameter of the projector is on the meta device, as offloading
+    leaves it, so that features that are moved to it lose their values."""
+    for parameter_name, parameter in projector.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{name}.{parameter_name}: expected values, got a parameter on the meta device, "
+                "where accelerate's cpu_offload and disk_offload leave it (or nobody has loaded "
+                f"it yet); leave {name} out of the offloading, "
+                f"e.g. accelerate.hooks.remove_hook_from_module({name}, recurse=True)"
+            )
+
+
 def allow_unfused(projector: nn.Module, name: str, impl: Impl) -> None:
     """See to it that a projector that is not plain may be called, and say so in the log once.
 
@@ -132,4 +156,32 @@ def warn_unfused(name: str, kind: str) -> None:
         "is called, and its rows are inserted by PyTorch",
         name,
         kind,
+    )
+
+
+def allow_elsewhere(projector: nn.Linear, name: str, impl: Impl, device: torch.device) -> None:
+    """See to it that a projector on another device than the text rows, ``device``, may be called,
+    and say so in the log once.
+
+    Raises:
+        ValueError: ``impl="triton"`` asks for a kernel, which reads tensors of one device.
+    """
+    devices = " and ".join(sorted(map(str, devices_of_plain(projector))))
+    if impl == "triton":
+        raise ValueError(
+            f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
+            "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
+        )
+    if not torch.compiler.is_compiling():
+        warn_elsewhere(name, devices, str(device))
+
+
+@functools.cache
+def warn_elsewhere(name: str, devices: str, device: str) -> None:
+    logger.warning(
+        "%s is on %s, the word embeddings are on %s: it is called there, and its rows are copied "
+        "and inserted by PyTorch",
+        name,
+        devices,
+        device,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from step37_kernels.dispatch import Impl, use_triton
@@ -41,12 +42,11 @@ def clip_normalize(
         ``[N, 3, H, W]``, contiguous, on the device of ``pixels``.
 
     Raises:
-        TypeError: ``pixels`` is not uint8, or ``dtype`` is none of the three.
+        TypeError: ``pixels`` is not a uint8 tensor, or ``dtype`` is none of the three.
         ValueError: the shape is not ``[N, H, W, 3]``, ``mean`` or ``std`` does not hold three
             finite numbers, ``std`` holds a zero, or ``impl`` cannot run on this device.
     """
-    if pixels.dtype != torch.uint8:
-        raise TypeError(f"pixels: expected torch.uint8, got {pixels.dtype}")
+    check_uint8("pixels", pixels)
     if pixels.dim() != 4 or pixels.shape[-1] != 3:
         raise ValueError(f"pixels: expected [N, H, W, 3], got {list(pixels.shape)}")
     mean, std = check_constants(mean, std, dtype)
@@ -55,6 +55,23 @@ def clip_normalize(
 
         return ops.normalize(pixels, kernel_constants(mean, std, dtype), dtype)
     return normalize_torch(pixels, mean, std, dtype)
+
+
+def check_uint8(name: str, pixels: object, expected: str = "a tensor of torch.uint8") -> None:
+    """Raise ``TypeError`` unless it is a uint8 tensor, with the way from other kinds of pictures to
+    one."""
+    if isinstance(pixels, torch.Tensor):
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"{name}: expected torch.uint8, got {pixels.dtype}")
+        return
+    kind = type(pixels)
+    if isinstance(pixels, np.ndarray):
+        got = f"a NumPy array of {pixels.dtype}: pass torch.from_numpy(array)"
+    elif hasattr(pixels, "convert") and hasattr(pixels, "getbands"):
+        got = f"Pillow's {kind.__name__}: pass torch.from_numpy(np.array(image.convert('RGB')))"
+    else:
+        got = kind.__name__
+    raise TypeError(f"{name}: expected {expected}, got {got}")
 
 
 def check_constants(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from step37_kernels.pixels.normalize import check_uint8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaggedImages:
@@ -26,8 +28,7 @@ class RaggedImages:
     shapes: Sequence[tuple[int, int]]
 
     def __post_init__(self) -> None:
-        if self.data.dtype != torch.uint8:
-            raise TypeError(f"data: expected torch.uint8, got {self.data.dtype}")
+        check_uint8("data", self.data)
         if self.data.dim() != 1 or not self.data.is_contiguous():
             raise ValueError(
                 f"data: expected a flat contiguous buffer, got shape {list(self.data.shape)} "
@@ -51,10 +52,16 @@ class RaggedImages:
 
     @classmethod
     def gather(cls, images: Sequence[torch.Tensor]) -> RaggedImages:
-        """Copy uint8 ``[h_i, w_i, 3]`` tensors into one buffer on their device (none: the CPU)."""
+        """Copy uint8 ``[h_i, w_i, 3]`` tensors into one buffer on their device (none: the CPU).
+
+        Raises:
+            TypeError: ``images`` is no sequence, or one of them no uint8 tensor.
+            ValueError: one has another shape, or is on another device than the first.
+        """
+        if not isinstance(images, (Sequence, torch.Tensor)):
+            check_uint8("images", images, "a sequence of tensors of torch.uint8")
         for i, image in enumerate(images):
-            if image.dtype != torch.uint8:
-                raise TypeError(f"images[{i}]: expected torch.uint8, got {image.dtype}")
+            check_uint8(f"images[{i}]", image)
             if image.dim() != 3 or image.shape[-1] != 3:
                 raise ValueError(f"images[{i}]: expected [h, w, 3], got {list(image.shape)}")
             if image.device != images[0].device:

@@ -135,9 +135,15 @@ def resize_uint8(
         As many pictures, in a buffer of their own on the device of ``images``.
 
     Raises:
+        TypeError: ``images`` are no :class:`RaggedImages`.
         ValueError: a number of sizes other than that of the pictures, a size below 1×1, a padded
             size smaller than its result, or ``impl`` cannot run on this device.
     """
+    if not isinstance(images, RaggedImages):
+        raise TypeError(
+            f"images: expected RaggedImages, got {type(images).__name__}; "
+            "RaggedImages.gather(tensors) makes them"
+        )
     if padded_sizes is None:
         padded_sizes = sizes
     for name, values in (("sizes", sizes), ("padded_sizes", padded_sizes)):

@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz import run
 from tests.fuzz.images import formats
 
-CASES = {"insertion": 12, "images": 80, "metadata": 150, "caches": 60, "media": 200,
+CASES = {"insertion": 60, "images": 80, "metadata": 150, "caches": 60, "media": 200,
          "conversations": 60}  # fmt: skip
 
 

@@ -285,6 +285,30 @@ def test_images_and_start_tokens_pair_up_to_the_smaller_count(photos, caplog):
     assert "0 images of type 1 and 1 start tokens 128003" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "token", "name"),
+    [(IMAGE_ITEM_TYPE, 128000, "<im_start>"), (1, 128003, "<patch_start>")],
+)
+def test_a_pack_with_none_of_the_start_tokens_is_an_error_in_the_log_that_asks_for_the_id(
+    photos, caplog, kind, token, name
+):
+    tokens = torch.arange(1, 13)
+    batch = packed_batch(photos, tokens=tokens, labels=tokens, image_paths=[(photos[0], kind)] * 2)
+    assert run(batch)["images"] == []
+    (record,) = (r for r in caplog.records if r.name == "step37_data.preprocess")
+    assert record.levelname == "ERROR"
+    assert record.getMessage() == (
+        f"the pack holds 2 images of type {kind} and 0 start tokens {token} for them; the first 0 "
+        f"of each are used. There is none of them: is {token} the tokenizer's {name}?"
+    )
+
+
+def test_fewer_start_tokens_than_images_are_a_warning_only(photos, caplog):
+    run(packed_batch(photos, image_paths=[(photos[0], IMAGE_ITEM_TYPE)]))
+    levels = {r.levelname for r in caplog.records if r.name == "step37_data.preprocess"}
+    assert levels == {"WARNING"}
+
+
 def test_images_without_a_place_are_not_even_read(photos, tmp_path):
     surplus = [(photos[0], 0), (photos[1], 0), (str(tmp_path / "missing.jpg"), 0), (photos[2], 1)]
     broken = BrokenImages()

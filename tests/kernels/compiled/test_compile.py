@@ -15,6 +15,7 @@ from step37_kernels import (
     ImageInsertEmbedding,
     automodel,
     embed_project_and_insert,
+    image_insert_embedding,
     plan_insert,
     plan_placeholders,
     project_and_insert,
@@ -262,6 +263,95 @@ def test_a_compiled_merge_into_placeholders_is_the_eager_one_and_reports_a_misma
     assert [len(messages) for messages in told] == [0, 0, 2, 2]
     for messages, numbers in zip(told[2:], ((5, 5), (7, 6)), strict=True):
         assert all(message.endswith(sentence.format(*numbers)) for message in messages)
+
+
+def list_batch(device: str, pictures: int, kind: str) -> tuple[Tensor, list[Tensor]]:
+    """Ids, and a tensor for each picture."""
+    ids = torch.full((1, 7 * pictures + 7), FILLER, device=device)
+    ids[0, : 7 * pictures : 7] = IM_START
+    features = []
+    for k in range(pictures):
+        rows = 3 + (kind == "ragged") * (k % 3)
+        shape = (1, rows, WIDTH) if kind == "[1, L, C]" else (rows, WIDTH)
+        features.append(torch.randn(shape, device=device, requires_grad=True))
+    return ids, features
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("kind", ["[L, C]", "[1, L, C]", "ragged"])
+def test_graphs_do_not_grow_with_the_number_of_pictures_in_a_list(device, impl, kind, caplog):
+    module, words = make_module(device, impl)
+    head = nn.Linear(HIDDEN, HIDDEN, device=device)
+
+    def step(ids: Tensor, features: list[Tensor]) -> Tensor:
+        return head(module(ids, [ImageForInsert(IM_START, image_features=features)]))
+
+    torch._dynamo.reset()
+    image_insert_embedding._warn_untraced.cache_clear()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter)
+    graphs = []
+    # More than the compiler makes graphs of a function.
+    for pictures in range(2, 12):
+        ids, features = list_batch(device, pictures, kind)
+        eager, traced = step(ids, features), compiled(ids, features)
+        torch.testing.assert_close(eager, traced)
+        leaves = [*module.parameters(), words.table.weight, *features]
+        for one, other in zip(
+            torch.autograd.grad(eager.sum(), leaves),
+            torch.autograd.grad(traced.sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        graphs.append(counter.frame_count)
+    # That of the linear layer, and again with its length dynamic.
+    assert graphs[2:] == [graphs[2]] * 8
+    assert graphs[2] <= 2
+    ours = [r for r in caplog.records if r.name == "step37_kernels.image_insert_embedding"]
+    assert ["pass one tensor [N, L, C]" in r.getMessage() for r in ours] == [True]
+
+
+@pytest.mark.parametrize("kind", ["[L, C]", "[1, L, C]", "ragged"])
+@pytest.mark.parametrize("of", ["module", "insert_features"])
+def test_a_list_of_pictures_is_an_error_that_says_what_to_pass_where_the_graph_may_not_break(
+    device, kind, of
+):
+    ids, features = list_batch(device, 2, kind)
+    module, _ = make_module(device, "torch")
+    torch._dynamo.reset()
+    arguments: tuple[object, ...] = (ids, [ImageForInsert(IM_START, image_features=features)])
+    function: object = module
+    if of == "insert_features":
+        function = ImageInsertEmbedding.insert_features
+        arguments = (torch.zeros(ids.shape[1], 1, WIDTH, device=device), features, ids, IM_START)
+    whole = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"pass one tensor \[N, L, C\] .*torch\.stack"):
+        whole(*arguments)
+    torch._dynamo.reset()
+    broken = torch.compile(function, backend="aot_eager")
+    torch.testing.assert_close(broken(*arguments), function(*arguments))
+
+
+def test_a_list_of_one_tensor_is_traced_whole(device):
+    module, _ = make_module(device, "torch")
+    ids, features = list_batch(device, 4, "[L, C]")
+    groups = [ImageForInsert(IM_START, image_features=[torch.stack(features)])]
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, groups), module(ids, groups))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_list_is_exported_with_its_number_of_tensors(device, strict):
+    class Pair(Embedded):
+        def forward(self, ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            return self.embedding(ids, [ImageForInsert(IM_START, image_features=[first, second])])
+
+    module = Pair(device)
+    ids, features = list_batch(device, 2, "ragged")
+    example = (ids, *(feature.detach() for feature in features))
+    exported = torch.export.export(module, example, strict=strict)
+    assert torch.equal(exported.module()(*example), module(*example))
 
 
 def test_strict_breaks_the_graph_and_says_so_where_it_may_not(device):

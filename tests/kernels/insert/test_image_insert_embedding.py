@@ -541,6 +541,27 @@ class TestOwnership:
         with pytest.raises(ValueError, match=r"torch\.func .* does not reach the Triton kernels"):
             torch.func.grad(total)(table)
 
+    @pytest.mark.parametrize("kind", ["embedding", "called"])
+    def test_torch_func_differentiates_text_only_batches_and_words_that_are_looked_up(
+        self, device, kind
+    ):
+        table = nn.Embedding(IM_START + 1, 16, device=device)
+        words = table if kind == "embedding" else lambda input_ids, **_: table(input_ids.t())
+        module = ImageInsertEmbedding(words, 24, 16, impl="torch", text_only_gradient=True)
+        module.to(device)
+        ids = torch.tensor([[IM_START, 2, 3]], device=device)
+        parameters = dict(module.named_parameters())
+
+        for images in (None, self.images(device)):
+
+            def total(parameters: dict[str, Tensor], images=images) -> Tensor:
+                return torch.func.functional_call(module, parameters, (ids, images)).square().sum()
+
+            (grad,) = torch.func.grad(total)(parameters).values()
+            (wanted,) = torch.autograd.grad(total(parameters), [*parameters.values()])
+            torch.testing.assert_close(grad, wanted)
+            assert grad.any() == (images is not None)
+
 
 def _fresh_inference_copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode():
@@ -599,6 +620,28 @@ def test_what_is_no_list_or_no_integer_is_refused(device):
         module.insert_features(words, torch.ones(1, 2, 16), ids, 1.0)
     with pytest.raises(TypeError, match="image_features: expected a tensor or a list of them"):
         module.insert_features(words, np.ones((1, 2, 16)), ids, IM_START)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "called"])
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 2, 3]], TypeError, r"input_ids: expected a tensor \[B, S\], got list"),
+        (np.ones((1, 3), np.int64), TypeError, r"input_ids: expected a tensor .*, got ndarray"),
+        (None, TypeError, r"input_ids: expected a tensor \[B, S\], got NoneType"),
+        (torch.tensor([1, 2, 3]), ValueError, r"input_ids: expected \[B, S\], got \(3,\)"),
+        (torch.ones(1, 1, 3, dtype=torch.int64), ValueError, r"expected \[B, S\], got \(1, 1, 3\)"),
+    ],
+)
+def test_ids_that_are_no_tensor_of_two_dimensions_are_refused(kind, images, ids, error, message):
+    words = nn.Embedding(9, 16) if kind == "embedding" else lambda **_: torch.zeros(3, 1, 16)
+    module = ImageInsertEmbedding(words, 24, 16)
+    groups = images_of([(IM_START, torch.ones(1, 2, 24))]) if images else None
+    with pytest.raises(error, match=message):
+        module(ids, groups)
+    with pytest.raises(error, match=message):
+        module.insert_features(torch.zeros(3, 1, 16), torch.ones(1, 2, 16), ids, IM_START)
 
 
 def test_a_start_token_may_be_numpys(device):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch._subclasses import FakeTensorMode
 
 from step37_kernels.pixels import normalize as pixels_module
@@ -136,6 +137,18 @@ def test_lists_serve_as_constants():
     ("call", "error", "message"),
     [
         (lambda p: clip_normalize(p.float()), TypeError, r"pixels: expected torch.uint8, got"),
+        (
+            lambda p: clip_normalize(p.cpu().numpy()),
+            TypeError,
+            r"pixels: expected a tensor of torch\.uint8, got a NumPy array of uint8: pass "
+            r"torch\.from_numpy\(array\)",
+        ),
+        (
+            lambda p: clip_normalize(Image.fromarray(p[0].cpu().numpy())),
+            TypeError,
+            r"pixels: .*, got Pillow's Image: pass torch\.from_numpy\(np\.array\(image\.convert",
+        ),
+        (lambda p: clip_normalize([p]), TypeError, r"pixels: expected a tensor .*, got list"),
         (lambda p: clip_normalize(p[0]), ValueError, r"pixels: expected \[N, H, W, 3\], got \[4,"),
         (lambda p: clip_normalize(p[..., :2]), ValueError, r"pixels: expected .* got \[1, 4, 4, 2"),
         (lambda p: clip_normalize(p, dtype=torch.float64), TypeError, r"dtype: expected one of"),

@@ -19,7 +19,7 @@ from step37_kernels.pixels import pillow as resample
 from step37_kernels.pixels import reference as reference_pixels
 from step37_kernels.pixels.normalize import DTYPES
 from step37_kernels.pixels.ragged import Crop, RaggedImages
-from step37_kernels.pixels.resize import resize_clip_normalize
+from step37_kernels.pixels.resize import resize_clip_normalize, resize_uint8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PHOTOS = Path(__file__).resolve().parents[3] / "examples" / "flickr8k_mini" / "train"
@@ -313,6 +313,40 @@ def test_white_and_black_stay_within_their_bounds(impl):
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(random_image(5, 6))
+
+
+def as_pillow(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.cpu().numpy())
+
+
+NO_TENSORS = {
+    "a NumPy array": (lambda p: p.cpu().numpy(), r"images: expected a sequence .* NumPy array of"),
+    "NumPy arrays": (lambda p: [p.cpu().numpy()], r"images\[0\]: expected a tensor .* NumPy array"),
+    "a picture": (as_pillow, r"images: expected a sequence .* Pillow's Image: pass torch\.from_n"),
+    "pictures": (
+        lambda p: [p, as_pillow(p)],
+        r"images\[1\]: .* Pillow's Image: pass torch\.from_n",
+    ),
+    "None": (lambda _: None, r"images: expected a sequence of .*, got NoneType"),
+    "paths": (lambda _: ["a.jpg"], r"images\[0\]: expected a tensor of torch.uint8, got str"),
+    "an iterator": (lambda p: iter([p]), r"images: expected a sequence of .*, got list_iterator"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize(
+    "take", [lambda images: resize_clip_normalize(images, 4), RaggedImages.gather]
+)
+def test_pictures_that_are_no_tensors_are_refused_with_the_way_to_one(make, message, take):
+    with pytest.raises(TypeError, match=message):
+        take(make(random_image(5, 6)))
+
+
+def test_a_buffer_that_is_no_tensor_and_pictures_without_a_buffer_are_refused():
+    with pytest.raises(TypeError, match=r"data: expected a tensor .* a NumPy array of uint8: pass"):
+        RaggedImages(data=np.zeros(3, np.uint8), offsets=[0], shapes=[(1, 1)])
+    with pytest.raises(TypeError, match=r"images: expected RaggedImages, got list; .*\.gather\("):
+        resize_uint8([random_image(5, 6)], [(2, 2)])
 
 
 @pytest.mark.gpu

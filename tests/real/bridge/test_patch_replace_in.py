@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -238,7 +239,113 @@ def test_an_unknown_option_replaces_nothing(option, message):
     assert not isinstance(model.image_insert_embedding, ImageInsertEmbedding)
 
 
-def test_only_a_module_of_the_stock_shape_is_replaced():
+class LowRank(nn.Module):
+    """As PEFT's ``lora.Linear``: no ``nn.Linear``, one inside, whose attributes it hands on."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.down = nn.Linear(WIDTH, 2, bias=False)
+        self.up = nn.Linear(2, HIDDEN, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Saved(nn.Module):
+    """As PEFT's ``ModulesToSaveWrapper``: the copy that is trained is called."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.original_module = original.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(original)})
+        self.modules_to_save.requires_grad_(True)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["modules_to_save"]["default"], name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.modules_to_save["default"](x)
+
+
+class OwnLinear(nn.Module):
+    """A linear layer of a library of its own, as Transformer Engine's is."""
+
+    def __init__(self, linear: nn.Linear, told: bool = True) -> None:
+        super().__init__()
+        if told:
+            self.in_features, self.out_features = WIDTH, HIDDEN
+        self.weight = linear.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+PROJECTORS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "LoRA": LowRank,
+    "modules_to_save": Saved,
+    "a linear layer that is no nn.Linear": OwnLinear,
+    "one that does not say its width": lambda linear: OwnLinear(linear, told=False),
+    "a linear layer in a sequence": nn.Sequential,
+}
+
+
+@pytest.mark.parametrize("wrap", [w for k, w in PROJECTORS.items() if "sequence" not in k])
+def test_a_model_whose_projector_was_wrapped_before_is_replaced_and_calls_it(wrap):
+    results = []
+    for replace in (False, True):
+        model = build()
+        embedding = model.image_insert_embedding
+        torch.manual_seed(1)
+        embedding.align_projector = wrap(embedding.align_projector)
+        if replace:
+            assert replace_in(model) == ("image_insert_embedding",)
+            assert isinstance(embedding, ImageInsertEmbedding)
+        loss = forward(model).mean()
+        loss.backward()
+        trained = [p for p in embedding.align_projector.parameters() if p.requires_grad]
+        results.append([loss.detach(), *(p.grad for p in trained)])
+    for stock, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("wrap", PROJECTORS.values(), ids=PROJECTORS)
+def test_such_a_projector_takes_part_in_text_only_steps(wrap):
+    model = build()
+    embedding = model.image_insert_embedding
+    embedding.align_projector = wrap(embedding.align_projector)
+    replace_in(model, text_only_gradient=True)
+    forward(model, []).mean().backward()
+    trained = {n: p for n, p in embedding.align_projector.named_parameters() if p.requires_grad}
+    assert trained
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_what_is_named_so_and_is_left_is_told_with_its_class_and_its_projectors(caplog):
+    model = build()
+    del model.image_insert_embedding.align_projector
+    model.image_insert_embedding.align_projector = nn.functional.relu
+    with caplog.at_level(logging.INFO):
+        assert replace_in(model) == ()
+    (record,) = (r for r in caplog.records if r.name.startswith("step37"))
+    assert record.levelname == "WARNING"
+    assert (
+        "image_insert_embedding (megatron.bridge.models.stepfun.modelling_step37."
+        "image_insert_embedding.ImageInsertEmbedding: align_projector of class function, which is "
+        "no module)" in record.getMessage()
+    )
+
+
+def test_only_a_module_of_the_stock_shape_is_replaced(caplog):
     class ImageInsertEmbedding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -246,3 +353,4 @@ def test_only_a_module_of_the_stock_shape_is_replaced():
 
     model = nn.ModuleDict({"other": ImageInsertEmbedding()})
     assert replace_in(model) == ()
+    assert "align_projector of class Linear, no _language_embedding" in caplog.text

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import sequence_layout
-from step37_kernels.integration.patching import ClassPatch, chunks_of, refuse_own_methods
+from step37_kernels.integration.patching import (
+    ClassPatch,
+    Mixin,
+    chunks_of,
+    is_fsdp_unit,
+    refuse_own_methods,
+    with_mixin,
+)
 from step37_kernels.integration.vocab_parallel import restore_dense_gradient, use_row_gradient
 
 if TYPE_CHECKING:
@@ -87,7 +94,7 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
-class _ContiguousTower:
+class _ContiguousTower(Mixin):
     """What goes before ``Step37VisionModel`` among a class's bases."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -109,8 +116,7 @@ def _to_channels_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def _contiguous(stock: type[nn.Module]) -> type[nn.Module]:
-    body = {"__module__": stock.__module__}
-    return type(stock.__name__, (_ContiguousTower, stock), body)
+    return with_mixin(_ContiguousTower, stock)
 
 
 def patch_step37(
@@ -200,8 +206,6 @@ def replace_in(
         ValueError: an option is none of the values that it may be, the module is an FSDP unit of
             its own, or its instance has a ``forward`` of its own.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     given = InsertOptions(**options)
     chunks = chunks_of(model)
     ours: dict[str, nn.Module] = {}
@@ -215,7 +219,7 @@ def replace_in(
     for name, module in ours.items():
         if isinstance(module, ImageInsertEmbedding):
             continue
-        if isinstance(module, FSDPModule):
+        if is_fsdp_unit(module):
             raise ValueError(
                 f"{name} is an FSDP unit of its own, whose class cannot be changed any more: call "
                 "patch_step37() before the model is built, or leave it to the enclosing unit"

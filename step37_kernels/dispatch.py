@@ -14,9 +14,12 @@ import importlib.util
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of the tensors that the kernels compute with."""
 _CHOICES = ("auto", "triton", "torch")
 # Looked up once, here: torch.compile of PyTorch 2.11 cannot trace the look-up.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -26,6 +29,15 @@ def check_impl(impl: Impl) -> None:
     """Raise ``ValueError`` unless ``impl`` is one of the three."""
     if impl not in _CHOICES:
         raise ValueError(f"impl: expected one of {', '.join(_CHOICES)}, got {impl!r}")
+
+
+def check_kernel_dtype(tensor: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless the kernels compute in the tensor's dtype."""
+    if tensor.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
+            f"{tensor.dtype}; pass impl='torch'"
+        )
 
 
 def use_triton(impl: Impl, device: torch.device) -> bool:

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from step37_kernels import operators
-from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.dispatch import Impl, check_kernel_dtype, use_triton
 from step37_kernels.integration.main_grad import MainGrad, into_main_grad
 from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient, text_ids
 from step37_kernels.plan import InsertPlan
 
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SOURCES = 4  # as in ops.copy_rows, which needs Triton to import
 """Contiguous tensors that one launch reads in place."""
 
@@ -290,6 +289,8 @@ def _validate(
         if tuple(text.input_ids.shape) != planned:
             shape = planned if plan.batch_first else planned[::-1]
             fail("input_ids", f"[B, S] = {list(shape)} (the plan's)", tuple(text.input_ids.shape))
+        if text.input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"input_ids: expected int32 or int64, got {text.input_ids.dtype}")
         tensors = {"table": text.rows}
     if bias is not None and tuple(bias.shape) != (hidden,):
         fail("bias", f"[H] = [{hidden}]", tuple(bias.shape))
@@ -404,6 +405,7 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the plan, a ``main_grad`` is
             missing, or ``impl`` cannot run there.
+        TypeError: ``input_ids`` is neither int32 nor int64.
         IndexError: on the CPU, an id at a text position is no row of the table. On CUDA nothing
             waits for the ids: that text row is NaN.
     """
@@ -457,12 +459,8 @@ def insert_projected(
         projected = F.linear(pick_rows(flat, plan.local_rows), weight, bias)
         return insert_rows(embeddings, projected.to(embeddings.dtype), plan)
     text_name = "embeddings" if text.input_ids is None else "table"
-    for name, tensor in ((text_name, text.rows), ("weight", weight)):
-        if tensor.dtype not in TRITON_DTYPES:
-            raise ValueError(
-                f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
-                f"{tensor.dtype}; pass impl='torch'"
-            )
+    check_kernel_dtype(text.rows, text_name)
+    check_kernel_dtype(weight, "weight")
     # No copy is launched in between.
     after_plan &= weight.is_contiguous() and (bias is None or bias.is_contiguous())
     return _ProjectAndInsert.apply(

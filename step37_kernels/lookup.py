@@ -6,7 +6,7 @@ Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``V`` rows of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from step37_kernels import operators
+from step37_kernels.dispatch import check_kernel_dtype
 from step37_kernels.integration.main_grad import check_has_main_grad, rows_into_main_grad
 from step37_kernels.plan_tensors import is_outside
 
@@ -44,9 +45,15 @@ class TextRows:
             row_at: ``[S, B]``: the feature row at each position, −1 where the text stays. Ids under
                 feature rows are not looked up: they may be anything. None: all are text.
             triton: look up by the kernel; there are no feature rows then.
+
+        Raises:
+            ValueError: the kernel is to look up in a table of a dtype that it does not take, or the
+                table has no ``main_grad`` for its fused gradient.
         """
         if self.input_ids is None:
             return self.rows
+        if triton:
+            check_kernel_dtype(self.rows, "table")
         ids = text_ids(self.input_ids, row_at)
         fused_into = fusion_target(self.rows, "table", self.fused)
         result: Tensor = LookUp.apply(
@@ -129,12 +136,14 @@ def table_gradient(
 class LookUp(torch.autograd.Function):
     """The table's rows by ids of any shape, with a gradient that touches only these rows.
 
-    An id outside the table gives a row of ``outside``, and no gradient.
+    An id outside the table gives a row of ``outside``, and no gradient. A gradient that autograd
+    gets can be differentiated again, as that of PyTorch's own lookup; a fused one cannot.
     """
+
+    generate_vmap_rule = True  # torch.func reaches this function where it runs by PyTorch
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd takes no keywords
-        ctx: Any,
         table: Tensor,
         input_ids: Tensor,
         row_at: Tensor | None,
@@ -142,10 +151,7 @@ class LookUp(torch.autograd.Function):
         triton: bool,
         outside: float,
     ) -> Tensor:
-        ctx.save_for_backward(input_ids if ctx.needs_input_grad[0] else None)
-        ctx.table = table.shape, table.dtype
-        ctx.fused_into = fused_into
-        ctx.triton = triton
+        del fused_into
         if triton and row_at is not None:
             return operators.look_up(table.contiguous(), input_ids, row_at)
         known = input_ids.clamp(0, max(table.shape[0] - 1, 0))
@@ -153,14 +159,57 @@ class LookUp(torch.autograd.Function):
         return rows.masked_fill_(is_outside(input_ids, table.shape[0])[..., None], outside)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        table, input_ids, _, ctx.fused_into, ctx.triton, _ = inputs
+        ctx.save_for_backward(input_ids if ctx.needs_input_grad[0] else None)
+        ctx.table = table.shape, table.dtype
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input_ids,) = ctx.saved_tensors
-        gradient = table_gradient(
-            grad_output,
-            input_ids,
-            table=ctx.table,
-            fused_into=ctx.fused_into,
-            triton=ctx.triton,
-        )
+        if ctx.fused_into is None and torch.is_grad_enabled():
+            gradient = _SumByRow.apply(grad_output, input_ids, ctx.table, ctx.triton)
+        else:
+            gradient = _table_gradient_once(ctx, grad_output, input_ids)
         return gradient, None, None, None, None, None
+
+
+@once_differentiable
+def _table_gradient_once(ctx: Any, grad_output: Tensor, input_ids: Tensor) -> Tensor | None:
+    return table_gradient(
+        grad_output,
+        input_ids,
+        table=ctx.table,
+        fused_into=ctx.fused_into,
+        triton=ctx.triton,
+    )
+
+
+class _SumByRow(torch.autograd.Function):
+    """The gradient of :class:`LookUp`, and as its own gradient a lookup again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        input_ids: Tensor,
+        table: tuple[torch.Size, torch.dtype],
+        triton: bool,
+    ) -> Tensor:
+        gradient = table_gradient(
+            grad_output, input_ids, table=table, fused_into=None, triton=triton
+        )
+        return cast(Tensor, gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        _, input_ids, _, ctx.triton = inputs
+        ctx.save_for_backward(input_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (input_ids,) = ctx.saved_tensors
+        return LookUp.apply(grad, input_ids, None, None, ctx.triton, 0.0), None, None, None

@@ -18,14 +18,17 @@ def put_table_gradient(
     fp32 at least, in a fixed order, so that two runs are bit-equal. Nothing waits for the device.
 
     Args:
-        grad_output: ``[S, B, H]``, any strides.
-        input_ids: ``[S, B]``: the id looked up at each position; negative or not below V for none.
+        grad_output: ``[S, B, H]``, or ``[…, H]``, any strides.
+        input_ids: ``[S, B]``, or ``[…]``: the id looked up at each position; negative or not below
+            V for none.
         out: ``[V, H]`` contiguous.
         add: to the rows of ``out``. Otherwise ``out`` is zero, and the rows are stored.
         triton: by the kernels, else by PyTorch operations.
     """
     num_rows, hidden = out.shape
     ids, order = torch.sort(input_ids.reshape(-1), stable=True)
+    if grad_output.ndim != 3:
+        grad_output = grad_output.reshape(-1, 1, hidden)
     if triton:
         from step37_kernels.ops import table
 
@@ -42,7 +45,7 @@ def put_table_gradient(
     # index_put_ adds in a fixed order on every device; index_add_ does not on CUDA.
     sums = rows.new_zeros(rows.shape).index_put_((segment,), rows, accumulate=True)
     row_of = torch.full_like(ids, -1).scatter_(0, segment, ids)
-    if row_of.is_cpu and not torch.compiler.is_compiling():
+    if row_of.is_cpu and type(row_of) is Tensor and not torch.compiler.is_compiling():
         # Values are at hand: what belongs to no row can be left out. index_add_ would be slow.
         kept = ~is_outside(row_of, num_rows)
         sums, row_of = sums[kept], row_of[kept].long()

@@ -218,7 +218,7 @@ def _fake_table_gradient(
     grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
 ) -> Tensor:
     del input_ids, triton
-    return grad_output.new_empty(num_rows, grad_output.shape[2], dtype=dtype)
+    return grad_output.new_empty(num_rows, grad_output.shape[-1], dtype=dtype)
 
 
 @_operator(_fake_table_gradient)
@@ -226,7 +226,7 @@ def table_gradient(
     grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
 ) -> Tensor:
     """The dense gradient ``[V, H]`` of the table that ``input_ids [S, B]`` were looked up in."""
-    gradient = torch.zeros((num_rows, grad_output.shape[2]), dtype=dtype, device=grad_output.device)
+    gradient = grad_output.new_zeros(num_rows, grad_output.shape[-1], dtype=dtype)
     put_table_gradient(grad_output, input_ids, gradient, add=False, triton=triton)
     return gradient
 

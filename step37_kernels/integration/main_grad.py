@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def has_main_grad(weight: Tensor) -> bool:
+    """Whether the weight has a ``main_grad`` that is not None, or will have one in backward."""
+    present = getattr(weight, "main_grad", None) is not None
+    return present or hasattr(weight, "__fsdp_param__")
+
+
 def check_has_main_grad(weight: Tensor, name: str = "weight") -> None:
     """Raise ``ValueError`` unless the weight has a ``main_grad``, or will have one in backward."""
-    if not (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__")):
+    if not has_main_grad(weight):
         raise ValueError(
             f"{name}: gradient_accumulation_fusion=True needs {name}.main_grad, which "
             "Megatron's DistributedDataParallel sets; it has none"
@@ -28,7 +34,7 @@ def into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tenso
     that the hooks of data parallelism run; zeros if the weight is marked ``zero_out_wgrad``.
 
     Raises:
-        ValueError: ``main_grad`` has another shape than the weight, or is not contiguous.
+        ValueError: ``main_grad`` is gone, has another shape than the weight, or is not contiguous.
     """
     owner: Any = weight
     fsdp = hasattr(owner, "__fsdp_param__")
@@ -55,7 +61,7 @@ def rows_into_main_grad(table: Tensor, put: Callable[[Tensor], None]) -> Tensor 
     sparse gradient without an entry loses nothing.
 
     Raises:
-        ValueError: ``main_grad`` has another shape than the table, or is not contiguous.
+        ValueError: ``main_grad`` is gone, has another shape than the table, or is not contiguous.
     """
     owner: Any = table
     main_grad = _checked_main_grad(table, "table")
@@ -74,7 +80,9 @@ def rows_into_main_grad(table: Tensor, put: Callable[[Tensor], None]) -> Tensor 
 
 
 def _checked_main_grad(weight: Tensor, name: str) -> Tensor:
-    main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        raise ValueError(f"{name}.main_grad: there was one in forward, and is none in backward")
     if main_grad.shape != weight.shape or not main_grad.is_contiguous():
         raise ValueError(
             f"{name}.main_grad: expected {tuple(weight.shape)}, contiguous, got "

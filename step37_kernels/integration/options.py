@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from step37_kernels.dispatch import Impl, check_impl
+from step37_kernels.integration.main_grad import has_main_grad
 from step37_kernels.integration.parallel import Layout, check_layout
 
 Lookup = Literal["auto", "call"]
@@ -95,7 +96,7 @@ class InsertOptions:
         fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
         if self.gradient_accumulation_fusion != "auto":
             return fuses
-        return fuses and (hasattr(weight, "main_grad") or hasattr(weight, "__fsdp_param__"))
+        return fuses and has_main_grad(weight)
 
     def wants_text_only_gradient(self) -> bool:
         """Whether a forward without image rows gives the projector a gradient of zeros."""

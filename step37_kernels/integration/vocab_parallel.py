@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from step37_kernels.dispatch import use_triton
+from step37_kernels.dispatch import TRITON_DTYPES, use_triton
+from step37_kernels.integration.main_grad import has_main_grad
 from step37_kernels.integration.patching import Mixin, with_mixin, without_mixin
 from step37_kernels.lookup import LookUp, check_ids
 
@@ -35,7 +36,7 @@ class RowGradient(Mixin):
         """``[B, S]`` ids to ``[B, S, H]``, or ``[S / ranks, B, H]`` under sequence parallelism."""
         weight = self.weight
         trained = weight.requires_grad and torch.is_grad_enabled()
-        if not (trained and hasattr(weight, "main_grad")) or hasattr(weight, "__fsdp_param__"):
+        if not (trained and has_main_grad(weight)) or hasattr(weight, "__fsdp_param__"):
             stock: Tensor = super().forward(input_)  # type: ignore[misc]
             return stock
         from megatron.core.tensor_parallel import mappings
@@ -45,7 +46,7 @@ class RowGradient(Mixin):
             ids, outside = input_ - self.vocab_start_index, 0.0
         else:
             check_ids(ids, None, weight.shape[0])
-        triton = use_triton("auto", weight.device)
+        triton = use_triton("auto", weight.device) and weight.dtype in TRITON_DTYPES
         rows = LookUp.apply(weight, ids, None, (weight,), triton, outside)
         result: Tensor
         if self.reduce_scatter_embeddings:
@@ -54,6 +55,11 @@ class RowGradient(Mixin):
         else:
             result = mappings.reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
         return result
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy, or what was read from a file, is undone by ``unpatch_step37`` too."""
+        super().__setstate__(state)  # type: ignore[misc]
+        _changed.add(self)  # type: ignore[arg-type]
 
 
 def use_row_gradient(model: nn.Module) -> None:

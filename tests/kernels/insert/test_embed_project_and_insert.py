@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from step37_kernels import embed_project_and_insert, plan_insert, project_and_insert, reference
+from step37_kernels.lookup import LookUp
 from step37_kernels.ops import project
 from step37_kernels.ops import table as table_ops
 from step37_kernels.ops.launch import launch
@@ -377,3 +379,97 @@ def test_a_missing_or_wrong_main_grad_is_an_error_that_names_the_table(device, i
     output = run(case, table, impl, gradient_accumulation_fusion=True)
     with pytest.raises(ValueError, match=r"table.main_grad: expected \(12, 48\), contiguous"):
         output.backward(case.grad_output)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_main_grad_that_is_none_is_missing(device, impl):
+    case = small_case(device)
+    table = make_table(case, torch.float32)
+    table.main_grad = None
+    case.weight.main_grad = torch.zeros(case.weight.shape, device=device)
+    with pytest.raises(ValueError, match=r"table: gradient_accumulation_fusion=True needs table"):
+        run(case, table, impl, gradient_accumulation_fusion=True)
+    table.main_grad = torch.zeros(table.shape, device=device)
+    output = run(case, table, impl, gradient_accumulation_fusion=True)
+    table.main_grad = None
+    with pytest.raises(ValueError, match=r"table\.main_grad: .* none in backward"):
+        output.backward(case.grad_output)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32], ids=str)
+def test_ids_of_a_dtype_that_no_plan_takes_are_an_error(device, impl, dtype):
+    case = small_case(device)
+    plan = plan_insert(case.input_ids, case.plan_groups, impl=impl)
+    with pytest.raises(TypeError, match="input_ids: expected int32 or int64, got torch"):
+        embed_project_and_insert(
+            case.input_ids.to(dtype),
+            make_table(case, torch.float32),
+            case.features,
+            case.weight,
+            case.bias,
+            plan,
+            impl=impl,
+        )
+
+
+def test_the_kernel_refuses_a_table_in_float64_also_where_there_is_no_feature(device):
+    ids = torch.arange(12, device=device).view(2, 6)
+    table = torch.randn(VOCABULARY, 16, dtype=torch.float64, device=device, requires_grad=True)
+    features, weight = table.new_zeros(0, 8), table.new_zeros(16, 8)
+    plan = plan_insert(ids, [])
+    with pytest.raises(ValueError, match=r"table: the Triton kernels take .*, got torch\.float64"):
+        embed_project_and_insert(ids, table, features, weight, None, plan, impl="triton")
+    output = embed_project_and_insert(ids, table, features, weight, None, plan, impl="torch")
+    third = torch.full_like(output, 1 / 3)
+    assert torch.equal(torch.autograd.grad(output, table, third)[0], torch.full_like(table, 1 / 3))
+
+
+def test_the_gradient_by_pytorch_can_be_differentiated_again_and_by_torch_func(device):
+    case = small_case(device, torch.float64)
+    table = make_table(case, torch.float64)
+    direction = torch.randn_like(table)
+
+    def cubed(rows: Tensor) -> Tensor:
+        return run(case, rows, "torch").pow(3).sum()
+
+    def cubed_looked_up(rows: Tensor) -> Tensor:
+        plan = plan_insert(case.input_ids, case.plan_groups, impl="torch")
+        embeddings = rows[case.input_ids].transpose(0, 1)
+        result = project_and_insert(
+            embeddings, case.features, case.weight, case.bias, plan, impl="torch"
+        )
+        return result.pow(3).sum()
+
+    products = []
+    for function in (cubed, cubed_looked_up):
+        (grad,) = torch.autograd.grad(function(table), table, create_graph=True)
+        products.append(torch.autograd.grad((grad * direction).sum(), table)[0])
+    torch.testing.assert_close(*products)
+    tables = torch.stack([table.detach(), 2 * table.detach()])
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(cubed))(tables),
+        torch.func.vmap(torch.func.grad(cubed_looked_up))(tables),
+    )
+
+
+def test_tensors_without_values_give_gradients_of_the_right_shape():
+    with FakeTensorMode():
+        table = torch.empty(VOCABULARY, 16, requires_grad=True)
+        weight = torch.empty(16, 8, requires_grad=True)
+        ids = torch.zeros(2, 6, dtype=torch.int64)
+        plan = plan_insert(ids, [(TOKENS[0], [3])])
+        output = embed_project_and_insert(ids, table, torch.empty(1, 3, 8), weight, None, plan)
+        output.sum().backward()
+    assert output.shape == (6, 2, 16)
+    assert table.grad.shape == table.shape
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_ids_of_a_packed_sequence_have_one_dimension(device, triton):
+    ids = torch.tensor([3, 1, 3, 0], device=device)
+    table = torch.randn(VOCABULARY, 16, device=device, requires_grad=True)
+    table.main_grad = torch.zeros(table.shape, device=device)
+    rows = LookUp.apply(table, ids, None, (table,), triton, math.nan)
+    rows.backward(torch.ones_like(rows))
+    assert table.main_grad[:, 0].tolist() == [1, 1, 0, 2, *[0] * (VOCABULARY - 4)]

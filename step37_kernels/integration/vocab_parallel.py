@@ -72,12 +72,16 @@ def use_row_gradient(model: nn.Module) -> None:
             _changed.add(module)
 
 
-def restore_dense_gradient() -> None:
-    """Undo :func:`use_row_gradient` wherever it was done."""
-    for module in list(_changed):
-        if isinstance(module, RowGradient):
+def restore_dense_gradient(model: nn.Module | None = None) -> None:
+    """Undo :func:`use_row_gradient` in ``model``, or wherever it was done.
+
+    A module whose class a wrapper derived from ours since (FSDP2's) keeps it: stock runs there, as
+    FSDP2 sets no ``main_grad``.
+    """
+    for module in list(_changed if model is None else model.modules()):
+        if type(module) in _classes.values():
             module.__class__ = type(module).__mro__[2]
-    _changed.clear()
+        _changed.discard(module)
 
 
 def _with_row_gradient(stock: type[nn.Module]) -> type[nn.Module]:

@@ -85,8 +85,10 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
         """Set all options, which are the fields of :class:`.InsertOptions`."""
         super().configure(**options)
         config = getattr(self._language_embedding, "config", None)
-        if isinstance(self._language_embedding, nn.Module) and self.options.fuses_gradients(config):
-            use_row_gradient(self._language_embedding)
+        if isinstance(self._language_embedding, nn.Module):
+            fuses = self.options.fuses_gradients(config)
+            change = use_row_gradient if fuses else restore_dense_gradient
+            change(self._language_embedding)
         if self.layout == "auto" and getattr(config, "sequence_parallel", False):
             # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
             # copies their marks before the first forward sets this one.
@@ -233,8 +235,10 @@ def replace_in(
         # The last stage looks words up for multi-token prediction, and has no ImageInsertEmbedding.
         for module in chunk.modules():
             config = getattr(module, "config", None)
-            if type(module).__name__ == "LanguageModelEmbedding" and given.fuses_gradients(config):
-                use_row_gradient(module)
+            if type(module).__name__ == "LanguageModelEmbedding":
+                fuses = given.fuses_gradients(config)
+                change = use_row_gradient if fuses else restore_dense_gradient
+                change(module)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():

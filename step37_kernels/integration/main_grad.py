@@ -34,7 +34,8 @@ def into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tenso
     that the hooks of data parallelism run; zeros if the weight is marked ``zero_out_wgrad``.
 
     Raises:
-        ValueError: ``main_grad`` is gone, has another shape than the weight, or is not contiguous.
+        ValueError: ``main_grad`` is None or freed, has another shape than the weight, or is not
+            contiguous.
     """
     owner: Any = weight
     fsdp = hasattr(owner, "__fsdp_param__")
@@ -61,7 +62,8 @@ def rows_into_main_grad(table: Tensor, put: Callable[[Tensor], None]) -> Tensor 
     sparse gradient without an entry loses nothing.
 
     Raises:
-        ValueError: ``main_grad`` is gone, has another shape than the table, or is not contiguous.
+        ValueError: ``main_grad`` is None or freed, has another shape than the table, or is not
+            contiguous.
     """
     owner: Any = table
     main_grad = _checked_main_grad(table, "table")
@@ -87,6 +89,12 @@ def _checked_main_grad(weight: Tensor, name: str) -> Tensor:
         raise ValueError(
             f"{name}.main_grad: expected {tuple(weight.shape)}, contiguous, got "
             f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+        )
+    freed = not torch.compiler.is_compiling() and main_grad.untyped_storage().nbytes() == 0
+    if freed and main_grad.numel():
+        raise ValueError(
+            f"{name}.main_grad: its memory is freed, as Megatron's offload_grad_buffers() does; "
+            "restore it before backward"
         )
     return main_grad
 

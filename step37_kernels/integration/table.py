@@ -62,6 +62,15 @@ def _is_of_megatron(kind: type, name: str) -> bool:
     return kind.__module__.startswith("megatron.core.") and kind.__name__ == name
 
 
+def _has_stock_forward(kind: type[nn.Module]) -> bool:
+    """Whether nobody put another function, or one around it, in place of the class's forward."""
+    forward = kind.forward
+    defined_in = forward.__module__.split(".")[0]
+    return defined_in in ("torch", "megatron", "step37_kernels") and not hasattr(
+        forward, "__wrapped__"
+    )
+
+
 def _more_than_an_embedding(embedding: nn.Embedding) -> str | None:
     if embedding.max_norm is not None:
         return "max_norm changes the table's rows"
@@ -101,6 +110,8 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
     for module in modules:
         if "forward" in vars(module):
             return f"the instance of {type(module).__name__} has a forward of its own"
+        if not _has_stock_forward(type(module)):
+            return f"the forward of {type(module).__name__} was replaced"
         if not hooks_are_of_megatron(module):
             return f"{type(module).__name__} has hooks"
     return None

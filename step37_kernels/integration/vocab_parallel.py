@@ -72,8 +72,14 @@ def use_row_gradient(model: nn.Module) -> None:
             _changed.add(module)
 
 
-def restore_dense_gradient() -> None:
-    """Undo :func:`use_row_gradient` wherever it was done."""
-    for module in list(_changed):
-        module.__class__ = without_mixin(type(module))
-    _changed.clear()
+def restore_dense_gradient(model: nn.Module | None = None) -> None:
+    """Undo :func:`use_row_gradient` in ``model``, or wherever it was done.
+
+    A module whose class a wrapper derived from ours since (FSDP2's) keeps it: stock runs there, as
+    FSDP2 sets no ``main_grad``.
+    """
+    module: Any
+    for module in list(_changed if model is None else model.modules()):
+        if isinstance(module, RowGradient):
+            module.__class__ = without_mixin(type(module))
+            _changed.discard(module)

@@ -7,6 +7,7 @@ embedding that is called, whose gradient is dense and which Megatron's hook adds
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
@@ -227,3 +230,42 @@ def test_two_tensor_parallel_ranks_train_as_with_a_dense_gradient(sequence_paral
 
 def test_an_embedding_with_dropout_is_called_and_its_gradient_goes_by_rows():
     run(compare, Case(dropout=0.3), "called", {}, world=1)
+
+
+def change_options(rank: int) -> None:
+    del rank
+    model = make_model(Case(), "by rows")
+    words = model.words.word_embeddings
+    replace_in(model, gradient_accumulation_fusion=False)
+    assert not isinstance(words, RowGradient)
+    replace_in(model, gradient_accumulation_fusion=True)
+    copied = copy.copy(words)
+    assert isinstance(copied, RowGradient)
+    restore_dense_gradient()
+    assert not isinstance(words, RowGradient)
+    assert not isinstance(copied, RowGradient)
+    replace_in(model, gradient_accumulation_fusion=True)
+    fully_shard(words, mesh=init_device_mesh("cpu", (1,)))
+    restore_dense_gradient()
+    assert isinstance(words, FSDPModule)
+
+
+def test_the_gradient_by_rows_goes_where_fusion_is_turned_off_and_leaves_fsdp_alone():
+    run(change_options, world=1)
+
+
+def train_without_main_grad(rank: int) -> None:
+    del rank
+    model = make_model(Case(), "by rows")
+    ids, images, weights = microbatch(0)
+    model.fuse.gradient_accumulation_fusion = "auto"
+    for parameter in model.parameters():
+        parameter.main_grad = None
+    model.words(input_ids=ids, position_ids=None).sum().backward()
+    assert model.words.word_embeddings.weight.grad.sum() == SEQ_LEN * HIDDEN
+    model(ids, images, weights).backward()
+    assert model.fuse.align_projector.weight.grad.abs().max() > 0
+
+
+def test_a_main_grad_of_none_leaves_the_gradient_to_autograd():
+    run(train_without_main_grad, world=1)

@@ -473,3 +473,18 @@ def test_ids_of_a_packed_sequence_have_one_dimension(device, triton):
     rows = LookUp.apply(table, ids, None, (table,), triton, math.nan)
     rows.backward(torch.ones_like(rows))
     assert table.main_grad[:, 0].tolist() == [1, 1, 0, 2, *[0] * (VOCABULARY - 4)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("freed", ["table", "weight"])
+def test_a_main_grad_whose_memory_is_freed_is_an_error(device, impl, freed):
+    """As between Megatron's ``offload_grad_buffers`` and ``restore_grad_buffers``."""
+    case = small_case(device)
+    table = make_table(case, torch.float32)
+    parameters = {"table": table, "weight": case.weight}
+    for parameter in parameters.values():
+        parameter.main_grad = torch.zeros(parameter.shape, device=device)
+    output = run(case, table, impl, gradient_accumulation_fusion=True)
+    parameters[freed].main_grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"{freed}\.main_grad: its memory is freed"):
+        output.backward(case.grad_output)

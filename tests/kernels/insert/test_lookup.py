@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -189,3 +190,18 @@ def test_the_state_dict_has_the_projector_alone():
     module, _ = make("cpu")
     assert list(module.state_dict()) == ["align_projector.weight"]
     assert isinstance(plain_table(module._language_embedding), PlainTable)
+
+
+def test_a_forward_that_was_replaced_in_the_class_is_called(device, monkeypatch):
+    stock = nn.Embedding.forward
+    ids, _ = batch(device)
+    module, words = make(device)
+    plain = module(ids)
+
+    def doubled(module: nn.Embedding, ids: Tensor) -> Tensor:
+        return 2 * stock(module, ids)
+
+    for replacement in (doubled, functools.wraps(stock)(doubled)):
+        monkeypatch.setattr(nn.Embedding, "forward", replacement)
+        assert plain_table(words) == "the forward of Embedding was replaced"
+        assert torch.equal(module(ids), 2 * plain)

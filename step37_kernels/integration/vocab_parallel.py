@@ -78,8 +78,8 @@ def restore_dense_gradient(model: nn.Module | None = None) -> None:
     A module whose class a wrapper derived from ours since (FSDP2's) keeps it: stock runs there, as
     FSDP2 sets no ``main_grad``.
     """
-    module: Any
     for module in list(_changed if model is None else model.modules()):
-        if isinstance(module, RowGradient):
-            module.__class__ = without_mixin(type(module))
+        kind = type(module)
+        if issubclass(kind, RowGradient):
+            module.__class__ = without_mixin(kind)
             _changed.discard(module)

@@ -269,3 +269,90 @@ def train_without_main_grad(rank: int) -> None:
 
 def test_a_main_grad_of_none_leaves_the_gradient_to_autograd():
     run(train_without_main_grad, world=1)
+
+
+def gradients_of_gpt(rank: int, kind: str, tied: bool) -> dict[str, Tensor]:
+    """``main_grad`` of Megatron's own ``GPTModel``, whose multi-token prediction looks words up
+    again, after one microbatch."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import MegatronModule
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=HIDDEN,
+            num_attention_heads=2,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            mtp_num_layers=1,
+        )
+    layer = get_gpt_layer_local_spec()
+
+    class Model(MegatronModule):
+        def __init__(self) -> None:
+            super().__init__(config=config)
+            self.gpt = GPTModel(
+                config,
+                layer,
+                vocab_size=VOCABULARY,
+                max_sequence_length=SEQ_LEN,
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=tied,
+                mtp_block_spec=get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False),
+            )
+            words = self.gpt.embedding
+            stock = kind == "stock"
+            self.fuse = Stock(words) if stock else ImageInsertEmbedding(words, WIDTH, HIDDEN)
+
+        def forward(self, ids: Tensor, images: list[ImageForInsert]) -> Tensor:
+            hidden = torch.ones(1, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool).triu(1)
+            losses: Tensor = self.gpt(
+                input_ids=ids,
+                position_ids=torch.arange(SEQ_LEN)[None],
+                attention_mask=hidden,
+                decoder_input=self.fuse(ids, images),
+                labels=ids.roll(-1, 1),
+            )
+            return losses
+
+    torch.manual_seed(3)
+    model = Model()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if kind == "by rows":
+        replace_in(model, gradient_accumulation_fusion=True)
+    wrapped = DistributedDataParallel(
+        config, DistributedDataParallelConfig(bucket_size=1, overlap_grad_reduce=True), model
+    )
+    wrapped.zero_grad_buffer()
+    ids, images, _ = microbatch(100 * rank)
+    wrapped(ids, images).mean().backward()
+    wrapped.finish_grad_sync()
+    restore_dense_gradient()
+    return {name: p.main_grad.clone() for name, p in model.named_parameters()}
+
+
+def compare_gpt(rank: int, tied: bool) -> None:
+    wanted = gradients_of_gpt(rank, "stock", tied)
+    found = gradients_of_gpt(rank, "by rows", tied)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert wanted["gpt.embedding.word_embeddings.weight"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_multi_token_prediction_looks_up_again_and_loses_nothing(tied):
+    run(compare_gpt, tied)

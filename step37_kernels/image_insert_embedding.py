@@ -373,8 +373,6 @@ class ImageInsertEmbedding(nn.Module):
         if self.options.lookup == "call":
             return None
         table = plain_table(self._language_embedding)
-        if torch._C._are_functorch_transforms_active():
-            table = "torch.func differentiates it"
         if isinstance(table, PlainTable):
             return table
         if not torch.compiler.is_compiling():

@@ -86,14 +86,20 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
         super().configure(**options)
         config = getattr(self._language_embedding, "config", None)
         if isinstance(self._language_embedding, nn.Module):
-            fuses = self.options.fuses_gradients(config)
-            change = use_row_gradient if fuses else restore_dense_gradient
-            change(self._language_embedding)
+            _set_gradient_of_called(self._language_embedding, self.options)
         if self.layout == "auto" and getattr(config, "sequence_parallel", False):
             # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
             # copies their marks before the first forward sets this one.
             for parameter in self.align_projector.parameters():
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
+
+
+def _set_gradient_of_called(embedding: nn.Module, options: InsertOptions) -> None:
+    """Give a language embedding that may be called the gradient by rows where gradients are fused,
+    and stock's where they are not."""
+    fuses = options.fuses_gradients(getattr(embedding, "config", None))
+    change = use_row_gradient if fuses else restore_dense_gradient
+    change(embedding)
 
 
 class _ContiguousTower(Mixin):
@@ -234,11 +240,8 @@ def replace_in(
     for _, chunk in chunks:
         # The last stage looks words up for multi-token prediction, and has no ImageInsertEmbedding.
         for module in chunk.modules():
-            config = getattr(module, "config", None)
             if type(module).__name__ == "LanguageModelEmbedding":
-                fuses = given.fuses_gradients(config)
-                change = use_row_gradient if fuses else restore_dense_gradient
-                change(module)
+                _set_gradient_of_called(module, given)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():

@@ -94,9 +94,7 @@ class InsertOptions:
     def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
         """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
         fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
-        if self.gradient_accumulation_fusion != "auto":
-            return fuses
-        return fuses and has_main_grad(weight)
+        return fuses and (self.gradient_accumulation_fusion != "auto" or has_main_grad(weight))
 
     def wants_text_only_gradient(self) -> bool:
         """Whether a forward without image rows gives the projector a gradient of zeros."""

@@ -47,7 +47,7 @@ def plain_table(embedding: Any) -> PlainTable | str:
     if kind is nn.Embedding:
         words, modules = embedding, [embedding]
         reason = _more_than_an_embedding(embedding)
-    elif is_class_of_megatron(kind, "LanguageModelEmbedding"):
+    elif _is_of_megatron(kind, "LanguageModelEmbedding"):
         words = embedding.word_embeddings
         modules = [embedding, words]
         reason = _more_than_megatrons(embedding, words)
@@ -58,8 +58,7 @@ def plain_table(embedding: Any) -> PlainTable | str:
     return PlainTable(words.weight, modules) if reason is None else reason
 
 
-def is_class_of_megatron(kind: type, name: str) -> bool:
-    """Whether a class is Megatron-Core's of that name, or one of ours in its place."""
+def _is_of_megatron(kind: type, name: str) -> bool:
     return kind.__module__.startswith("megatron.core.") and kind.__name__ == name
 
 
@@ -86,7 +85,7 @@ def _more_than_an_embedding(embedding: nn.Embedding) -> str | None:
 
 def _more_than_megatrons(embedding: Any, words: Any) -> str | None:
     config = embedding.config
-    if not is_class_of_megatron(type(words), "VocabParallelEmbedding"):
+    if not _is_of_megatron(type(words), "VocabParallelEmbedding"):
         return f"its word_embeddings are {type(words).__name__}"
     if words.tp_group.size() > 1:
         return f"the table is divided among {words.tp_group.size()} tensor-parallel ranks"

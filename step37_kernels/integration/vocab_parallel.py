@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from step37_kernels.dispatch import TRITON_DTYPES, use_triton
 from step37_kernels.integration.main_grad import has_main_grad
 from step37_kernels.integration.patching import Mixin, with_mixin, without_mixin
-from step37_kernels.integration.table import is_class_of_megatron
 from step37_kernels.lookup import LookUp, check_ids
 
 _changed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -67,7 +66,7 @@ def use_row_gradient(model: nn.Module) -> None:
     """Give every ``VocabParallelEmbedding`` in ``model`` the gradient by rows."""
     for module in model.modules():
         kind = type(module)
-        if is_class_of_megatron(kind, "VocabParallelEmbedding"):
+        if kind.__name__ == "VocabParallelEmbedding" and kind.__module__.startswith("megatron."):
             if not isinstance(module, RowGradient):
                 module.__class__ = with_mixin(RowGradient, kind)
             _changed.add(module)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.harness import Settings
+from bench.predict_copies import copies_us, own_launch_us
 from bench.report import Column, Table, read
 from bench.shapes import AUTOMODEL, SHAPES, Shape, shapes_named
 from bench.subjects.insert import work_of
@@ -50,6 +51,7 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "transposing": (0.6, 0.7, 0.8, "of memory", "assumed: packing reads two bytes at a time"),
     "L2": (7.7, 8.5, 10, "TB/s", "reported: L2 to all multiprocessors"),
     "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor, reading plus writing"),
+    "turn": (0.7, 1.0, 1.5, "µs", "assumed: a program that finds no text row to copy"),
     "start": (2.0, 2.3, 3.0, "µs", "reported: the shortest useful kernel"),
     "fill": (1.0, 1.5, 2.0, "µs", "assumed: two trips to memory before the first product"),
     "dependent": (0.7, 1.0, 1.5, "µs", "reported: a launch behind another"),
@@ -195,13 +197,10 @@ def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]
 
 def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     """List the launches of plan and product with the table's tile, and µs of all together."""
-    rates, rows = rates_of(chip, case), shape.num_rows
+    rates = rates_of(chip, case)
     planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
     plan = Launch("plan", "", 1, 0, "launch", planning)
-    text = 2 * (shape.seq_len - rows) * shape.hidden
-    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
-    tile = table.entry(rows, torch.bfloat16, 90)
-    project = own(rates, tile, [n * each for n, each in groups if n], shape)
+    project = own(rates, *table_product(shape), shape)
     # The product starts beside the plan, and waits for it in its epilogue.
     late = max(rates["dependent"], planning - project.us)
     launches = [plan, project]
@@ -209,10 +208,33 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
         moving = MOVES * (rates["dependent"] + rates["start"])
         launches.insert(1, Launch(f"{MOVES} small operations", "", 0, 0, "launch", moving))
         late = planning + moving + rates["dependent"]
-    # Multiprocessors without a tile in the last wave copy text rows; what is left then, all.
-    beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
-    left = max(2 * text / 1e6 - beside, 0) / rates["memory"]
-    return launches, late + project.us + left
+    copies = Launch("text behind the tiles", "", 0, 0, "", copying(shape, chip, case))
+    if copies.us >= 0.05:
+        launches.append(copies)
+    return launches, late + project.us + copies.us
+
+
+def table_product(shape: Shape) -> tuple[Tile, list[int]]:
+    """Look up the tile that multiplies a shape's rows, and count the rows of each source."""
+    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
+    tile = table.entry(shape.num_rows, torch.bfloat16, 90)
+    return tile, [n * each for n, each in groups if n]
+
+
+@functools.cache
+def copying(shape: Shape, chip: str, case: str) -> float:
+    """Predict the µs by which text rows, copied by the product's launch, hold up its end."""
+    rates, (tile, row_counts) = rates_of(chip, case), table_product(shape)
+    shares = table.schedule(tile, row_counts, shape.hidden, shape.width, PROCESSORS)
+    work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
+    each = (own(rates, tile, row_counts, shape).us - rates["start"]) / work
+    tiles = [0.0] * PROCESSORS
+    for program in range(shares.programs):
+        first = min(range(PROCESSORS), key=tiles.__getitem__)
+        tiles[first] += each if program < shares.whole else each / shares.parts
+    rows, hidden, width = shape.num_rows, shape.hidden, shape.width
+    product = 2 * (rows * width + hidden * width + rows * hidden)
+    return copies_us(shape, tiles, product, rates)
 
 
 def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:

@@ -292,7 +292,10 @@ def plan_runs(
     _check_ids(input_ids, flat)
     destinations, row_at, starts, counts = operators.plan(
         input_ids,
-        *flat,
+        flat.tokens,
+        flat.group_sizes,
+        flat.features,
+        flat.rows,
         shift,
         batch_first,
         vocabulary,

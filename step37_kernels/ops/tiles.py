@@ -88,10 +88,7 @@ def takes_tma(*matrices: Tensor) -> bool:
     row_bytes = matrices[0].shape[1] * matrices[0].itemsize
     if row_bytes == 0 or row_bytes % 16:
         return False
-    for matrix in matrices:
-        if matrix.data_ptr() % 16:
-            return False
-    return True
+    return not any(matrix.data_ptr() % 16 for matrix in matrices)
 
 
 @functools.lru_cache

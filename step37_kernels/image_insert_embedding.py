@@ -20,6 +20,7 @@ from step37_kernels.insert import (
     FeatureRows,
     Projector,
     check_embeddings,
+    contiguous_rows,
     insert_projected,
     insert_rows,
     join_rows,
@@ -133,7 +134,7 @@ def _check_widths(tensors: Sequence[Tensor], width: int, name: str, whose: str) 
 
 def _moved(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Raise ``ValueError`` where the move would ask for values that are nowhere."""
-    if tensor.device.type == "meta" != device.type:
+    if tensor.is_meta and device.type != "meta":
         raise ValueError(
             f"{name}: expected values, got a tensor on the meta device, {tuple(tensor.shape)}; "
             "is the vision tower on it?"
@@ -319,8 +320,10 @@ class ImageInsertEmbedding(nn.Module):
             TypeError: ``input_ids`` are no tensor, ``images`` is no list of groups, features are no
                 tensors, or a start token is no integer.
         """
-        if isinstance(images, (list, tuple)) and any(
-            _costs_graphs(getattr(image, "image_features", None)) for image in images
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and isinstance(images, (list, tuple))
+            and any(_costs_graphs(getattr(image, "image_features", None)) for image in images)
         ):
             return _forward_untraced(self, input_ids, images, position_ids)
         _check_input_ids(input_ids)
@@ -387,13 +390,14 @@ class ImageInsertEmbedding(nn.Module):
             raise TypeError(
                 f"images: expected a list of ImageForInsert, got {type(images).__name__}"
             )
+        projector = self.align_projector
         if plain:
-            weight = self.align_projector.weight
+            weight = projector.weight
             device, dtype = weight.device, weight.dtype
         else:
-            device, dtype = input_like(self.align_projector, embeddings)
+            device, dtype = input_like(projector, embeddings)
             if images and embeddings.device.type != "meta":
-                check_has_values(self.align_projector, "align_projector")
+                check_has_values(projector, "align_projector")
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -407,7 +411,7 @@ class ImageInsertEmbedding(nn.Module):
                 )
             tensors = _feature_tensors(image.image_features, name)
             if plain:
-                _check_widths(tensors, self.align_projector.in_features, name, "the projector's")
+                _check_widths(tensors, projector.in_features, name, "the projector's")
             runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
             features += [_moved(t, name, device, dtype) for t in tensors if _has_rows(t)]
         return tuple(runs), features
@@ -432,7 +436,7 @@ class ImageInsertEmbedding(nn.Module):
         if plain and features:
             run_forward_pre_hooks(projector)
             triton = use_triton(self.options.impl, features[0].device)
-            rows = FeatureRows.of(features, features[0].dtype, triton)
+            rows = FeatureRows(features, contiguous_rows(features) if triton else None)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
@@ -454,16 +458,12 @@ class ImageInsertEmbedding(nn.Module):
             plan = plan.shard(positions.to(text.rows.device))
         self._check_text(text, plan, projector.out_features if plain else None)
         if plain and features:
+            weight = projector.weight
+            fused = self.options.fuses_gradient_of(weight, self._language_embedding)
             result = insert_projected(
                 text,
                 rows,
-                Projector(
-                    weight=projector.weight,
-                    bias=projector.bias,
-                    fused=self.options.fuses_gradient_of(
-                        projector.weight, self._language_embedding
-                    ),
-                ),
+                Projector(weight=weight, bias=projector.bias, fused=fused),
                 plan,
                 after_plan=plan is whole and not (self.options.strict or compiling),
             )
@@ -514,7 +514,12 @@ class ImageInsertEmbedding(nn.Module):
         """Under sequence parallelism each rank's gradient is that of its own rows; Megatron sums
         the gradients of parameters so marked."""
         parted = layout is not None and layout.sequence_parallel_group is not None
-        for parameter in self.align_projector.parameters():
+        projector = self.align_projector
+        # Of a module without others in it, without the search, which takes a while in each forward.
+        own = projector._parameters.values() if not projector._modules else projector.parameters()
+        for parameter in own:
+            if parameter is None:
+                continue
             marked = getattr(parameter, "sequence_parallel", False)
             if parted and not marked:
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]

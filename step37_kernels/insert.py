@@ -90,16 +90,20 @@ def join_rows(features: Sequence[Tensor]) -> Tensor:
 
 
 def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`.
+    """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`,
+    apart from autograd.
 
     What is contiguous stays where it is. Other layouts, such as the channels-first view of a vision
     tower, are copied by one launch; so are all where there are too many.
     """
+    features = [feature.detach() for feature in features]
     if len(features) > MAX_SOURCES:
-        return [operators.copy_rows(list(features))]
+        return [operators.copy_rows(features)]
     strided = [feature for feature in features if not feature.is_contiguous()]
+    if not strided:
+        return [feature.flatten(0, 1) for feature in features]
     counts = [feature.shape[0] * feature.shape[1] for feature in strided]
-    parts = iter(operators.copy_rows(strided).split(counts) if strided else ())
+    parts = iter(operators.copy_rows(strided).split(counts))
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 
@@ -264,8 +268,7 @@ class FeatureRows:
             for tensor in features
             if math.prod(tensor.shape[:-1])
         ]
-        detached = [tensor.detach() for tensor in tensors]
-        return cls(tensors, contiguous_rows(detached) if triton else None)
+        return cls(tensors, contiguous_rows(tensors) if triton else None)
 
 
 def _validate(

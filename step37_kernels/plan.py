@@ -292,10 +292,10 @@ def plan_runs(
     _check_ids(input_ids, flat)
     destinations, row_at, starts, counts = operators.plan(
         input_ids,
-        list(flat.tokens),
-        list(flat.group_sizes),
-        list(flat.features),
-        list(flat.rows),
+        flat.tokens,
+        flat.group_sizes,
+        flat.features,
+        flat.rows,
         shift,
         batch_first,
         vocabulary,
@@ -318,9 +318,9 @@ def _check_ids(input_ids: Tensor, runs: FlatRuns) -> None:
         raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
-    limits = torch.iinfo(input_ids.dtype)
+    limit = 2 ** (8 * input_ids.itemsize - 1)
     for token in runs.tokens:
-        if not limits.min <= token <= limits.max:
+        if not -limit <= token < limit:
             raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
     batch_size, seq_len = input_ids.shape
     if max(runs.num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:

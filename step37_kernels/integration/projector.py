@@ -73,9 +73,10 @@ def is_plain(projector: nn.Module) -> bool:
 
 def hooks_are_of_megatron(module: nn.Module) -> bool:
     """Whether the module has no hooks but forward pre-hooks of Megatron's, if any."""
-    return not (
-        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and all(_is_of_megatron(hook) for hook in module._forward_pre_hooks.values())
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    before = module._forward_pre_hooks
+    return not before or all(_is_of_megatron(hook) for hook in before.values())
 
 
 def _is_of_megatron(hook: Callable[..., Any]) -> bool:
@@ -117,7 +118,8 @@ def input_width(projector: nn.Module) -> int | None:
 
 def devices_of_plain(projector: nn.Linear) -> set[torch.device]:
     """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
-    return {t.device for t in (projector.weight, projector.bias) if t is not None}
+    bias = projector.bias
+    return {projector.weight.device} if bias is None else {projector.weight.device, bias.device}
 
 
 def check_has_values(projector: nn.Module, name: str) -> None:

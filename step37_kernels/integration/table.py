@@ -53,9 +53,10 @@ def plain_table(embedding: Any) -> PlainTable | str:
         reason = _more_than_megatrons(embedding, words)
     else:
         return f"{kind.__name__} is not known to be nothing but a lookup"
-    if reason is None:
-        reason = _more_than_a_weight(words.weight, modules)
-    return PlainTable(words.weight, modules) if reason is None else reason
+    if reason is not None:
+        return reason
+    weight = words.weight
+    return _more_than_a_weight(weight, modules) or PlainTable(weight, modules)
 
 
 def _is_of_megatron(kind: type, name: str) -> bool:

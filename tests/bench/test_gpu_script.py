@@ -255,8 +255,8 @@ def test_smoke_runs_what_there_is_and_stops_at_the_first_wrong_result(
         "normalize: ok",
         "resize: ok",
     ]
-    right = smoke.step37("torch")
-    monkeypatch.setattr(smoke, "step37", lambda _: lambda *given: right(*given) + 1)
+    right = smoke.step37("torch", tiny.hidden, tiny.width)
+    monkeypatch.setattr(smoke, "step37", lambda *_: lambda *given: right(*given) + 1)
     with pytest.raises(SystemExit):
         smoke.main(["tiny"], CPU, "torch")
     assert "insert tiny, contiguous: output: a text row differs" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
 from step37_kernels.integration.vocab_parallel import RowGradient, restore_dense_gradient
-from step37_kernels.megatron import replace_in
+from step37_kernels.megatron import Step37ImageInsertEmbedding, replace_in
 from tests.megatron.processes import run
 
 HIDDEN, WIDTH, VOCABULARY = 16, 24, 64
@@ -98,7 +98,7 @@ def make_model(case: Case, kind: str) -> Any:
             return loss
 
     def make_ours(words: torch.nn.Module) -> ImageInsertEmbedding:
-        return ImageInsertEmbedding(words, WIDTH, HIDDEN, impl=case.impl)
+        return Step37ImageInsertEmbedding(words, WIDTH, HIDDEN)  # replace_in gives it its options.
 
     def own_part(rows: Tensor) -> int:
         whole = rows.shape[0] == SEQ_LEN
@@ -359,6 +359,11 @@ def change_options(rank: int) -> None:
     model = make_model(Case(), "by rows")
     words = model.words.word_embeddings
     replace_in(model, gradient_accumulation_fusion=False)
+    assert not isinstance(words, RowGradient)
+    # An attribute of the built module does what the keyword did at its building.
+    model.fuse.gradient_accumulation_fusion = True
+    assert isinstance(words, RowGradient)
+    model.fuse.gradient_accumulation_fusion = False
     assert not isinstance(words, RowGradient)
     replace_in(model, gradient_accumulation_fusion=True)
     copied = copy.copy(words)

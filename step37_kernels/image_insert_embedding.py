@@ -166,10 +166,15 @@ def _layout_name(layout: Layout) -> str:
 
 
 def _option(name: str) -> Any:
-    """A property of the module that reads and sets one of its :class:`.InsertOptions`."""
+    """A property of the module that reads and sets one of its :class:`.InsertOptions`.
+
+    It is set as all are set together, so that what else an option changes follows.
+    """
 
     def set_option(module: ImageInsertEmbedding, value: Any) -> None:
-        module.options = dataclasses.replace(module.options, **{name: value})
+        fields = dataclasses.fields(module.options)
+        options: Any = {field.name: getattr(module.options, field.name) for field in fields}
+        module.configure(**options | {name: value})
 
     return property(lambda module: getattr(module.options, name), set_option)
 
@@ -495,7 +500,7 @@ class ImageInsertEmbedding(nn.Module):
                 f"language_embedding's table: expected [V, H] = [V, {hidden}], "
                 f"got {tuple(text.rows.shape)}"
             )
-        check_ids(text.input_ids, plan.row_at, num_rows)
+        check_ids(text.input_ids, plan, num_rows)
 
     def _layout_now(self) -> SequenceLayout | None:
         """The layout in force in this forward, with the projector's parameters marked for it.

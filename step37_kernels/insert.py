@@ -288,10 +288,6 @@ def _validate(
     else:
         if text.rows.ndim != 2 or text.rows.shape[1] != hidden:
             fail("table", f"[V, H] = [V, {hidden}]", tuple(text.rows.shape))
-        planned = tuple(plan.row_at.shape)
-        if tuple(text.input_ids.shape) != planned:
-            shape = planned if plan.batch_first else planned[::-1]
-            fail("input_ids", f"[B, S] = {list(shape)} (the plan's)", tuple(text.input_ids.shape))
         if text.input_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"input_ids: expected int32 or int64, got {text.input_ids.dtype}")
         tensors = {"table": text.rows}
@@ -412,6 +408,12 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
         IndexError: on the CPU, an id at a text position is no row of the table. On CUDA nothing
             waits for the ids: that text row is NaN.
     """
+    planned = (plan.batch_size, plan.seq_len)
+    if tuple(input_ids.shape) != planned:
+        raise ValueError(
+            f"input_ids: expected [B, S] = {list(planned)} (the plan's), "
+            f"got {tuple(input_ids.shape)}"
+        )
     ids = input_ids if plan.batch_first else input_ids.t()
     text = TextRows(rows=table, input_ids=ids, fused=gradient_accumulation_fusion)
     projector = Projector(weight=weight, bias=bias, fused=gradient_accumulation_fusion)
@@ -429,7 +431,7 @@ def _check_and_insert(
     tensors = [features] if isinstance(features, Tensor) else list(features)
     _validate(text, tensors, projector, plan)
     if text.input_ids is not None:
-        check_ids(text.input_ids, plan.row_at, text.rows.shape[0])
+        check_ids(text.input_ids, plan, text.rows.shape[0])
     triton = use_triton(impl, projector.weight.device)
     rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
     return insert_projected(text, rows, projector, plan)

@@ -17,6 +17,7 @@ from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import sequence_layout
 from step37_kernels.integration.patching import (
+    AfterBuilding,
     ClassPatch,
     Mixin,
     chunks_of,
@@ -102,6 +103,21 @@ def _set_gradient_of_called(embedding: nn.Module, options: InsertOptions) -> Non
     change(embedding)
 
 
+def _set_gradients_of_called(model: nn.Module, options: InsertOptions) -> None:
+    """Do so for every language embedding in ``model``.
+
+    The last pipeline stage has one that looks words up for multi-token prediction, and no
+    ``ImageInsertEmbedding``.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "LanguageModelEmbedding":
+            _set_gradient_of_called(module, options)
+
+
+_MODEL_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name="Step37Model", _stock={}, _put={})
+_MODELS = AfterBuilding(lambda model: _set_gradients_of_called(model, InsertOptions(**_options)))
+
+
 class _ContiguousTower(Mixin):
     """What goes before ``Step37VisionModel`` among a class's bases."""
 
@@ -135,7 +151,8 @@ def patch_step37(
     Replaces ``ImageInsertEmbedding`` in ``…modelling_step37.model``, where ``Step37Model`` looks it
     up, and in ``…modelling_step37.image_insert_embedding``. Imports both, so that it does not
     matter whether the caller has. A second call replaces nothing; its options hold for models
-    built after it.
+    built after it. Where gradients are fused, word embeddings of these models that are called, on
+    whatever pipeline stage, have their gradient by rows as well.
 
     Not replaced, and said so in the log: models that exist already (a warning; see
     :func:`replace_in`); other modules that took the class by name before (named in a warning);
@@ -158,7 +175,9 @@ def patch_step37(
     """
     global _options
     given = InsertOptions(**options)
+    (model,) = _MODEL_PATCH.find().values()
     names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
+    _MODELS.apply(model)
     if channels_last:
         names += _TOWER_PATCH.apply(_contiguous, _ContiguousTower)
     else:
@@ -184,6 +203,7 @@ def unpatch_step37() -> tuple[str, ...]:
     """
     global _options
     _options = {}
+    _MODELS.undo()
     restore_dense_gradient()
     return _PATCH.undo() + _TOWER_PATCH.undo()
 
@@ -238,10 +258,7 @@ def replace_in(
             module.__class__ = Step37ImageInsertEmbedding
         cast(ImageInsertEmbedding, module).configure(**options)
     for _, chunk in chunks:
-        # The last stage looks words up for multi-token prediction, and has no ImageInsertEmbedding.
-        for module in chunk.modules():
-            if type(module).__name__ == "LanguageModelEmbedding":
-                _set_gradient_of_called(module, given)
+        _set_gradients_of_called(chunk, given)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():

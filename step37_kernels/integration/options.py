@@ -59,7 +59,8 @@ class InsertOptions:
     ``gradient_accumulation_fusion`` only the rows of the words that were there are touched. The
     embedding is called, and the log (INFO) says once why, if it has position or token-type
     embeddings, dropout that is in effect, an fp32 residual connection, a muP factor, or hooks that
-    are not Megatron's, or if it is of any other class. ``"call"`` always calls."""
+    are not Megatron's (its own, or for all modules), or if it is of any other class. ``"call"``
+    always calls."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add the gradient of the projector's weight, and of the table that words are looked up in, to
     its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of

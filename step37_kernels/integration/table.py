@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
 
 from step37_kernels.integration.projector import hooks_are_of_megatron, run_forward_pre_hooks
 
@@ -41,7 +42,8 @@ def plain_table(embedding: Any) -> PlainTable | str:
 
     That is an ``nn.Embedding``, or Megatron-Core's ``LanguageModelEmbedding`` with one
     tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
-    residual connection, scaling (muP), and hooks that are not Megatron's.
+    residual connection, scaling (muP), and hooks that are not Megatron's, whether of its own or for
+    all modules (``torch.nn.modules.module.register_module_forward_hook``).
     """
     kind = type(embedding)
     if kind is nn.Embedding:
@@ -108,6 +110,8 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
         return f"its table is a {type(weight).__name__} (quantised or distributed)"
     if hasattr(weight, "__fsdp_param__"):
         return "Megatron-FSDP shards its table"
+    if torch_module._has_any_global_hook():
+        return "there are hooks for the calls of all modules"
     for module in modules:
         if "forward" in vars(module):
             return f"the instance of {type(module).__name__} has a forward of its own"

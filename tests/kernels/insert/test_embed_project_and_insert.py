@@ -229,7 +229,7 @@ def test_an_id_outside_the_table_at_a_text_position_is_an_error_on_the_cpu(devic
     table = make_table(case, torch.float32)
     for wrong in (VOCABULARY, -1):
         case.input_ids[1, 0] = wrong
-        message = rf"input_ids: expected 0 to 11 at text positions.*got {wrong} at \(0, 1\)"
+        message = rf"expected 0 to 11 at text positions.*got {wrong} at \(1, 0\) of \(2, 30\)"
         with pytest.raises(IndexError, match=message):
             run(case, table, impl)
 
@@ -261,7 +261,19 @@ def test_where_nobody_waits_a_row_of_an_unknown_id_is_nan_and_gets_no_gradient(
         ({"table": torch.zeros(4, 48, dtype=torch.int32)}, "table: expected a floating-point"),
         (
             {"input_ids": torch.zeros(2, 29, dtype=torch.int64)},
-            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(29, 2\)",
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(2, 29\)",
+        ),
+        (
+            {"input_ids": torch.zeros(30, 2, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(30, 2\)",
+        ),
+        (
+            {"input_ids": torch.zeros(60, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(60,\)",
+        ),
+        (
+            {"input_ids": torch.zeros(1, 2, 30, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(1, 2, 30\)",
         ),
     ],
 )
@@ -488,3 +500,15 @@ def test_a_main_grad_whose_memory_is_freed_is_an_error(device, impl, freed):
     parameters[freed].main_grad.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=rf"{freed}\.main_grad: its memory is freed"):
         output.backward(case.grad_output)
+
+
+def test_asking_autograd_for_other_gradients_adds_to_main_grad_all_the_same(device):
+    """As Megatron's own fused layers do: ``ctx.needs_input_grad`` does not tell what is asked."""
+    case = small_case(device)
+    table = make_table(case, torch.float32)
+    table.main_grad = torch.zeros(table.shape, device=device)
+    case.weight.main_grad = torch.zeros(case.weight.shape, device=device)
+    output = run(case, table, "triton", gradient_accumulation_fusion=True)
+    torch.autograd.grad(output, case.features, case.grad_output)
+    assert_within("main_grad", table.main_grad, *gradient_of_table(case, case.grad_output))
+    assert case.weight.main_grad.any()

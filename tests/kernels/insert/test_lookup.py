@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, plan_insert
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    embed_project_and_insert,
+    plan_insert,
+)
+from step37_kernels import lookup as lookup_module
 from step37_kernels.count_watch import count_watch
 from step37_kernels.integration import table as table_module
 from step37_kernels.integration.options import InsertOptions
@@ -161,7 +167,7 @@ def test_an_unknown_id_at_a_text_position_is_an_error_on_the_cpu(device, impl, t
     ids, images = batch(device)
     ids[1, 2] = VOCABULARY
     with pytest.raises(
-        IndexError, match=r"expected 0 to 31 at text positions.* got 32 at \(2, 1\)"
+        IndexError, match=r"expected 0 to 31 at text positions.* got 32 at \(1, 2\) of \(2, 20\)"
     ):
         module(ids, [] if text_only else images)
     ids[1, 2], ids[1, 5] = 0, -8  # under a feature row
@@ -205,3 +211,60 @@ def test_a_forward_that_was_replaced_in_the_class_is_called(device, monkeypatch)
         monkeypatch.setattr(nn.Embedding, "forward", replacement)
         assert plain_table(words) == "the forward of Embedding was replaced"
         assert torch.equal(module(ids), 2 * plain)
+
+
+def test_hooks_for_all_modules_see_the_embedding_called(device):
+    from torch.nn.modules.module import register_module_forward_hook
+
+    module, words = make(device)
+    ids, images = batch(device)
+    plain = module(ids, images)
+    handle = register_module_forward_hook(
+        lambda called, _, rows: 2 * rows if called is words else None
+    )
+    try:
+        assert plain_table(words) == "there are hooks for the calls of all modules"
+        assert torch.equal(module(ids, images)[:4], 2 * plain[:4])
+    finally:
+        handle.remove()
+    assert torch.equal(module(ids, images), plain)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_unknown_ids_that_the_plan_has_looked_for_are_not_looked_for_again(
+    device, text_only, monkeypatch
+):
+    looked: list[int] = []
+
+    def is_outside(ids: Tensor, num_rows: int) -> Tensor:
+        looked.append(num_rows)
+        return stock(ids, num_rows)
+
+    stock = lookup_module.is_outside
+    monkeypatch.setattr(lookup_module, "is_outside", is_outside)
+    module, _ = make(device, impl="triton")
+    ids, images = batch(device)
+    module(ids, [] if text_only else images)
+    assert not looked
+    if device == "cpu":
+        ids[1, 2] = VOCABULARY
+        with pytest.raises(IndexError, match=r"got 32 at \(1, 2\)"):
+            module(ids, images)
+        assert looked
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_place_of_an_unknown_id_is_that_in_the_callers_ids(batch_first):
+    ids, _ = batch("cpu")
+    ids[1, 2] = -3
+    plan = plan_insert(ids, [(IM_START, [3, 3])], batch_first=batch_first, impl="torch")
+    with pytest.raises(IndexError, match=r"got -3 at \(1, 2\) of \(2, 20\), and 0 more"):
+        embed_project_and_insert(
+            ids,
+            torch.randn(VOCABULARY, HIDDEN),
+            torch.randn(2, 3, WIDTH),
+            torch.randn(HIDDEN, WIDTH),
+            None,
+            plan,
+            impl="torch",
+        )

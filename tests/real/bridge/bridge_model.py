@@ -148,7 +148,7 @@ def build(
     """Two layers in fp32; the same weights for the same seed, whichever class is in place."""
     stage = {
         name: options.pop(name)
-        for name in ("pre_process", "post_process", "vp_stage")
+        for name in ("pre_process", "post_process", "vp_stage", "mtp_block_spec")
         if name in options
     }
     config = Step37TransformerConfig(

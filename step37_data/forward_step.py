@@ -6,10 +6,12 @@ Megatron is imported inside the functions that need it, so that importing this m
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,17 @@ from step37_data.common.checks import checked_int
 from step37_data.images.options import ImageKeywords, ImageOptions
 from step37_data.prefetch import CountsUsedPacks, ReadAhead
 from step37_data.preprocess import preprocess_packed_batch
+from step37_data.router_padding import (
+    count_experts_without_padding,
+    padding_mask,
+    padding_start,
+    why_not_told,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -38,6 +48,9 @@ class Stage:
     """Computes the loss."""
     divisible_by: int
     """The packed length is padded to a multiple of this."""
+    mask_part: tuple[int, int] | None = None
+    """Which part of ``padding_mask`` the chunk takes, and how many parts there are: more than one
+    with sequence parallelism. None where the chunk takes no mask."""
 
 
 def model_inputs(
@@ -57,7 +70,9 @@ def model_inputs(
         ``input_ids`` ``[1, T]`` int64 (None between the first and the last chunk), ``images`` (a
         list of ``ImageForInsert``, empty past the first chunk), ``labels`` and ``loss_mask``
         ``[1, T]`` (last chunk), ``packed_seq_params`` (``thd``), ``cu_seqlens``, and None for
-        ``position_ids`` and ``attention_mask``, which the packed layout replaces.
+        ``position_ids`` and ``attention_mask``, which the packed layout replaces. Where the chunk
+        takes it, ``padding_mask``, bool ``[1, T / parts]``: True for what was added here and for
+        the padding that the pack has of its own.
 
     Raises:
         ValueError: the chunk needs tokens and the batch has none.
@@ -66,6 +81,7 @@ def model_inputs(
     if needs_tokens and "tokens" not in batch:
         which = "first" if stage.pre_process else "last"
         raise ValueError(f"batch: the {which} pipeline stage needs tokens, got {sorted(batch)}")
+    first_padding = padding_start(batch) if stage.mask_part is not None else 0
     if not needs_tokens:
         batch = {key: batch[key] for key in ("cu_seqlens", "position_id")}
     prepared = preprocess(batch)
@@ -84,6 +100,13 @@ def model_inputs(
         "packed_seq_params": _packed_seq_params(cu_seqlens, longest),
         "cu_seqlens": cu_seqlens,
     }
+    if stage.mask_part is not None:
+        inputs["padding_mask"] = padding_mask(
+            first_padding,
+            length + padding,
+            part=stage.mask_part,
+            device=prepared["position_id"].device,
+        )
     if needs_tokens:
         inputs["input_ids"] = F.pad(prepared["input_ids"], (0, padding), value=0)
     if stage.pre_process:
@@ -113,6 +136,10 @@ class ForwardStep:
     that whoever takes a pack (Bridge when it skips an iteration, Megatron when it rewinds) gets the
     one it would have got. Any other iterator is read when a pack is asked for, and so is one that
     saves its own state.
+
+    The routers of a model's experts are told which positions are padding, where its forward takes
+    ``padding_mask``: padding then counts neither in their losses nor in their expert bias. With
+    ``padding_mask=False`` in ``cfg.dataset`` padding counts, as in Bridge's step for Step-3.7.
 
     Expects of the configuration: ``cfg.dataset`` a ``Step37Flickr8kSFTDataProvider``, built;
     ``cfg.train.micro_batch_size`` 1; context parallel size 1.
@@ -149,6 +176,7 @@ class ForwardStep:
             only_pp_first_stage=only_pp_first_stage,
             **options,
         )
+        self._stages: WeakKeyDictionary[Any, Stage] = WeakKeyDictionary()
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -202,7 +230,9 @@ class ForwardStep:
                 patch_image_size=dataset.patch_image_size,
                 encoder_patch_size=dataset.encoder_patch_size,
             )
-            prepare = functools.partial(model_inputs, stage=_stage_of(model), preprocess=preprocess)
+            prepare = functools.partial(
+                model_inputs, stage=self._stage_of(model, dataset), preprocess=preprocess
+            )
             if self._depth == 0 or not _may_be_read_ahead(data_iterator):
                 return prepare(next(data_iterator))
             ahead = ReadAhead(
@@ -213,18 +243,38 @@ class ForwardStep:
         prepared: dict[str, Any] = ahead.prepared(next(data_iterator))
         return prepared
 
+    def _stage_of(self, model: Any, dataset: Any) -> Stage:
+        """What a chunk needs, found out once."""
+        if model not in self._stages:
+            # Bridge's own data set has no such field.
+            wanted = getattr(dataset, "padding_mask", True)
+            self._stages[model] = _find_out_stage(model, padding_mask=wanted)
+        return self._stages[model]
 
-def _stage_of(model: Any) -> Stage:
+
+def _find_out_stage(model: Any, *, padding_mask: bool) -> Stage:
     from megatron.core.utils import get_attr_wrapped_model
 
     groups = get_attr_wrapped_model(model, "pg_collection")
     if groups.cp.size() > 1:
         raise ValueError(f"context parallel size: expected 1 (whole packs), got {groups.cp.size()}")
+    chunk = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
+    mask_part = None
+    if padding_mask:
+        if reason := why_not_told(chunk):
+            logger.info(f"routers are not told which positions are padding: {reason}")
+        else:
+            count_experts_without_padding()
+            # With sequence parallelism a chunk's decoder sees this rank's part on every stage,
+            # because the embedding of the first one has split it.
+            split = chunk.config.sequence_parallel
+            mask_part = (groups.tp.rank(), groups.tp.size()) if split else (0, 1)
     return Stage(
-        pre_process=get_attr_wrapped_model(model, "pre_process"),
-        post_process=get_attr_wrapped_model(model, "post_process"),
+        pre_process=chunk.pre_process,
+        post_process=chunk.post_process,
         # 16 for FP8 and Transformer Engine, the tensor parallel size for sequence parallelism.
         divisible_by=math.lcm(groups.tp.size(), 16),
+        mask_part=mask_part,
     )
 
 
@@ -246,7 +296,9 @@ def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:
 
     if not get_model_config(model).overlap_moe_expert_parallel_comm:
         raise ValueError("return_schedule_plan: needs the model's overlap_moe_expert_parallel_comm")
-    planned = {key: value for key, value in inputs.items() if key != "cu_seqlens"}
+    # The plans of megatron-core keep padding_mask from the routers, so theirs count padding.
+    left_out = ("cu_seqlens", "padding_mask")
+    planned = {key: value for key, value in inputs.items() if key not in left_out}
     return model.build_schedule_plan(**planned)
 
 

@@ -205,6 +205,8 @@ def prepare_flickr8k_samples(
 
     What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
     is not asked for again, so a filled cache works offline and an interrupted download continues.
+    Of many files the hub is asked for the hashes first, a thousand at a time, and then once for
+    each; of a few files, and where a mirror lists nothing, twice for each.
     Files that the loader has not downloaded have no hash, and are taken as they are. In a process
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.

@@ -156,7 +156,8 @@ class HubFolder:
                 revision=self.revision,
                 endpoint=self.endpoint,
             )
-            get = functools.partial(self.fetch, listing=listing)
+            if listing is not None:
+                get = functools.partial(self.fetch, listing=listing)
         with contextlib.ExitStack() as undo:
             # huggingface_hub shows a bar for every file; our files together have one.
             if not hub.are_progress_bars_disabled():

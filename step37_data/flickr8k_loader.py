@@ -247,15 +247,14 @@ def prepare_flickr8k_samples(
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
-    whole: set[str] = set()
+    known: dict[str, str] | None = None
 
     def flawed() -> dict[str, str]:
         """Flaws of images by path; what was found whole is not looked at again."""
-        named = dict.fromkeys(sample.image_path for sample in read())
-        paths = [path for path in named if path not in whole]
-        flaws = folder.flaws(paths)
-        whole.update(path for path in paths if path not in flaws)
-        return flaws
+        nonlocal known
+        paths = dict.fromkeys(sample.image_path for sample in read()) if known is None else known
+        known = folder.flaws(list(paths))
+        return known
 
     def fill() -> None:
         own = repo_id == _DEFAULT_REPO and folder.is_own(listing)

@@ -66,9 +66,9 @@ class HubFolder:
     def __post_init__(self) -> None:
         checked_int("max_workers", self.max_workers)
 
-    @property
+    @functools.cached_property
     def root(self) -> Path:
-        """The folder."""
+        """The folder. Made once: a path for every file would cost as much as looking at it."""
         return Path(self.cache_dir).expanduser()
 
     def path_of(self, name: str) -> str:
@@ -84,13 +84,14 @@ class HubFolder:
         """What is wrong with files, by path; those without a flaw are left out."""
         noted = os.path.isdir(self.root / _NOTES)
 
-        def look(some: Sequence[str]) -> list[tuple[str, str | None]]:
-            return [(path, flaw_of(self.root, path, noted)) for path in some]
+        def look(some: Sequence[str]) -> dict[str, str]:
+            found = ((path, flaw_of(self.root, path, noted)) for path in some)
+            return {path: flaw for path, flaw in found if flaw is not None}
 
         starts = range(0, len(paths), _LOOKED_AT_ONCE)
         parts = [paths[start : start + _LOOKED_AT_ONCE] for start in starts]
         looked = map_threads(look, parts, _LOOKING_THREADS)
-        return {path: flaw for part in looked for path, flaw in part if flaw is not None}
+        return {path: flaw for part in looked for path, flaw in part.items()}
 
     def check_origin(self) -> None:
         """Refuse a folder of another data set or revision; note down what an empty one will hold.

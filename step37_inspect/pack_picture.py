@@ -75,12 +75,14 @@ class PackDescription(NamedTuple):
         packs: how many packs there are.
         capacity: tokens that fit in a pack.
         segments: the samples of the pack in order, and padding at the end.
+        as_viewed: whether its pictures are shown as image viewers show them.
     """
 
     number: int
     packs: int
     capacity: int
     segments: list[Segment]
+    as_viewed: bool = False
 
     @property
     def used(self) -> int:
@@ -136,7 +138,8 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
         text = "".join(map(template.tokenizer.decode, labels))
         within = sorted(image for image in images if start <= image.start < end)
         segments.append(Segment(start, end, source, loss, within, text))
-    return PackDescription(number, len(packs), packs.max_length, segments)
+    as_viewed = packed.get("as_viewed", False)
+    return PackDescription(number, len(packs), packs.max_length, segments, as_viewed)
 
 
 def pack_lines(pack: PackDescription) -> Iterator[str]:
@@ -182,7 +185,7 @@ def draw_pack(pack: PackDescription) -> style.Figure:
         x, y = _LEFT + column * 1.15, below + 0.1 + row * 1.34
         below_it = (x, y + _THUMBNAIL + 0.11)
         style.label(axes, below_it, f"{number}: {image.name}", size=8, width=_THUMBNAIL)
-        if (small := _thumbnail(image.entry)) is None:
+        if (small := _thumbnail(image.entry, as_viewed=pack.as_viewed)) is None:
             style.box(axes, (x, y, _THUMBNAIL, _THUMBNAIL), **_LOOKS["unreadable"])
             _paint(lines, (image.start, image.end), "unreadable")
         else:
@@ -207,9 +210,9 @@ def _paint(lines: style.Axes, span: tuple[int, int], look: str, name: str = "") 
     style.label(lines, (left + 1, line + 0.38), name, size=8, width=room)
 
 
-def _thumbnail(entry: ImageEntry) -> Image.Image | None:
+def _thumbnail(entry: ImageEntry, *, as_viewed: bool) -> Image.Image | None:
     try:
-        picture = read_rgb(entry.path)
+        picture = read_rgb(entry.path, as_viewed=as_viewed)
     except BrokenImageError:  # shown in the picture as unreadable
         return None
     if entry.kind == PATCH_ITEM_TYPE and entry.window is not None:

@@ -352,7 +352,7 @@ def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defau
     own = ["command", "run", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
     assert options.keys() - defaults.keys() == set(own)
     told = options.keys() & defaults.keys() - {"cache_dir", "tokenizer_path", "sample_count"}
-    assert len(told) == 10
+    assert len(told) == 11
     for name in told:
         assert options[name] == defaults[name], name
 

@@ -220,25 +220,34 @@ def _mended(kind: str) -> bool:
     return TREATMENTS[kind].as_viewed != TREATMENTS[kind].as_stock
 
 
-def draw_data_set(data: DataSetDescription) -> style.Figure:
-    """Draw a histogram of the lengths and of how full packs get, with drops and broken images."""
-    sheet = style.sheet_of(11, 4.6, data.name)
-    sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
+def draw_data_set(data: DataSetDescription, *, narrow: bool = False) -> style.Figure:
+    """Draw a histogram of the lengths and of how full packs get, with drops and broken images.
+
+    Args:
+        data: what is drawn.
+        narrow: draw them one below the other, for a telephone.
+    """
+    width, height, letters = (3.8, 9.6, 34) if narrow else (11, 4.6, 60)
+    sheet = style.sheet_of(width, height, data.name)
+    below_title = 1 - style.TITLE_HEIGHT / height
+    sheet.set_layout_engine("constrained", rect=(0, 0, 1, below_title), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
     read = f"{data.images} images: {data.unreadable}"
-    sheet.supxlabel(read, x=0.2 / 11, ha="left", size=9, color=colour)
-    lengths, filled = sheet.subplots(1, 2)
+    sheet.supxlabel(read, x=0.2 / width, ha="left", size=9, color=colour)
+    lengths, filled = sheet.subplots(*((2, 1) if narrow else (1, 2)))
     longer = data.sizes > data.capacity
-    told = [data.lengths, "_"]  # which the legend leaves out
+    # The legend leaves "_" out.
+    told = [textwrap.fill(data.lengths, letters), "_"]
     if longer.any():
-        told[1] = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
+        count = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
+        told[1] = textwrap.fill(count, letters)
         if data.capacity in range(data.histogram.body.start, data.histogram.body.stop):
             lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     if data.far_off:
-        told[0] += "\n" + textwrap.fill(data.outliers, 60)
+        told[0] += "\n" + textwrap.fill(data.outliers, letters)
     draw_histogram(lengths, data.histogram, [data.sizes[~longer], data.sizes[longer]], told)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
-    told = [textwrap.fill(packing, 48) for packing in data.packings]
+    told = [textwrap.fill(packing, min(letters, 48)) for packing in data.packings]
     colours = style.SERIES[: len(shares)]
     filled.hist(shares, range(0, 101, 5), label=told, color=colours, edgecolor="white")
     filled.set_xlim(0, 100)

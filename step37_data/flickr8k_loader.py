@@ -205,6 +205,8 @@ def prepare_flickr8k_samples(
 
     What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
     is not asked for again, so a filled cache works offline and an interrupted download continues.
+    Of many files the hub is asked for the hashes first, a thousand at a time, and then once for
+    each; of a few files, and where a mirror lists nothing, twice for each.
     Files that the loader has not downloaded have no hash, and are taken as they are. In a process
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
@@ -245,15 +247,14 @@ def prepare_flickr8k_samples(
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
-    whole: set[str] = set()
+    known: dict[str, str] | None = None
 
     def flawed() -> dict[str, str]:
         """Flaws of images by path; what was found whole is not looked at again."""
-        named = dict.fromkeys(sample.image_path for sample in read())
-        paths = [path for path in named if path not in whole]
-        flaws = folder.flaws(paths)
-        whole.update(path for path in paths if path not in flaws)
-        return flaws
+        nonlocal known
+        paths = dict.fromkeys(sample.image_path for sample in read()) if known is None else known
+        known = folder.flaws(list(paths))
+        return known
 
     def fill() -> None:
         own = repo_id == _DEFAULT_REPO and folder.is_own(listing)

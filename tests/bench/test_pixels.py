@@ -12,7 +12,7 @@ import torch
 from bench import harness
 from bench.harness import Settings
 from bench.report import Table, print_table
-from bench.subjects import pixels
+from bench.subjects import data, pixels
 
 
 @pytest.fixture
@@ -69,3 +69,11 @@ def test_pixels_that_are_not_stocks_are_not_timed(
     monkeypatch.setattr(pixels, "stock_pixels", lambda *given: right(*given).neg())
     with pytest.raises(AssertionError, match="values differ from stock with 1 threads"):
         next(pixels.run_multicrop(briefly))
+
+
+def test_a_folder_is_listed_beside_the_reader_alone() -> None:
+    metadata, folder = data.listing(50)
+    assert (metadata[0], folder[0]) == ("read metadata.csv", "list the pictures of a folder")
+    for _, count, ours, plain, unit, times, _ in (metadata, folder):
+        assert (count, unit) == (50, "s")
+        assert times == pytest.approx(plain / ours)

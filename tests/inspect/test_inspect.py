@@ -352,7 +352,7 @@ def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defau
     own = ["command", "run", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
     assert options.keys() - defaults.keys() == set(own)
     told = options.keys() & defaults.keys() - {"cache_dir", "tokenizer_path", "sample_count"}
-    assert len(told) == 10
+    assert len(told) == 11
     for name in told:
         assert options[name] == defaults[name], name
 
@@ -494,7 +494,11 @@ def test_labels_of_packs_neither_overlap_nor_are_cut(
     template: Step37MultimodalTemplate, names: list[str]
 ) -> None:
     for capacity in (256, 2048, 8192):
-        check_lettering(draw_pack(describe_pack(packs_of(template, names, capacity), 0)))
+        pack = describe_pack(packs_of(template, names, capacity), 0)
+        for narrow in (False, True):
+            sheet = draw_pack(pack, narrow=narrow)
+            check_lettering(sheet)
+            assert (sheet.bbox.width < 390) == narrow
 
 
 @pytest.mark.parametrize("longest", [220, 100_000])
@@ -507,6 +511,9 @@ def test_a_data_set_is_drawn_with_legible_labels(
         name="a/very/long/folder/" * 10, sizes=sizes, images=5000, capacity=2048, oversize="drop",
         broken=broken,
     )  # fmt: skip
+    narrow = draw_data_set(data, narrow=True)
+    check_lettering(narrow)
+    assert narrow.bbox.width < 390
     sheet = draw_data_set(data)
     check_lettering(sheet)
     lengths, filled = sheet.axes
@@ -535,6 +542,7 @@ def test_an_outlier_is_named_and_leaves_the_others_their_room(
     lines = "\n".join(data_set_lines(data))
     for _, size in data.far_off:
         assert f".jpg ({size})" in lines
+    check_lettering(draw_data_set(data, narrow=True))
     sheet = draw_data_set(data)
     check_lettering(sheet)
     lengths = sheet.axes[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from step37_kernels.integration.projector import hooks_are_of_megatron, run_forward_pre_hooks
-
-logger = logging.getLogger(__name__)
 
 
 class PlainTable(NamedTuple):
@@ -115,9 +111,3 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
         if not hooks_are_of_megatron(module):
             return f"{type(module).__name__} has hooks"
     return None
-
-
-@functools.cache
-def tell_called(reason: str) -> None:
-    """Log once why the language embedding is called."""
-    logger.info("the language embedding is called, not looked up in the insertion: %s", reason)

@@ -113,9 +113,15 @@ def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
 
 def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:
     """The entry for contiguous sources ``[R_i, C]``; the library's where TMA cannot read them."""
+    tile = tile_of(sum(map(len, sources)), weight)
+    return tile if all(map(takes_tma, sources)) else LIBRARY
+
+
+def tile_of(rows: int, weight: Tensor) -> Tile:
+    """The entry for ``rows`` rows of sources that TMA can read; the library's where it cannot read
+    the weight ``[H, C]``."""
     capability = 0 if INTERPRETED else _capability(weight.device)
-    tile = entry(sum(map(len, sources)), weight.dtype, capability)
-    return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
+    return entry(rows, weight.dtype, capability) if takes_tma(weight) else LIBRARY
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, plan_insert
 from step37_kernels.count_watch import count_watch
-from step37_kernels.integration import table as table_module
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.table import PlainTable, plain_table
 from step37_kernels.plan import plan_runs
@@ -101,7 +100,6 @@ CALLED = {
 
 @pytest.mark.parametrize("words", CALLED)
 def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, caplog):
-    table_module.tell_called.cache_clear()
     embedding, reason = CALLED[words]
     assert reason in str(plain_table(embedding))
     module, _ = make("cpu", embedding)
@@ -109,14 +107,13 @@ def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, c
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         output = module(ids, images)
         module(ids, images)
-    (record,) = [r for r in caplog.records if "language embedding is called" in r.message]
+    (record,) = [r for r in caplog.records if "ImageInsertEmbedding: words: called" in r.message]
     assert reason in record.message
     text = embedding(ids) if not isinstance(embedding, Words) else embedding(ids).transpose(0, 1)
     assert torch.equal(output[:4], text.transpose(0, 1)[:4])
 
 
-def test_lookup_call_calls_and_says_nothing(caplog):
-    table_module.tell_called.cache_clear()
+def test_lookup_call_calls_and_the_log_says_that_the_option_does_it(caplog):
     module, words = make("cpu", lookup="call")
     called: list[int] = []
     words.register_forward_hook(lambda *_: called.append(1))
@@ -124,7 +121,8 @@ def test_lookup_call_calls_and_says_nothing(caplog):
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         module(ids, images)
     assert called == [1]
-    assert not caplog.records
+    (record,) = caplog.records
+    assert "words: called (lookup='call')" in record.message
 
 
 def test_another_word_for_lookup_is_refused():

@@ -339,11 +339,11 @@ class ImageInsertEmbedding(nn.Module):
         layout = self._layout_now()
         text, positions = self._look_up(layout, input_ids, position_ids)
         if not images and text.input_ids is None:
-            self._tell_ways(text, ())
+            self._tell_ways(text, (), layout)
             return self._without_image_rows(text.rows)
         plain = self._is_projector_fused(text.rows.device)
         runs, features = self._take_features(images or (), plain, text.rows)
-        self._tell_ways(text, features)
+        self._tell_ways(text, features, layout)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
         return self._insert(
@@ -558,7 +558,9 @@ class ImageInsertEmbedding(nn.Module):
         trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
         return None if trained else "the projector is frozen"
 
-    def _tell_ways(self, text: TextRows, features: Sequence[Tensor]) -> None:
+    def _tell_ways(
+        self, text: TextRows, features: Sequence[Tensor], layout: SequenceLayout | None
+    ) -> None:
         """Log at the first forward, in one line, which way each part takes."""
         # In this order: torch.compile looks no further, and so does not trace again for the list.
         if torch.compiler.is_compiling() or self._told:
@@ -566,35 +568,45 @@ class ImageInsertEmbedding(nn.Module):
         self._told.append(True)
         if logger.isEnabledFor(logging.INFO):
             rows = sum(feature.shape[0] * feature.shape[1] for feature in features)
-            ways = self._step37_ways(device=text.rows.device, rows=rows or ROWS)
+            ways = self._step37_ways(
+                device=text.rows.device, rows=rows or ROWS, ask_layout=lambda: layout
+            )
             logger.info("%s: %s", type(self).__name__, ways)
 
-    def _step37_ways(self, *, device: torch.device | None = None, rows: int = ROWS) -> Ways:
+    def _step37_ways(
+        self,
+        *,
+        device: torch.device | None = None,
+        rows: int = ROWS,
+        ask_layout: Callable[[], SequenceLayout | None] | None = None,
+    ) -> Ways:
         """Which way each part of a forward takes, asked of what decides in the forward itself.
 
         Args:
             device: of the word embeddings; None is that of the language embedding's tensors, or if
                 it has none the projector's.
             rows: feature rows of the forward, on which the tile depends.
+            ask_layout: gives the layout of the forward; None asks the option's rule.
         """
+        ask_layout = ask_layout or functools.cache(self._layout_in_force)
         projector, words = self.align_projector, self._language_embedding
         words_place = Place.of(words)
         projector_place = Place.of(projector)
         at = device or words_place.device or projector_place.device or torch.device("cpu")
         return Ways(
-            words=way_of(self._way_of_words),
+            words=way_of(lambda: self._way_of_words(ask_layout())),
             plan=way_of(lambda: way_of_launch(self.options.impl, at)),
             projection=way_of(lambda: self._way_of_projection(at, rows)),
             projector_gradient=way_of(lambda: self._way_of_projector_gradient(at)),
-            words_gradient=way_of(self._way_of_words_gradient),
-            layout=way_of(self._way_of_layout),
+            words_gradient=way_of(lambda: self._way_of_words_gradient(ask_layout())),
+            layout=way_of(lambda: self._way_of_layout(ask_layout())),
             text_only_gradient=way_of(self._way_of_zeros),
             words_place=words_place,
             projector_place=projector_place,
         )
 
-    def _way_of_words(self) -> Way:
-        table = self._table(self._layout_in_force())
+    def _way_of_words(self, layout: SequenceLayout | None) -> Way:
+        table = self._table(layout)
         if not isinstance(table, PlainTable):
             return Way("called", table)
         if use_triton(self.options.impl, table.weight.device):
@@ -618,9 +630,9 @@ class ImageInsertEmbedding(nn.Module):
         reason = self.options.why_not_fused(projector.weight, self._language_embedding)
         return way_of_gradient(projector.weight, "weight", reason)
 
-    def _way_of_words_gradient(self) -> Way:
+    def _way_of_words_gradient(self, layout: SequenceLayout | None) -> Way:
         words = self._language_embedding
-        table = self._table(self._layout_in_force())
+        table = self._table(layout)
         if isinstance(table, PlainTable):
             reason = self.options.why_not_fused(table.weight, words)
             way = way_of_gradient(table.weight, "table", reason)
@@ -635,8 +647,8 @@ class ImageInsertEmbedding(nn.Module):
         dense = why_dense(by_rows[0].weight)
         return Way("main_grad", _BY_ROWS) if dense is None else Way("autograd", dense)
 
-    def _way_of_layout(self) -> Way:
-        layout = self._layout_in_force()
+    @staticmethod
+    def _way_of_layout(layout: SequenceLayout | None) -> Way:
         return Way("whole") if layout is None else Way("shared", layout.description())
 
     def _way_of_zeros(self) -> Way:

@@ -331,6 +331,16 @@ def test_the_layout_rule_that_fails_in_a_forward_is_an_error_of_the_words_too():
     assert ways.projection.how == "PyTorch"
 
 
+def test_a_layout_rule_is_asked_once_in_a_forward_whoever_reads_the_log(caplog):
+    asked: list[Any] = []
+    model = Model(layout=asked.append)
+    with caplog.at_level(logging.INFO, logger="step37_kernels.image_insert_embedding"):
+        model(batch()[0])
+    assert asked == [model.words]
+    report(model)
+    assert asked == [model.words] * 2
+
+
 class Language(nn.Module):
     def __init__(self) -> None:
         super().__init__()

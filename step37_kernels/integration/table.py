@@ -59,8 +59,14 @@ def _is_of_megatron(kind: type, name: str) -> bool:
 
 
 def _has_stock_forward(kind: type[nn.Module]) -> bool:
-    """Whether nobody put another function, or one around it, in place of the class's forward."""
+    """Whether nobody put another function, or one around it, in place of the class's forward.
+
+    Megatron-Core's own decorator is allowed around it, which marks the call for NVTX.
+    """
     forward = kind.forward
+    # Of a decorator these globals are its own; __module__ is that of the function inside.
+    if hasattr(forward, "__wrapped__") and forward.__globals__["__name__"] == "megatron.core.utils":
+        forward = forward.__wrapped__
     defined_in = forward.__module__.split(".")[0]
     return defined_in in ("torch", "megatron", "step37_kernels") and not hasattr(
         forward, "__wrapped__"

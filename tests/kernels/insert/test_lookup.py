@@ -203,3 +203,40 @@ def test_a_forward_that_was_replaced_in_the_class_is_called(device, monkeypatch)
         monkeypatch.setattr(nn.Embedding, "forward", replacement)
         assert plain_table(words) == "the forward of Embedding was replaced"
         assert torch.equal(module(ids), 2 * plain)
+
+
+def test_megatrons_own_marks_for_nvtx_are_no_reason_to_call_and_anybody_elses_wrapper_is(
+    device, monkeypatch
+):
+    stock = nn.Embedding.forward
+    # As megatron-core 0.19 decorates the forward of LanguageModelEmbedding.
+    utils: dict[str, Any] = {"__name__": "megatron.core.utils", "functools": functools}
+    exec(
+        "def nvtx_decorator(function):\n"
+        "    @functools.wraps(function)\n"
+        "    def wrapper(*args, **kwargs):\n"
+        "        return function(*args, **kwargs)\n"
+        "    return wrapper\n",
+        utils,
+    )
+    mark = utils["nvtx_decorator"]
+
+    @functools.wraps(stock)
+    def doubled(module: nn.Embedding, ids: Tensor) -> Tensor:
+        return 2 * stock(module, ids)
+
+    @functools.wraps(stock)
+    def around_the_mark(module: nn.Embedding, ids: Tensor) -> Tensor:
+        rows: Tensor = 2 * mark(stock)(module, ids)
+        return rows
+
+    module, words = make(device)
+    ids, images = batch(device)
+    monkeypatch.setattr(nn.Embedding, "forward", mark(stock))
+    assert isinstance(plain_table(words), PlainTable)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, images), module(ids, images))
+    for replacement in (mark(doubled), around_the_mark, mark(mark(stock))):
+        monkeypatch.setattr(nn.Embedding, "forward", replacement)
+        assert plain_table(words) == "the forward of Embedding was replaced"

@@ -653,7 +653,7 @@ class ImageInsertEmbedding(nn.Module):
 
     def _way_of_zeros(self) -> Way:
         reason = self._why_no_zeros()
-        return Way("zeros") if reason is None else Way("none", reason)
+        return Way("zeros", "for the projector") if reason is None else Way("none", reason)
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
         if self._why_no_zeros() is not None or not torch.is_grad_enabled():

@@ -95,10 +95,10 @@ class InsertOptions:
         """Why the gradient of ``weight`` goes to autograd; None: to its ``main_grad``."""
         if not self.fuses_gradients(getattr(language_embedding, "config", None)):
             if self.gradient_accumulation_fusion == "auto":
-                return "the model's configuration has no gradient_accumulation_fusion"
+                return "the configuration has no gradient_accumulation_fusion"
             return "gradient_accumulation_fusion=False"
         if self.gradient_accumulation_fusion == "auto" and not has_main_grad(weight):
-            return "it has no main_grad, which Megatron's DistributedDataParallel sets"
+            return "no main_grad: Megatron's DDP sets it"
         return None
 
     def wants_text_only_gradient(self) -> bool:

@@ -17,7 +17,7 @@ from step37_kernels.integration.ways import ROWS, Ways
 
 State = Literal["ours", "stock", "own forward"]
 
-_LABEL_WIDTH = 24
+_LABEL_WIDTH = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +43,18 @@ class ModuleReport:
     ways: Ways | None = None
 
     def __str__(self) -> str:
-        place = self.name or "the model itself"
-        if self.state == "stock":
-            title = f"{place}: NOT replaced, {self.cls}"
-        else:
-            title = f"{place}: {self.cls}, in place of {self.stock}"
-        lines = [title]
+        titles: dict[State, str] = {
+            "ours": f"ours, in place of {self.stock}",
+            "stock": f"NOT ours: {self.stock}",
+            "own forward": f"ours, in place of {self.stock}, but NOT in effect",
+        }
+        lines = {} if self.state == "stock" else {"class": self.cls}
         if self.why:
-            lines.append(f"  {self.why}")
+            lines["note"] = self.why
         if self.ways is not None:
-            lines += [f"  {name:{_LABEL_WIDTH}}{way}" for name, way in self.ways.items().items()]
-        return "\n".join(lines)
+            lines |= self.ways.items()
+        rows = [f"  {name:{_LABEL_WIDTH}}{text}" for name, text in lines.items()]
+        return "\n".join([f"{self.name or 'the model itself'}: {titles[self.state]}", *rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

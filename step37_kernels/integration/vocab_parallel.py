@@ -68,7 +68,7 @@ def why_dense(weight: Tensor) -> str | None:
     if hasattr(weight, "__fsdp_param__"):
         return "Megatron-FSDP shards it"
     if not has_main_grad(weight):
-        return "it has no main_grad, which Megatron's DistributedDataParallel sets"
+        return "no main_grad: Megatron's DDP sets it"
     return None
 
 

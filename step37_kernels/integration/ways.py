@@ -70,10 +70,10 @@ class Ways:
     """
 
     words: Way
+    words_gradient: Way
     plan: Way
     projection: Way
     projector_gradient: Way
-    words_gradient: Way
     layout: Way
     text_only_gradient: Way
     words_place: Place
@@ -82,12 +82,12 @@ class Ways:
     def items(self) -> dict[str, str]:
         """What to call each part, and its way."""
         names = {
-            "words_place": "words are on",
-            "projector_place": "projector is on",
-            "projector_gradient": "projector's gradient",
-            "words_gradient": "words' gradient",
+            "words_place": "words on",
+            "projector_place": "projector on",
+            "projector_gradient": "projector gradient",
+            "words_gradient": "words gradient",
             "layout": "sequence",
-            "text_only_gradient": "batch without pictures",
+            "text_only_gradient": "text-only batch",
         }
         return {
             names.get(field.name, field.name): str(getattr(self, field.name))

@@ -34,9 +34,7 @@ def test_in_megatrons_ddp_both_gradients_go_to_main_grad_and_the_log_says_so(cap
     replace_in(model, impl="torch", gradient_accumulation_fusion="auto")
     model.config.gradient_accumulation_fusion = True
     replace_in(model, impl="torch")
-    assert str(ways_in(model).words_gradient) == (
-        "autograd (it has no main_grad, which Megatron's DistributedDataParallel sets)"
-    )
+    assert str(ways_in(model).words_gradient) == ("autograd (no main_grad: Megatron's DDP sets it)")
     wrapped = ddp(model, overlap_grad_reduce=True, bucket_size=1)
     found = report([wrapped], rows=10)
     assert [(m.name, m.cls.rpartition(".")[2], m.state) for m in found.modules] == [

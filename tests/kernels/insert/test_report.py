@@ -222,12 +222,12 @@ REASONS: dict[str, tuple[Callable[[], Model], str, str]] = {
     "no fusion in the model": (
         Model,
         "projector_gradient",
-        "autograd (the model's configuration has no gradient_accumulation_fusion)",
+        "autograd (the configuration has no gradient_accumulation_fusion)",
     ),
     "no main_grad": (
         lambda: Model(Words()),
         "projector_gradient",
-        "autograd (it has no main_grad, which Megatron's DistributedDataParallel sets)",
+        "autograd (no main_grad: Megatron's DDP sets it)",
     ),
     "an adapter's gradient": (
         lambda: adapted(Model()),
@@ -244,7 +244,11 @@ REASONS: dict[str, tuple[Callable[[], Model], str, str]] = {
         "text_only_gradient",
         "none (torch.distributed is not initialised)",
     ),
-    "zeros by choice": (lambda: Model(text_only_gradient=True), "text_only_gradient", "zeros"),
+    "zeros by choice": (
+        lambda: Model(text_only_gradient=True),
+        "text_only_gradient",
+        "zeros (for the projector)",
+    ),
     "the whole sequence": (Model, "layout", "whole"),
     "bf16": (lambda: Model().bfloat16(), "projector_place", "cpu, bfloat16"),
     "a callable that is no module": (
@@ -441,7 +445,7 @@ def test_what_is_not_replaced_is_told_with_what_replaces_it():
         ("b", "stock", None),
     ]
     assert not found.active
-    assert "a: NOT replaced, tests.kernels.insert.test_report.ImageInsertEmbedding" in str(found)
+    assert "a: NOT ours: ImageInsertEmbedding\n" in str(found)
     assert "step37_kernels.megatron: replace_in(model), or patch_step37()" in str(found)
     assert "step37_kernels.automodel: replace_in(model), or patch_step3p7()" in str(found)
     megatron.replace_in(model)

@@ -57,8 +57,8 @@ def test_a_replaced_model_says_in_every_wrapper_what_its_first_forward_logs(wrap
     assert (ours.ways.words.how, ours.ways.projection.how) == ("looked up", "PyTorch")
     line = told_at_first_forward(wrapped, caplog)
     assert (
-        line.partition("; words are on")[0]
-        == (f"Step37ImageInsertEmbedding: {ours.ways}".partition("; words are on")[0])
+        line.partition("; words on")[0]
+        == (f"Step37ImageInsertEmbedding: {ours.ways}".partition("; words on")[0])
     )
 
 
@@ -97,7 +97,7 @@ def test_a_frozen_model_and_a_batch_of_text(caplog):
     ways = ways_in(model)
     assert ways.projector_gradient.how == ways.words_gradient.how == "none"
     assert str(ways.text_only_gradient) == "none (the projector is frozen)"
-    assert "batch without pictures: none (the proj" in told_at_first_forward(model, caplog, [])
+    assert "text-only batch: none (the proj" in told_at_first_forward(model, caplog, [])
 
 
 def test_a_list_of_chunks_and_a_stage_that_embeds_nothing():
@@ -135,7 +135,9 @@ def test_the_page_shows_what_is_printed():
     model = build()
     replace_in(model, gradient_accumulation_fusion=True)
     wrapped = megatron_ddp(model)
-    shown = re.search(r"<!-- output: report -->\n```\n(.*?)^```$", PAGE.read_text(), re.S | re.M)
+    shown = re.search(
+        r"<!-- output: report -->\n```text\n(.*?)^```$", PAGE.read_text(), re.S | re.M
+    )
     assert shown is not None
     assert shown[1] == f"{report(wrapped)}\n"
     restore_dense_gradient()

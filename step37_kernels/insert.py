@@ -23,6 +23,7 @@ from step37_kernels.dispatch import Impl, check_kernel_dtype, use_triton
 from step37_kernels.integration.main_grad import MainGrad, into_main_grad
 from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient, text_ids
 from step37_kernels.plan import InsertPlan
+from step37_kernels.ranges import profiled
 
 MAX_SOURCES = 4  # as in ops.copy_rows, which needs Triton to import
 """Contiguous tensors that one launch reads in place."""
@@ -170,6 +171,11 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with profiled("gradient"):
+            return _ProjectAndInsert._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         need_text, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[_FIRST_SOURCE + ctx.num_sources :]
         row_at, destinations, input_ids, local_rows, weight, *sources = ctx.saved_tensors
@@ -433,8 +439,9 @@ def _check_and_insert(
     if text.input_ids is not None:
         check_ids(text.input_ids, plan, text.rows.shape[0])
     triton = use_triton(impl, projector.weight.device)
-    rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
-    return insert_projected(text, rows, projector, plan)
+    with profiled("insert"):
+        rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
+        return insert_projected(text, rows, projector, plan)
 
 
 def insert_projected(

@@ -17,6 +17,7 @@ from step37_kernels import operators
 from step37_kernels.dispatch import check_kernel_dtype
 from step37_kernels.integration.main_grad import check_has_main_grad, rows_into_main_grad
 from step37_kernels.plan_tensors import is_outside
+from step37_kernels.ranges import profiled
 
 if TYPE_CHECKING:
     from step37_kernels.plan import InsertPlan
@@ -179,10 +180,11 @@ class LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input_ids,) = ctx.saved_tensors
-        if ctx.fused_into is None and torch.is_grad_enabled():
-            gradient = _SumByRow.apply(grad_output, input_ids, ctx.table, ctx.triton)
-        else:
-            gradient = _table_gradient_once(ctx, grad_output, input_ids)
+        with profiled("gradient"):
+            if ctx.fused_into is None and torch.is_grad_enabled():
+                gradient = _SumByRow.apply(grad_output, input_ids, ctx.table, ctx.triton)
+            else:
+                gradient = _table_gradient_once(ctx, grad_output, input_ids)
         return gradient, None, None, None, None, None
 
 

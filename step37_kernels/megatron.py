@@ -129,9 +129,22 @@ class _ContiguousTower(Mixin):
 def _keep_channels_last(tower: nn.Module) -> None:
     """Let the last convolution see its input channels-last; so then is what it gives, and the rows
     that the tower makes of that by a view are contiguous."""
-    convolution = tower.get_submodule(_LAST_CONVOLUTION)
-    if _to_channels_last not in convolution._forward_pre_hooks.values():
+    if not keeps_channels_last(tower):
+        convolution = tower.get_submodule(_LAST_CONVOLUTION)
         convolution.register_forward_pre_hook(_to_channels_last)
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether this is Megatron-Bridge's vision tower, or derived from it."""
+    return any(cls.__name__ == _TOWER for cls in type(module).__mro__)
+
+
+def keeps_channels_last(tower: nn.Module) -> bool:
+    """Whether the tower's last convolution sees its input channels-last."""
+    convolution = tower._modules.get(_LAST_CONVOLUTION)
+    return convolution is not None and (
+        _to_channels_last in convolution._forward_pre_hooks.values()
+    )
 
 
 def _to_channels_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -240,10 +253,10 @@ def replace_in(
     others: list[str] = []
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, ImageInsertEmbedding) or _is_stock(module):
+            if isinstance(module, ImageInsertEmbedding) or is_stock(module):
                 ours[f"{prefix}{name}"] = module
-            elif _is_named_so(module):
-                others.append(_description(f"{prefix}{name}", module))
+            elif is_named_so(module):
+                others.append(description_of(f"{prefix}{name}", module))
     for name, module in ours.items():
         if isinstance(module, ImageInsertEmbedding):
             continue
@@ -262,7 +275,7 @@ def replace_in(
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():
-                if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
+                if is_tower(module):
                     _keep_channels_last(module)
     if others:
         logger.warning(
@@ -282,21 +295,21 @@ def replace_in(
     return tuple(ours)
 
 
-def _is_stock(module: nn.Module) -> bool:
+def is_stock(module: nn.Module) -> bool:
     """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it.
 
     Its projector may be any module: an adapter (LoRA, ``modules_to_save``), a quantised layer or
     one of Transformer Engine, which is called, as the stock module calls it.
     """
     projector = module._modules.get(_PROJECTOR)
-    return _is_named_so(module) and projector is not None and _BORROWED in vars(module)
+    return is_named_so(module) and projector is not None and _BORROWED in vars(module)
 
 
-def _is_named_so(module: nn.Module) -> bool:
+def is_named_so(module: nn.Module) -> bool:
     return any(cls.__name__ == _CLASS for cls in type(module).__mro__)
 
 
-def _description(name: str, module: nn.Module) -> str:
+def description_of(name: str, module: nn.Module) -> str:
     """Of a module of the stock name that is not of the stock shape: what it has and lacks."""
     kind = type(module)
     projector = getattr(module, _PROJECTOR, None)

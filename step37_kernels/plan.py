@@ -20,6 +20,7 @@ from torch import Tensor
 from step37_kernels import operators
 from step37_kernels.count_watch import count_mismatches
 from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.ranges import profiled
 from step37_kernels.runs import FlatRuns, Runs, to_runs
 
 _INT32_MAX = 2**31 - 1
@@ -290,18 +291,19 @@ def plan_runs(
     triton = use_triton(impl, input_ids.device)
     flat = FlatRuns.of(runs)
     _check_ids(input_ids, flat)
-    destinations, row_at, starts, counts = operators.plan(
-        input_ids,
-        flat.tokens,
-        flat.group_sizes,
-        flat.features,
-        flat.rows,
-        shift,
-        batch_first,
-        vocabulary,
-        triton,
-        watch,
-    )
+    with profiled("plan"):
+        destinations, row_at, starts, counts = operators.plan(
+            input_ids,
+            flat.tokens,
+            flat.group_sizes,
+            flat.features,
+            flat.rows,
+            shift,
+            batch_first,
+            vocabulary,
+            triton,
+            watch,
+        )
     return InsertPlan(
         destinations=destinations,
         row_at=row_at,

@@ -92,10 +92,15 @@ class InsertOptions:
             return self.gradient_accumulation_fusion
         return bool(getattr(config, "gradient_accumulation_fusion", False))
 
-    def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
-        """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
-        fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
-        return fuses and (self.gradient_accumulation_fusion != "auto" or has_main_grad(weight))
+    def why_not_fused(self, weight: Tensor, language_embedding: Any) -> str | None:
+        """Why the gradient of ``weight`` goes to autograd; None: to its ``main_grad``."""
+        if not self.fuses_gradients(getattr(language_embedding, "config", None)):
+            if self.gradient_accumulation_fusion == "auto":
+                return "the configuration has no gradient_accumulation_fusion"
+            return "gradient_accumulation_fusion=False"
+        if self.gradient_accumulation_fusion == "auto" and not has_main_grad(weight):
+            return "no main_grad: Megatron's DDP sets it"
+        return None
 
     def wants_text_only_gradient(self) -> bool:
         """Whether a forward without image rows gives the projector a gradient of zeros."""

@@ -299,16 +299,19 @@ def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> 
         own = vars(module).get(method)
         if own is None:
             continue
-        function = own
-        while isinstance(function, functools.partial):
-            function = function.func
-        origin = getattr(function, "__module__", None) or type(function).__module__
-        origin += "." + getattr(function, "__qualname__", type(function).__qualname__)
         raise ValueError(
             f"{name or type(module).__name__}: the instance has a {method} of its own, which "
-            f"{origin} put there and which would run in place of the class's: remove it, call "
-            "replace_in, and put it there again"
+            f"{origin_of(own)} put there and which would run in place of the class's: remove it, "
+            "call replace_in, and put it there again"
         )
+
+
+def origin_of(function: Any) -> str:
+    """Dotted name of what a function, or the one inside of a partial, was defined as."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:

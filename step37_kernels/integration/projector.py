@@ -57,18 +57,33 @@ def run_forward_pre_hooks(module: nn.Module) -> None:
             hook(module, ())
 
 
-def is_plain(projector: nn.Module) -> bool:
-    """Whether calling the projector means its weight and bias and nothing else.
+def more_than_a_product(projector: nn.Module) -> str | None:
+    """What calling the projector means besides its weight and bias; None: nothing.
 
     Forward pre-hooks may read the input, or make the weight; Megatron's do neither. A weight of
     another class than PyTorch's own (quantised, distributed) has a product of its own.
     """
-    return (
-        type(projector) is nn.Linear
-        and "forward" not in vars(projector)
-        and type(projector.weight) in (nn.Parameter, Tensor, FakeTensor)
-        and hooks_are_of_megatron(projector)
-    )
+    if type(projector) is not nn.Linear:
+        return f"it is a {type(projector).__name__}"
+    if "forward" in vars(projector):
+        return "the instance has a forward of its own"
+    if type(projector.weight) not in (nn.Parameter, Tensor, FakeTensor):
+        return f"its weight is a {type(projector.weight).__name__} (quantised or distributed)"
+    return None if hooks_are_of_megatron(projector) else "it has hooks"
+
+
+def is_plain(projector: nn.Module) -> bool:
+    """Whether calling the projector means its weight and bias and nothing else."""
+    return more_than_a_product(projector) is None
+
+
+def why_called(projector: nn.Module, device: torch.device) -> str | None:
+    """Why the projector is called as a module beside text rows on ``device``; None: its weight and
+    bias stand for it."""
+    reason = more_than_a_product(projector)
+    if reason is None and (devices := devices_of_plain(projector)) != {device}:
+        reason = f"it is on {_listed(devices)}, the word embeddings are on {device}"
+    return reason
 
 
 def hooks_are_of_megatron(module: nn.Module) -> bool:
@@ -116,7 +131,7 @@ def input_width(projector: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
-def devices_of_plain(projector: nn.Linear) -> set[torch.device]:
+def devices_of_plain(projector: nn.Module) -> set[torch.device]:
     """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
     bias = projector.bias
     return {projector.weight.device} if bias is None else {projector.weight.device, bias.device}
@@ -135,20 +150,41 @@ def check_has_values(projector: nn.Module, name: str) -> None:
             )
 
 
-def allow_unfused(projector: nn.Module, name: str, impl: Impl) -> None:
-    """See to it that a projector that is not plain may be called, and say so in the log once.
-
-    Raises:
-        ValueError: ``impl="triton"`` asks for a kernel that knows no other.
-    """
-    kind = type(projector).__name__
-    if impl == "triton":
+def refuse_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
+    """Raise ``ValueError`` where :func:`why_called` has a reason and ``impl="triton"`` asks for a
+    kernel, which multiplies by a weight that is beside the text rows, and can call no module."""
+    if impl != "triton":
+        return
+    if not is_plain(projector):
         raise ValueError(
-            f"impl='triton': {name} ({kind}) is more than a weight and a bias; "
+            f"impl='triton': {name} ({type(projector).__name__}) is more than a weight and a bias; "
             "pass impl='auto' or 'torch' to have it called"
         )
-    if not torch.compiler.is_compiling():
-        warn_unfused(name, kind)
+    devices = _listed(devices_of_plain(projector))
+    raise ValueError(
+        f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
+        "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
+    )
+
+
+def allow_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
+    """See to it that a projector that :func:`why_called` has a reason for may be called, and say so
+    in the log once.
+
+    Raises:
+        ValueError: see :func:`refuse_called`.
+    """
+    refuse_called(projector, name, impl, device)
+    if torch.compiler.is_compiling():
+        return
+    if is_plain(projector):
+        warn_elsewhere(name, _listed(devices_of_plain(projector)), str(device))
+    else:
+        warn_unfused(name, type(projector).__name__)
+
+
+def _listed(devices: set[torch.device]) -> str:
+    return " and ".join(sorted(map(str, devices)))
 
 
 @functools.cache
@@ -159,23 +195,6 @@ def warn_unfused(name: str, kind: str) -> None:
         name,
         kind,
     )
-
-
-def allow_elsewhere(projector: nn.Linear, name: str, impl: Impl, device: torch.device) -> None:
-    """See to it that a projector on another device than the text rows, ``device``, may be called,
-    and say so in the log once.
-
-    Raises:
-        ValueError: ``impl="triton"`` asks for a kernel, which reads tensors of one device.
-    """
-    devices = " and ".join(sorted(map(str, devices_of_plain(projector))))
-    if impl == "triton":
-        raise ValueError(
-            f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
-            "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
-        )
-    if not torch.compiler.is_compiling():
-        warn_elsewhere(name, devices, str(device))
 
 
 @functools.cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +10,6 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from step37_kernels.integration.projector import hooks_are_of_megatron, run_forward_pre_hooks
-
-logger = logging.getLogger(__name__)
 
 
 class PlainTable(NamedTuple):
@@ -66,8 +62,14 @@ def _is_of_megatron(kind: type, name: str) -> bool:
 
 
 def _has_stock_forward(kind: type[nn.Module]) -> bool:
-    """Whether nobody put another function, or one around it, in place of the class's forward."""
+    """Whether nobody put another function, or one around it, in place of the class's forward.
+
+    Megatron-Core's own decorator is allowed around it, which marks the call for NVTX.
+    """
     forward = kind.forward
+    # Of a decorator these globals are its own; __module__ is that of the function inside.
+    if hasattr(forward, "__wrapped__") and forward.__globals__["__name__"] == "megatron.core.utils":
+        forward = forward.__wrapped__
     defined_in = forward.__module__.split(".")[0]
     return defined_in in ("torch", "megatron", "step37_kernels") and not hasattr(
         forward, "__wrapped__"
@@ -120,9 +122,3 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
         if not hooks_are_of_megatron(module):
             return f"{type(module).__name__} has hooks"
     return None
-
-
-@functools.cache
-def tell_called(reason: str) -> None:
-    """Log once why the language embedding is called."""
-    logger.info("the language embedding is called, not looked up in the insertion: %s", reason)

@@ -18,7 +18,6 @@ from step37_kernels import (
 )
 from step37_kernels import lookup as lookup_module
 from step37_kernels.count_watch import count_watch
-from step37_kernels.integration import table as table_module
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.table import PlainTable, plain_table
 from step37_kernels.plan import plan_runs
@@ -107,7 +106,6 @@ CALLED = {
 
 @pytest.mark.parametrize("words", CALLED)
 def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, caplog):
-    table_module.tell_called.cache_clear()
     embedding, reason = CALLED[words]
     assert reason in str(plain_table(embedding))
     module, _ = make("cpu", embedding)
@@ -115,14 +113,13 @@ def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, c
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         output = module(ids, images)
         module(ids, images)
-    (record,) = [r for r in caplog.records if "language embedding is called" in r.message]
+    (record,) = [r for r in caplog.records if "ImageInsertEmbedding: words: called" in r.message]
     assert reason in record.message
     text = embedding(ids) if not isinstance(embedding, Words) else embedding(ids).transpose(0, 1)
     assert torch.equal(output[:4], text.transpose(0, 1)[:4])
 
 
-def test_lookup_call_calls_and_says_nothing(caplog):
-    table_module.tell_called.cache_clear()
+def test_lookup_call_calls_and_the_log_says_that_the_option_does_it(caplog):
     module, words = make("cpu", lookup="call")
     called: list[int] = []
     words.register_forward_hook(lambda *_: called.append(1))
@@ -130,7 +127,8 @@ def test_lookup_call_calls_and_says_nothing(caplog):
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         module(ids, images)
     assert called == [1]
-    assert not caplog.records
+    (record,) = caplog.records
+    assert "words: called (lookup='call')" in record.message
 
 
 def test_another_word_for_lookup_is_refused():
@@ -268,3 +266,40 @@ def test_the_place_of_an_unknown_id_is_that_in_the_callers_ids(batch_first):
             plan,
             impl="torch",
         )
+
+
+def test_megatrons_own_marks_for_nvtx_are_no_reason_to_call_and_anybody_elses_wrapper_is(
+    device, monkeypatch
+):
+    stock = nn.Embedding.forward
+    # As megatron-core 0.19 decorates the forward of LanguageModelEmbedding.
+    utils: dict[str, Any] = {"__name__": "megatron.core.utils", "functools": functools}
+    exec(
+        "def nvtx_decorator(function):\n"
+        "    @functools.wraps(function)\n"
+        "    def wrapper(*args, **kwargs):\n"
+        "        return function(*args, **kwargs)\n"
+        "    return wrapper\n",
+        utils,
+    )
+    mark = utils["nvtx_decorator"]
+
+    @functools.wraps(stock)
+    def doubled(module: nn.Embedding, ids: Tensor) -> Tensor:
+        return 2 * stock(module, ids)
+
+    @functools.wraps(stock)
+    def around_the_mark(module: nn.Embedding, ids: Tensor) -> Tensor:
+        rows: Tensor = 2 * mark(stock)(module, ids)
+        return rows
+
+    module, words = make(device)
+    ids, images = batch(device)
+    monkeypatch.setattr(nn.Embedding, "forward", mark(stock))
+    assert isinstance(plain_table(words), PlainTable)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, images), module(ids, images))
+    for replacement in (mark(doubled), around_the_mark, mark(mark(stock))):
+        monkeypatch.setattr(nn.Embedding, "forward", replacement)
+        assert plain_table(words) == "the forward of Embedding was replaced"

@@ -107,26 +107,56 @@ def test_local_links_of_what_is_read_on_the_repositorys_page_lead_somewhere() ->
     assert missing == []
 
 
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """Files and names, which may be within a class, of all tests that a page names."""
+    named = re.findall(r"`(tests/[^`]+\.py)::([^`]+)`", text)
+    assert text.count("::") == sum(1 + name.count("::") for _, name in named)
+    return named
+
+
+def is_there(file: str, name: str) -> bool:
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    for part in name.split("::"):
+        found = [
+            node
+            for node in body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part
+        ]
+        if not found:
+            return False
+        body = found[0].body
+    return True
+
+
 def test_every_test_that_the_page_on_reliability_names_exists() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     promises = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [line for line in promises if "::" not in line] == ["| fault | promise | test |"] * 5
-    named = re.findall(r"`(tests/[^`]+\.py)::([^`]+)`", text)
-    assert text.count("::") == sum(1 + name.count("::") for _, name in named)
-    missing = []
-    for file, name in named:
-        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
-        for part in name.split("::"):
-            found = [
-                node
-                for node in body
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part
-            ]
-            if not found:
-                missing.append(f"{file}::{name}")
-                break
-            body = found[0].body
-    assert missing == []
+    assert [test for test in named_tests(text) if not is_there(*test)] == []
+
+
+# What each framework's page has to say of itself, by the beginning of a line of its table.
+TOGETHER = (
+    "tensor parallelism", "context parallelism", "pipeline stages", "expert parallelism", "DDP",
+    "distributed optimizer", "Megatron-FSDP", "FSDP2", "LoRA, DoRA", "freezing", "recompute",
+    "CUDA graphs", "fp8 recipes", "multi-token prediction", "`torch.compile`", "checkpoints",
+    "export to Hugging Face",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["megatron-bridge.md", "nemo-automodel.md"])
+def test_a_page_of_a_framework_says_what_goes_together_and_names_tests_that_exist(
+    page: str,
+) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.partition("\n## What goes together\n")[2].partition("\n## ")[0]
+    title, _, *lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert title == "| with | what happens | option | shown by |"
+    for name in TOGETHER:
+        assert [line for line in lines if line.startswith(f"| {name}")], name
+    # A line without a test says so.
+    assert [line for line in lines if "::" not in line and "no test" not in line] == []
+    assert [test for test in named_tests(section) if not is_there(*test)] == []
 
 
 @pytest.fixture(scope="module")

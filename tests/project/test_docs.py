@@ -154,9 +154,14 @@ def test_a_page_of_a_framework_says_what_goes_together_and_names_tests_that_exis
     assert title == "| with | what happens | option | shown by |"
     for name in TOGETHER:
         assert [line for line in lines if line.startswith(f"| {name}")], name
-    # A line without a test says so.
-    assert [line for line in lines if "::" not in line and "no test" not in line] == []
-    assert [test for test in named_tests(section) if not is_there(*test)] == []
+    tests = named_tests(section)
+    assert [test for test in tests if not is_there(*test)] == []
+    listed = re.findall(r"^(\d+)\. `tests/.*`$", section, re.MULTILINE)
+    assert listed == [str(number) for number in range(1, len(tests) + 1)]
+    # Each line has the number of a test, or says that there is none; no test is listed for nothing.
+    shown = [re.sub(r"`[^`]*`|\([^)]*\)", "", line.rsplit(" | ", 1)[1]) for line in lines]
+    assert [line for line in shown if not re.search(r"\d|no test", line)] == []
+    assert {number for line in shown for number in re.findall(r"\d+", line)} == set(listed)
 
 
 @pytest.fixture(scope="module")

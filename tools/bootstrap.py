@@ -145,7 +145,7 @@ def doing(log: str) -> str:
         if line.startswith("Installing collected packages"):
             return f"unpacking {line.count(',') + 1}"
         if words[:1] in (["Collecting"], ["Processing"], ["Downloading"]):
-            return f"{words[0].lower()} {words[1].rpartition('/')[2]}"
+            return f"{words[0].lower()} {words[1].rpartition('/')[2].partition('-')[0]}"
     return "starting"
 
 

@@ -103,7 +103,7 @@ def test_the_folder_of_wheels_that_pip_is_configured_with_is_enough(
     ("log", "said"),
     [
         ("", "starting"),
-        ("Looking in links: /a\nProcessing /wheels/torch-2.whl\n", "processing torch-2.whl"),
+        ("Looking in links: /a\nProcessing /wheels/torch-2.whl\n", "processing torch"),
         ("Collecting numpy>=1.26 (from step37)\n  Using cached\n", "collecting numpy>=1.26"),
         ("Collecting x\nInstalling collected packages: a, b, c\n", "unpacking 3"),
     ],

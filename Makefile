@@ -1,4 +1,4 @@
-# make demo   set up, then train a small model end to end with the fused embedding (CPU or GPU)
+# make demo   set up what it needs, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
 # make lanes  the tests in two environments of their own: lane-newest (torch 2.15, Triton 3.9,
@@ -23,12 +23,15 @@ JOBS ?= auto
 ARCH ?= sm_90
 FUZZ_S ?= 180
 
-.PHONY: demo test ptx lanes lane-newest lane-gpu real real-main fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
+.PHONY: setup-demo demo test ptx lanes lane-newest lane-gpu real real-main fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
 
-demo: setup
+setup-demo:
+	@$(PYTHON) tools/bootstrap.py demo
+
+demo: setup-demo
 	@$(RUN) -m examples.demo
 
 test: setup

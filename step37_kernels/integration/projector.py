@@ -133,8 +133,7 @@ def input_width(projector: nn.Module) -> int | None:
 
 def devices_of_plain(projector: nn.Module) -> set[torch.device]:
     """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
-    bias = projector.bias
-    return {projector.weight.device} if bias is None else {projector.weight.device, bias.device}
+    return {t.device for t in (projector.weight, projector.bias) if isinstance(t, Tensor)}
 
 
 def check_has_values(projector: nn.Module, name: str) -> None:

@@ -82,13 +82,10 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def takes_tma(*matrices: Tensor) -> bool:
-    """Whether the copy engine can read contiguous matrices of one dtype and width: 16-byte-aligned
-    bases and rows."""
-    row_bytes = matrices[0].shape[1] * matrices[0].itemsize
-    if row_bytes == 0 or row_bytes % 16:
-        return False
-    return not any(matrix.data_ptr() % 16 for matrix in matrices)
+def takes_tma(matrix: Tensor) -> bool:
+    """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
+    row_bytes = matrix.shape[1] * matrix.itemsize
+    return matrix.data_ptr() % 16 == 0 and row_bytes > 0 and row_bytes % 16 == 0
 
 
 @functools.lru_cache
@@ -124,7 +121,7 @@ def tile_of(rows: int, weight: Tensor, *sources: Tensor) -> Tile:
     ``[H, C]`` or one of the sources that are given."""
     capability = 0 if INTERPRETED else _capability(weight.device)
     tile = entry(rows, weight.dtype, capability)
-    return tile if takes_tma(weight, *sources) else LIBRARY
+    return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
 
 
 @dataclass(frozen=True, slots=True)

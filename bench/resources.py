@@ -84,6 +84,9 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
         yield from _gradients(DTYPES[short], short)
         yield from _tables(DTYPES[short], short)
+    for dtype in (torch.int32, torch.int64):
+        ids = torch.empty(ROWS, dtype=dtype)
+        yield str(dtype).split(".")[-1], functools.partial(table_ops.order_by_id, ids, ROWS)
     yield from _pixels(dtypes)
 
 
@@ -186,7 +189,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan_ops.plan_kernel, gradient.gradient_rows_kernel,
-    table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
+    table_ops.order_kernel, table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
     copy_ops.copy_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip

@@ -84,9 +84,11 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
         yield from _gradients(DTYPES[short], short)
         yield from _tables(DTYPES[short], short)
-    for dtype in (torch.int32, torch.int64):
-        ids = torch.empty(ROWS, dtype=dtype)
-        yield str(dtype).split(".")[-1], functools.partial(table_ops.order_by_id, ids, ROWS)
+    for words in (torch.empty(ROWS, dtype=dtype) for dtype in (torch.int32, torch.int64)):
+        yield (
+            str(words.dtype).removeprefix("torch."),
+            functools.partial(table_ops.order_by_id, words, ROWS),
+        )
     yield from _pixels(dtypes)
 
 

@@ -164,6 +164,61 @@ def test_the_tables_gradient_is_right_for_a_grad_output_that_is(device, layout):
         assert_within(impl, grad, *gradient_of_table(case, grad_output))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", ["random", "equal", "distinct", "outside"])
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 511, 513, 1100])
+def test_positions_are_put_in_order_as_by_a_stable_sort(device, count, kind, dtype):
+    generator = torch.Generator().manual_seed(count)
+    ids = {
+        "random": torch.randint(0, VOCABULARY, (count,), generator=generator),
+        "equal": torch.full((count,), 3),
+        "distinct": torch.randperm(count, generator=generator),
+        "outside": torch.randint(-4, VOCABULARY + 4, (count,), generator=generator) * 10**8,
+    }[kind].to(device, dtype)
+    num_rows = count if kind == "distinct" else VOCABULARY
+    in_order, order = table_ops.order_by_id(ids, num_rows)
+    wanted, positions = ids.clamp(-1, num_rows).sort(stable=True)
+    assert torch.equal(in_order, wanted)
+    assert torch.equal(order, positions)
+
+
+def test_many_positions_and_huge_tables_are_left_to_the_librarys_sort():
+    assert table_ops.is_counted(8192, 128_896)
+    assert not table_ops.is_counted(8193, 8)
+    largest = 2**31 // 8192 - 3
+    assert table_ops.is_counted(8192, largest)
+    assert not table_ops.is_counted(8192, largest + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_the_largest_number_that_is_counted_with_does_not_overflow(device, dtype):
+    ids = torch.tensor([2**31 - 1, -(2**31), 0, 2**31 - 1, 5], device=device, dtype=dtype)
+    num_rows = (2**31 - 1) // len(ids) - 2
+    assert table_ops.is_counted(len(ids), num_rows)
+    assert not table_ops.is_counted(len(ids), num_rows + 1)
+    in_order, order = table_ops.order_by_id(ids, num_rows)
+    assert in_order.tolist() == [-1, 0, 5, num_rows, num_rows]
+    assert order.tolist() == [1, 2, 4, 0, 3]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_word_that_spans_more_blocks_than_are_added_at_a_time_counts_each_once(
+    device, counted, monkeypatch
+):
+    """Padding: 3 words, of which one fills 20 blocks; whichever way they are put in order."""
+    if not counted:
+        monkeypatch.setattr(table_ops, "MOST_COUNTED", 0)
+    assert 2 * table_ops.JOIN_BLOCKS < 20
+    ids = torch.tensor([1] * 7 + [4] * 20 * table_ops.BLOCK_P + [5] * 9, device=device)
+    grad_output = torch.randn(len(ids), 8, device=device)
+    table = torch.zeros(VOCABULARY, 8, device=device, requires_grad=True)
+    LookUp.apply(table, ids, None, None, True, math.nan).backward(grad_output)
+    one_hot = torch.nn.functional.one_hot(ids, VOCABULARY).double().T.cpu()
+    grad = grad_output.double().cpu()
+    bound = product_bound(one_hot, grad, [torch.float32])
+    assert_within("table", table.grad, one_hot @ grad, bound)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_shard_looks_up_the_words_of_its_own_positions(device, impl):
     case = small_case(device)

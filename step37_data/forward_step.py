@@ -176,7 +176,6 @@ class ForwardStep:
             only_pp_first_stage=only_pp_first_stage,
             **options,
         )
-        self._stages: WeakKeyDictionary[Any, Stage] = WeakKeyDictionary()
         self._ahead: list[ReadAhead] = []
 
     def __call__(
@@ -230,9 +229,9 @@ class ForwardStep:
                 patch_image_size=dataset.patch_image_size,
                 encoder_patch_size=dataset.encoder_patch_size,
             )
-            prepare = functools.partial(
-                model_inputs, stage=self._stage_of(model, dataset), preprocess=preprocess
-            )
+            # Bridge's own data set has no such field.
+            stage = _stage_of(model, padding_mask=getattr(dataset, "padding_mask", True))
+            prepare = functools.partial(model_inputs, stage=stage, preprocess=preprocess)
             if self._depth == 0 or not _may_be_read_ahead(data_iterator):
                 return prepare(next(data_iterator))
             ahead = ReadAhead(
@@ -243,24 +242,30 @@ class ForwardStep:
         prepared: dict[str, Any] = ahead.prepared(next(data_iterator))
         return prepared
 
-    def _stage_of(self, model: Any, dataset: Any) -> Stage:
-        """What a chunk needs, found out once."""
-        if model not in self._stages:
-            # Bridge's own data set has no such field.
-            wanted = getattr(dataset, "padding_mask", True)
-            self._stages[model] = _find_out_stage(model, padding_mask=wanted)
-        return self._stages[model]
 
-
-def _find_out_stage(model: Any, *, padding_mask: bool) -> Stage:
+def _stage_of(model: Any, *, padding_mask: bool) -> Stage:
     from megatron.core.utils import get_attr_wrapped_model
 
     groups = get_attr_wrapped_model(model, "pg_collection")
     if groups.cp.size() > 1:
         raise ValueError(f"context parallel size: expected 1 (whole packs), got {groups.cp.size()}")
     chunk = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
-    mask_part = None
-    if padding_mask:
+    return Stage(
+        pre_process=chunk.pre_process,
+        post_process=chunk.post_process,
+        # 16 for FP8 and Transformer Engine, the tensor parallel size for sequence parallelism.
+        divisible_by=math.lcm(groups.tp.size(), 16),
+        mask_part=_mask_part(chunk, groups.tp) if padding_mask else None,
+    )
+
+
+_mask_parts: WeakKeyDictionary[Any, tuple[int, int] | None] = WeakKeyDictionary()
+
+
+def _mask_part(chunk: Any, tensor_parallel: Any) -> tuple[int, int] | None:
+    """``Stage.mask_part`` of a chunk, found out and logged once."""
+    if chunk not in _mask_parts:
+        _mask_parts[chunk] = None
         if reason := why_not_told(chunk):
             logger.info(f"routers are not told which positions are padding: {reason}")
         else:
@@ -268,14 +273,9 @@ def _find_out_stage(model: Any, *, padding_mask: bool) -> Stage:
             # With sequence parallelism a chunk's decoder sees this rank's part on every stage,
             # because the embedding of the first one has split it.
             split = chunk.config.sequence_parallel
-            mask_part = (groups.tp.rank(), groups.tp.size()) if split else (0, 1)
-    return Stage(
-        pre_process=chunk.pre_process,
-        post_process=chunk.post_process,
-        # 16 for FP8 and Transformer Engine, the tensor parallel size for sequence parallelism.
-        divisible_by=math.lcm(groups.tp.size(), 16),
-        mask_part=mask_part,
-    )
+            part = (tensor_parallel.rank(), tensor_parallel.size()) if split else (0, 1)
+            _mask_parts[chunk] = part
+    return _mask_parts[chunk]
 
 
 def _may_be_read_ahead(data_iterator: Any) -> bool:

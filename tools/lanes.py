@@ -41,8 +41,8 @@ LANES = {
     "gpu": Lane(
         folder=".venv-gpu",
         python=(3, 12),
-        # The interpreter of Triton 3.6 converts arrays to integers as NumPy 2.5 no longer does.
-        releases=("torch==2.11.0", "triton==3.6.0", "numpy<2.5"),
+        # The interpreter of Triton 3.6 converts arrays to integers as NumPy 2.4 no longer does.
+        releases=("torch==2.11.0", "triton==3.6.0", "numpy<2.4"),
         compiled_for="sm_90",
     ),
 }

@@ -399,5 +399,5 @@ def test_the_blend_of_the_page_mixes_captions_with_conversations_about_several_p
 
 
 def test_a_film_in_the_place_of_a_picture_is_an_error_with_the_key() -> None:
-    with pytest.raises(ValueError, match="sample k: .*image"):
+    with pytest.raises(ValueError, match=r"sample k: .*image"):
         Step37TaskEncoder(TOKENIZER).encode_sample(cook({"mp4": b"film", "txt": b"A film."}))

@@ -55,6 +55,8 @@ OTHERS = {
     "BUFR": b"BUFR" + bytes(60),
     "FITS": b"SIMPLE  =                    T" + b" " * 2850,
     "OLE": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+    "MP4": b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(200),
+    "HEIC": b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(200),
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
     "script": b"#!/bin/sh\nexit 1\n",
 }

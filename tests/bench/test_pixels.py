@@ -36,7 +36,7 @@ def lines_of(tables: Iterator[Table]) -> list[list[Any]]:
 def test_every_stage_has_a_time_for_one_and_two_threads(briefly: Settings) -> None:
     threads = torch.get_num_threads()
     stages, waits, cores = lines_of(pixels.run_pixels(briefly))
-    assert [threads for _, threads, *_ in stages] == [1, 2] * 6
+    assert [threads for _, threads, *_ in stages] == [1, 2] * 7
     ours = {stage: own for stage, _, own, *_ in stages}
     ours.pop("read, decode (simplejpeg)")  # which may be missing
     assert all(quiet > 0 for quiet, _ in ours.values())

@@ -87,7 +87,7 @@ class Hub:
         if match is None or match[1] not in self.revisions:
             known = match is not None
             return self.refuse(request, 404, "RevisionNotFound" if known else "RepoNotFound")
-        name = match[2]
+        name = urllib.parse.unquote(match[2])
         if name not in self.files:
             return self.refuse(request, 404, "EntryNotFound")
         body = self.files[name]
@@ -657,6 +657,35 @@ def test_a_file_that_is_no_longer_as_listed_is_asked_for_with_its_header(
     prepare_all(large_hub, tmp_path)
     assert data_files(tmp_path) == large_hub.files
     assert large_hub.heads["train/0.jpg"] == 1
+
+
+@pytest.mark.parametrize("kind", ["sha1", "md5", "nothing"])
+def test_a_mirror_may_list_other_hashes(large_hub: Hub, tmp_path: Path, kind: str) -> None:
+    large_hub.hash_of = {
+        "sha1": lambda body: hashlib.sha1(body).hexdigest(),
+        "md5": lambda body: hashlib.md5(body).hexdigest(),
+        "nothing": lambda _: "x" * 64,
+    }[kind]
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets == dict.fromkeys(large_hub.files, 1)
+    large_hub.gets.clear()
+    damage(tmp_path / "train" / "more" / "8.jpg", "garbled")  # one with such a hash
+    prepare_all(large_hub, tmp_path)
+    # A hash of an unknown kind proves nothing and refuses nothing.
+    assert large_hub.gets == ({"train/more/8.jpg": 1} if kind == "sha1" else {})
+
+
+def test_names_with_characters_that_an_address_writes_otherwise_are_asked_for(
+    large_hub: Hub, tmp_path: Path
+) -> None:
+    odd = "more/a b#1%20?é猫+&.jpg"
+    large_hub.files[f"train/{odd}"] = large_hub.files.pop("train/more/8.jpg")
+    listing = large_hub.files["train/metadata.csv"].decode()
+    large_hub.files["train/metadata.csv"] = listing.replace("more/8.jpg", odd).encode()
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets[f"train/{odd}"] == 1
 
 
 def test_a_large_file_is_streamed_by_the_client(

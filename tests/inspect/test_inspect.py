@@ -346,6 +346,28 @@ def test_a_terminal_that_is_not_utf8_gets_escapes_and_no_error(folder: Path) -> 
     assert done.stdout.decode("ascii")
 
 
+@pytest.mark.parametrize("subject", ["--pack", "--picture", "--html", "shard"])
+def test_whatever_is_asked_for_a_terminal_that_is_not_utf8_gets_escapes(
+    folder: Path, tmp_path: Path, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subject == "shard":
+        pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+    (folder / "train").rename(folder / "trän")
+    command = {
+        "--pack": ["inspect", str(folder), "--pack", "0"],
+        "--picture": ["inspect", "--picture", str(folder / "trän" / "coffee.jpg")],
+        "--html": ["inspect", str(folder), "--html", str(tmp_path / "a.html"), "--skip-images"],
+        "shard": ["shard", str(folder), str(tmp_path / "out")],
+    }[subject]
+    if subject in ("--pack", "--html"):
+        command += ["--split", "trän", "--tokenizer", TOKENIZER]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main([*command, "--quiet"]) == 0
+    sys.stdout.flush()
+    assert written.getvalue().decode("ascii")
+
+
 def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defaults() -> None:
     options = vars(_parser().parse_args(["inspect"]))
     defaults = {field.name: field.default for field in fields(Step37Flickr8kSFTDataProvider)}

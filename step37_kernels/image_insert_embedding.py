@@ -640,7 +640,7 @@ class ImageInsertEmbedding(nn.Module):
         if not any(tensor.requires_grad for tensor in tensors_of(projector)):
             return Way("none", "it is frozen")
         if why_called(projector, device) is not None:
-            return Way("autograd", "it is called")
+            return Way("its own", "it is called")
         reason = self.options.why_not_fused(projector.weight, self._language_embedding)
         return way_of_gradient(projector.weight, "weight", reason)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ class ModuleReport:
         cls: dotted name of the class that does the work: ours where it is in place.
         stock: name of the framework's class that ours takes the place of.
         state: ``"ours"``; ``"stock"``: the framework's class is still there; or ``"own forward"``:
-            ours is there, but the instance has a method of its own, which runs in its place.
+            ours is there, but the instance or a class derived from ours has a method of its own,
+            which runs in its place.
         why: what else there is to say, such as what replaces a stock module. Or empty.
         ways: which way each part takes: each has ``how`` and ``why``
             (``.ways.projection.how == "Triton"``). None where ours does not embed.
@@ -129,8 +131,9 @@ def _checked_chunks(model: Any) -> list[tuple[str, nn.Module]]:
     return chunks_of(model)
 
 
-_Gathered = dict[tuple[int, str], Tensor]
-"""What stands for a parameter that FSDP2 has sharded, by the module's id and its name there."""
+_Gathered = dict[tuple[int, str], Callable[[], Tensor]]
+"""What makes a stand-in for a parameter that FSDP2 has sharded, by the module's id and its name
+there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +187,19 @@ def _reports_of(name: str, module: nn.Module, asked: _Asked) -> Iterator[ModuleR
 
 
 def _report_of_ours(name: str, module: Any, stock: str, asked: _Asked) -> ModuleReport:
-    methods = ("forward",) if stock == _EMBEDDING else automodel.REPLACED_METHODS
-    own = {method: vars(module)[method] for method in methods if method in vars(module)}
-    notes = [
-        f"the instance has a {method} of its own, put there by {origin_of(function)}: it runs in "
-        "place of ours, which it may call"
-        for method, function in own.items()
-    ]
+    ours: type = automodel.FusedMerge if stock == _MERGE else ImageInsertEmbedding
+    methods = automodel.REPLACED_METHODS if stock == _MERGE else ("forward",)
+    notes = []
+    for method in methods:
+        own, whose = vars(module).get(method), "the instance"
+        if own is None and getattr(type(module), method) is not getattr(ours, method):
+            own, whose = getattr(type(module), method), "a class derived from ours"
+        if own is not None:
+            notes.append(
+                f"{whose} has a {method} of its own, {origin_of(own)}: it runs in place of ours, "
+                "which it may call"
+            )
+    state: State = "own forward" if notes else "ours"
     ways = None
     if lacking := _lacking(module):
         notes.append(lacking)
@@ -201,7 +210,7 @@ def _report_of_ours(name: str, module: Any, stock: str, asked: _Asked) -> Module
         name=name,
         cls=_dotted(next(c for c in type(module).__mro__ if _is_ours(c))),
         stock=stock,
-        state="own forward" if own else "ours",
+        state=state,
         why="; ".join(notes),
         ways=ways,
     )
@@ -262,12 +271,16 @@ def _gathered_in_forward(model: nn.Module) -> _Gathered:
                 continue
             sharded, info = parameter.sharded_param, parameter._module_info
             dtype = state._mp_policy.param_dtype or sharded.dtype
-            stand_in = torch.empty(1, dtype=dtype, device=sharded.device).expand(sharded.shape)
-            stand_in.requires_grad_(sharded.requires_grad)
+            stand_in = functools.partial(_stand_in, sharded, dtype)
             places = [(info.module, info.param_name)]
             places += zip(info.shared_modules, info.shared_param_names, strict=True)
             found |= {(id(module), name): stand_in for module, name in places}
     return found
+
+
+def _stand_in(sharded: Tensor, dtype: torch.dtype) -> Tensor:
+    whole = torch.empty(1, dtype=dtype, device=sharded.device).expand(sharded.shape)
+    return whole.requires_grad_(sharded.requires_grad)
 
 
 def _as_in_forward(module: Any, gathered: _Gathered) -> Any:
@@ -279,7 +292,7 @@ def _as_in_forward(module: Any, gathered: _Gathered) -> Any:
     held = vars(module)
     vars(twin).update(held)
     vars(twin)["_parameters"] = {
-        name: gathered.get((id(module), name), parameter)
+        name: make() if (make := gathered.get((id(module), name))) else parameter
         for name, parameter in held["_parameters"].items()
     }
     vars(twin)["_modules"] = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from step37_kernels.dispatch import Impl, check_kernel_dtype, use_triton
 from step37_kernels.lookup import fusion_target
@@ -63,7 +64,8 @@ class Ways:
         plan: ``"Triton"`` or ``"PyTorch"``.
         projection: ``"Triton"``, with the tile; ``"library"``, whose product one more launch puts
             in place; ``"PyTorch"``; or ``"called"``: the projector, as a module.
-        projector_gradient, words_gradient: ``"main_grad"``, ``"autograd"`` or ``"none"``.
+        projector_gradient, words_gradient: ``"main_grad"``, ``"autograd"`` or ``"none"``; of a
+            projector that is called ``"its own"``.
         layout: ``"whole"`` (every rank has the sequence) or ``"shared"``.
         text_only_gradient: ``"zeros"`` or ``"none"``, for the projector.
         words_place, projector_place: device and dtype.
@@ -102,7 +104,8 @@ def way_of(decide: Callable[[], Way]) -> Way:
     """What ``decide`` says; where it raises as a forward would, the message."""
     try:
         return decide()
-    except (ValueError, ImportError) as error:
+    # The last two are PyTorch's: of a device that is not there, of tensors without memory.
+    except (ValueError, ImportError, RuntimeError, AssertionError) as error:
         return Way("error", str(error))
 
 
@@ -123,6 +126,8 @@ def way_of_product(weight: Tensor, impl: Impl, rows: int) -> Way:
     if way.how != "Triton":
         return way
     check_kernel_dtype(weight, "weight")
+    if isinstance(weight, FakeTensor):
+        return Way("Triton", "a tensor without memory does not say with which tile")
     from step37_kernels.ops.tiles import tile_of
 
     tile = tile_of(rows, weight)

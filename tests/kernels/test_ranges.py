@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from step37_kernels.integration.main_grad import MainGrad
 from tests.kernels.checks import run_compiling
 
 HIDDEN, WIDTH, VOCABULARY, IM_START = 16, 24, 32, 7
-PARTS = {"step37/plan", "step37/insert", "step37/gradient"}
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def make(device: str, impl: str = "triton", **options: object) -> ImageInsertEmbedding:
@@ -198,3 +201,22 @@ def test_the_merge_of_automodel_has_the_same_ranges(device, given):
         merge.prepare_inputs_embeds(ids, images).sum().backward()
     assert recorded(prof) - Counter(["step37/gradient"]) == {"step37/plan": 1, "step37/insert": 1}
     assert ("step37/gradient" in recorded(prof)) == (given == "features")
+
+
+def test_the_pages_name_the_ranges_and_kernels_that_there_are():
+    bridge = (DOCS / "megatron-bridge.md").read_text(encoding="utf-8")
+    automodel_page = (DOCS / "nemo-automodel.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `step37/(\w+)` \|", bridge, re.MULTILINE)
+    assert listed == list(get_args(ranges.Part))
+    ops = Path(ranges.__file__).parent / "ops"
+    kernels = {
+        name
+        for file in ops.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text("utf-8"), re.MULTILINE)
+    }
+    operators = Path(ranges.__file__).parent / "operators.py"
+    registered = re.findall(r"^def (\w+)\(", operators.read_text("utf-8"), re.MULTILINE)
+    for page in (bridge, automodel_page):
+        assert set(re.findall(r"`(\w+_kernel)`", page)) <= kernels
+        assert set(re.findall(r"`step37/(\w+)`", page)) <= set(listed)
+        assert set(re.findall(r"`step37::(\w+)`", page)) <= set(registered)

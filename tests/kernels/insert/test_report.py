@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import step37_kernels
 from step37_kernels import (
@@ -162,7 +163,9 @@ def test_the_report_says_what_a_forward_and_a_backward_do(device, make, monkeypa
     how = "called" if not seen["insert_projected"] else "PyTorch"
     assert ways.projection.how == ("Triton" if seen["project_insert"] else how)
     table, projector = model.words.weight, model.embed.align_projector
-    if isinstance(projector, nn.Linear):
+    if seen["insert_projected"] or not isinstance(projector, nn.Linear):
+        assert (ways.projector_gradient.how == "its own") == (not seen["insert_projected"])
+    if seen["insert_projected"]:
         assert ways.projector_gradient.how == how_of_gradient(projector.weight)
     assert ways.words_gradient.how == how_of_gradient(table)
 
@@ -232,7 +235,7 @@ REASONS: dict[str, tuple[Callable[[], Model], str, str]] = {
     "an adapter's gradient": (
         lambda: adapted(Model()),
         "projector_gradient",
-        "autograd (it is called)",
+        "its own (it is called)",
     ),
     "rows of main_grad": (
         lambda: with_main_grad(Model(gradient_accumulation_fusion=True)),
@@ -478,13 +481,39 @@ def test_an_instance_with_a_method_of_its_own_is_told_whoever_put_it_there():
     model.embed.forward = replaced  # type: ignore[assignment]
     (module,) = report(model).modules
     assert module.state == "own forward"
-    assert "has a forward of its own, put there by tests.kernels.insert.test_report" in module.why
+    assert "the instance has a forward of its own, tests.kernels.insert.test_report" in module.why
     assert module.ways is not None
     assert not report(model).active
     other = merge()
     other.prepare_inputs_embeds = replaced
     (module,) = report(other).modules
     assert (module.state, "prepare_inputs_embeds of its own" in module.why) == ("own forward", True)
+
+
+class Derived(ImageInsertEmbedding):
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return super().forward(*arguments, **options) * 2
+
+
+class DerivedInName(ImageInsertEmbedding):
+    """Changes nothing."""
+
+
+def test_a_class_derived_from_ours_that_runs_something_else_is_told():
+    words = nn.Embedding(VOCABULARY, HIDDEN)
+    found = report([kind(words, WIDTH, HIDDEN) for kind in (Derived, DerivedInName)])
+    assert [m.state for m in found.modules] == ["own forward", "ours"]
+    assert "a class derived from ours has a forward of its own" in found.modules[0].why
+    assert not found.active
+
+
+def test_tensors_without_memory_on_a_device_that_is_not_there_are_reported_too():
+    model = Model()
+    with FakeTensorMode():
+        for module in (model.words, model.embed.align_projector):
+            module.weight = nn.Parameter(torch.empty(module.weight.shape, device="cuda:0"))
+        assert ways_in(model).projection.how == ways_in(model).plan.how == "Triton"
+        assert str(ways_in(model).projector_place) == "cuda:0, float32"
 
 
 def test_a_module_without_projector_says_so():

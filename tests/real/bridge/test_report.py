@@ -85,7 +85,7 @@ def test_a_projector_that_was_wrapped_is_called_and_the_report_says_what_it_is(w
     ways = ways_in(model)
     kind = type(embedding.align_projector).__name__
     assert str(ways.projection) == f"called (it is a {kind})"
-    assert str(ways.projector_gradient) == "autograd (it is called)"
+    assert str(ways.projector_gradient) == "its own (it is called)"
     if "sequence" not in wrap:
         assert str(ways) in told_at_first_forward(model, caplog)
 

@@ -150,7 +150,11 @@ def draw_architecture() -> Any:
             style.label(axes, (x + 0.1, y + 0.54 + 0.2 * number), text, size=9.5, **room)
     for corners, text, at, gradient in _ARROWS:
         color = style.BROKEN if gradient else style.INK
-        lines = {"color": color, "linewidth": 1.3, "linestyle": "--" if gradient else "-"}
+        lines: dict[str, Any] = {
+            "color": color,
+            "linewidth": 1.3,
+            "linestyle": "--" if gradient else "-",
+        }
         axes.plot(*zip(*corners, strict=True), **lines)
         head = {"arrowstyle": "-|>", "color": color, "linewidth": 0, "shrinkA": 0, "shrinkB": 0}
         (x, y), (x_before, y_before) = corners[-1], corners[-2]

@@ -107,6 +107,31 @@ def test_local_links_of_what_is_read_on_the_repositorys_page_lead_somewhere() ->
     assert missing == []
 
 
+def rows_of(page: str, heading: str = "") -> list[list[str]]:
+    """The cells of all lines of tables below a heading (the first that begins so) of a page."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}")[2]
+    text = text.partition("\n## ")[0] if heading else text
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_summary_of_the_data_pages_is_what_they_say() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    kernels = [row for row in rows_of("resources.md") if row[0].endswith("_kernel")]
+    assert len(kernels) > 300
+    registers, stack, shared = (max(int(row[i]) for row in kernels) for i in (2, 3, 4))
+    assert stack == 0
+    assert f"none uses more than {registers} registers" in text
+    assert f"up to {shared} bytes of shared memory" in text
+    forward = rows_of("predicted.md", "H100, forward, predicted")
+    ratios = {int(row[0][7:]): float(row[4].split()[0]) for row in forward if "images-" in row[0]}
+    assert len(ratios) == 16
+    for pictures, ratio in ratios.items():
+        assert ratio <= (1.1 if pictures >= 5 else 1.25)
+    whole = rows_of("predicted.md", "H100, the whole embedding")
+    (nine,) = [row for row in whole if row[0] == "flickr8k"]
+    assert float(nine[4]) >= 6
+
+
 def named_tests(text: str) -> list[tuple[str, str]]:
     """Files and names, which may be within a class, of all tests that a page names."""
     named = re.findall(r"`(tests/[^`]+\.py)::([^`]+)`", text)

@@ -24,7 +24,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
-    """Register a function as the operator ``step37::its_name``; in eager mode it is called directly.
+    """Register a function as the operator ``step37::its_name``; eager mode calls it directly.
 
     Arguments are positional in both.
 

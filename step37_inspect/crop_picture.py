@@ -1,4 +1,4 @@
-"""Describe and draw how one picture is cut into crops."""
+"""Describes and draws how one picture is cut into crops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from step37_inspect import style
 
 
 def describe_picture(path: str) -> Iterator[str]:
-    """Yield full image, canvas, windows and token layout of a picture file, line by line."""
+    """Describe full image, canvas, windows and tokens of a picture file; yields lines."""
     plan = plan_crops(*picture_size(path))
     yield f"picture   {path}: {_size(plan.size)} pixels"
     if plan.padded_size != plan.size:

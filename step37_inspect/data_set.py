@@ -1,4 +1,4 @@
-"""Describe and draw a data set: lengths, how full packs get, what is dropped, what is broken."""
+"""Describes and draws a data set: lengths, how full packs are, dropped samples, broken images."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from step37_inspect import style
 from step37_inspect.histogram import Histogram, draw_histogram
 
 _BAR_WIDTH = 40
-# Dropped samples in the lines of a description, the page has all of them; samples far off.
+# The most dropped samples, and samples of unusual length, that lines name; the page has all.
 _SHOWN, _NAMED = 20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSetDescription:
-    """A data set: what it holds and what packing makes of it.
+    """A data set's samples and images, and how full its packs are.
 
     Attributes:
-        name: folder, split and column of the captions.
+        name: folder, split and caption column.
         sizes: integers ``[N]``, tokens of every sample in the order drawn, dropped ones included.
         images: number of image files.
         capacity: tokens of a pack.
         oversize: what happens to longer samples.
-        broken: the reason by path; None where images were not read.
-        loads: integers ``[N]``, vision tokens of every sample, for the fill of balanced packing,
-            which is left out without them.
+        broken: unreadable images, each path with the reason; None if images were not read.
+        loads: integers ``[N]``, vision tokens of every sample. They are needed to show the fill of
+            balanced packing.
         files: the image file of every sample, ``[N]``, to name some of them; may be left out.
-        shown_otherwise: by path, how a viewer shows an image otherwise than it is used.
+        shown_otherwise: for the path of an image, how a viewer shows it differently from training.
         skipped_rows: rows of the metadata without a file name or a caption.
     """
 
@@ -55,7 +55,7 @@ class DataSetDescription:
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
-        """How full packs get, by packing: next-fit, best-fit and, with ``loads``, balanced."""
+        """How full packs are: with next-fit, with best-fit and, if there are ``loads``, balanced."""
         how = (self.sizes, self.capacity, self.oversize)
         ways = {"next_fit": (np.arange(len(self.sizes)), pack(*how))}
         ways["best_fit"] = pack_best_fit(*how)
@@ -68,12 +68,12 @@ class DataSetDescription:
 
     @functools.cached_property
     def longer(self) -> list[tuple[str, int]]:
-        """File and tokens of every sample that is longer than a pack, in the order drawn."""
+        """File and length of every sample that is longer than a pack, in the order drawn."""
         return self._named(self.sizes > self.capacity)
 
     @functools.cached_property
     def far_off(self) -> list[tuple[str, int]]:
-        """File and tokens of every sample that the histogram keeps apart, the longest first."""
+        """File and length of every sample of unusual length, the longest first."""
         body = self.histogram.body
         found = self._named((self.sizes < body.start) | (self.sizes >= body.stop))
         return sorted(found, key=lambda each: -each[1])
@@ -103,7 +103,7 @@ class DataSetDescription:
 
     @property
     def outliers(self) -> str:
-        """Names some samples whose length is far off; empty if there are none."""
+        """A sentence that names some samples of unusual length; empty if there are none."""
         if not self.far_off:
             return ""
         names = [f"{PureWindowsPath(file).name} ({size})" for file, size in self.far_off]
@@ -112,7 +112,7 @@ class DataSetDescription:
 
     @property
     def too_long(self) -> str:
-        """Tells how many samples are longer than a pack and what happens to them; empty if none."""
+        """A sentence on samples that are longer than a pack; empty if there are none."""
         if not self.longer:
             return ""
         fate = "dropped" if self.oversize == "drop" else "each alone in a pack"
@@ -121,7 +121,7 @@ class DataSetDescription:
 
     @property
     def unlike_a_viewer(self) -> str:
-        """Tells how many images a viewer shows otherwise; empty if there are none."""
+        """A sentence on images that viewers show differently; empty if there are none."""
         count = len(self.shown_otherwise)
         told = "are not used as a viewer shows them"
         return f"{count} of {self.images} files {told}" if count else ""
@@ -134,7 +134,7 @@ class DataSetDescription:
 
 
 def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> int:
-    """Count rows without a file name or a caption, up to the last of ``sample_count`` samples."""
+    """Count rows without file name or caption before the last of ``sample_count`` samples."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, restval="")
         whole = (
@@ -150,7 +150,7 @@ def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> 
 
 
 def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Decode every file and return those that cannot be read, in order, with the reason."""
+    """Decode every file; return the paths that cannot be read, in order, with the reason."""
     bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
     found = thread_map(why_broken, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
@@ -183,7 +183,7 @@ def data_set_lines(data: DataSetDescription) -> Iterator[str]:
 
 
 def draw_data_set(data: DataSetDescription) -> style.Figure:
-    """Draw a histogram of the lengths and of how full packs get, with drops and broken images."""
+    """Draw histograms of lengths and of how full packs are, with dropped and broken samples."""
     sheet = style.sheet_of(11, 4.6, data.name)
     sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
@@ -191,7 +191,7 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
     sheet.supxlabel(read, x=0.2 / 11, ha="left", size=9, color=colour)
     lengths, filled = sheet.subplots(1, 2)
     longer = data.sizes > data.capacity
-    told = [data.lengths, "_"]  # which the legend leaves out
+    told = [data.lengths, "_"]  # the legend leaves out labels that begin with "_"
     if longer.any():
         told[1] = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
         if data.capacity in range(data.histogram.body.start, data.histogram.body.stop):
@@ -215,6 +215,6 @@ def draw_data_set(data: DataSetDescription) -> style.Figure:
         axes.set(xlabel=across, ylabel=up)
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="y", integer=True)
-        # Below the axes it covers no bar.
+        # Below the axes, where it covers no bar.
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.18), frameon=False, fontsize=9)
     return sheet

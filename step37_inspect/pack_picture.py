@@ -1,4 +1,4 @@
-"""Describe and draw one pack: which sample and image has which tokens, and what is trained."""
+"""Describes and draws one pack: the tokens of each sample and image, and which are trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEFT, _TOP, _WIDTH, _LINE, _THUMBNAIL = 0.62, 0.92, 10.24, 0.37, 1.06
 
 
 class ImageSpan(NamedTuple):
-    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens.
+    """The positions of one image's rows in the pack: ``[start, end)`` in tokens.
 
     Attributes:
         kind: ``"image"`` or ``"crop"``.
@@ -45,7 +45,7 @@ class ImageSpan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the image file, from a path of any operating system."""
+        """The name of the image file, from a path of any operating system."""
         return PureWindowsPath(str(self.entry.path)).name
 
 
@@ -54,7 +54,7 @@ class Segment(NamedTuple):
 
     Attributes:
         source: ``(data set, index in it)``, None for padding.
-        loss: ``[start, end)`` of every run of positions whose label is trained.
+        loss: ``[start, end)`` of every run of positions that count in the loss.
         images: its images and crops, in the order of their tokens.
         text: the trained tokens as text.
     """
@@ -84,7 +84,7 @@ class PackDescription(NamedTuple):
 
     @property
     def used(self) -> int:
-        """Tokens of samples, without padding."""
+        """The number of tokens of samples, without padding."""
         return max(segment.end for segment in self.segments if segment.source is not None)
 
     @property
@@ -148,7 +148,7 @@ def pack_lines(pack: PackDescription) -> Iterator[str]:
 
 
 def draw_pack(pack: PackDescription) -> style.Figure:
-    """Draw the pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
+    """Draw the pack as coloured lines of 256 tokens, and a thumbnail of each image.
 
     A black bar with a number marks where a sample begins; its thumbnails have the same number.
     """
@@ -159,7 +159,7 @@ def draw_pack(pack: PackDescription) -> style.Figure:
     width, height = _LEFT + _WIDTH + 0.16, below + -(-len(images) // THUMBNAILS_A_ROW) * 1.34 + 0.14
     sheet, axes = style.figure(width, height, pack.title.capitalize())
     style.legend(axes, (0.2, 0.6), _LOOKS)
-    # In tokens across and lines down.
+    # Units: tokens across, lines down.
     where = (_LEFT / width, 1 - below / height, _WIDTH / width, (below - _TOP) / height)
     lines = sheet.add_axes(where, xlim=(0, TOKENS_A_LINE), ylim=(len(firsts), 0), frame_on=False)
     lines.set(xticks=[], yticks=np.arange(len(firsts)) + 0.38, yticklabels=firsts)
@@ -168,7 +168,7 @@ def draw_pack(pack: PackDescription) -> style.Figure:
     for number, segment in enumerate(pack.segments):
         if segment.source is not None:
             _paint(lines, (segment.start, segment.end), "text")
-            # The number stands between the bar and the first image, if there is room for it.
+            # The number is between the bar and the first image, if there is space for it.
             line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
             text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
             _paint(lines, (segment.start, text_end), "text", str(number))
@@ -192,13 +192,13 @@ def draw_pack(pack: PackDescription) -> style.Figure:
 
 
 def _paint(lines: style.Axes, span: tuple[int, int], look: str, name: str = "") -> None:
-    """Colour the tokens ``[start, end)``, which may lie on several lines, and write the name.
+    """Colour the tokens ``[start, end)``, which may be on several lines, and write the name.
 
-    The name stands on the line of the middle token, which has the most room.
+    The name is on the line of the middle token, which has the most space.
     """
     start, end = span
     for line in range(start // TOKENS_A_LINE, -(-end // TOKENS_A_LINE)):
-        # The axes cut off what lies before or after this line.
+        # The axes cut off the parts before and after this line.
         place = (start - line * TOKENS_A_LINE, line, end - start, 0.76)
         style.box(lines, place, **_LOOKS[look])
     line = (start + end) // 2 // TOKENS_A_LINE

@@ -1,4 +1,4 @@
-"""Finds the image files of a data set that an image viewer shows otherwise than training does."""
+"""Finds the image files of a data set that image viewers show differently from training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from step37_data.images.decode import BrokenImageError, open_image, viewed_other
 
 
 def find_viewer_differences(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Find the image files that a viewer shows otherwise, in order.
+    """Find the image files that a viewer shows differently, in order.
 
     Returns:
-        By path the differences, as :func:`~step37_data.images.decode.viewed_otherwise` names them.
-        Files that cannot be read are left out; :func:`find_broken_images` tells of them.
+        For each path its differences, named as by
+        :func:`~step37_data.images.decode.viewed_otherwise`. Files that cannot be read are left out;
+        :func:`find_broken_images` finds these.
     """
     bar = {"desc": "Comparing with a viewer", "unit": "file", "disable": quiet}
     found = thread_map(_differences, paths, max_workers=default_threads(), **bar)

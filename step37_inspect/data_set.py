@@ -55,7 +55,7 @@ class DataSetDescription:
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
-        """How full packs are: with next-fit, with best-fit and, if there are ``loads``, balanced."""
+        """How full packs are: by next-fit, by best-fit and, if there are ``loads``, balanced."""
         how = (self.sizes, self.capacity, self.oversize)
         ways = {"next_fit": (np.arange(len(self.sizes)), pack(*how))}
         ways["best_fit"] = pack_best_fit(*how)

@@ -1,15 +1,15 @@
-"""Make ``.venv`` ready for ``make demo``, ``make test``, ``make lint`` and ``make bench``.
+"""Prepares ``.venv`` for ``make demo``, ``make test``, ``make lint`` and ``make bench``.
 
-Standard library only, Python 3.10 to 3.13. Three situations:
+It needs only the standard library of Python 3.10 to 3.13. There are three cases:
 
-* A package index answers: install this project with its ``dev`` extra. Without an NVIDIA GPU the
-  torch asked for is the one release in ``CPU_TORCH`` (where an index or a local wheel folder has a
-  CPU build of it, pip takes that one); with a GPU it is the index's current CUDA build.
-* The interpreter that runs this already has torch and the test tools (a GPU image, say): borrow its
-  packages through a ``.pth`` file and install nothing.
-* Neither: say what is missing, exit with 1.
+* A package index can be reached: this project is installed with its ``dev`` extra. Without an
+  NVIDIA GPU it installs the torch release in ``CPU_TORCH`` (if an index or a local wheel folder has
+  a CPU build of it, pip takes that one); with a GPU, the index's current CUDA build.
+* The interpreter that runs this already has torch and the test tools, as in a GPU image: its
+  packages are made available through a ``.pth`` file, and nothing is installed.
+* Neither: it says what is missing and exits with 1.
 
-A rerun compares a stamp (``pyproject.toml``, this file, the interpreter) and returns at once.
+A second run compares a stamp (``pyproject.toml``, this file, the interpreter) and returns at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def say(message: str) -> None:
 
 
 def fingerprint() -> str:
-    """Everything that decides what the environment must hold."""
+    """Return a fingerprint of everything that decides the content of the environment."""
     parts = [
         (ROOT / "pyproject.toml").read_bytes(),
         Path(__file__).read_bytes(),
@@ -63,9 +63,9 @@ def create_venv(*, with_pip: bool) -> None:
 
 
 def borrow_interpreter_packages() -> None:
-    """A new environment with this interpreter's site-packages, and the checkout, on its path.
+    """Create an environment with this interpreter's site-packages and the checkout on its path.
 
-    Without pip, which not every Python can put there (Debian's needs a package for it).
+    It has no pip, since not every Python can install that (Debian's needs a package for it).
     """
     create_venv(with_pip=False)
     purelib = subprocess.run(
@@ -79,7 +79,7 @@ def borrow_interpreter_packages() -> None:
 
 
 def pip_install() -> bool:
-    """A new environment with the project and everything it needs; False when pip could not."""
+    """Create an environment with the project and its requirements; False if pip failed."""
     torch = os.environ.get("STEP37_TORCH") or ("torch" if has_nvidia_gpu() else CPU_TORCH)
     create_venv(with_pip=True)
     say(f"installing {torch} and the project's dependencies (a few minutes on a first run)")

@@ -1,9 +1,9 @@
-"""Subject ``data``: times lengths, second start, schedule and collation beside a plain loop.
+"""Subject ``data``: times measuring lengths, scheduling and collating, compared with plain loops.
 
-The loops are the straightforward ways: every prefix of a conversation rendered and tokenised, a
-Python loop over a heap and a list of tuples, positions filled sub-sequence by sub-sequence. Each
-line of the table first checks that both ways give the same result. All lines take about half a
-minute; in a quick run the schedule ends at 10⁵ samples.
+The loops are the straightforward ways: to render and tokenise every prefix of a conversation, to
+schedule with a Python loop over a heap and a list of tuples, to fill positions one sub-sequence
+after the other. Each line of the table first checks that both ways give the same result. All lines
+take about half a minute; a quick run schedules at most 10⁵ samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT = "Describe this image in one sentence."
 FLICKR8K = 6000
 MAX_LENGTH = 2048
 Line = tuple[Any, ...]
-"""Cells of :data:`COLUMNS`."""
+"""The cells of a line, one for each of :data:`COLUMNS`."""
 COLUMNS = (
     Column("what"), Column("size", "{:,}"), Column("ours", "{:.4g}"),
     Column("plain loop", "{:.4g}"), Column("unit"), Column("×", "{:.4g}"),
@@ -176,12 +176,12 @@ def schedule_here(count: int) -> dict[str, float]:
     """
 
     def peak() -> float:
-        # Not ru_maxrss, which counts the parent of a forked process too.
+        # Not ru_maxrss, which includes the parent of a forked process.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
     lengths = np.random.default_rng(0).integers(190, 260, count)
-    # Whatever is loaded or started once.
+    # Everything that is loaded or started only once.
     few = lengths[:20_000]
     pack(draw_schedule([few], [float(len(few))], ["random"])[2], MAX_LENGTH, "drop")
     plain_schedule(few.tolist(), MAX_LENGTH)
@@ -221,7 +221,7 @@ def collate() -> Iterator[Line]:
 
 
 def fill() -> Iterator[Line]:
-    """Fill packs with ``best_fit`` and with the loop's next fit: % of their room that is used."""
+    """Fill packs with ``best_fit`` and with the loop's next fit: % of their capacity in use."""
     draw = np.random.default_rng(0)
     long_tailed = draw.lognormal(6.6, 0.8, 65536).clip(180, 4096).astype(int)
     for name, sizes, capacity in (

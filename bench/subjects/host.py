@@ -1,9 +1,9 @@
-"""Subject ``host``: times what a call costs the host, and counts its launches, without a GPU.
+"""Subject ``host``: times the host's part of each call and counts its launches, without a GPU.
 
-The launchers run as they would on an H100, on a driver that launches nothing
-(:mod:`bench.no_gpu`): what is timed is the host's part of a call, without the driver's own. That
-driver stays for the rest of the process, and ``TRITON_INTERPRET`` must not be set. Tensors are
-narrow, so that what PyTorch computes on the host meanwhile costs nothing.
+The launchers run as on an H100, with a driver that launches nothing (:mod:`bench.no_gpu`). So the
+time is that of the host's part of a call, without the CUDA driver. That driver remains for the rest
+of the process, and ``TRITON_INTERPRET`` must not be set. Tensors are narrow, so that PyTorch's own
+computations on the host take no time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def operations() -> dict[str, Callable[[], object]]:
         "plan": make_plan,
         "project and insert": lambda: insert(features),
         "project and insert, channels-first": lambda: insert(view),
-        # To the weight and the features, the library would multiply on the host.
+        # No gradients of weight and features: the library would multiply on the host.
         "project and insert, and backward to the embeddings": lambda: torch.autograd.grad(
             insert(features), words, gradient
         ),
@@ -59,7 +59,7 @@ def median_us(call: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
-    """Yield of each operation its name, launches a call, and µs of the host a call."""
+    """Yield for each operation its name, and launches and host µs of a call."""
     launches = [0]
 
     def count(*_: object) -> None:
@@ -75,7 +75,7 @@ def measure(rounds: int) -> Iterator[tuple[str, int, float]]:
 
 
 def run(settings: Settings) -> Iterator[Table]:
-    """Yield one table: launches, and µs of the host, of every operation."""
+    """Yield one table: launches and host µs of every operation."""
     yield Table(
         text=where(torch.device("cpu")),
         columns=(Column("operation"), Column("launches"), Column("µs of the host", "{:.0f}")),

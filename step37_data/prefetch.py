@@ -106,7 +106,7 @@ class _Worker(threading.Thread):
             pass
 
     def _make_next(self) -> bool:
-        """Wait for room, then prepare one pack; False if no pack is left, or on a stop."""
+        """Wait until a pack may be prepared, then prepare it; False after the last one."""
         self.room.get()
         if self._stopped:
             return False

@@ -140,7 +140,7 @@ def allow_unfused(projector: nn.Module, name: str, impl: Impl) -> None:
     """Raise if a projector that is not plain must not be called; else log once that it is.
 
     Raises:
-        ValueError: ``impl="triton"`` asks for a kernel that knows no other.
+        ValueError: ``impl="triton"`` requires a kernel, which works only with a plain projector.
     """
     kind = type(projector).__name__
     if impl == "triton":
@@ -168,7 +168,7 @@ def allow_elsewhere(projector: nn.Linear, name: str, impl: Impl, device: torch.d
     Else log once that it is called.
 
     Raises:
-        ValueError: ``impl="triton"`` asks for a kernel, which reads tensors of one device.
+        ValueError: ``impl="triton"`` requires a kernel, which reads tensors of one device only.
     """
     devices = " and ".join(sorted(map(str, devices_of_plain(projector))))
     if impl == "triton":

@@ -1,8 +1,11 @@
-# make demo   set up, then train a small model end to end with the fused embedding (CPU or GPU)
+# make demo   set up what it needs, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
 # make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
+# make lanes  the tests in two environments of their own: lane-newest (torch 2.15, Triton 3.9,
+#             Python 3.13) and lane-gpu (torch 2.11, Triton 3.6, Python 3.12; with the PTX)
 # make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's
 #             own classes (Python 3.11 and later)
+# make real-main  the same on checkouts: BRIDGE=folder MEGATRON=folder AUTOMODEL=folder, any of them
 # make fuzz   set up, then random inputs against oracles, for FUZZ_S seconds; findings are printed
 # make lint   set up, then ruff, mypy, import-linter
 # make docs   set up, then the site of docs/ into out/site, strict
@@ -20,12 +23,15 @@ JOBS ?= auto
 ARCH ?= sm_90
 FUZZ_S ?= 180
 
-.PHONY: demo test ptx real fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
+.PHONY: setup-demo demo test ptx lanes lane-newest lane-gpu real real-main fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
 	@$(PYTHON) tools/bootstrap.py
 
-demo: setup
+setup-demo:
+	@$(PYTHON) tools/bootstrap.py demo
+
+demo: setup-demo
 	@$(RUN) -m examples.demo
 
 test: setup
@@ -34,8 +40,17 @@ test: setup
 ptx: setup
 	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels
 
+lanes: lane-newest lane-gpu
+
+lane-newest lane-gpu: lane-%:
+	@JOBS=$(JOBS) $(PYTHON) -m tools.lanes $*
+
 real:
 	@JOBS=$(JOBS) $(PYTHON) -m tools.real
+
+real-main:
+	@JOBS=$(JOBS) $(PYTHON) -m tools.real --bridge "$(BRIDGE)" --megatron "$(MEGATRON)" \
+		--automodel "$(AUTOMODEL)"
 
 fuzz: setup
 	@$(RUN) -m tests.fuzz --seconds $(FUZZ_S)
@@ -71,4 +86,4 @@ gpu:
 	@PYTHONPATH=. $(PYTHON) tools/gpu.py
 
 clean:
-	rm -rf .venv .venv-real build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-real .venv-newest .venv-gpu build dist out .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""Other implementations of :func:`step37_kernels.project_and_insert`, to compare with.
+"""Does what :class:`step37_kernels.ImageInsertEmbedding` does, and other ways to do it.
 
 Each is a function ``(embeddings [S, B, H], input_ids [B, S], groups, weight [H, C]) → [S, B, H]``
 with ``groups`` a sequence of ``(start_token, features [N, L, C])``. The vectorised ones assume what
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Kind
-from step37_kernels import plan_insert, project_and_insert
+from step37_kernels import ImageForInsert, ImageInsertEmbedding
 from step37_kernels.dispatch import Impl
 
 Groups = Sequence[tuple[int, Tensor]]
@@ -27,14 +27,24 @@ Forward = Callable[[Tensor, Tensor, Groups, Tensor], Tensor]
 BRIDGE = "megatron.bridge.models.stepfun.modelling_step37.image_insert_embedding"
 
 
-def step37(impl: Impl) -> Forward:
-    """Make our implementation: plan, then project and insert."""
+def step37(impl: Impl, hidden: int, width: int) -> Forward:
+    """Make our way: the module that users have, which starts the product beside the plan.
+
+    The word embedding that it calls hands out the embeddings of the case.
+    """
+    given: list[Tensor] = []
+    with torch.device("meta"):
+        module = ImageInsertEmbedding(lambda **_: given.pop(), width, hidden, impl=impl)
+    # Each call brings a weight of its own, which is no parameter of the module.
+    projector: Any = module.align_projector
+    del projector.weight
 
     def forward(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-        counts = [(token, [x.shape[1]] * x.shape[0]) for token, x in groups]
-        plan = plan_insert(input_ids, counts, impl=impl)
-        features = [x for _, x in groups]
-        return project_and_insert(embeddings, features, weight, None, plan, impl=impl)
+        given.append(embeddings)
+        projector.weight = weight
+        images = [ImageForInsert(token, image_features=x) for token, x in groups]
+        out: Tensor = module(input_ids, images)
+        return out
 
     return forward
 
@@ -132,7 +142,7 @@ class Peer(NamedTuple):
 def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> list[Peer]:
     """List all implementations of the whole insertion, ours first."""
     found = [
-        Peer("step37", "ours", step37(impl)),
+        Peer("step37", "ours", step37(impl, hidden, width)),
         Peer("stock", "stock", stock),
         Peer("masked_scatter", "peer", masked_scatter),
         Peer("index_copy", "peer", index_copy),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.harness import Settings
+from bench.predict_copies import copies_us, own_launch_us, text_rows
 from bench.report import Column, Table, read
 from bench.shapes import AUTOMODEL, SHAPES, Shape, shapes_named
 from bench.subjects.insert import work_of
@@ -51,6 +52,7 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "transposing": (0.6, 0.7, 0.8, "of memory", "assumed: packing reads two bytes at a time"),
     "L2": (7.7, 8.5, 10, "TB/s", "reported: L2 to all multiprocessors"),
     "copy": (0.05, 0.08, 0.11, "TB/s", "assumed: one multiprocessor, reading plus writing"),
+    "turn": (0.7, 1.0, 1.5, "µs", "assumed: a program that finds no text row to copy"),
     "start": (2.0, 2.3, 3.0, "µs", "reported: the shortest useful kernel"),
     "fill": (1.0, 1.5, 2.0, "µs", "assumed: two trips to memory before the first product"),
     "dependent": (0.7, 1.0, 1.5, "µs", "reported: a launch behind another"),
@@ -68,12 +70,26 @@ Rates = dict[str, float]
 Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
 
+CLOCKS = {
+    "650 TFLOP/s": "sustained under the power limit, the low end",
+    "700 TFLOP/s": "sustained under the power limit, the high end",
+    "780 TFLOP/s": "nominal: what this page assumes",
+    "860 TFLOP/s": "short runs at boost",
+}
+"""Cases of :func:`rates_of`: what products reach at a clock, and when. Assumed, but for nominal."""
+
+
 def rates_of(chip: str, case: str) -> Rates:
-    """Pick the rates of a chip, in TFLOP/s, TB/s and µs: case nominal, fast or slow."""
+    """Pick the rates of a chip, in TFLOP/s, TB/s and µs: case nominal, fast, slow or of
+    :data:`CLOCKS`, at which products and L2 are faster or slower, and memory is not."""
     found = {}
     for name, (low, nominal, high, unit, _) in RATES.items():
         fast, slow = (low, high) if unit == "µs" else (high, low)
         found[name.removeprefix(f"{chip} ")] = {"fast": fast, "slow": slow}.get(case, nominal)
+    if case in CLOCKS:
+        clock = float(case.split()[0]) / found["products"]
+        found["products"] *= clock
+        found["L2"] *= clock
     return found
 
 
@@ -137,23 +153,28 @@ def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
 @functools.cache
 def library(chip: str, case: str, extents: Extents) -> Launch:
     """Predict the library's product: the fastest of :data:`LIBRARY`."""
-    (m, n, k), rates, found = extents, rates_of(chip, case), []
-    for block_m, block_n, split in LIBRARY:
-        area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
-        programs = ceil_div(m, block_m) * ceil_div(n, block_n) * split
-        waves = ceil_div(programs, PROCESSORS)
-        store = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
-        sums = sum_us(rates, split * m * n, m * n, rates["start"]) if split > 1 else 0
-        name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
-        bound, us = Demand(
-            flops=waves * PROCESSORS * 2 * area * k / split,
-            shared=0,
-            l2=2 * programs * read * k / split,
-            memory=2 * (m * k + n * k + (m * n if split == 1 else 0)),
-            end=store if split == 1 else 0,
-        ).bound(rates)
-        found.append(Launch("library product", name, programs, waves, bound, us + sums))
+    rates = rates_of(chip, case)
+    found = (library_by(rates, extents, *choice) for choice in LIBRARY)
     return min(found, key=lambda launch: launch.us)
+
+
+def library_by(rates: Rates, extents: Extents, *choice: int) -> Launch:
+    """Predict the library's product with one ``(block_m, block_n, split)``."""
+    (m, n, k), (block_m, block_n, split) = extents, choice
+    area, read = block_m * block_n, block_m + block_n - max(block_m, block_n) / 2
+    programs = ceil_div(m, block_m) * ceil_div(n, block_n) * split
+    waves = ceil_div(programs, PROCESSORS)
+    store = 2 * min(programs, PROCESSORS) * area / rates["memory"] / 1e6
+    sums = sum_us(rates, split * m * n, m * n, rates["start"]) if split > 1 else 0
+    name = f"{block_m}×{block_n}" + f" split {split}" * (split > 1)
+    bound, us = Demand(
+        flops=waves * PROCESSORS * 2 * area * k / split,
+        shared=0,
+        l2=2 * programs * read * k / split,
+        memory=2 * (m * k + n * k + (m * n if split == 1 else 0)),
+        end=store if split == 1 else 0,
+    ).bound(rates)
+    return Launch("library product", name, programs, waves, bound, us + sums)
 
 
 def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
@@ -195,15 +216,17 @@ def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]
     return sorted(found, key=lambda pair: pair[0])
 
 
+def plan_us(shape: Shape, rates: Rates) -> float:
+    """Time the plan's launch by itself."""
+    return rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
+
+
 def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
-    """Predict plan and product with the table's tile: the launches, and µs of all together."""
-    rates, rows = rates_of(chip, case), shape.num_rows
-    planning = rates["plan"] + rates["scan"] * max(shape.seq_len / 1024 - 1, 0)
+    """List the launches of plan and product with the table's tile, and µs of all together."""
+    rates = rates_of(chip, case)
+    planning = plan_us(shape, rates)
     plan = Launch("plan", "", 1, 0, "launch", planning)
-    text = 2 * (shape.seq_len - rows) * shape.hidden
-    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
-    tile = table.entry(rows, torch.bfloat16, 90)
-    project = own(rates, tile, [n * each for n, each in groups if n], shape)
+    project = own(rates, *table_product(shape), shape)
     # The product starts beside the plan, and waits for it in its epilogue.
     late = max(rates["dependent"], planning - project.us)
     launches = [plan, project]
@@ -211,10 +234,33 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
         moving = MOVES * (rates["dependent"] + rates["start"])
         launches.insert(1, Launch(f"{MOVES} small operations", "", 0, 0, "launch", moving))
         late = planning + moving + rates["dependent"]
-    # Multiprocessors without a tile in the last wave copy text rows; then all copy the rest.
-    beside = -project.programs % PROCESSORS * rates["copy"] * project.us / project.waves
-    left = max(2 * text / 1e6 - beside, 0) / rates["memory"]
-    return launches, late + project.us + left
+    copies = Launch("text behind the tiles", "", 0, 0, "", copying(shape, chip, case))
+    if copies.us >= 0.05:
+        launches.append(copies)
+    return launches, late + project.us + copies.us
+
+
+def table_product(shape: Shape) -> tuple[Tile, list[int]]:
+    """Look up the tile that multiplies a shape's rows, and count the rows of each source."""
+    groups = ((shape.crops, shape.crop_rows), (shape.images, shape.image_rows))
+    tile = table.entry(shape.num_rows, torch.bfloat16, 90)
+    return tile, [n * each for n, each in groups if n]
+
+
+@functools.cache
+def copying(shape: Shape, chip: str, case: str) -> float:
+    """Predict the µs by which text rows, copied by the product's launch, hold up its end."""
+    rates, (tile, row_counts) = rates_of(chip, case), table_product(shape)
+    shares = table.schedule(tile, row_counts, shape.hidden, shape.width, PROCESSORS)
+    work = ceil_div(shares.whole, PROCESSORS) + (1 / shares.parts if shares.tail else 0)
+    each = (own(rates, tile, row_counts, shape).us - rates["start"]) / work
+    tiles = [0.0] * PROCESSORS
+    for program in range(shares.programs):
+        first = min(range(PROCESSORS), key=tiles.__getitem__)
+        tiles[first] += each if program < shares.whole else each / shares.parts
+    rows, hidden, width = shape.num_rows, shape.hidden, shape.width
+    product = 2 * (rows * width + hidden * width + rows * hidden)
+    return copies_us(shape, tiles, product, rates)
 
 
 def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
@@ -245,7 +291,8 @@ def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
     return {
         "shape": shape.name, "chip": chip, "operation": operation, "rows": rows,
         "predicted_us": totals[0], "low_us": min(totals), "high_us": max(totals),
-        "gemm_us": bare[0], "floor_us": floor, "over_floor": totals[0] / floor,
+        "gemm_us": bare[0], "low_gemm_us": min(bare), "high_gemm_us": max(bare),
+        "floor_us": floor, "over_floor": totals[0] / floor,
         "ratio": ratios[0], "low_ratio": min(ratios), "high_ratio": max(ratios),
         "launches": launches[0], "measured": "",
     }  # fmt: skip
@@ -302,6 +349,57 @@ def in_some_uses(shapes: Sequence[Shape], chip: str) -> Table:
     return Table(title=f"{chip}, added in some uses", text=text, columns=columns, lines=lines)
 
 
+def by_the_clock(shapes: Sequence[Shape], chip: str) -> Table:
+    """Make the table of forwards at several clocks, and of what cuBLAS may choose at 1521 rows."""
+    columns = [Column("shape"), *(Column(clock, "{:.0f} µs, × {:.2f}") for clock in CLOCKS)]
+    lines = []
+    for shape in shapes:
+        extents = (shape.num_rows, shape.hidden, shape.width)
+        us = [(forward(shape, chip, clock)[1], library(chip, clock, extents)) for clock in CLOCKS]
+        lines.append((shape.name, *((ours, ours / bare.us) for ours, bare in us)))
+    like = SHAPES["flickr8k"]
+    ours, extents = forward(like, chip, "nominal")[1], (like.num_rows, like.hidden, like.width)
+    choices = ((128, 128, 1), (128, 192, 1), (192, 128, 1), (128, 256, 1), (256, 128, 1))
+    bare = [library_by(rates_of(chip, "nominal"), extents, *choice) for choice in choices]
+    tiles = ", ".join(f"{one.tile} {one.us:.0f} µs (× {ours / one.us:.2f})" for one in bare)
+    text = (
+        "µs of a forward, and × product. The clock moves products and L2, memory keeps its rate.\n"
+        + "".join(f"* {clock}: {when}.\n" for clock, when in CLOCKS.items())
+        + f"\nAt {like.num_rows} rows the ratio also depends on the tile that cuBLAS takes, which\n"
+        f"nobody knows beforehand: {tiles}."
+    )
+    return Table(title=f"{chip}, by the clock, predicted", text=text, columns=columns, lines=lines)
+
+
+ONE_IN_2048 = Shape(name="one picture in 2048", seq_len=2048, images=1)
+
+
+def text_copies(shapes: Sequence[Shape], chip: str) -> Table:
+    """Make the table of what copying text rows adds to a forward, here and by a launch of its
+    own."""
+    form = "{:.1f} [{:.0f}–{:.0f}]"
+    columns = (
+        Column("shape"), Column("text rows"), Column("by the product's launch, µs", form),
+        Column("by a launch of their own, µs", form),
+    )  # fmt: skip
+    lines = [
+        (
+            shape.name,
+            sum(text_rows(shape)),
+            tuple(copying(shape, chip, case) for case in ("nominal", "fast", "slow")),
+            ranged(chip, functools.partial(own_launch_us, shape)),
+        )
+        for shape in (*shapes, ONE_IN_2048)
+    ]
+    text = """What copying text rows adds to a forward: `bench/predict_copies.py`. The product's
+launch copies them, with programs that hold a multiprocessor each, for its shared memory is theirs:
+free beside a last wave with idle multiprocessors, behind it where there are none. A launch of their
+own would have several programs a multiprocessor, and nothing to run beside. It would be shorter
+where text follows full waves, by 1 to 15 µs, at most 4 % of the forward, and longer elsewhere; and
+it would cost the host a launch more in every forward. So there is none."""
+    return Table(title=f"{chip}, text rows, predicted", text=text, columns=columns, lines=lines)
+
+
 HEAD = f"""# Predicted times
 
 Made by `{COMMAND} > docs/predicted.md`: arithmetic, see `bench/predict.py`. **No figure here was
@@ -311,10 +409,13 @@ fast end. A product is bounded by the tensor cores, by the shared memory that fe
 by HBM. Library products are not held to shared memory: they are rather predicted too fast. Why some
 forwards are above 1.05 ×: up to four pictures make fewer tiles than there are multiprocessors,
 so parts of the reduction go through L2 to a second launch, or small tiles do; and from the second
-wave on, each wave's store and the next one's filling are not hidden. Not counted: text rows copied
-by multiprocessors that hold a tile, and the clock, which moves all figures together. `automodel`
-is NeMo Automodel's merge into placeholders, crops among its pictures: PyTorch operations put the
-plan's rows in its order, and the product follows them.
+wave on, each wave's store and the next one's filling are not hidden. Text rows are copied by the
+same launch: behind the tiles where no multiprocessor is idle. Ratios are what is claimed; µs carry
+the clock that they assume, and tables by the clock say what another one makes of them. The rows of
+`insert` run the module, whose product starts beside the plan, as is assumed here; they include its
+copy of counts to the host, which stands below among what some uses add. `automodel` is NeMo
+Automodel's merge into placeholders, crops among its pictures: PyTorch operations put the plan's
+rows in its order, and the product follows them.
 """
 RATE_COLUMNS = tuple(map(Column, ("assumed", "low", "nominal", "high", "unit", "source")))
 COLUMNS = (
@@ -336,7 +437,7 @@ def cells(row: dict[str, Any]) -> tuple[Any, ...]:
 def run(settings: Settings) -> Iterator[Table]:
     """Yield the table of assumed rates, and one for each chip and operation."""
     # Imported here, since it takes its rates from this module.
-    from bench import predict_embedding
+    from bench import predict_embedding, predict_measured
 
     shapes = shapes_named(settings.shapes)
     # Read first, so that a file that cannot be read ends it before anything is printed.
@@ -353,4 +454,8 @@ def run(settings: Settings) -> Iterator[Table]:
         yield in_some_uses(shapes, chip)
         named = [shape for shape in shapes if shape.name in SHAPES]
         if named:
+            yield text_copies(named, chip)
+            yield by_the_clock(named, chip)
             yield predict_embedding.table_of(named, chip)
+    if measured:
+        yield predict_measured.table_of(shapes, measured)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.predict import Range, Rates, moved, ranged, row
+from bench.predict import PROCESSORS, Range, Rates, moved, ranged, row
 from bench.report import Column, Table
 from bench.shapes import Shape
 from bench.subjects.embedding import VOCABULARY
-from step37_kernels.ops.table import BLOCK_P
+from step37_kernels.ops.table import BLOCK_P, ORDER_BLOCK, ORDER_CHUNK, is_counted
+
+LANES, CLOCK = 128, 1.83e3
+"""Integer instructions a multiprocessor does in a clock, and clocks in a µs (data sheet)."""
+INSTRUCTIONS = 3
+"""Of one comparison where positions are counted: compare, select, add, as compiled."""
 
 
 def base(shape: Shape, chip: str) -> Range:
@@ -33,8 +38,26 @@ def dense_us(shape: Shape, rates: Rates) -> float:
     return launches + sum(moved(rates, size) for size in (lookup, fill, scatter, add))
 
 
+def order_us(positions: int, rates: Rates) -> float:
+    """Time the launches that put the positions in order by id, without the gaps between them.
+
+    Where they are counted, a launch picks the ids of text, and one compares each position with all.
+    That one is bound by its instructions, by the ids (int64) that every program reads through L2,
+    or by the trips to L2, one behind another, each taken as a quarter of two trips to memory.
+    """
+    if not is_counted(positions, VOCABULARY):
+        return rates["sort"]
+    square = positions**2
+    computing = square * INSTRUCTIONS / (PROCESSORS * LANES * CLOCK)
+    reading = 8 * square / ORDER_BLOCK / rates["L2"] / 1e6
+    trips = -(-positions // ORDER_CHUNK) * rates["fill"] / 4
+    counting = rates["start"] + rates["fill"] + max(computing, reading, trips)
+    return moved(rates, 20 * positions) + rates["dependent"] + counting
+
+
 def by_rows_us(shape: Shape, rates: Rates) -> float:
-    """Predict the µs of our gradient of the table: a sort, and two launches over the text rows.
+    """Time what takes the place of that: the positions in order, and two launches over the rows of
+    text.
 
     Each word is assumed to occur once, which is the most that can be read and written. The gradient
     of the embeddings is not computed then, so its reading and writing is subtracted.
@@ -42,7 +65,8 @@ def by_rows_us(shape: Shape, rates: Rates) -> float:
     text = (shape.seq_len - shape.num_rows) * shape.hidden
     sums = moved(rates, 2 * text + 8 * text)
     not_made = 2 * (text + shape.seq_len * shape.hidden) / rates["memory"] / 1e6
-    return rates["sort"] + sums + rates["start"] + 3 * rates["dependent"] - not_made
+    in_order = order_us(shape.seq_len, rates)
+    return in_order + sums + rates["start"] + 3 * rates["dependent"] - not_made
 
 
 def stock_us(shape: Shape, rates: Rates) -> float:

@@ -84,6 +84,11 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
         yield from _inserts(CAPABILITY[arch], DTYPES[short], short)
         yield from _gradients(DTYPES[short], short)
         yield from _tables(DTYPES[short], short)
+    for words in (torch.empty(ROWS, dtype=dtype) for dtype in (torch.int32, torch.int64)):
+        yield (
+            str(words.dtype).removeprefix("torch."),
+            functools.partial(table_ops.order_by_id, words, ROWS),
+        )
     yield from _pixels(dtypes)
 
 
@@ -186,7 +191,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan_ops.plan_kernel, gradient.gradient_rows_kernel,
-    table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
+    table_ops.order_kernel, table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
     copy_ops.copy_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip

@@ -273,6 +273,8 @@ def main() -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cuda else torch.float32
+    if not cuda:
+        torch.set_num_threads(1)  # the tensors are small: more threads only wait for one another
     where = torch.cuda.get_device_name() if cuda else "the CPU, in Triton's interpreter"
     print(f"torch {torch.__version__}, kernels on {where}, {dtype}")
 

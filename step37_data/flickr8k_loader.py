@@ -202,11 +202,13 @@ def prepare_flickr8k_samples(
 ) -> list[Flickr8kSample]:
     """Return the first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
 
-    Files that ``cache_dir`` lacks are downloaded, several at a time. Files that are there and match
-    their hash are not requested again, so a full cache works offline and an interrupted download
-    continues. Files that the loader has not downloaded have no hash and are not checked. In a
-    process group global rank 0 downloads first, then one rank of every node whose cache lacks
-    something. All ranks return together, or raise the error of the rank that failed.
+    What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
+    is not asked for again, so a filled cache works offline and an interrupted download continues.
+    Of many files the hub is asked for the hashes first, a thousand at a time, and then once for
+    each; of a few files, and where a mirror lists nothing, twice for each.
+    Files that the loader has not downloaded have no hash, and are taken as they are. In a process
+    group only global rank 0 downloads, then one rank of every node whose cache lacks something;
+    all return together, or fail together with the error of the rank that failed.
 
     Your own folder, whose ``metadata.csv`` did not come from the hub, has to be complete: nothing
     is downloaded into it from the default data set. With another ``repo_id``, its missing pictures
@@ -244,15 +246,14 @@ def prepare_flickr8k_samples(
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
-    whole: set[str] = set()
+    known: dict[str, str] | None = None
 
     def flawed() -> dict[str, str]:
-        """Find the flaws of images, by path; images found intact before are not checked again."""
-        named = dict.fromkeys(sample.image_path for sample in read())
-        paths = [path for path in named if path not in whole]
-        flaws = folder.flaws(paths)
-        whole.update(path for path in paths if path not in flaws)
-        return flaws
+        """Flaws of images by path; what was found whole is not looked at again."""
+        nonlocal known
+        paths = dict.fromkeys(sample.image_path for sample in read()) if known is None else known
+        known = folder.flaws(list(paths))
+        return known
 
     def fill() -> None:
         own = repo_id == _DEFAULT_REPO and folder.is_own(listing)

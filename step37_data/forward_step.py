@@ -6,10 +6,12 @@ Megatron is imported inside the functions that need it, not with this module.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,17 @@ from step37_data.common.checks import checked_int
 from step37_data.images.options import ImageKeywords, ImageOptions
 from step37_data.prefetch import CountsUsedPacks, ReadAhead
 from step37_data.preprocess import preprocess_packed_batch
+from step37_data.router_padding import (
+    count_experts_without_padding,
+    padding_mask,
+    padding_start,
+    why_not_told,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -39,6 +49,9 @@ class Stage:
     """Whether the chunk computes the loss."""
     divisible_by: int
     """The packed length is padded to a multiple of this."""
+    mask_part: tuple[int, int] | None = None
+    """Which part of ``padding_mask`` the chunk takes, and how many parts there are: more than one
+    with sequence parallelism. None where the chunk takes no mask."""
 
 
 def model_inputs(
@@ -58,7 +71,9 @@ def model_inputs(
         ``input_ids`` ``[1, T]`` int64 (None between the first and the last chunk), ``images`` (a
         list of ``ImageForInsert``, empty past the first chunk), ``labels`` and ``loss_mask``
         ``[1, T]`` (last chunk), ``packed_seq_params`` (``thd``), ``cu_seqlens``, and None for
-        ``position_ids`` and ``attention_mask``, which the packed layout replaces.
+        ``position_ids`` and ``attention_mask``, which the packed layout replaces. Where the chunk
+        takes it, ``padding_mask``, bool ``[1, T / parts]``: True for what was added here and for
+        the padding that the pack has of its own.
 
     Raises:
         ValueError: the chunk needs tokens and the batch has none.
@@ -67,6 +82,7 @@ def model_inputs(
     if needs_tokens and "tokens" not in batch:
         which = "first" if stage.pre_process else "last"
         raise ValueError(f"batch: the {which} pipeline stage needs tokens, got {sorted(batch)}")
+    first_padding = padding_start(batch) if stage.mask_part is not None else 0
     if not needs_tokens:
         batch = {key: batch[key] for key in ("cu_seqlens", "position_id")}
     prepared = preprocess(batch)
@@ -85,6 +101,13 @@ def model_inputs(
         "packed_seq_params": _packed_seq_params(cu_seqlens, longest),
         "cu_seqlens": cu_seqlens,
     }
+    if stage.mask_part is not None:
+        inputs["padding_mask"] = padding_mask(
+            first_padding,
+            length + padding,
+            part=stage.mask_part,
+            device=prepared["position_id"].device,
+        )
     if needs_tokens:
         inputs["input_ids"] = F.pad(prepared["input_ids"], (0, padding), value=0)
     if stage.pre_process:
@@ -114,8 +137,12 @@ class ForwardStep:
     Bridge, when it skips an iteration, and Megatron, when it rewinds, still get the right pack. Any
     other iterator, and one that saves its own state, is read when the pack is needed.
 
-    The configuration must have a built ``Step37Flickr8kSFTDataProvider`` as ``cfg.dataset``,
-    ``cfg.train.micro_batch_size`` 1, and context parallel size 1.
+    The routers of a model's experts are told which positions are padding, where its forward takes
+    ``padding_mask``: padding then counts neither in their losses nor in their expert bias. With
+    ``padding_mask=False`` in ``cfg.dataset`` padding counts, as in Bridge's step for Step-3.7.
+
+    Expects of the configuration: ``cfg.dataset`` a ``Step37Flickr8kSFTDataProvider``, built;
+    ``cfg.train.micro_batch_size`` 1; context parallel size 1.
 
     Args:
         prefetch_depth: packs prepared beyond the one in use; 0 prepares each when it is needed.
@@ -201,7 +228,9 @@ class ForwardStep:
                 patch_image_size=dataset.patch_image_size,
                 encoder_patch_size=dataset.encoder_patch_size,
             )
-            prepare = functools.partial(model_inputs, stage=_stage_of(model), preprocess=preprocess)
+            # Bridge's own data set has no such field.
+            stage = _stage_of(model, padding_mask=getattr(dataset, "padding_mask", True))
+            prepare = functools.partial(model_inputs, stage=stage, preprocess=preprocess)
             if self._depth == 0 or not _may_be_read_ahead(data_iterator):
                 return prepare(next(data_iterator))
             ahead = ReadAhead(
@@ -213,18 +242,39 @@ class ForwardStep:
         return prepared
 
 
-def _stage_of(model: Any) -> Stage:
+def _stage_of(model: Any, *, padding_mask: bool) -> Stage:
     from megatron.core.utils import get_attr_wrapped_model
 
     groups = get_attr_wrapped_model(model, "pg_collection")
     if groups.cp.size() > 1:
         raise ValueError(f"context parallel size: expected 1 (whole packs), got {groups.cp.size()}")
+    chunk = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
     return Stage(
-        pre_process=get_attr_wrapped_model(model, "pre_process"),
-        post_process=get_attr_wrapped_model(model, "post_process"),
-        # FP8 with Transformer Engine needs 16, sequence parallelism the tensor-parallel size.
+        pre_process=chunk.pre_process,
+        post_process=chunk.post_process,
+        # 16 for FP8 and Transformer Engine, the tensor parallel size for sequence parallelism.
         divisible_by=math.lcm(groups.tp.size(), 16),
+        mask_part=_mask_part(chunk, groups.tp) if padding_mask else None,
     )
+
+
+_mask_parts: WeakKeyDictionary[Any, tuple[int, int] | None] = WeakKeyDictionary()
+
+
+def _mask_part(chunk: Any, tensor_parallel: Any) -> tuple[int, int] | None:
+    """``Stage.mask_part`` of a chunk, found out and logged once."""
+    if chunk not in _mask_parts:
+        _mask_parts[chunk] = None
+        if reason := why_not_told(chunk):
+            logger.info(f"routers are not told which positions are padding: {reason}")
+        else:
+            count_experts_without_padding()
+            # With sequence parallelism a chunk's decoder sees this rank's part on every stage,
+            # because the embedding of the first one has split it.
+            split = chunk.config.sequence_parallel
+            part = (tensor_parallel.rank(), tensor_parallel.size()) if split else (0, 1)
+            _mask_parts[chunk] = part
+    return _mask_parts[chunk]
 
 
 def _may_be_read_ahead(data_iterator: Any) -> bool:
@@ -245,7 +295,9 @@ def _run(model: Any, inputs: dict[str, Any], return_schedule_plan: bool) -> Any:
 
     if not get_model_config(model).overlap_moe_expert_parallel_comm:
         raise ValueError("return_schedule_plan: needs the model's overlap_moe_expert_parallel_comm")
-    planned = {key: value for key, value in inputs.items() if key != "cu_seqlens"}
+    # The plans of megatron-core keep padding_mask from the routers, so theirs count padding.
+    left_out = ("cu_seqlens", "padding_mask")
+    planned = {key: value for key, value in inputs.items() if key not in left_out}
     return model.build_schedule_plan(**planned)
 
 

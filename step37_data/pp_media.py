@@ -231,6 +231,10 @@ def chunk_step3_media(
     return chunks
 
 
+chunk_patch_mapped_media = chunk_step3_media
+"""The same, by the name that newer releases of NeMo Automodel have for it."""
+
+
 def prepare_vlm_media_for_pp(
     batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
 ) -> MutableMapping[str, Any]:

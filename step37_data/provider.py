@@ -97,6 +97,11 @@ class PackProvider(_Base):
     patch_image_size: int = 504
     encoder_patch_size: int = 14
 
+    padding_mask: bool = True
+    """The routers of the model's experts are told which positions are padding, so that padding
+    counts in none of their statistics (see :class:`~step37_data.forward_step.ForwardStep`). False
+    is what Bridge's own step does."""
+
     seq_length: int = 2048
     skip_getting_attention_mask_from_dataset: bool = True
     global_data_keys: list[str] = field(default_factory=lambda: ["cu_seqlens", "position_id"])

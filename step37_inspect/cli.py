@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     # Options that choose the packs are stored under the names of the provider's fields.
     add("--tokenizer", dest="tokenizer_path", metavar="FOLDER", help="folder of the tokenizer")
     add("--multicrop", action="store_true", help="see images in crops")
+    viewed = "see images as viewers show them: turned by EXIF, on white, 8 of 16 bits"
+    add("--as-viewed", action="store_true", help=viewed)
     add("--split", default="train", help="folder of the split in it (%(default)s)")
     question = "Describe this image in one sentence."
     add("--prompt", default=question, metavar="TEXT", help="what the user asks (%(default)s)")
@@ -123,8 +125,9 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
     if options.picture is not None:
         from step37_inspect.crop_picture import describe_picture, draw_crops
 
-        yield from describe_picture(options.picture)
-        yield from _save(options.out, draw_crops, options.picture)
+        yield from describe_picture(options.picture, as_viewed=options.as_viewed)
+        draw = functools.partial(draw_crops, as_viewed=options.as_viewed)
+        yield from _save(options.out, draw, options.picture)
         return
     if options.cache_dir is None or options.tokenizer_path is None:
         raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
@@ -206,6 +209,7 @@ def _packs(
             tokenizer_path=options.tokenizer_path,
             max_sequence_length=options.max_packing_seqlen,
             multicrop=options.multicrop,
+            as_viewed=options.as_viewed,
         )
     except ValueError as error:
         raise ValueError(str(error).replace("tokenizer_path", "--tokenizer", 1)) from error
@@ -247,6 +251,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
         loads=drawn.datasets[0].vision_tokens()[order] if balanced else None,
         files=[samples[index].image_path for index in order.tolist()],
         shown_otherwise=otherwise,
+        as_viewed=options.as_viewed,
         skipped_rows=data_set.skipped_rows(metadata, options.caption_key, options.sample_count),
     )
     yield from data_set.data_set_lines(data)
@@ -278,6 +283,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
         "samples": "all" if count is None else f"the first {count}",
         "prompt": options.prompt,
         "pictures": "in crops besides the full image" if options.multicrop else "the full image",
+        "pixels": "as viewers show them" if options.as_viewed else "as stock reads them",
         "packs": f"{options.max_packing_seqlen} tokens, padded to a multiple of {multiple}",
         "longer samples": options.oversize_policy,
         "sampling": options.dataset_sampling,

@@ -12,9 +12,14 @@ from step37_data.text.tokens import IMAGE_START_TOKEN, PATCH_NEWLINE_TOKEN, Imag
 from step37_inspect import style
 
 
-def describe_picture(path: str) -> Iterator[str]:
-    """Describe full image, canvas, windows and tokens of a picture file; yields lines."""
-    plan = plan_crops(*picture_size(path))
+def describe_picture(path: str, *, as_viewed: bool = False) -> Iterator[str]:
+    """Yield full image, canvas, windows and token layout of a picture file, line by line.
+
+    Args:
+        path: of the image file.
+        as_viewed: see the picture as viewers show it: turned by its EXIF, for example.
+    """
+    plan = plan_crops(*picture_size(path, as_viewed=as_viewed))
     yield f"picture   {path}: {_size(plan.size)} pixels"
     if plan.padded_size != plan.size:
         yield f"padded    {_size(plan.padded_size)}, the picture at the top left"
@@ -37,9 +42,14 @@ def describe_picture(path: str) -> Iterator[str]:
         yield f"          {line}"
 
 
-def draw_crops(path: str) -> style.Figure:
-    """Draw the canvas with its crops framed and numbered; without crops, the full image."""
-    picture = read_rgb(path)
+def draw_crops(path: str, *, as_viewed: bool = False) -> style.Figure:
+    """Draw the canvas with its crops framed and numbered; without crops, the full image.
+
+    Args:
+        path: of the image file.
+        as_viewed: show the picture as viewers do.
+    """
+    picture = read_rgb(path, as_viewed=as_viewed)
     plan = plan_crops(*picture.size)
     shown = canvas_image(full_image(picture, plan), plan)
     right, bottom = plan.canvas_reach

@@ -18,6 +18,7 @@ from step37_data.packed_dataloader import Fill
 from step37_data.packing import OversizePolicy, pack, pack_balanced, pack_best_fit
 from step37_inspect import style
 from step37_inspect.histogram import Histogram, draw_histogram
+from step37_inspect.viewer_difference import TREATMENTS
 
 _BAR_WIDTH = 40
 # The most dropped samples, and samples of unusual length, that lines name; the page has all.
@@ -38,8 +39,9 @@ class DataSetDescription:
         loads: integers ``[N]``, vision tokens of every sample. They are needed to show the fill of
             balanced packing.
         files: the image file of every sample, ``[N]``, to name some of them; may be left out.
-        shown_otherwise: for the path of an image, how a viewer shows it differently from training.
+        shown_otherwise: by path, how a viewer shows an image otherwise than stock reads it.
         skipped_rows: rows of the metadata without a file name or a caption.
+        as_viewed: whether images are used as viewers show them, as far as ``as_viewed`` does so.
     """
 
     name: str
@@ -52,6 +54,7 @@ class DataSetDescription:
     files: Sequence[str] = ()
     shown_otherwise: Mapping[str, str] = dataclasses.field(default_factory=dict)
     skipped_rows: int = 0
+    as_viewed: bool = False
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
@@ -119,12 +122,36 @@ class DataSetDescription:
         count = f"{len(self.longer)} of {len(self.sizes)} samples"
         return f"{count} have more than {self.capacity} tokens: {fate}"
 
+    @functools.cached_property
+    def used_otherwise(self) -> dict[str, str]:
+        """By path, how an image is used otherwise than a viewer shows it."""
+        found = {}
+        for path, told in self.shown_otherwise.items():
+            left = [kind for kind in told.split("; ") if not (self.as_viewed and _mended(kind))]
+            if left:
+                found[path] = "; ".join(left)
+        return found
+
     @property
     def unlike_a_viewer(self) -> str:
-        """A sentence on images that viewers show differently; empty if there are none."""
-        count = len(self.shown_otherwise)
+        """Tells how many images are used otherwise than a viewer shows them; empty if none are."""
+        count = len(self.used_otherwise)
         told = "are not used as a viewer shows them"
         return f"{count} of {self.images} files {told}" if count else ""
+
+    @property
+    def treatments(self) -> list[tuple[str, int, str, str]]:
+        """Kinds of images that a viewer shows otherwise than stock reads them.
+
+        Each with the number of its files, how these are used as stock reads them, and with
+        ``as_viewed``.
+        """
+        kinds = [kind for told in self.shown_otherwise.values() for kind in told.split("; ")]
+        return [
+            (kind, kinds.count(kind), *treatment)
+            for kind, treatment in TREATMENTS.items()
+            if kind in kinds
+        ]
 
     @property
     def unreadable(self) -> str:
@@ -177,30 +204,50 @@ def data_set_lines(data: DataSetDescription) -> Iterator[str]:
             yield f"          and {len(data.longer) - _SHOWN} more; --html lists all"
     yield f"images    {data.unreadable}"
     yield from (f"          {path}: {reason}" for path, reason in (data.broken or {}).items())
-    if data.shown_otherwise:
+    for kind, count, as_stock, as_viewed in data.treatments:
+        used, other = (as_viewed, as_stock) if data.as_viewed else (as_stock, as_viewed)
+        instead = f"{'without' if data.as_viewed else 'with'} --as-viewed {other}"
+        also = instead if _mended(kind) else "also with --as-viewed"
+        files = f"{count} file{'s' if count > 1 else ''}"
+        yield f"viewer    {kind}: {files}, used {used}; {also}"
+    if data.used_otherwise:
         yield f"pixels    {data.unlike_a_viewer}"
-        yield from (f"          {path}: {told}" for path, told in data.shown_otherwise.items())
+        yield from (f"          {path}: {told}" for path, told in data.used_otherwise.items())
 
 
-def draw_data_set(data: DataSetDescription) -> style.Figure:
-    """Draw histograms of lengths and of how full packs are, with dropped and broken samples."""
-    sheet = style.sheet_of(11, 4.6, data.name)
-    sheet.set_layout_engine("constrained", rect=(0, 0, 1, 0.9), w_pad=0.15, h_pad=0.1)
+def _mended(kind: str) -> bool:
+    """Whether ``as_viewed`` shows pictures of this kind as a viewer does."""
+    return TREATMENTS[kind].as_viewed != TREATMENTS[kind].as_stock
+
+
+def draw_data_set(data: DataSetDescription, *, narrow: bool = False) -> style.Figure:
+    """Draw a histogram of the lengths and of how full packs get, with drops and broken images.
+
+    Args:
+        data: what is drawn.
+        narrow: draw them one below the other, for a telephone.
+    """
+    width, height, letters = (3.8, 9.6, 34) if narrow else (11, 4.6, 60)
+    sheet = style.sheet_of(width, height, data.name)
+    below_title = 1 - style.TITLE_HEIGHT / height
+    sheet.set_layout_engine("constrained", rect=(0, 0, 1, below_title), w_pad=0.15, h_pad=0.1)
     colour = style.BROKEN if data.broken else style.INK
     read = f"{data.images} images: {data.unreadable}"
-    sheet.supxlabel(read, x=0.2 / 11, ha="left", size=9, color=colour)
-    lengths, filled = sheet.subplots(1, 2)
+    sheet.supxlabel(read, x=0.2 / width, ha="left", size=9, color=colour)
+    lengths, filled = sheet.subplots(*((2, 1) if narrow else (1, 2)))
     longer = data.sizes > data.capacity
-    told = [data.lengths, "_"]  # the legend leaves out labels that begin with "_"
+    # The legend leaves "_" out.
+    told = [textwrap.fill(data.lengths, letters), "_"]
     if longer.any():
-        told[1] = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
+        count = f"{longer.sum()} longer than the {data.capacity} tokens of a pack"
+        told[1] = textwrap.fill(count, letters)
         if data.capacity in range(data.histogram.body.start, data.histogram.body.stop):
             lengths.axvline(data.capacity, color=style.BROKEN, linestyle="--", linewidth=1.5)
     if data.far_off:
-        told[0] += "\n" + textwrap.fill(data.outliers, 60)
+        told[0] += "\n" + textwrap.fill(data.outliers, letters)
     draw_histogram(lengths, data.histogram, [data.sizes[~longer], data.sizes[longer]], told)
     shares = [np.minimum(100 * fill.tokens / data.capacity, 100) for fill in data.fills.values()]
-    told = [textwrap.fill(packing, 48) for packing in data.packings]
+    told = [textwrap.fill(packing, min(letters, 48)) for packing in data.packings]
     colours = style.SERIES[: len(shares)]
     filled.hist(shares, range(0, 101, 5), label=told, color=colours, edgecolor="white")
     filled.set_xlim(0, 100)

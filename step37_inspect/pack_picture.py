@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import PureWindowsPath
@@ -28,7 +29,30 @@ _LOOKS: dict[str, dict[str, Any]] = {
 # At 256 tokens a line, a caption of twelve tokens is half an inch wide.
 TOKENS_A_LINE, THUMBNAILS_A_ROW = 256, 8
 # In inches.
-_LEFT, _TOP, _WIDTH, _LINE, _THUMBNAIL = 0.62, 0.92, 10.24, 0.37, 1.06
+_LEFT, _LINE, _THUMBNAIL = 0.62, 0.37, 1.06
+
+
+class _Layout(NamedTuple):
+    """How a pack is spread over the sheet: lines of tokens, then rows of thumbnails.
+
+    Attributes:
+        width: of a line, in inches.
+        legend_rows: of the legend between title and lines.
+    """
+
+    tokens_a_line: int
+    thumbnails_a_row: int
+    width: float
+    legend_rows: int
+
+    @property
+    def top(self) -> float:
+        """Where the first line begins, in inches."""
+        return 0.69 + 0.23 * self.legend_rows
+
+
+_WIDE = _Layout(TOKENS_A_LINE, THUMBNAILS_A_ROW, width=10.24, legend_rows=1)
+_NARROW = _Layout(96, 2, width=3.0, legend_rows=3)
 
 
 class ImageSpan(NamedTuple):
@@ -75,12 +99,14 @@ class PackDescription(NamedTuple):
         packs: how many packs there are.
         capacity: tokens that fit in a pack.
         segments: the samples of the pack in order, and padding at the end.
+        as_viewed: whether its pictures are shown as image viewers show them.
     """
 
     number: int
     packs: int
     capacity: int
     segments: list[Segment]
+    as_viewed: bool = False
 
     @property
     def used(self) -> int:
@@ -136,7 +162,8 @@ def describe_pack(packs: MixedPackedDataloader, number: int) -> PackDescription:
         text = "".join(map(template.tokenizer.decode, labels))
         within = sorted(image for image in images if start <= image.start < end)
         segments.append(Segment(start, end, source, loss, within, text))
-    return PackDescription(number, len(packs), packs.max_length, segments)
+    as_viewed = packed.get("as_viewed", False)
+    return PackDescription(number, len(packs), packs.max_length, segments, as_viewed)
 
 
 def pack_lines(pack: PackDescription) -> Iterator[str]:
@@ -147,69 +174,82 @@ def pack_lines(pack: PackDescription) -> Iterator[str]:
         yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
-def draw_pack(pack: PackDescription) -> style.Figure:
-    """Draw the pack as coloured lines of 256 tokens, and a thumbnail of each image.
+def draw_pack(pack: PackDescription, *, narrow: bool = False) -> style.Figure:
+    """Draw the pack as lines of 256 tokens, coloured by what they are, and a thumbnail per image.
 
     A black bar with a number marks where a sample begins; its thumbnails have the same number.
+
+    Args:
+        pack: what is drawn.
+        narrow: draw lines of 96 tokens, for a telephone.
     """
+    layout = _NARROW if narrow else _WIDE
+    a_line = layout.tokens_a_line
     length = max(pack.capacity, pack.segments[-1].end)
-    firsts = range(0, length, TOKENS_A_LINE)
+    firsts = range(0, length, a_line)
     images = [(number, i) for number, segment in enumerate(pack.segments) for i in segment.images]
-    below = _TOP + len(firsts) * _LINE
-    width, height = _LEFT + _WIDTH + 0.16, below + -(-len(images) // THUMBNAILS_A_ROW) * 1.34 + 0.14
+    below = layout.top + len(firsts) * _LINE
+    width = _LEFT + layout.width + 0.16
+    height = below + -(-len(images) // layout.thumbnails_a_row) * 1.34 + 0.14
     sheet, axes = style.figure(width, height, pack.title.capitalize())
-    style.legend(axes, (0.2, 0.6), _LOOKS)
-    # Units: tokens across, lines down.
-    where = (_LEFT / width, 1 - below / height, _WIDTH / width, (below - _TOP) / height)
-    lines = sheet.add_axes(where, xlim=(0, TOKENS_A_LINE), ylim=(len(firsts), 0), frame_on=False)
+    rows = layout.legend_rows
+    style.legend(axes, (0.2, 0.5 + 0.1 * rows), _LOOKS, rows=rows)
+    # In tokens across and lines down.
+    over, down = layout.width / width, len(firsts) * _LINE / height
+    where = (_LEFT / width, 1 - below / height, over, down)
+    lines = sheet.add_axes(where, xlim=(0, a_line), ylim=(len(firsts), 0), frame_on=False)
     lines.set(xticks=[], yticks=np.arange(len(firsts)) + 0.38, yticklabels=firsts)
-    lines.tick_params(length=0, labelsize=8, labelcolor=style.FRAME)
-    _paint(lines, (0, length), "padding or room")
+    lines.tick_params(length=0, labelsize=8, labelcolor=style.INK)
+    paint = functools.partial(_paint, lines, layout)
+    paint((0, length), "padding or room")
     for number, segment in enumerate(pack.segments):
         if segment.source is not None:
-            _paint(lines, (segment.start, segment.end), "text")
-            # The number is between the bar and the first image, if there is space for it.
-            line_end = segment.start // TOKENS_A_LINE * TOKENS_A_LINE + TOKENS_A_LINE
+            paint((segment.start, segment.end), "text")
+            # The number stands between the bar and the first image, if there is room for it.
+            line_end = segment.start // a_line * a_line + a_line
             text_end = min([line_end, segment.end, *(image.start for image in segment.images)])
-            _paint(lines, (segment.start, text_end), "text", str(number))
+            paint((segment.start, text_end), "text", name=str(number))
         for span in segment.loss:
-            _paint(lines, span, "trained")
-        line, column = divmod(segment.start, TOKENS_A_LINE)
+            paint(span, "trained")
+        line, column = divmod(segment.start, a_line)
         bar = (column - 0.3, line - 0.13, 0.6, 1.02)
         style.box(lines, bar, facecolor=style.INK, clip_on=False)
     for place, (number, image) in enumerate(images):
-        row, column = divmod(place, THUMBNAILS_A_ROW)
+        row, column = divmod(place, layout.thumbnails_a_row)
         x, y = _LEFT + column * 1.15, below + 0.1 + row * 1.34
         below_it = (x, y + _THUMBNAIL + 0.11)
         style.label(axes, below_it, f"{number}: {image.name}", size=8, width=_THUMBNAIL)
-        if (small := _thumbnail(image.entry)) is None:
+        if (small := _thumbnail(image.entry, as_viewed=pack.as_viewed)) is None:
             style.box(axes, (x, y, _THUMBNAIL, _THUMBNAIL), **_LOOKS["unreadable"])
-            _paint(lines, (image.start, image.end), "unreadable")
+            paint((image.start, image.end), "unreadable")
         else:
             style.show(axes, small, (x, y), _THUMBNAIL)
-            _paint(lines, (image.start, image.end), image.kind, image.name)
+            paint((image.start, image.end), image.kind, name=image.name)
     return sheet
 
 
-def _paint(lines: style.Axes, span: tuple[int, int], look: str, name: str = "") -> None:
-    """Colour the tokens ``[start, end)``, which may be on several lines, and write the name.
+def _paint(
+    lines: style.Axes, layout: _Layout, span: tuple[int, int], look: str, *, name: str = ""
+) -> None:
+    """Colour the tokens ``[start, end)``, which may lie on several lines, and write the name.
 
     The name is on the line of the middle token, which has the most space.
     """
     start, end = span
-    for line in range(start // TOKENS_A_LINE, -(-end // TOKENS_A_LINE)):
-        # The axes cut off the parts before and after this line.
-        place = (start - line * TOKENS_A_LINE, line, end - start, 0.76)
+    a_line = layout.tokens_a_line
+    for line in range(start // a_line, -(-end // a_line)):
+        # The axes cut off what lies before or after this line.
+        place = (start - line * a_line, line, end - start, 0.76)
         style.box(lines, place, **_LOOKS[look])
-    line = (start + end) // 2 // TOKENS_A_LINE
-    left, right = np.clip(np.array([start, end]) - line * TOKENS_A_LINE, 0, TOKENS_A_LINE)
-    room = (right - left - 2) * _WIDTH / TOKENS_A_LINE
+    line = (start + end) // 2 // a_line
+    left, right = np.clip(np.array([start, end]) - line * a_line, 0, a_line)
+    room = (right - left - 2) * layout.width / a_line
     style.label(lines, (left + 1, line + 0.38), name, size=8, width=room)
 
 
-def _thumbnail(entry: ImageEntry) -> Image.Image | None:
+def _thumbnail(entry: ImageEntry, *, as_viewed: bool) -> Image.Image | None:
     try:
-        picture = read_rgb(entry.path)
+        picture = read_rgb(entry.path, as_viewed=as_viewed)
     except BrokenImageError:  # shown in the picture as unreadable
         return None
     if entry.kind == PATCH_ITEM_TYPE and entry.window is not None:

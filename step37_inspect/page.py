@@ -7,8 +7,9 @@ The page is one file and loads no others, so it can be mailed and opened offline
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from tqdm import tqdm
@@ -46,13 +47,14 @@ def write_page(
         data=data,
         settings=settings,
         total=0 if packs is None else len(packs),
-        picture=_encoded(draw_data_set(data)),
-        packs=[(pack, _encoded(draw_pack(pack))) for pack in described],
+        pictures=_encoded(draw_data_set, data),
+        packs=[(pack, _encoded(draw_pack, pack)) for pack in described],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _encoded(sheet: style.Figure) -> str:
-    """Encode a picture for the page, without its title, which the page has as text."""
-    return base64.b64encode(style.png_of(sheet, titled=False)).decode()
+def _encoded(draw: Callable[..., style.Figure], subject: Any) -> list[str]:
+    """A wide and a narrow picture for the page, without title: the page has that as text."""
+    sheets = (draw(subject, narrow=narrow) for narrow in (False, True))
+    return [base64.b64encode(style.png_of(sheet, titled=False)).decode() for sheet in sheets]

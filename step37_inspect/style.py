@@ -68,15 +68,22 @@ def label(
     axes.text(*at, text, **looks)
 
 
-def legend(axes: Axes, at: Point, entries: Mapping[str, dict[str, Any]]) -> None:
-    """Draw a row of swatches with their names; ``at`` is its left end, at half of its height."""
+def legend(axes: Axes, at: Point, entries: Mapping[str, dict[str, Any]], *, rows: int = 1) -> None:
+    """Draw rows of swatches with their names; ``at`` is the left end, at half of the height."""
     from matplotlib.patches import Patch
 
     edge = {"edgecolor": FRAME, "linewidth": 0.6}
     swatches = [Patch(label=name, **{**edge, **looks}) for name, looks in entries.items()]
     place = {"loc": "center left", "bbox_to_anchor": at, "bbox_transform": axes.transData}
     space = {"borderpad": 0, "borderaxespad": 0, "handlelength": 1.3}
-    axes.legend(handles=swatches, ncols=len(swatches), frameon=False, fontsize=9, **place, **space)
+    axes.legend(
+        handles=swatches,
+        ncols=-(-len(swatches) // rows),
+        frameon=False,
+        fontsize=9,
+        **place,
+        **space,
+    )
 
 
 def show(axes: Axes, picture: Image, at: Point, side: float) -> None:

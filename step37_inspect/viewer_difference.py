@@ -1,13 +1,31 @@
-"""Finds the image files of a data set that image viewers show differently from training."""
+"""Finds the image files that an image viewer shows otherwise than stock reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tqdm.contrib.concurrent import thread_map
 
 from step37_data.common.threads import default_threads
 from step37_data.images.decode import BrokenImageError, open_image, viewed_otherwise
+
+
+class Treatment(NamedTuple):
+    """How pictures of one kind are used: as stock reads them, and with ``as_viewed``."""
+
+    as_stock: str
+    as_viewed: str
+
+
+TREATMENTS = {
+    "turned by EXIF": Treatment("as the camera was held", "turned upright"),
+    "transparent": Treatment("with the colours that are hidden there", "on white"),
+    "16 bits": Treatment("with values above 255 as white", "with the upper 8 bits"),
+    "more than 16 bits": Treatment(*["with values above 255 as white"] * 2),
+    "animated": Treatment(*["as their first frame"] * 2),
+}
+"""By what :func:`~step37_data.images.decode.viewed_otherwise` names, in its order."""
 
 
 def find_viewer_differences(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:

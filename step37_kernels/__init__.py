@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from step37_kernels.image_insert_embedding import ImageInsertEmbedding as ImageInsertEmbedding
     from step37_kernels.insert import embed_project_and_insert as embed_project_and_insert
     from step37_kernels.insert import project_and_insert as project_and_insert
+    from step37_kernels.integration.report import ModuleReport as ModuleReport
+    from step37_kernels.integration.report import Report as Report
+    from step37_kernels.integration.report import report as report
     from step37_kernels.pixels.normalize import clip_normalize as clip_normalize
     from step37_kernels.pixels.ragged import Crop as Crop
     from step37_kernels.pixels.ragged import RaggedImages as RaggedImages
@@ -29,12 +32,15 @@ _MODULE_OF = {
     "ImageForInsert": "image_insert_embedding",
     "ImageInsertEmbedding": "image_insert_embedding",
     "InsertPlan": "plan",
+    "ModuleReport": "integration.report",
     "RaggedImages": "pixels.ragged",
+    "Report": "integration.report",
     "clip_normalize": "pixels.normalize",
     "embed_project_and_insert": "insert",
     "plan_insert": "plan",
     "plan_placeholders": "plan",
     "project_and_insert": "insert",
+    "report": "integration.report",
     "resize_clip_normalize": "pixels.resize",
     "resize_uint8": "pixels.resize",
 }

@@ -28,15 +28,31 @@ from step37_kernels.integration.patching import (
     refuse_own_methods,
     with_mixin,
 )
-from step37_kernels.integration.projector import allow_unfused, is_plain, run_forward_pre_hooks
+from step37_kernels.integration.projector import (
+    allow_called,
+    more_than_a_product,
+    refuse_called,
+    run_forward_pre_hooks,
+    tensors_of,
+)
+from step37_kernels.integration.ways import (
+    ROWS,
+    Place,
+    Way,
+    Ways,
+    way_of,
+    way_of_launch,
+    way_of_product,
+)
 from step37_kernels.plan import InsertPlan, plan_runs
+from step37_kernels.ranges import profiled
 
 __all__ = ["patch_step3p7", "replace_in", "unpatch_step3p7"]
 
 logger = logging.getLogger(__name__)
 
 _CLASS = "Step3p7Model"
-_REPLACED_METHODS = ("get_multimodal_embeddings", "prepare_inputs_embeds")
+REPLACED_METHODS = ("get_multimodal_embeddings", "prepare_inputs_embeds")
 _PATCH = ClassPatch(
     caller="patch_step3p7",
     remedy="step37_kernels.automodel.replace_in(model)",
@@ -118,10 +134,13 @@ class FusedMerge(Mixin):
     vision_model: Any
     vit_large_projector: Any
     step37_options: _Options
+    step37_told: list[bool]
+    """Holds something once the log says which way each part takes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.step37_options = _options
+        self.step37_told = []
 
     def get_multimodal_embeddings(
         self,
@@ -204,15 +223,64 @@ class FusedMerge(Mixin):
             tensors = list(projected) if isinstance(projected, (list, tuple)) else [projected]
             place = None
         num_rows = sum(math.prod(tensor.shape[:-1]) for tensor in tensors)
+        self._tell_ways(num_rows)
         plan = self._plan(input_ids, num_rows)
         if place is not None:
             plan = with_rows_moved(plan, place)
         if isinstance(multimodal_embeddings, _Features):
             merged = self._project_and_insert(embeddings, tensors, plan)
         else:
-            rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
-            merged = insert_rows(embeddings, rows.to(embeddings), plan)
+            with profiled("insert"):
+                rows = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+                merged = insert_rows(embeddings, rows.to(embeddings), plan)
         return merged.view(words.shape)
+
+    def _tell_ways(self, rows: int) -> None:
+        """Log at the first merge, in one line, which way each part takes."""
+        # In this order: torch.compile looks no further, and so does not trace again for the list.
+        if torch.compiler.is_compiling() or self.step37_told:
+            return
+        self.step37_told.append(True)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s: %s", type(self).__name__, self._step37_ways(rows=rows or ROWS))
+
+    def _step37_ways(self, *, rows: int = ROWS) -> Ways:
+        """Which way each part of the merge takes, asked of what decides in the merge itself."""
+        words, projector = self.language_model.embed_tokens, self.vit_large_projector
+        at = Place.of(words)
+        device, dtype = at.device or torch.device("cpu"), at.dtype or torch.float32
+        impl = self.step37_options.impl
+        why_called, is_unit = _why_called(projector, dtype)
+
+        def projection() -> Way:
+            if why_called is not None:
+                refuse_called(projector, "vit_large_projector", impl, device)
+                return Way("called", why_called)
+            way = way_of_product(projector.weight, impl, rows)
+            within = f"{way.why}, within the call that FSDP's hooks need"
+            return Way(way.how, within) if is_unit else way
+
+        def projector_gradient() -> Way:
+            if not any(tensor.requires_grad for tensor in tensors_of(projector)):
+                return Way("none", "it is frozen")
+            return Way("autograd", "Automodel's optimizers read .grad")
+
+        def words_gradient() -> Way:
+            if any(tensor.requires_grad for tensor in tensors_of(words)):
+                return Way("autograd", "embed_tokens is called")
+            return Way("none", "it is frozen")
+
+        return Ways(
+            words=Way("called", "the merge takes what embed_tokens gives"),
+            plan=way_of(lambda: way_of_launch(impl, device)),
+            projection=way_of(projection),
+            projector_gradient=projector_gradient(),
+            words_gradient=words_gradient(),
+            layout=Way("whole"),
+            text_only_gradient=Way("none", "as in stock"),
+            words_place=at,
+            projector_place=Place.of(projector),
+        )
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """The rows ``[N, L, C]`` of pictures before projection, a channels-first view."""
@@ -262,21 +330,32 @@ class FusedMerge(Mixin):
             weight, bias = projector.weight, projector.bias
             return project_and_insert(embeddings, tensors, weight, bias, plan, impl=impl)
 
-        if is_plain(projector):
+        why_called, is_unit = _why_called(projector, embeddings.dtype)
+        if why_called is None and not is_unit:
             run_forward_pre_hooks(projector)
             return fused(*features)
-        if _is_plain_unit_of_fsdp(projector, embeddings.dtype):
-            # FSDP gathers the weight before a call and reduces its gradient after it, by hooks of
-            # the call. So the projector is called, with another forward in place of its own.
+        if why_called is None:
+            # FSDP gathers the weight before a forward and sees to its gradient after it, by hooks
+            # of the call: so the call is made, of another forward.
             projector.forward = fused
             try:
                 output: Tensor = projector(*features)
             finally:
                 del projector.forward
             return output
-        allow_unfused(projector, "vit_large_projector", impl)
-        rows = projector(join_rows(features))
-        return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
+        allow_called(projector, "vit_large_projector", impl, embeddings.device)
+        with profiled("insert"):
+            rows = projector(join_rows(features))
+            return insert_rows(embeddings, rows.to(embeddings.dtype), plan)
+
+
+def _why_called(projector: nn.Module, dtype: torch.dtype) -> tuple[str | None, bool]:
+    """Why the projector is called, None where its weight and bias stand for it; and whether these
+    are read within a call of it, for FSDP's sake."""
+    reason = more_than_a_product(projector)
+    if reason is not None and _is_plain_unit_of_fsdp(projector, dtype):
+        return None, True
+    return reason, False
 
 
 def ends_of_crops(counts: Tensor, crops: Tensor) -> Tensor:
@@ -353,6 +432,11 @@ def _is_of_fsdp(hook: Any) -> bool:
     return module.startswith("torch.distributed.") or ".megatron_fsdp." in f".{module}"
 
 
+def is_named_so(module: nn.Module) -> bool:
+    """Whether this is Automodel's ``Step3p7Model``, or derived from it: ours is, too."""
+    return any(cls.__name__ == _CLASS for cls in type(module).__mro__)
+
+
 def _fused(stock: type[nn.Module]) -> type[nn.Module]:
     return with_mixin(FusedMerge, stock)
 
@@ -424,16 +508,17 @@ def replace_in(
         f"{prefix}{name}": module
         for prefix, chunk in chunks_of(model)
         for name, module in chunk.named_modules()
-        if any(cls.__name__ == _CLASS for cls in type(module).__mro__)
+        if is_named_so(module)
     }
     for name, module in found.items():
         if not isinstance(module, FusedMerge):
             _PATCH.refuse_without_methods(name, module)
-            refuse_own_methods(name, module, _REPLACED_METHODS)
+            refuse_own_methods(name, module, REPLACED_METHODS)
     for module in found.values():
         if not isinstance(module, FusedMerge):
             module.__class__ = _fused(type(module))
         module.step37_options = options
+        module.step37_told = []
     if found:
         logger.info("fused merge in %s (%s)", ", ".join(found), options)
     else:

@@ -70,9 +70,9 @@ class CountWatch:
 
     def poll(self) -> None:
         """Warn about the plans whose counts have arrived."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._pending:
             return
-        if self._pending and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             return
         arrived = []
         with self._polling:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_kernels.count_watch import count_watch
-from step37_kernels.dispatch import use_triton
+from step37_kernels.dispatch import check_kernel_dtype, use_triton
 from step37_kernels.insert import (
     FeatureRows,
     Projector,
     check_embeddings,
+    contiguous_rows,
     insert_projected,
     insert_rows,
     join_rows,
@@ -32,24 +33,30 @@ from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
     ZeroGradient,
-    allow_elsewhere,
-    allow_unfused,
+    allow_called,
     check_has_values,
-    devices_of_plain,
     input_like,
     input_width,
-    is_plain,
+    refuse_called,
     run_forward_pre_hooks,
     tensors_of,
+    why_called,
 )
-from step37_kernels.integration.table import (
-    PlainTable,
-    call_embedding,
-    plain_table,
-    tell_called,
+from step37_kernels.integration.table import PlainTable, call_embedding, plain_table
+from step37_kernels.integration.vocab_parallel import RowGradient, why_dense
+from step37_kernels.integration.ways import (
+    ROWS,
+    Place,
+    Way,
+    Ways,
+    way_of,
+    way_of_gradient,
+    way_of_launch,
+    way_of_product,
 )
 from step37_kernels.lookup import TextRows, check_ids
 from step37_kernels.plan import InsertPlan, plan_runs
+from step37_kernels.ranges import profiled
 from step37_kernels.runs import FlatRuns, Runs
 
 if TYPE_CHECKING:
@@ -135,8 +142,8 @@ def _check_widths(tensors: Sequence[Tensor], width: int, name: str, whose: str) 
 
 
 def _moved(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move features to the projector; ``ValueError`` if only the features are on ``meta``."""
-    if tensor.device.type == "meta" != device.type:
+    """Raise ``ValueError`` where the move would ask for values that are nowhere."""
+    if tensor.is_meta and device.type != "meta":
         raise ValueError(
             f"{name}: expected values, got a tensor on the meta device, {tuple(tensor.shape)}; "
             "is the vision tower on it?"
@@ -168,12 +175,20 @@ def _layout_name(layout: Layout) -> str:
 
 
 def _option(name: str) -> Any:
-    """A property of the module that reads and sets one of its :class:`.InsertOptions`."""
+    """A property of the module that reads and sets one of its :class:`.InsertOptions`.
+
+    It is set as all are set together, so that what else an option changes follows.
+    """
 
     def set_option(module: ImageInsertEmbedding, value: Any) -> None:
-        module.options = dataclasses.replace(module.options, **{name: value})
+        fields = dataclasses.fields(module.options)
+        options: Any = {field.name: getattr(module.options, field.name) for field in fields}
+        module.configure(**options | {name: value})
 
     return property(lambda module: getattr(module.options, name), set_option)
+
+
+_BY_ROWS = "only the rows of the words that were there"
 
 
 class ImageInsertEmbedding(nn.Module):
@@ -233,6 +248,8 @@ class ImageInsertEmbedding(nn.Module):
         # A module that replaces the projector may have no in_features; the last known width is
         # kept.
         self._width = input_width(self.align_projector) or self._width
+        # A list, which replicas of DataParallel share: they are made anew for each forward.
+        self._told: list[bool] = []
         self._mark_projector(self.layout if isinstance(self.layout, SequenceLayout) else None)
 
     def extra_repr(self) -> str:
@@ -327,8 +344,10 @@ class ImageInsertEmbedding(nn.Module):
             TypeError: ``input_ids`` are no tensor, ``images`` is no list of groups, features are no
                 tensors, or a start token is no integer.
         """
-        if isinstance(images, (list, tuple)) and any(
-            _costs_graphs(getattr(image, "image_features", None)) for image in images
+        if (
+            torch.compiler.is_dynamo_compiling()
+            and isinstance(images, (list, tuple))
+            and any(_costs_graphs(getattr(image, "image_features", None)) for image in images)
         ):
             return _forward_untraced(self, input_ids, images, position_ids)
         _check_input_ids(input_ids)
@@ -336,9 +355,11 @@ class ImageInsertEmbedding(nn.Module):
         layout = self._layout_now()
         text, positions = self._look_up(layout, input_ids, position_ids)
         if not images and text.input_ids is None:
+            self._tell_ways(text, (), layout)
             return self._without_image_rows(text.rows)
         plain = self._is_projector_fused(text.rows.device)
         runs, features = self._take_features(images or (), plain, text.rows)
+        self._tell_ways(text, features, layout)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
         return self._insert(
@@ -357,34 +378,30 @@ class ImageInsertEmbedding(nn.Module):
                 input_ids = input_ids.index_select(1, looked_up)
                 if position_ids is not None:
                     position_ids = position_ids.index_select(1, looked_up)
-        if layout is None or not layout.divides_rows():
-            table = self._table()
-            if table is not None:
-                weight = table.weight
-                if input_ids.device != weight.device:
-                    raise ValueError(
-                        f"input_ids: expected the device of the table of words, {weight.device}, "
-                        f"got {input_ids.device}"
-                    )
-                fused = self.options.fuses_gradient_of(weight, self._language_embedding)
-                table.run_hooks()
-                return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
+        table = self._table(layout)
+        if isinstance(table, PlainTable):
+            weight = table.weight
+            if input_ids.device != weight.device:
+                raise ValueError(
+                    f"input_ids: expected the device of the table of words, {weight.device}, "
+                    f"got {input_ids.device}"
+                )
+            fused = self.options.why_not_fused(weight, self._language_embedding) is None
+            table.run_hooks()
+            return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
         embeddings = call_embedding(self._language_embedding, input_ids, position_ids)
         if layout is None:
             return TextRows(rows=embeddings), None
         embeddings, positions = layout.shard(embeddings, seq_len, looked_up)
         return TextRows(rows=embeddings), positions
 
-    def _table(self) -> PlainTable | None:
-        """Return the table that words are looked up in; None if the embedding has to be called."""
+    def _table(self, layout: SequenceLayout | None) -> PlainTable | str:
+        """The table that words are looked up in; or why the language embedding is called."""
+        if layout is not None and layout.divides_rows():
+            return "sequence-parallel ranks share the rows"
         if self.options.lookup == "call":
-            return None
-        table = plain_table(self._language_embedding)
-        if isinstance(table, PlainTable):
-            return table
-        if not torch.compiler.is_compiling():
-            tell_called(table)
-        return None
+            return "lookup='call'"
+        return plain_table(self._language_embedding)
 
     def _take_features(
         self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
@@ -394,13 +411,14 @@ class ImageInsertEmbedding(nn.Module):
             raise TypeError(
                 f"images: expected a list of ImageForInsert, got {type(images).__name__}"
             )
+        projector = self.align_projector
         if plain:
-            weight = self.align_projector.weight
+            weight = projector.weight
             device, dtype = weight.device, weight.dtype
         else:
-            device, dtype = input_like(self.align_projector, embeddings)
+            device, dtype = input_like(projector, embeddings)
             if images and embeddings.device.type != "meta":
-                check_has_values(self.align_projector, "align_projector")
+                check_has_values(projector, "align_projector")
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -414,7 +432,7 @@ class ImageInsertEmbedding(nn.Module):
                 )
             tensors = _feature_tensors(image.image_features, name)
             if plain:
-                _check_widths(tensors, self.align_projector.in_features, name, "the projector's")
+                _check_widths(tensors, projector.in_features, name, "the projector's")
             runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
             features += [_moved(t, name, device, dtype) for t in tensors if _has_rows(t)]
         return tuple(runs), features
@@ -439,7 +457,7 @@ class ImageInsertEmbedding(nn.Module):
         if plain and features:
             run_forward_pre_hooks(projector)
             triton = use_triton(self.options.impl, features[0].device)
-            rows = FeatureRows.of(features, features[0].dtype, triton)
+            rows = FeatureRows(features, contiguous_rows(features) if triton else None)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
@@ -460,34 +478,37 @@ class ImageInsertEmbedding(nn.Module):
         if positions is not None:
             plan = plan.shard(positions.to(text.rows.device))
         self._check_text(text, plan, projector.out_features if plain else None)
-        if plain and features:
-            result = insert_projected(
-                text,
-                rows,
-                Projector(
-                    weight=projector.weight,
-                    bias=projector.bias,
-                    fused=self.options.fuses_gradient_of(
-                        projector.weight, self._language_embedding
+        with profiled("insert"):
+            if plain and features:
+                result = insert_projected(
+                    text,
+                    rows,
+                    Projector(
+                        weight=projector.weight,
+                        bias=projector.bias,
+                        fused=self._fuses_projector(),
                     ),
-                ),
-                plan,
-                after_plan=plan is whole and not (self.options.strict or compiling),
-            )
-        else:
-            triton = not features and use_triton(self.options.impl, text.rows.device)
-            embeddings = text.embeddings(plan.row_at, triton=triton)
-            if features:
-                local_rows = plan.local_rows
-                if local_rows is not None:
-                    local_rows = local_rows.to(features[0].device)
-                projected = projector(pick_rows(join_rows(features), local_rows))
-                result = insert_rows(embeddings, projected.to(embeddings), plan)
+                    plan,
+                    after_plan=plan is whole and not (self.options.strict or compiling),
+                )
             else:
-                result = self._without_image_rows(embeddings)
+                triton = not features and use_triton(self.options.impl, text.rows.device)
+                embeddings = text.embeddings(plan.row_at, triton=triton)
+                if features:
+                    local_rows = plan.local_rows
+                    if local_rows is not None:
+                        local_rows = local_rows.to(features[0].device)
+                    projected = projector(pick_rows(join_rows(features), local_rows))
+                    result = insert_rows(embeddings, projected.to(embeddings), plan)
+                else:
+                    result = self._without_image_rows(embeddings)
         if not (self.options.strict or compiling):
             count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
         return result
+
+    def _fuses_projector(self) -> bool:
+        weight = self.align_projector.weight
+        return self.options.why_not_fused(weight, self._language_embedding) is None
 
     @staticmethod
     def _check_text(text: TextRows, plan: InsertPlan, hidden: int | None) -> None:
@@ -504,7 +525,7 @@ class ImageInsertEmbedding(nn.Module):
                 f"language_embedding's table: expected [V, H] = [V, {hidden}], "
                 f"got {tuple(text.rows.shape)}"
             )
-        check_ids(text.input_ids, plan.row_at, num_rows)
+        check_ids(text.input_ids, plan, num_rows)
 
     def _layout_now(self) -> SequenceLayout | None:
         """Return the layout of this forward, and mark the projector's parameters for it.
@@ -512,12 +533,16 @@ class ImageInsertEmbedding(nn.Module):
         They are marked every time: the layout may have been set, and parameters replaced (by
         ``to_empty``, ``load_state_dict(assign=True)`` or by hand), since the last forward.
         """
-        layout = self.layout
-        if not (layout is None or isinstance(layout, SequenceLayout)):
-            rule = auto_layout if layout == "auto" else layout
-            layout = rule(self._language_embedding)
+        layout = self._layout_in_force()
         self._mark_projector(layout)
         return layout
+
+    def _layout_in_force(self) -> SequenceLayout | None:
+        layout = self.layout
+        if layout is None or isinstance(layout, SequenceLayout):
+            return layout
+        rule = auto_layout if layout == "auto" else layout
+        return rule(self._language_embedding)
 
     def _mark_projector(self, layout: SequenceLayout | None) -> None:
         """Mark the projector's parameters so that Megatron sums their gradients over ranks.
@@ -525,7 +550,12 @@ class ImageInsertEmbedding(nn.Module):
         Under sequence parallelism each rank computes the gradient of its own rows only.
         """
         parted = layout is not None and layout.sequence_parallel_group is not None
-        for parameter in self.align_projector.parameters():
+        projector = self.align_projector
+        # Of a module without others in it, without the search, which takes a while in each forward.
+        own = projector._parameters.values() if not projector._modules else projector.parameters()
+        for parameter in own:
+            if parameter is None:
+                continue
             marked = getattr(parameter, "sequence_parallel", False)
             if parted and not marked:
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
@@ -538,18 +568,120 @@ class ImageInsertEmbedding(nn.Module):
         Raises:
             ValueError: they cannot be, and ``impl="triton"`` requires it.
         """
+        if why_called(self.align_projector, device) is None:
+            return True
+        allow_called(self.align_projector, "align_projector", self.options.impl, device)
+        return False
+
+    def _why_no_zeros(self) -> str | None:
+        """Why the projector gets no gradient in a forward without image rows; None: it gets
+        zeros."""
+        if not self.options.wants_text_only_gradient():
+            if self.text_only_gradient == "auto":
+                return "torch.distributed is not initialised"
+            return "text_only_gradient=False"
+        trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
+        return None if trained else "the projector is frozen"
+
+    def _tell_ways(
+        self, text: TextRows, features: Sequence[Tensor], layout: SequenceLayout | None
+    ) -> None:
+        """Log at the first forward, in one line, which way each part takes."""
+        # In this order: torch.compile looks no further, and so does not trace again for the list.
+        if torch.compiler.is_compiling() or self._told:
+            return
+        self._told.append(True)
+        if logger.isEnabledFor(logging.INFO):
+            rows = sum(feature.shape[0] * feature.shape[1] for feature in features)
+            ways = self._step37_ways(
+                device=text.rows.device, rows=rows or ROWS, ask_layout=lambda: layout
+            )
+            logger.info("%s: %s", type(self).__name__, ways)
+
+    def _step37_ways(
+        self,
+        *,
+        device: torch.device | None = None,
+        rows: int = ROWS,
+        ask_layout: Callable[[], SequenceLayout | None] | None = None,
+    ) -> Ways:
+        """Which way each part of a forward takes, asked of what decides in the forward itself.
+
+        Args:
+            device: of the word embeddings; None is that of the language embedding's tensors, or if
+                it has none the projector's.
+            rows: feature rows of the forward, on which the tile depends.
+            ask_layout: gives the layout of the forward; None asks the option's rule.
+        """
+        ask_layout = ask_layout or functools.cache(self._layout_in_force)
+        projector, words = self.align_projector, self._language_embedding
+        words_place = Place.of(words)
+        projector_place = Place.of(projector)
+        at = device or words_place.device or projector_place.device or torch.device("cpu")
+        return Ways(
+            words=way_of(lambda: self._way_of_words(ask_layout())),
+            plan=way_of(lambda: way_of_launch(self.options.impl, at)),
+            projection=way_of(lambda: self._way_of_projection(at, rows)),
+            projector_gradient=way_of(lambda: self._way_of_projector_gradient(at)),
+            words_gradient=way_of(lambda: self._way_of_words_gradient(ask_layout())),
+            layout=way_of(lambda: self._way_of_layout(ask_layout())),
+            text_only_gradient=way_of(self._way_of_zeros),
+            words_place=words_place,
+            projector_place=projector_place,
+        )
+
+    def _way_of_words(self, layout: SequenceLayout | None) -> Way:
+        table = self._table(layout)
+        if not isinstance(table, PlainTable):
+            return Way("called", table)
+        if use_triton(self.options.impl, table.weight.device):
+            check_kernel_dtype(table.weight, "table")
+        return Way("looked up", "in the insertion")
+
+    def _way_of_projection(self, device: torch.device, rows: int) -> Way:
         projector, impl = self.align_projector, self.options.impl
-        if not is_plain(projector):
-            allow_unfused(projector, "align_projector", impl)
-            return False
-        if devices_of_plain(projector) != {device}:
-            allow_elsewhere(projector, "align_projector", impl, device)
-            return False
-        return True
+        reason = why_called(projector, device)
+        if reason is None:
+            return way_of_product(projector.weight, impl, rows)
+        refuse_called(projector, "align_projector", impl, device)
+        return Way("called", reason)
+
+    def _way_of_projector_gradient(self, device: torch.device) -> Way:
+        projector = self.align_projector
+        if not any(tensor.requires_grad for tensor in tensors_of(projector)):
+            return Way("none", "it is frozen")
+        if why_called(projector, device) is not None:
+            return Way("its own", "it is called")
+        reason = self.options.why_not_fused(projector.weight, self._language_embedding)
+        return way_of_gradient(projector.weight, "weight", reason)
+
+    def _way_of_words_gradient(self, layout: SequenceLayout | None) -> Way:
+        words = self._language_embedding
+        table = self._table(layout)
+        if isinstance(table, PlainTable):
+            reason = self.options.why_not_fused(table.weight, words)
+            way = way_of_gradient(table.weight, "table", reason)
+            return Way(way.how, _BY_ROWS) if way.how == "main_grad" else way
+        if not isinstance(words, nn.Module):
+            return Way("autograd", "the language embedding is called")
+        if not any(parameter.requires_grad for parameter in words.parameters()):
+            return Way("none", "it is frozen")
+        by_rows = [module for module in words.modules() if isinstance(module, RowGradient)]
+        if not by_rows:
+            return Way("autograd", "the language embedding is called")
+        dense = why_dense(by_rows[0].weight)
+        return Way("main_grad", _BY_ROWS) if dense is None else Way("autograd", dense)
+
+    @staticmethod
+    def _way_of_layout(layout: SequenceLayout | None) -> Way:
+        return Way("whole") if layout is None else Way("shared", layout.description())
+
+    def _way_of_zeros(self) -> Way:
+        reason = self._why_no_zeros()
+        return Way("zeros", "for the projector") if reason is None else Way("none", reason)
 
     def _without_image_rows(self, embeddings: Tensor) -> Tensor:
-        trained = any(tensor.requires_grad for tensor in tensors_of(self.align_projector))
-        if not (self.options.wants_text_only_gradient() and trained and torch.is_grad_enabled()):
+        if self._why_no_zeros() is not None or not torch.is_grad_enabled():
             return embeddings
         result: Tensor
         if not self._is_projector_fused(embeddings.device):

@@ -25,6 +25,7 @@ from step37_kernels.dispatch import Impl, check_kernel_dtype, use_triton
 from step37_kernels.integration.main_grad import MainGrad, into_main_grad
 from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient, text_ids
 from step37_kernels.plan import InsertPlan
+from step37_kernels.ranges import profiled
 
 MAX_SOURCES = 4  # as in ops.copy_rows, which cannot be imported without Triton
 """The most contiguous tensors that one launch reads in place."""
@@ -94,16 +95,20 @@ def join_rows(features: Sequence[Tensor]) -> Tensor:
 
 
 def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`.
+    """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`,
+    apart from autograd.
 
     Contiguous tensors are not copied. Tensors of other layouts, such as the channels-first view of
     a vision tower, are copied by one launch. If there are too many tensors, all of them are.
     """
+    features = [feature.detach() for feature in features]
     if len(features) > MAX_SOURCES:
-        return [operators.copy_rows(list(features))]
+        return [operators.copy_rows(features)]
     strided = [feature for feature in features if not feature.is_contiguous()]
+    if not strided:
+        return [feature.flatten(0, 1) for feature in features]
     counts = [feature.shape[0] * feature.shape[1] for feature in strided]
-    parts = iter(operators.copy_rows(strided).split(counts) if strided else ())
+    parts = iter(operators.copy_rows(strided).split(counts))
     return [f.flatten(0, 1) if f.is_contiguous() else next(parts) for f in features]
 
 
@@ -170,6 +175,11 @@ class _ProjectAndInsert(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with profiled("gradient"):
+            return _ProjectAndInsert._gradients(ctx, grad_output)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         need_text, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[_FIRST_SOURCE + ctx.num_sources :]
         row_at, destinations, input_ids, local_rows, weight, *sources = ctx.saved_tensors
@@ -272,8 +282,7 @@ class FeatureRows:
             for tensor in features
             if math.prod(tensor.shape[:-1])
         ]
-        detached = [tensor.detach() for tensor in tensors]
-        return cls(tensors, contiguous_rows(detached) if triton else None)
+        return cls(tensors, contiguous_rows(tensors) if triton else None)
 
 
 def _validate(
@@ -293,10 +302,6 @@ def _validate(
     else:
         if text.rows.ndim != 2 or text.rows.shape[1] != hidden:
             fail("table", f"[V, H] = [V, {hidden}]", tuple(text.rows.shape))
-        planned = tuple(plan.row_at.shape)
-        if tuple(text.input_ids.shape) != planned:
-            shape = planned if plan.batch_first else planned[::-1]
-            fail("input_ids", f"[B, S] = {list(shape)} (the plan's)", tuple(text.input_ids.shape))
         if text.input_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"input_ids: expected int32 or int64, got {text.input_ids.dtype}")
         tensors = {"table": text.rows}
@@ -418,6 +423,12 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
         IndexError: on the CPU, an id at a text position is no row of the table. On CUDA the host
             does not read the ids: that text row becomes NaN.
     """
+    planned = (plan.batch_size, plan.seq_len)
+    if tuple(input_ids.shape) != planned:
+        raise ValueError(
+            f"input_ids: expected [B, S] = {list(planned)} (the plan's), "
+            f"got {tuple(input_ids.shape)}"
+        )
     ids = input_ids if plan.batch_first else input_ids.t()
     text = TextRows(rows=table, input_ids=ids, fused=gradient_accumulation_fusion)
     projector = Projector(weight=weight, bias=bias, fused=gradient_accumulation_fusion)
@@ -435,10 +446,11 @@ def _check_and_insert(
     tensors = [features] if isinstance(features, Tensor) else list(features)
     _validate(text, tensors, projector, plan)
     if text.input_ids is not None:
-        check_ids(text.input_ids, plan.row_at, text.rows.shape[0])
+        check_ids(text.input_ids, plan, text.rows.shape[0])
     triton = use_triton(impl, projector.weight.device)
-    rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
-    return insert_projected(text, rows, projector, plan)
+    with profiled("insert"):
+        rows = FeatureRows.of(tensors, projector.weight.dtype, triton)
+        return insert_projected(text, rows, projector, plan)
 
 
 def insert_projected(

@@ -6,7 +6,7 @@ Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``V`` rows of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,10 @@ from step37_kernels import operators
 from step37_kernels.dispatch import check_kernel_dtype
 from step37_kernels.integration.main_grad import check_has_main_grad, rows_into_main_grad
 from step37_kernels.plan_tensors import is_outside
+from step37_kernels.ranges import profiled
+
+if TYPE_CHECKING:
+    from step37_kernels.plan import InsertPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,23 +85,31 @@ def fusion_target(parameter: Tensor, name: str, fused: bool) -> tuple[Tensor] | 
     return (parameter,)
 
 
-def check_ids(input_ids: Tensor, row_at: Tensor | None, num_rows: int) -> None:
-    """Raise if an id at a text position is no row of the table; checks CPU tensors only.
+def check_ids(input_ids: Tensor, plan: InsertPlan | None, num_rows: int) -> None:
+    """Raise on an id at a text position that is no row of the table, where values are at hand.
 
     On CUDA, and under ``torch.compile``, ids are not read on the host: such a row becomes NaN.
 
     Args:
-        input_ids, row_at: as :func:`text_ids` takes them, ``[S, B]`` or ``[B, S]``.
+        input_ids: any shape. With a plan as the output lies in memory: ``[S, B]``, ``[B, S]`` of a
+            batch-first plan.
+        plan: says which positions are text; None: all are. Where it has counted the unknown ids
+            itself and found none, nothing is looked for again.
         num_rows: V.
 
     Raises:
-        IndexError: there is one (as PyTorch's own lookup raises).
+        IndexError: there is one (as PyTorch's own lookup raises). The message has its place in the
+            ids as the caller gave them, ``[B, S]``.
     """
     if type(input_ids) is not Tensor or not input_ids.is_cpu or torch.compiler.is_compiling():
         return
+    if plan is not None and plan.vocabulary == num_rows and not plan.unknown_ids.any():
+        return
     outside = is_outside(input_ids, num_rows)
-    if row_at is not None:
-        outside &= row_at < 0
+    if plan is not None:
+        outside &= plan.row_at < 0
+        if not plan.batch_first:
+            input_ids, outside = input_ids.t(), outside.t()
     if outside.any():
         place = tuple(outside.nonzero()[0].tolist())
         raise IndexError(
@@ -169,10 +181,11 @@ class LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (input_ids,) = ctx.saved_tensors
-        if ctx.fused_into is None and torch.is_grad_enabled():
-            gradient = _SumByRow.apply(grad_output, input_ids, ctx.table, ctx.triton)
-        else:
-            gradient = _table_gradient_once(ctx, grad_output, input_ids)
+        with profiled("gradient"):
+            if ctx.fused_into is None and torch.is_grad_enabled():
+                gradient = _SumByRow.apply(grad_output, input_ids, ctx.table, ctx.triton)
+            else:
+                gradient = _table_gradient_once(ctx, grad_output, input_ids)
         return gradient, None, None, None, None, None
 
 

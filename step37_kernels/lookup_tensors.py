@@ -13,10 +13,10 @@ def put_table_gradient(
 ) -> None:
     """Sum the gradients at all positions of each id into its row of ``out``.
 
-    Rows of other ids are not touched. The positions are sorted by id here, in backward: in forward
-    the sort would take as long, would run twice under recomputation, and would be wasted if no
-    gradient is needed. Sums are in fp32 or wider, in a fixed order, so that two runs are bit-equal.
-    The host does not wait for the device.
+    The positions are put in order by id here, in backward: in forward that would take as long,
+    would run twice under recomputation, and for nothing where no gradient is wanted. The sums are
+    in fp32 at least, in a fixed order, so that two runs are bit-equal. Nothing waits for the
+    device.
 
     Args:
         grad_output: ``[S, B, H]``, or ``[…, H]``, any strides.
@@ -27,14 +27,19 @@ def put_table_gradient(
         triton: by the kernels, else by PyTorch operations.
     """
     num_rows, hidden = out.shape
-    ids, order = torch.sort(input_ids.reshape(-1), stable=True)
+    flat_ids = input_ids.reshape(-1)
     if grad_output.ndim != 3:
         grad_output = grad_output.reshape(-1, 1, hidden)
     if triton:
         from step37_kernels.ops import table
 
+        if table.is_counted(flat_ids.numel(), num_rows):
+            ids, order = table.order_by_id(flat_ids.contiguous(), num_rows)
+        else:
+            ids, order = torch.sort(flat_ids, stable=True)
         table.put_table_gradient(grad_output, ids, order, out, add=add)
         return
+    ids, order = torch.sort(flat_ids, stable=True)
     if not ids.numel():
         return
     # Segment k holds the positions of the k-th smallest id; there are at most P segments.

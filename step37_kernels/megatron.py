@@ -18,6 +18,7 @@ from step37_kernels.image_insert_embedding import ImageInsertEmbedding
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import sequence_layout
 from step37_kernels.integration.patching import (
+    AfterBuilding,
     ClassPatch,
     Mixin,
     chunks_of,
@@ -105,6 +106,21 @@ def _set_gradient_of_called(embedding: nn.Module, options: InsertOptions) -> Non
     change(embedding)
 
 
+def _set_gradients_of_called(model: nn.Module, options: InsertOptions) -> None:
+    """Do so for every language embedding in ``model``.
+
+    The last pipeline stage has one that looks words up for multi-token prediction, and no
+    ``ImageInsertEmbedding``.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "LanguageModelEmbedding":
+            _set_gradient_of_called(module, options)
+
+
+_MODEL_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name="Step37Model", _stock={}, _put={})
+_MODELS = AfterBuilding(lambda model: _set_gradients_of_called(model, InsertOptions(**_options)))
+
+
 class _ContiguousTower(Mixin):
     """Makes a subclass of ``Step37VisionModel`` return contiguous rows; its first base class."""
 
@@ -114,13 +130,24 @@ class _ContiguousTower(Mixin):
 
 
 def _keep_channels_last(tower: nn.Module) -> None:
-    """Make the tower's last convolution take its input channels-last.
-
-    Its output is channels-last then, and the rows, a view of that output, are contiguous.
-    """
-    convolution = tower.get_submodule(_LAST_CONVOLUTION)
-    if _to_channels_last not in convolution._forward_pre_hooks.values():
+    """Let the last convolution see its input channels-last; so then is what it gives, and the rows
+    that the tower makes of that by a view are contiguous."""
+    if not keeps_channels_last(tower):
+        convolution = tower.get_submodule(_LAST_CONVOLUTION)
         convolution.register_forward_pre_hook(_to_channels_last)
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether this is Megatron-Bridge's vision tower, or derived from it."""
+    return any(cls.__name__ == _TOWER for cls in type(module).__mro__)
+
+
+def keeps_channels_last(tower: nn.Module) -> bool:
+    """Whether the tower's last convolution sees its input channels-last."""
+    convolution = tower._modules.get(_LAST_CONVOLUTION)
+    return convolution is not None and (
+        _to_channels_last in convolution._forward_pre_hooks.values()
+    )
 
 
 def _to_channels_last(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -138,8 +165,10 @@ def patch_step37(
     """Make every ``Step37Model`` built from now on use the fused embedding.
 
     Replaces ``ImageInsertEmbedding`` in ``…modelling_step37.model``, where ``Step37Model`` looks it
-    up, and in ``…modelling_step37.image_insert_embedding``, and imports both modules if the caller
-    has not. A second call replaces nothing; its options hold for models built after it.
+    up, and in ``…modelling_step37.image_insert_embedding``. Imports both, so that it does not
+    matter whether the caller has. A second call replaces nothing; its options hold for models
+    built after it. Where gradients are fused, word embeddings of these models that are called, on
+    whatever pipeline stage, have their gradient by rows as well.
 
     The log says what is not replaced: models that exist already (a warning; see
     :func:`replace_in`); other modules that imported the class by name before (a warning names
@@ -163,7 +192,9 @@ def patch_step37(
     """
     global _options
     given = InsertOptions(**options)
+    (model,) = _MODEL_PATCH.find().values()
     names = _PATCH.apply(lambda _: Step37ImageInsertEmbedding, ImageInsertEmbedding)
+    _MODELS.apply(model)
     if channels_last:
         names += _TOWER_PATCH.apply(_contiguous, _ContiguousTower)
     else:
@@ -190,6 +221,7 @@ def unpatch_step37() -> tuple[str, ...]:
     """
     global _options
     _options = {}
+    _MODELS.undo()
     restore_dense_gradient()
     return _PATCH.undo() + _TOWER_PATCH.undo()
 
@@ -227,10 +259,10 @@ def replace_in(
     others: list[str] = []
     for prefix, chunk in chunks:
         for name, module in chunk.named_modules():
-            if isinstance(module, ImageInsertEmbedding) or _is_stock(module):
+            if isinstance(module, ImageInsertEmbedding) or is_stock(module):
                 ours[f"{prefix}{name}"] = module
-            elif _is_named_so(module):
-                others.append(_description(f"{prefix}{name}", module))
+            elif is_named_so(module):
+                others.append(description_of(f"{prefix}{name}", module))
     for name, module in ours.items():
         if isinstance(module, ImageInsertEmbedding):
             continue
@@ -245,14 +277,11 @@ def replace_in(
             module.__class__ = Step37ImageInsertEmbedding
         cast(ImageInsertEmbedding, module).configure(**options)
     for _, chunk in chunks:
-        # For multi-token prediction the last stage looks words up, without an ImageInsertEmbedding.
-        for module in chunk.modules():
-            if type(module).__name__ == "LanguageModelEmbedding":
-                _set_gradient_of_called(module, given)
+        _set_gradients_of_called(chunk, given)
     if channels_last:
         for _, chunk in chunks:
             for module in chunk.modules():
-                if any(cls.__name__ == _TOWER for cls in type(module).__mro__):
+                if is_tower(module):
                     _keep_channels_last(module)
     if others:
         logger.warning(
@@ -272,22 +301,22 @@ def replace_in(
     return tuple(ours)
 
 
-def _is_stock(module: nn.Module) -> bool:
-    """Whether the module is a stock ``ImageInsertEmbedding`` of any version, or derived from one.
+def is_stock(module: nn.Module) -> bool:
+    """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it.
 
     Its projector may be any module, such as an adapter (LoRA, ``modules_to_save``), a quantised
     layer or a layer of Transformer Engine. It is called, as the stock module calls it.
     """
     projector = module._modules.get(_PROJECTOR)
-    return _is_named_so(module) and projector is not None and _BORROWED in vars(module)
+    return is_named_so(module) and projector is not None and _BORROWED in vars(module)
 
 
-def _is_named_so(module: nn.Module) -> bool:
+def is_named_so(module: nn.Module) -> bool:
     return any(cls.__name__ == _CLASS for cls in type(module).__mro__)
 
 
-def _description(name: str, module: nn.Module) -> str:
-    """Say what a module with the stock class's name has and lacks, for an error message."""
+def description_of(name: str, module: nn.Module) -> str:
+    """Of a module of the stock name that is not of the stock shape: what it has and lacks."""
     kind = type(module)
     projector = getattr(module, _PROJECTOR, None)
     if projector is None:

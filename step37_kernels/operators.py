@@ -9,7 +9,7 @@ packed length does not recompile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -53,10 +53,10 @@ def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callab
 
 def _fake_plan(
     input_ids: Tensor,
-    tokens: list[int],
-    group_sizes: list[int],
-    features: list[int],
-    rows: list[int],
+    tokens: Sequence[int],
+    group_sizes: Sequence[int],
+    features: Sequence[int],
+    rows: Sequence[int],
     shift: int,
     batch_first: bool,
     *_: int,
@@ -71,10 +71,10 @@ def _fake_plan(
 @_operator(_fake_plan)
 def plan(
     input_ids: Tensor,
-    tokens: list[int],
-    group_sizes: list[int],
-    features: list[int],
-    rows: list[int],
+    tokens: Sequence[int],
+    group_sizes: Sequence[int],
+    features: Sequence[int],
+    rows: Sequence[int],
     shift: int,
     batch_first: bool,
     vocabulary: int,

@@ -22,6 +22,7 @@ from torch import Tensor
 from step37_kernels import operators
 from step37_kernels.count_watch import count_mismatches
 from step37_kernels.dispatch import Impl, use_triton
+from step37_kernels.ranges import profiled
 from step37_kernels.runs import FlatRuns, Runs, to_runs
 
 _INT32_MAX = 2**31 - 1
@@ -292,18 +293,19 @@ def plan_runs(
     triton = use_triton(impl, input_ids.device)
     flat = FlatRuns.of(runs)
     _check_ids(input_ids, flat)
-    destinations, row_at, starts, counts = operators.plan(
-        input_ids,
-        list(flat.tokens),
-        list(flat.group_sizes),
-        list(flat.features),
-        list(flat.rows),
-        shift,
-        batch_first,
-        vocabulary,
-        triton,
-        watch,
-    )
+    with profiled("plan"):
+        destinations, row_at, starts, counts = operators.plan(
+            input_ids,
+            flat.tokens,
+            flat.group_sizes,
+            flat.features,
+            flat.rows,
+            shift,
+            batch_first,
+            vocabulary,
+            triton,
+            watch,
+        )
     return InsertPlan(
         destinations=destinations,
         row_at=row_at,
@@ -320,9 +322,9 @@ def _check_ids(input_ids: Tensor, runs: FlatRuns) -> None:
         raise ValueError(f"input_ids: expected [B, S], got {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids: expected int32 or int64, got {input_ids.dtype}")
-    limits = torch.iinfo(input_ids.dtype)
+    limit = 2 ** (8 * input_ids.itemsize - 1)
     for token in runs.tokens:
-        if not limits.min <= token <= limits.max:
+        if not -limit <= token < limit:
             raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
     batch_size, seq_len = input_ids.shape
     if max(runs.num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:

@@ -30,13 +30,17 @@ class FlatRuns(NamedTuple):
 
     @classmethod
     def of(cls, runs: Runs) -> FlatRuns:
-        flat = [run for _, group in runs for run in group]
-        return cls(
-            tokens=tuple(token for token, _ in runs),
-            group_sizes=tuple(sum(features for features, _ in group) for _, group in runs),
-            features=tuple(features for features, _ in flat),
-            rows=tuple(rows for _, rows in flat),
-        )
+        # Loops, which every forward runs: generators would take five times as long.
+        tokens, group_sizes, features, rows = [], [], [], []
+        for token, group in runs:
+            size = 0
+            for count, rows_each in group:
+                size += count
+                features.append(count)
+                rows.append(rows_each)
+            tokens.append(token)
+            group_sizes.append(size)
+        return cls(tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows))
 
     @property
     def num_rows(self) -> int:

@@ -101,6 +101,97 @@ def draw_step() -> Any:
     return sheet
 
 
+_OURS_LOOK, _YOURS_LOOK = {"facecolor": "#9fd8c5"}, {"facecolor": "#f6f6f7"}
+# x, y, width, height, title, what is below it, whether it is ours.
+_PARTS = (
+    (0.2, 1.05, 1.4, 2.15, "packs", ("step37_data or", "step37_energon"), True),
+    (2.95, 1.05, 1.4, 0.8, "plan", ("where rows go",), True),
+    (2.2, 2.25, 1.2, 0.95, "pixels", ("resized,", "normalised"), True),
+    (3.8, 2.25, 1.25, 0.95, "vision tower", (), False),
+    (
+        6.05,
+        1.05,
+        1.65,
+        2.15,
+        "project + insert",
+        ("rows of pictures", "and words go to", "their places"),
+        True,
+    ),
+    (8.45, 1.05, 1.05, 2.15, "decoder", (), False),
+    (6.05, 3.8, 1.65, 0.8, "gradient rows", ("read it once",), True),
+)
+# Corners of an arrow, its text and where that stands, whether a gradient takes it.
+_ARROWS = (
+    (((1.6, 1.45), (2.95, 1.45)), "input_ids [B, S]", (1.68, 1.3), False),
+    (((4.35, 1.45), (6.05, 1.45)), "destinations", (4.75, 1.3), False),
+    (((1.6, 2.72), (2.2, 2.72)), "uint8", (1.66, 2.57), False),
+    (((3.4, 2.72), (3.8, 2.72)), "", (0, 0), False),
+    (((5.05, 2.72), (6.05, 2.72)), "features", (5.12, 2.57), False),
+    (((5.05, 2.72), (6.05, 2.72)), "[N, L, C]", (5.12, 2.9), False),
+    (((7.7, 2.12), (8.45, 2.12)), "[S, B, H]", (7.73, 1.97), False),
+    (((8.97, 3.2), (8.97, 4.2), (7.7, 4.2)), "of the output", (7.82, 4.05), True),
+    (((6.05, 4.2), (4.42, 4.2), (4.42, 3.2)), "of the features", (4.55, 4.05), True),
+    (((6.87, 3.8), (6.87, 3.2)), "of projector, table", (6.97, 3.5), True),
+)
+
+
+def draw_architecture() -> Any:
+    """Where ids, features, plan, rows and gradients go in a step."""
+    sheet, axes = style.figure(9.7, 4.8, "One step: where ids, pictures and gradients go")
+    looks = {"step37": _OURS_LOOK, "the model": _YOURS_LOOK}
+    style.legend(axes, (0.2, 0.68), looks)
+    style.label(axes, (2.5, 0.68), "- - -  gradients", color=style.BROKEN)
+    edge = {"edgecolor": style.FRAME, "linewidth": 0.8}
+    for x, y, width, height, title, below, ours in _PARTS:
+        style.box(axes, (x, y, width, height), **edge, **(_OURS_LOOK if ours else _YOURS_LOOK))
+        room = {"width": width - 0.2}
+        style.label(axes, (x + 0.1, y + 0.24), title, size=11, weight="bold", **room)
+        for number, text in enumerate(below):
+            style.label(axes, (x + 0.1, y + 0.54 + 0.2 * number), text, size=9.5, **room)
+    for corners, text, at, gradient in _ARROWS:
+        color = style.BROKEN if gradient else style.INK
+        lines: dict[str, Any] = {
+            "color": color,
+            "linewidth": 1.3,
+            "linestyle": "--" if gradient else "-",
+        }
+        axes.plot(*zip(*corners, strict=True), **lines)
+        head = {"arrowstyle": "-|>", "color": color, "linewidth": 0, "shrinkA": 0, "shrinkB": 0}
+        (x, y), (x_before, y_before) = corners[-1], corners[-2]
+        behind = (x - 0.1 * (x > x_before) + 0.1 * (x < x_before), y + 0.1 * (y < y_before))
+        axes.annotate("", (x, y), behind, arrowprops={**head, "mutation_scale": 13})
+        style.label(axes, at, text, size=9.5, color=color)
+    return sheet
+
+
+_AT_NIGHT = {
+    "#ffffff": "#1e2129",  # the page of the dark scheme
+    style.INK: "#e8e8ea",
+    "#f6f6f7": "#2c303b",
+    "#a6c8e4": "#2c5a80",
+    "#9fd8c5": "#1d6651",
+    "#f2cf8d": "#7a5a1c",
+    "#8a6a1f": "#d9ae57",
+    style.BROKEN: "#f0803c",
+}
+
+
+def save_for_day_and_night(sheet: Any, out: Path, name: str) -> None:
+    """Write ``name``-light.svg, and ``name``-dark.svg, which differs in its colours."""
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        sheet.savefig(file, format="svg", dpi=style.DPI, metadata={"Date": None})
+    # Whitespace at line ends is of no use to anybody.
+    light = "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    dark = light.replace("<svg ", '<svg fill="#e8e8ea" ', 1)  # of letters that name no colour
+    for day, night in _AT_NIGHT.items():
+        dark = dark.replace(day, night)
+    (out / f"{name}-light.svg").write_text(light, encoding="utf-8")
+    (out / f"{name}-dark.svg").write_text(dark, encoding="utf-8")
+
+
 def draw_demo_row_map() -> Any:
     """Draw the row map of the demo's first pack: images of 112 pixels, 16 rows each."""
     samples = read_flickr8k_metadata(PHOTOGRAPHS / "train" / "metadata.csv", "caption_0", None)
@@ -143,6 +234,8 @@ def larger_data_set() -> Iterator[Path]:
 def draw_all(out: Path) -> None:
     """Write every picture into ``out``."""
     style.save(draw_step(), out / "step.png")
+    save_for_day_and_night(draw_step(), out, "step")
+    save_for_day_and_night(draw_architecture(), out, "architecture")
     style.save(draw_demo_row_map(), out / "row_map.png")
     out, here = out.resolve(), Path.cwd()
     with larger_data_set() as folder, contextlib.redirect_stdout(io.StringIO()):

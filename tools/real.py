@@ -5,26 +5,21 @@ packages, many of which need CUDA. So they are installed without their requireme
 packages that the tested code imports are listed here. ``tests/real/stubs.py`` replaces modules that
 cannot be imported on a CPU.
 
-To try another release, change its number here: ``tests/real/test_names.py`` then says which names
-are missing.
+Another release is tried by changing its number here. ``make real-main`` tries checkouts: they go
+before the installed releases, in every process of the tests. Either way, what no longer fits is
+named by ``tests/real/test_names.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import os
-import shutil
-import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 
-from tools.bootstrap import CPU_TORCH, ROOT, say
-
-VENV = ROOT / ".venv-real"
-STAMP = VENV / "step37.stamp"
-PYTHON = VENV / "bin" / "python"
+from tools.bootstrap import CPU_TORCH, say
+from tools.environment import Environment
 
 FRAMEWORKS = ("megatron-bridge==0.6.2", "megatron-core==0.19.2", "nemo-automodel==0.7.0")
 NEEDS = (
@@ -47,49 +42,64 @@ BARE = (*FRAMEWORKS, "torchvision==0.28.0")
 TOOLS = ("hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
 
 
-def fingerprint() -> str:
-    parts = [
-        (ROOT / "pyproject.toml").read_bytes(),
-        Path(__file__).read_bytes(),
-        f"{sys.version} {sys.executable} {CPU_TORCH}".encode(),
-    ]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+CHECKOUTS = {
+    # What is given as its path, where in it Python looks for packages, and what is found there.
+    "bridge": ("Megatron-Bridge", "src", "megatron/bridge"),
+    "megatron": ("Megatron-LM", ".", "megatron/core"),
+    "automodel": ("NeMo Automodel", ".", "nemo_automodel"),
+}
 
 
-def pip(*arguments: str) -> None:
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # The frameworks' requirements are deliberately not installed; pip would warn about each.
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        raise SystemExit(f"pip install {' '.join(arguments)} failed")
+def import_paths(given: dict[str, str | None]) -> list[str]:
+    """The folders that Python is to look in before the installed releases.
 
+    Args:
+        given: the path of a checkout, or None, by its name in ``CHECKOUTS``.
 
-def set_up() -> None:
-    """Create the environment, unless its stamp shows that it is up to date."""
-    if STAMP.exists() and STAMP.read_text() == fingerprint() and PYTHON.exists():
-        return
-    say(f"creating {VENV.name} with {', '.join(FRAMEWORKS)} (a few minutes on a first run)")
-    shutil.rmtree(VENV, ignore_errors=True)
-    venv.EnvBuilder(with_pip=True).create(VENV)
-    pip(CPU_TORCH, "--editable", f"{ROOT}[data]", *TOOLS, *NEEDS)
-    pip("--no-deps", "--ignore-requires-python", *BARE)
-    STAMP.write_text(fingerprint())
+    Raises:
+        SystemExit: a path is no checkout of what it is given for, or all are empty, as those of
+            ``make real-main`` are where nobody sets them.
+    """
+    if set(given.values()) == {""}:
+        raise SystemExit("name a checkout: make real-main BRIDGE=… MEGATRON=… AUTOMODEL=…")
+    paths = []
+    for name, (title, source, package) in CHECKOUTS.items():
+        if path := given[name]:
+            folder = Path(path).expanduser().resolve() / source
+            if not (folder / package).is_dir():
+                raise SystemExit(f"{name}: {path} is no checkout of {title}: no {folder / package}")
+            say(f"{title} from {folder}, before the installed release")
+            paths.append(str(folder))
+    return paths
 
 
 def main() -> int:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         say(f"Python {sys.version.split()[0]}: the frameworks need 3.11 to 3.13")
         return 1
-    set_up()
+    parser = argparse.ArgumentParser(prog="python -m tools.real", description=__doc__)
+    for name, (title, *_) in CHECKOUTS.items():
+        parser.add_argument(f"--{name}", metavar="PATH", help=f"a checkout of {title}")
+    given, arguments = parser.parse_known_args()
+    paths = import_paths(vars(given))
+    before = os.environ.get("PYTHONPATH")
+    variables = {"PYTHONPATH": os.pathsep.join([*paths, before] if before else paths)}
+    environment = Environment(
+        folder=".venv-real",
+        python=sys.executable,
+        installs=(
+            (CPU_TORCH, "--editable", ".[data]", *TOOLS, *NEEDS),
+            ("--no-deps", "--ignore-requires-python", *BARE),
+        ),
+    )
+    environment.set_up()
     began = time.perf_counter()
-    jobs = os.environ.get("JOBS", "auto")
-    command = [str(PYTHON), "-m", "pytest", "-n", jobs, "-m", "not slow and not gpu"]
-    command += ["--dist", "loadscope"]  # so that the ranks of a file are started once
-    arguments = sys.argv[1:] or ["tests/real"]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, check=False)
+    selection = ["-m", "not slow and not gpu", "--dist", "loadscope"]  # a file's ranks start once
+    failed = environment.pytest(
+        *selection, *(arguments or ["tests/real"]), variables=variables if paths else None
+    )
     say(f"{time.perf_counter() - began:.0f} s of tests")
-    return done.returncode
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Subject ``data``: times measuring lengths, scheduling and collating, compared with plain loops.
+"""Subject ``data``: times listing, lengths, second start, schedule and collation beside a loop.
 
-The loops are the straightforward ways: to render and tokenise every prefix of a conversation, to
-schedule with a Python loop over a heap and a list of tuples, to fill positions one sub-sequence
-after the other. Each line of the table first checks that both ways give the same result. All lines
-take about half a minute; a quick run schedules at most 10⁵ samples.
+The loops are the straightforward ways: Python's CSV reader alone, and with the state of every file;
+every prefix of a conversation rendered and tokenised; a Python loop over a heap and a list of
+tuples; positions filled sub-sequence by sub-sequence. Each line of the table first checks that both
+ways give the same result. All lines take about a minute; in a quick run the schedule ends at 10⁵
+samples and the folder has 10⁴ pictures.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ import torch
 from bench.harness import Settings, where
 from bench.report import Column, Table
 from step37_data.caches.lengths import probe_lengths
-from step37_data.flickr8k_loader import Flickr8kSample, Step37Flickr8kDataset
+from step37_data.flickr8k_loader import (
+    Flickr8kSample,
+    Step37Flickr8kDataset,
+    prepare_flickr8k_samples,
+    read_flickr8k_metadata,
+)
 from step37_data.pack_transform import pack_samples
 from step37_data.packed_dataloader import MixedPackedDataloader, draw_schedule
 from step37_data.packing import pack, pack_best_fit
@@ -55,12 +61,77 @@ def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
     return best
 
 
+def caption_words() -> list[str]:
+    """List the words of Flickr8k's captions, as often as they occur."""
+    with (EXAMPLES / "flickr8k_mini/train/metadata.csv").open(newline="") as file:
+        return [
+            word
+            for row in csv.DictReader(file)
+            for column, text in row.items()
+            if column != "file_name"
+            for word in text.split()
+        ]
+
+
+def make_folder(root: Path, count: int) -> Path:
+    """Make a split of ``count`` pictures with five captions each; return its ``metadata.csv``.
+
+    The pictures hold one byte: nobody decodes them.
+    """
+    words, pick = caption_words(), np.random.default_rng(0)
+    metadata = root / "train/metadata.csv"
+    metadata.parent.mkdir(parents=True)
+    with metadata.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", *(f"caption_{number}" for number in range(5))])
+        for number in range(count):
+            drawn = pick.choice(words, 55)
+            captions = [" ".join(drawn[start : start + 11]) for start in range(0, 55, 11)]
+            rows.writerow([f"{number:08}.jpg", *captions])
+            (metadata.parent / f"{number:08}.jpg").write_bytes(b"x")
+    return metadata
+
+
+def plain_rows(metadata: Path) -> int:
+    """Read all rows with Python's CSV reader, and say how many there are."""
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        return sum(1 for _ in csv.reader(file, strict=True)) - 1
+
+
+def plain_sizes(metadata: Path) -> list[int]:
+    """Read all rows, and ask for the size of every picture."""
+    folder = str(metadata.parent)
+    with metadata.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        next(rows)
+        return [os.stat(f"{folder}/{cells[0]}").st_size for cells in rows]
+
+
+def listing(count: int) -> Iterator[Line]:
+    """Read the metadata of a folder of ``count`` pictures, and prepare the samples of the folder.
+
+    Prepared is what a run does before anything else: reading the metadata, and looking whether
+    every picture is there and not empty.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = make_folder(Path(folder), count)
+        read = functools.partial(read_flickr8k_metadata, metadata)
+        prepare = functools.partial(
+            prepare_flickr8k_samples, cache_dir=folder, sample_count=None, progress=False
+        )
+        assert len(read()) == plain_rows(metadata) == count
+        assert len(prepare()) == len(plain_sizes(metadata))
+        for what, ours, plain in (
+            ("read metadata.csv", read, plain_rows),
+            ("list the pictures of a folder", prepare, plain_sizes),
+        ):
+            times = seconds(ours), seconds(functools.partial(plain, metadata))
+            yield what, count, *times, "s", times[1] / times[0], None
+
+
 def make_dataset(count: int) -> Step37Flickr8kDataset:
     """Make a data set of ``count`` different captions, of Flickr8k's words."""
-    with (EXAMPLES / "flickr8k_mini/train/metadata.csv").open(newline="") as file:
-        words = [w for row in csv.DictReader(file) for k, v in row.items() if k != "file_name"
-                 for w in v.split()]  # fmt: skip
-    pick = np.random.default_rng(0)
+    words, pick = caption_words(), np.random.default_rng(0)
     samples = [
         Flickr8kSample(f"{i}.jpg", " ".join(pick.choice(words, pick.integers(5, 25))) + f" {i}")
         for i in range(count)
@@ -237,6 +308,7 @@ def fill() -> Iterator[Line]:
 
 def lines(largest: int) -> Iterator[Line]:
     """Measure the lines of the table, one after the other."""
+    yield from listing(10 ** min(5, largest - 1))
     yield from probing()
     yield from second_start()
     yield from schedule(largest)

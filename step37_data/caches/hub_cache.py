@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from step37_data.caches.hub_listing import HubListing
 from step37_data.caches.lengths import write_atomically
 from step37_data.common.checks import checked_int
 from step37_data.common.threads import map_threads
@@ -32,6 +34,8 @@ _HASHES = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 # Threads that check files wait for the file system, not for a core; so many files at a time.
 _LOOKING_THREADS = 16
 _LOOKED_AT_ONCE = 1024
+# A listing costs two requests and one for every thousand files of the folder; it saves one a file.
+_WORTH_LISTING = 32
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -62,9 +66,9 @@ class HubFolder:
     def __post_init__(self) -> None:
         checked_int("max_workers", self.max_workers)
 
-    @property
+    @functools.cached_property
     def root(self) -> Path:
-        """The local folder."""
+        """The folder. Made once: a path for every file would cost as much as looking at it."""
         return Path(self.cache_dir).expanduser()
 
     def path_of(self, name: str) -> str:
@@ -80,13 +84,14 @@ class HubFolder:
         """Say what is wrong with files, by path; files without a flaw are left out."""
         noted = os.path.isdir(self.root / _NOTES)
 
-        def look(some: Sequence[str]) -> list[tuple[str, str | None]]:
-            return [(path, flaw_of(self.root, path, noted)) for path in some]
+        def look(some: Sequence[str]) -> dict[str, str]:
+            found = ((path, flaw_of(self.root, path, noted)) for path in some)
+            return {path: flaw for path, flaw in found if flaw is not None}
 
         starts = range(0, len(paths), _LOOKED_AT_ONCE)
         parts = [paths[start : start + _LOOKED_AT_ONCE] for start in starts]
         looked = map_threads(look, parts, _LOOKING_THREADS)
-        return {path: flaw for part in looked for path, flaw in part if flaw is not None}
+        return {path: flaw for part in looked for path, flaw in part.items()}
 
     def check_origin(self) -> None:
         """Refuse a folder that holds another data set or revision; mark an empty one for this one.
@@ -97,13 +102,18 @@ class HubFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         check_origin(self.root, self.repo_id, self.revision)
 
-    def fetch(self, name: str) -> str:
-        """Return the path of the file ``name``; download it first if it is missing or damaged.
+    def fetch(self, name: str, listing: HubListing | None = None) -> str:
+        """Path of the file ``name``, downloaded if it is missing or damaged.
 
         The hub's client writes to a temporary file and moves it to its place when it is complete.
         The client waits and asks again if the hub limits requests, breaks off or is down for a
         moment. After another failure (a server error during the download, a wrong length or hash)
         the download is repeated once.
+
+        Args:
+            name: path inside the data set, with forward slashes.
+            listing: of the data set. A file that it knows is asked for at once; without it, and for
+                a second download, the client asks for the header of the file first.
 
         Raises:
             ValueError: ``name`` leaves the folder, by its name or by a link.
@@ -115,7 +125,7 @@ class HubFolder:
             flaw = flaw_of(self.root, path)
             if flaw is None:
                 return path
-            self._download(name, path, flaw, last=last)
+            self._download(name, path, flaw, None if last else listing, last=last)
         if flaw := flaw_of(self.root, path):
             again = f"also after it was downloaded twice from {self.repo_id}"
             raise OSError(f"{path} {flaw}, {again}")
@@ -124,8 +134,10 @@ class HubFolder:
     def fetch_all(self, names: Sequence[str], what: str) -> None:
         """Download files, several at a time; after a failure no further download is started.
 
-        An interrupt ends this at once, even if a thread has to wait minutes for the hub. An error
-        is raised as soon as the files before it in ``names`` have been downloaded.
+        Where there are many, their folder is listed first: then a file costs one request, not two.
+
+        An interrupt ends this at once, though a thread may be waiting minutes for the hub. An error
+        is raised as soon as the files before it in ``names`` are there.
 
         Args:
             names: names of the files.
@@ -137,6 +149,16 @@ class HubFolder:
         from huggingface_hub import utils as hub
 
         logger.info("downloading %d files of %s", len(names), what)
+        get = self.fetch
+        if len(names) >= _WORTH_LISTING:
+            listing = HubListing.of(
+                repo_id=self.repo_id,
+                folder=posixpath.commonpath([posixpath.dirname(name) for name in names]),
+                revision=self.revision,
+                endpoint=self.endpoint,
+            )
+            if listing is not None:
+                get = functools.partial(self.fetch, listing=listing)
         with contextlib.ExitStack() as undo:
             # huggingface_hub would show a bar for every file; we show one for all files.
             if not hub.are_progress_bars_disabled():
@@ -151,7 +173,7 @@ class HubFolder:
                 if failed.is_set():
                     return
                 try:
-                    self.fetch(name)
+                    get(name)
                 except BaseException:
                     failed.set()
                     raise
@@ -159,7 +181,9 @@ class HubFolder:
 
             map_threads(fetch, names, self.max_workers)
 
-    def _download(self, name: str, path: str, flaw: str, *, last: bool) -> None:
+    def _download(
+        self, name: str, path: str, flaw: str, listing: HubListing | None, *, last: bool
+    ) -> None:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -170,14 +194,17 @@ class HubFolder:
         failures: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
         try:
             with _put_aside(path):
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    repo_type="dataset",
-                    local_dir=self.root,
-                    revision=self.revision,
-                    endpoint=self.endpoint,
-                )
+                if listing is not None and name in listing.hashes:
+                    listing.download(name, Path(path), Path(_note_of(self.root, path)))
+                else:
+                    hf_hub_download(
+                        self.repo_id,
+                        name,
+                        repo_type="dataset",
+                        local_dir=self.root,
+                        revision=self.revision,
+                        endpoint=self.endpoint,
+                    )
         except LocalEntryNotFoundError as error:
             # The client could not find out anything about the file; the cause says why.
             raise self._failure(name, f"{path} {flaw}", error.__cause__ or error, True) from error

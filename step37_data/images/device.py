@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from step37_kernels.pixels.ragged import RaggedImages
+from step37_kernels.ranges import profiled
 
 Device = torch.device | str | None
 
@@ -41,9 +42,10 @@ def host_memory(shape: Sequence[int], *, dtype: torch.dtype, device: torch.devic
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to ``device``; the host does not wait for a CUDA device."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = host_memory(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
-    return tensor.to(device, non_blocking=True)
+    with profiled("upload"):
+        if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = host_memory(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+        return tensor.to(device, non_blocking=True)
 
 
 def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImages:
@@ -56,17 +58,18 @@ def upload(pictures: Sequence[torch.Tensor], device: torch.device) -> RaggedImag
         device: where the buffer is.
     """
     sizes = [picture.numel() for picture in pictures]
-    if device.type == "cuda":
-        stream = _copy_stream(device.index)
-        current = torch.cuda.current_stream(device)
-        with torch.cuda.stream(stream):
+    with profiled("upload"):
+        if device.type == "cuda":
+            stream = _copy_stream(device.index)
+            current = torch.cuda.current_stream(device)
+            with torch.cuda.stream(stream):
+                data = _gathered(pictures, sizes, device)
+            current.wait_stream(stream)
+            # Allocated on the copy stream, used on this one: it must not be handed out again before
+            # this one is done with it.
+            data.record_stream(current)
+        else:
             data = _gathered(pictures, sizes, device)
-        current.wait_stream(stream)
-        # Allocated on the copy stream and used on this one: its memory must not be reused before
-        # this one is done with it.
-        data.record_stream(current)
-    else:
-        data = _gathered(pictures, sizes, device)
     offsets = [0, *itertools.accumulate(sizes)][:-1]
     shapes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
     return RaggedImages(data=data, offsets=offsets, shapes=shapes)

@@ -29,7 +29,9 @@ from step37_data.images.crops import CropPlan, plan_crops, plan_whole
 from step37_data.images.device import host_memory, resolve_device, to_device, upload
 from step37_data.images.options import ImageOptions
 from step37_kernels.pixels import pillow
+from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
+from step37_kernels.ranges import profiled
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ def _read(
         path, in_crops = entries[numbers[0]].file
         reason = None
         try:
-            with decode.open_image(path, options.max_pixels) as image:
+            with profiled("decode"), decode.open_image(path, options.max_pixels) as image:
                 shown = [entries[i] for i in numbers]
                 size = decode.shown_size(image, as_viewed=options.as_viewed)
                 plan = _plan_of(shown, *size) if in_crops else plan_whole(*size)
@@ -159,19 +161,20 @@ def _on_host(entries: Sequence[ImageEntry], options: ImageOptions, device: torch
     places = [next(rows[kind]) for kind in kinds]
 
     def show(picture: _Picture) -> None:
-        """Cut, resize and normalise every window, and write it to its place in the stacks."""
-        sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
-        for number, window in picture.windows.items():
-            kind, side = kinds[number], sides[kinds[number]]
-            if kind not in sources:
-                sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
-            image = crop_pixels.cut(sources[kind], window)
-            if options.pixel_order == "pillow":
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-                crop_pixels.normalize_into(places[number], np.asarray(image))
-            else:
-                pixels = torch.tensor(np.asarray(image))
-                places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
+        """Cut, resize and normalise every window, each to its place in the stacks."""
+        with profiled("pixels"):
+            sources = {IMAGE_ITEM_TYPE: crop_pixels.full_image(picture.pixels, picture.plan)}
+            for number, window in picture.windows.items():
+                kind, side = kinds[number], sides[kinds[number]]
+                if kind not in sources:
+                    sources[kind] = crop_pixels.canvas_image(sources[IMAGE_ITEM_TYPE], picture.plan)
+                image = crop_pixels.cut(sources[kind], window)
+                if options.pixel_order == "pillow":
+                    image = image.resize((side, side), Image.Resampling.BILINEAR)
+                    crop_pixels.normalize_into(places[number], np.asarray(image))
+                else:
+                    pixels = torch.tensor(np.asarray(image))
+                    places[number][:] = crop_pixels.normalize_then_resize(pixels, side)
 
     to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
     _, reasons = _read(entries, options, to_pixels=to_pixels, use=show)
@@ -184,9 +187,20 @@ def _on_device(
     """Decode in the threads; the kernels do the rest on ``device``."""
     to_pixels = functools.partial(_staged, device=device, as_viewed=options.as_viewed)
     pictures, reasons = _read(entries, options, to_pixels=to_pixels, use=lambda picture: picture)
+    uploaded = upload([picture.pixels for picture in pictures], device)
+    with profiled("pixels"):
+        return _stacks_of(pictures, uploaded, entries, options), reasons
+
+
+def _stacks_of(
+    pictures: Sequence[_Picture],
+    uploaded: RaggedImages,
+    entries: Sequence[ImageEntry],
+    options: ImageOptions,
+) -> dict[int, torch.Tensor]:
+    """Cut, resize and normalise the windows of pictures that are on the device already."""
     full, canvases, canvas_of = crop_pixels.prepare_on_device(
-        upload([picture.pixels for picture in pictures], device),
-        [picture.plan for picture in pictures],
+        uploaded, [picture.plan for picture in pictures]
     )
     rectangles = {}
     for i, picture in enumerate(pictures):
@@ -201,10 +215,10 @@ def _on_device(
             stacks[kind] = resize_clip_normalize(source, side, crops=crops, dtype=options.dtype)
         else:
             shape = (len(crops), 3, side, side)
-            stacks[kind] = torch.empty(shape, dtype=options.dtype, device=device)
+            stacks[kind] = torch.empty(shape, dtype=options.dtype, device=uploaded.data.device)
             for place, crop in zip(stacks[kind], crops, strict=True):
                 place[:] = crop_pixels.normalize_then_resize(source.cut(crop), side)
-    return stacks, reasons
+    return stacks
 
 
 def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from step37_kernels.ranges import profiled
+
 
 def has_main_grad(weight: Tensor) -> bool:
     """Whether the weight has a ``main_grad`` that is not None, or will have one in backward."""
@@ -118,4 +120,5 @@ class MainGrad(torch.autograd.Function):
             else:
                 main_grad.copy_(gradient)
 
-        return into_main_grad(ctx.fused_into[0], put), None
+        with profiled("gradient"):
+            return into_main_grad(ctx.fused_into[0], put), None

@@ -57,10 +57,11 @@ class InsertOptions:
     """How words are looked up. ``"auto"``: in the launch that writes the output, if the language
     embedding only looks up: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` on one
     tensor-parallel rank. The gradient of its table is then summed by rows; with
-    ``gradient_accumulation_fusion`` only the rows of words in the batch are touched. The embedding
-    is called instead, and the log (INFO) says once why, if it has position or token-type
-    embeddings, dropout that is in effect, an fp32 residual connection, a muP factor, hooks that are
-    not Megatron's, or another class. ``"call"``: the embedding is always called."""
+    ``gradient_accumulation_fusion`` only the rows of the words that were there are touched. The
+    embedding is called, and the log (INFO) says once why, if it has position or token-type
+    embeddings, dropout that is in effect, an fp32 residual connection, a muP factor, or hooks that
+    are not Megatron's (its own, or for all modules), or if it is of any other class. ``"call"``
+    always calls."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add the gradient of the projector's weight, and of the table that words are looked up in, to
     its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of
@@ -91,10 +92,15 @@ class InsertOptions:
             return self.gradient_accumulation_fusion
         return bool(getattr(config, "gradient_accumulation_fusion", False))
 
-    def fuses_gradient_of(self, weight: Tensor, language_embedding: Any) -> bool:
-        """Whether the gradient of ``weight`` is added to its ``main_grad`` in backward."""
-        fuses = self.fuses_gradients(getattr(language_embedding, "config", None))
-        return fuses and (self.gradient_accumulation_fusion != "auto" or has_main_grad(weight))
+    def why_not_fused(self, weight: Tensor, language_embedding: Any) -> str | None:
+        """Why the gradient of ``weight`` goes to autograd; None: to its ``main_grad``."""
+        if not self.fuses_gradients(getattr(language_embedding, "config", None)):
+            if self.gradient_accumulation_fusion == "auto":
+                return "the configuration has no gradient_accumulation_fusion"
+            return "gradient_accumulation_fusion=False"
+        if self.gradient_accumulation_fusion == "auto" and not has_main_grad(weight):
+            return "no main_grad: Megatron's DDP sets it"
+        return None
 
     def wants_text_only_gradient(self) -> bool:
         """Whether a forward without image rows gives the projector a gradient of zeros."""

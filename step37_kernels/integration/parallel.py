@@ -171,6 +171,18 @@ class SequenceLayout:
         group = self.sequence_parallel_group
         return group is not None and dist.get_world_size(group) > 1
 
+    def description(self) -> str:
+        """Among how many ranks the sequence is divided, and how."""
+        groups = {
+            "sequence-parallel": self.sequence_parallel_group,
+            "context-parallel": self.context_parallel_group,
+        }
+        return "among " + " and ".join(
+            f"{dist.get_world_size(group)} {kind} ranks"
+            for kind, group in groups.items()
+            if group is not None
+        )
+
     def complete_gradient(self, features: Tensor) -> Tensor:
         """The features, with a gradient that is summed over the sequence-parallel ranks."""
         if not (self.divides_rows() and features.requires_grad):

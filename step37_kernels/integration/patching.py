@@ -57,15 +57,23 @@ class ClassPatch:
         Raises:
             ImportError: a module, the name in it, or a method of the class is missing.
         """
-        modules = {name: self._import(name) for name in self.modules}
-        found = {name: self._look_up(module) for name, module in modules.items()}
+        found = self.find()
         replaced = {name: cls for name, cls in found.items() if not issubclass(cls, base)}
         if replaced:
             self._warn_of_what_stays(set(replaced.values()))
         for name, cls in replaced.items():
             self._stock[name], self._put[name] = cls, make(cls)
-            setattr(modules[name], self.name, self._put[name])
+            setattr(sys.modules[name], self.name, self._put[name])
         return tuple(f"{name}.{self.name}" for name in self.modules)
+
+    def find(self) -> dict[str, type[nn.Module]]:
+        """The class that each module has under the name now; imports the modules.
+
+        Raises:
+            ImportError: a module, the name in it, or a method of the class is missing.
+        """
+        modules = {name: self._import(name) for name in self.modules}
+        return {name: self._look_up(module) for name, module in modules.items()}
 
     def undo(self) -> tuple[str, ...]:
         """Put the stock class back where ours still is; returns the dotted names that hold it."""
@@ -170,6 +178,48 @@ class ClassPatch:
             )
 
 
+class AfterBuilding:
+    """Does something to every model that a framework's class builds from now on; until undone.
+
+    The class stays the object it is, so that it does not matter who imported it by name before.
+
+    Args:
+        act: is called with each model, behind the class's ``__init__``.
+    """
+
+    def __init__(self, act: Callable[[nn.Module], None]) -> None:
+        self._act = act
+        self._active = False
+        self._cls: type[nn.Module] | None = None
+        self._stock: Any = None
+        self._put: Any = None
+
+    def apply(self, cls: type[nn.Module]) -> None:
+        """Begin; what is applied already stays as it is."""
+        if self._active and self._cls is cls:
+            return
+        self.undo()
+        self._cls, self._stock, self._active = cls, cls.__init__, True
+        self._put = self._made(cls.__init__)
+        cls.__init__ = self._put  # type: ignore[method-assign]
+
+    def _made(self, stock: Any) -> Any:
+        @functools.wraps(stock)
+        def init(module: nn.Module, *arguments: Any, **options: Any) -> None:
+            stock(module, *arguments, **options)
+            # Where somebody has wrapped this function in turn, undo cannot take it away.
+            if self._put is init and self._active:
+                self._act(module)
+
+        return init
+
+    def undo(self) -> None:
+        """End, and give the class its own ``__init__`` again."""
+        if self._active and self._cls is not None and self._cls.__init__ is self._put:
+            self._cls.__init__ = self._stock  # type: ignore[method-assign]
+        self._active = False
+
+
 class Mixin:
     """Base of the classes that :func:`with_mixin` puts before a framework's class.
 
@@ -249,16 +299,19 @@ def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> 
         own = vars(module).get(method)
         if own is None:
             continue
-        function = own
-        while isinstance(function, functools.partial):
-            function = function.func
-        origin = getattr(function, "__module__", None) or type(function).__module__
-        origin += "." + getattr(function, "__qualname__", type(function).__qualname__)
         raise ValueError(
             f"{name or type(module).__name__}: the instance has a {method} of its own, which "
-            f"{origin} put there and which would run in place of the class's: remove it, call "
-            "replace_in, and put it there again"
+            f"{origin_of(own)} put there and which would run in place of the class's: remove it, "
+            "call replace_in, and put it there again"
         )
+
+
+def origin_of(function: Any) -> str:
+    """Dotted name of what a function, or the one inside of a partial, was defined as."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:

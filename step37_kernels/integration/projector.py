@@ -57,26 +57,42 @@ def run_forward_pre_hooks(module: nn.Module) -> None:
             hook(module, ())
 
 
-def is_plain(projector: nn.Module) -> bool:
-    """Whether calling the projector does nothing but multiply by its weight and add its bias.
+def more_than_a_product(projector: nn.Module) -> str | None:
+    """What calling the projector means besides its weight and bias; None: nothing.
 
     Forward pre-hooks are allowed if they are Megatron's: others may read the input or make the
     weight. A weight of another class than PyTorch's own (quantised, distributed) may define its own
     product, and is not allowed.
     """
-    return (
-        type(projector) is nn.Linear
-        and "forward" not in vars(projector)
-        and type(projector.weight) in (nn.Parameter, Tensor, FakeTensor)
-        and hooks_are_of_megatron(projector)
-    )
+    if type(projector) is not nn.Linear:
+        return f"it is a {type(projector).__name__}"
+    if "forward" in vars(projector):
+        return "the instance has a forward of its own"
+    if type(projector.weight) not in (nn.Parameter, Tensor, FakeTensor):
+        return f"its weight is a {type(projector.weight).__name__} (quantised or distributed)"
+    return None if hooks_are_of_megatron(projector) else "it has hooks"
+
+
+def is_plain(projector: nn.Module) -> bool:
+    """Whether calling the projector means its weight and bias and nothing else."""
+    return more_than_a_product(projector) is None
+
+
+def why_called(projector: nn.Module, device: torch.device) -> str | None:
+    """Why the projector is called as a module beside text rows on ``device``; None: its weight and
+    bias stand for it."""
+    reason = more_than_a_product(projector)
+    if reason is None and (devices := devices_of_plain(projector)) != {device}:
+        reason = f"it is on {_listed(devices)}, the word embeddings are on {device}"
+    return reason
 
 
 def hooks_are_of_megatron(module: nn.Module) -> bool:
-    """Whether the only hooks of the module, if any, are Megatron's forward pre-hooks."""
-    return not (
-        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and all(_is_of_megatron(hook) for hook in module._forward_pre_hooks.values())
+    """Whether the module has no hooks but forward pre-hooks of Megatron's, if any."""
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    before = module._forward_pre_hooks
+    return not before or all(_is_of_megatron(hook) for hook in before.values())
 
 
 def _is_of_megatron(hook: Callable[..., Any]) -> bool:
@@ -116,9 +132,9 @@ def input_width(projector: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
-def devices_of_plain(projector: nn.Linear) -> set[torch.device]:
-    """The devices of the weight and the bias of a projector that is plain (:func:`is_plain`)."""
-    return {t.device for t in (projector.weight, projector.bias) if t is not None}
+def devices_of_plain(projector: nn.Module) -> set[torch.device]:
+    """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
+    return {t.device for t in (projector.weight, projector.bias) if isinstance(t, Tensor)}
 
 
 def check_has_values(projector: nn.Module, name: str) -> None:
@@ -136,20 +152,41 @@ def check_has_values(projector: nn.Module, name: str) -> None:
             )
 
 
-def allow_unfused(projector: nn.Module, name: str, impl: Impl) -> None:
-    """Raise if a projector that is not plain must not be called; else log once that it is.
-
-    Raises:
-        ValueError: ``impl="triton"`` requires a kernel, which works only with a plain projector.
-    """
-    kind = type(projector).__name__
-    if impl == "triton":
+def refuse_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
+    """Raise ``ValueError`` where :func:`why_called` has a reason and ``impl="triton"`` asks for a
+    kernel, which multiplies by a weight that is beside the text rows, and can call no module."""
+    if impl != "triton":
+        return
+    if not is_plain(projector):
         raise ValueError(
-            f"impl='triton': {name} ({kind}) is more than a weight and a bias; "
+            f"impl='triton': {name} ({type(projector).__name__}) is more than a weight and a bias; "
             "pass impl='auto' or 'torch' to have it called"
         )
-    if not torch.compiler.is_compiling():
-        warn_unfused(name, kind)
+    devices = _listed(devices_of_plain(projector))
+    raise ValueError(
+        f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
+        "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
+    )
+
+
+def allow_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
+    """See to it that a projector that :func:`why_called` has a reason for may be called, and say so
+    in the log once.
+
+    Raises:
+        ValueError: see :func:`refuse_called`.
+    """
+    refuse_called(projector, name, impl, device)
+    if torch.compiler.is_compiling():
+        return
+    if is_plain(projector):
+        warn_elsewhere(name, _listed(devices_of_plain(projector)), str(device))
+    else:
+        warn_unfused(name, type(projector).__name__)
+
+
+def _listed(devices: set[torch.device]) -> str:
+    return " and ".join(sorted(map(str, devices)))
 
 
 @functools.cache
@@ -160,24 +197,6 @@ def warn_unfused(name: str, kind: str) -> None:
         name,
         kind,
     )
-
-
-def allow_elsewhere(projector: nn.Linear, name: str, impl: Impl, device: torch.device) -> None:
-    """Raise if a projector on another device than the text rows (``device``) must not be called.
-
-    Else log once that it is called.
-
-    Raises:
-        ValueError: ``impl="triton"`` requires a kernel, which reads tensors of one device only.
-    """
-    devices = " and ".join(sorted(map(str, devices_of_plain(projector))))
-    if impl == "triton":
-        raise ValueError(
-            f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
-            "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
-        )
-    if not torch.compiler.is_compiling():
-        warn_elsewhere(name, devices, str(device))
 
 
 @functools.cache

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
 
 from step37_kernels.integration.projector import hooks_are_of_megatron, run_forward_pre_hooks
-
-logger = logging.getLogger(__name__)
 
 
 class PlainTable(NamedTuple):
@@ -41,7 +38,8 @@ def plain_table(embedding: Any) -> PlainTable | str:
 
     That is an ``nn.Embedding``, or Megatron-Core's ``LanguageModelEmbedding`` with one
     tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32
-    residual connection, scaling (muP), and hooks that are not Megatron's.
+    residual connection, scaling (muP), and hooks that are not Megatron's, whether of its own or for
+    all modules (``torch.nn.modules.module.register_module_forward_hook``).
     """
     kind = type(embedding)
     if kind is nn.Embedding:
@@ -53,9 +51,10 @@ def plain_table(embedding: Any) -> PlainTable | str:
         reason = _more_than_megatrons(embedding, words)
     else:
         return f"{kind.__name__} is not known to be nothing but a lookup"
-    if reason is None:
-        reason = _more_than_a_weight(words.weight, modules)
-    return PlainTable(words.weight, modules) if reason is None else reason
+    if reason is not None:
+        return reason
+    weight = words.weight
+    return _more_than_a_weight(weight, modules) or PlainTable(weight, modules)
 
 
 def _is_of_megatron(kind: type, name: str) -> bool:
@@ -63,8 +62,14 @@ def _is_of_megatron(kind: type, name: str) -> bool:
 
 
 def _has_stock_forward(kind: type[nn.Module]) -> bool:
-    """Whether the class's forward is the original function, not replaced and not wrapped."""
+    """Whether nobody put another function, or one around it, in place of the class's forward.
+
+    Megatron-Core's own decorator is allowed around it, which marks the call for NVTX.
+    """
     forward = kind.forward
+    # Of a decorator these globals are its own; __module__ is that of the function inside.
+    if hasattr(forward, "__wrapped__") and forward.__globals__["__name__"] == "megatron.core.utils":
+        forward = forward.__wrapped__
     defined_in = forward.__module__.split(".")[0]
     return defined_in in ("torch", "megatron", "step37_kernels") and not hasattr(
         forward, "__wrapped__"
@@ -107,6 +112,8 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
         return f"its table is a {type(weight).__name__} (quantised or distributed)"
     if hasattr(weight, "__fsdp_param__"):
         return "Megatron-FSDP shards its table"
+    if torch_module._has_any_global_hook():
+        return "there are hooks for the calls of all modules"
     for module in modules:
         if "forward" in vars(module):
             return f"the instance of {type(module).__name__} has a forward of its own"
@@ -115,9 +122,3 @@ def _more_than_a_weight(weight: Any, modules: Sequence[nn.Module]) -> str | None
         if not hooks_are_of_megatron(module):
             return f"{type(module).__name__} has hooks"
     return None
-
-
-@functools.cache
-def tell_called(reason: str) -> None:
-    """Log once why the language embedding is called."""
-    logger.info("the language embedding is called, not looked up in the insertion: %s", reason)

@@ -35,8 +35,7 @@ class RowGradient(Mixin):
     def forward(self, input_: Tensor) -> Tensor:
         """Look ``[B, S]`` ids up: ``[B, S, H]``, or ``[S / ranks, B, H]`` if sequence-parallel."""
         weight = self.weight
-        trained = weight.requires_grad and torch.is_grad_enabled()
-        if not (trained and has_main_grad(weight)) or hasattr(weight, "__fsdp_param__"):
+        if why_dense(weight) is not None or not torch.is_grad_enabled():
             stock: Tensor = super().forward(input_)  # type: ignore[misc]
             return stock
         from megatron.core.tensor_parallel import mappings
@@ -60,6 +59,17 @@ class RowGradient(Mixin):
         """Register a copy or an unpickled module, so that ``unpatch_step37`` undoes it too."""
         super().__setstate__(state)  # type: ignore[misc]
         _changed.add(self)  # type: ignore[arg-type]
+
+
+def why_dense(weight: Tensor) -> str | None:
+    """Why the gradient of the table is stock's; None: it goes to rows of its ``main_grad``."""
+    if not weight.requires_grad:
+        return "it is frozen"
+    if hasattr(weight, "__fsdp_param__"):
+        return "Megatron-FSDP shards it"
+    if not has_main_grad(weight):
+        return "no main_grad: Megatron's DDP sets it"
+    return None
 
 
 def use_row_gradient(model: nn.Module) -> None:

@@ -66,8 +66,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+_HERE: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU the current one, on which Triton launches, inside a ``with`` block."""
     if tensor.is_cuda and torch.cuda.current_device() != tensor.device.index:
         return torch.cuda.device_of(tensor)
-    return contextlib.nullcontext()
+    return _HERE

@@ -182,13 +182,8 @@ def gradient_rows(
                 *(grad_output, row_at, destinations, grad_embeddings, grad_rows, partial),
                 *(hidden, stride_h, position_programs, num_positions, num_rows),
                 *(batch_size, stride_s, stride_b),
-                ROWS=rows or not bias,  # if both are False, no program uses it
-                BIAS=bias,
-                ALIGNED=whole_vectors(stride_s, stride_b),
-                INTERPRET=INTERPRETED,
-                BLOCK_P=POSITION_BLOCK[0],
-                WIDTH_P=POSITION_BLOCK[1],
-                BLOCK_R=ROW_BLOCK[0],
-                WIDTH_R=ROW_BLOCK[1],
+                rows or not bias,  # without either there are no programs that ask
+                bias,
+                *(whole_vectors(stride_s, stride_b), INTERPRETED, *POSITION_BLOCK, *ROW_BLOCK),
             )
     return grad_embeddings, grad_rows, partial.sum(0).to(dtype) if bias else empty(False, (), dtype)

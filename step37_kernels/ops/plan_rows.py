@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -241,38 +242,54 @@ def plan_rows(
     """
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
-    num_groups, num_features, num_rows = len(runs.tokens), runs.num_features, runs.num_rows
+    layout = _layout_of(runs, table is None)
     empty = functools.partial(torch.empty, dtype=torch.int32, device=input_ids.device)
-    destinations = empty(num_rows)
+    destinations = empty(layout.num_rows)
     row_at = empty(batch_size, seq_len) if batch_first else empty(seq_len, batch_size)
-    starts, counts = empty(num_features), empty(num_groups + 1)
-    if table is None:
-        few = MAX_INLINE
-        tokens = _padded(runs.tokens, MAX_INLINE, 0)
-        firsts = _padded(_ends(runs.group_sizes), MAX_INLINE - 1, num_features)
-        rows = _padded(runs.rows, MAX_INLINE, 0)
-        begins = _padded(_ends(runs.features), MAX_INLINE - 1, num_features)
-    else:
-        few = triton.next_power_of_2(num_groups)
-        tokens = rows = (0,) * MAX_INLINE
-        firsts = begins = (0,) * (MAX_INLINE - 1)
+    starts, counts = empty(layout.num_features), empty(layout.num_groups + 1)
     with device_of(input_ids):
         launch(
             plan_kernel,
             (1,),
             *(input_ids, input_ids if table is None else table),
             *(starts, counts, row_at, destinations),
-            *(batch_size, seq_len, *input_ids.stride(), num_positions, num_rows),
-            *(shift, vocabulary, int(batch_first), num_features, num_groups, len(runs.features)),
-            *(*tokens, *firsts, *rows, *begins),
-            TABLE=table is not None,
-            CONTIGUOUS=input_ids.is_contiguous(),
-            INTERPRET=INTERPRETED,
-            BLOCK=PLAN_BLOCK,
-            FEW=few,
+            *(batch_size, seq_len, *input_ids.stride(), num_positions, layout.num_rows),
+            *(shift, vocabulary, int(batch_first)),
+            *(layout.num_features, layout.num_groups, layout.num_runs, *layout.inline),
+            *(table is not None, input_ids.is_contiguous(), INTERPRETED, PLAN_BLOCK, layout.few),
             num_warps=PLAN_WARPS,
         )
     return destinations, row_at, starts, counts
+
+
+class _Layout(NamedTuple):
+    """The numbers of a launch that the runs alone decide."""
+
+    num_rows: int
+    num_features: int
+    num_groups: int
+    num_runs: int
+    few: int
+    inline: tuple[int, ...]
+    """Tokens, first feature of each group, rows, first feature of each run, as the kernel takes
+    them; zeros where there is a table."""
+
+
+@functools.lru_cache(maxsize=64)
+def _layout_of(runs: FlatRuns, inline: bool) -> _Layout:
+    num_groups, num_features = len(runs.tokens), runs.num_features
+    if inline:
+        few = MAX_INLINE
+        numbers = (
+            *_padded(runs.tokens, MAX_INLINE, 0),
+            *_padded(_ends(runs.group_sizes), MAX_INLINE - 1, num_features),
+            *_padded(runs.rows, MAX_INLINE, 0),
+            *_padded(_ends(runs.features), MAX_INLINE - 1, num_features),
+        )
+    else:
+        few = triton.next_power_of_2(num_groups)
+        numbers = (0,) * (len(_GROUPS) + len(_RUNS))
+    return _Layout(runs.num_rows, num_features, num_groups, len(runs.features), few, numbers)
 
 
 def _ends(counts: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ Shape letters: ``R`` feature rows of all sources, ``C`` encoder output width, ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -143,8 +143,8 @@ def _place_rows(
 
 @triton.jit(do_not_specialize=[*_ROWS, "whole", "tail", "parts", *_TEXT])
 def project_insert_kernel(
-    x_0, x_1, x_2, x_3,  # [rows_i, C]: descriptors of [TOP, BLOCK_K] blocks of the sources
-    y_0, y_1, y_2, y_3,  # the same in [REST, BLOCK_K] blocks; not read if REST is 0
+    x_0, x_1, x_2, x_3,  # [rows_i, C]: descriptors of [TOP, BLOCK_K] blocks of the sources, or None
+    y_0, y_1, y_2, y_3,  # the same in [REST, BLOCK_K] blocks, None if REST is 0
     weight,  # [H, C]: descriptor of [BLOCK_N, BLOCK_K] blocks
     bias_ptr,  # [H], read if HAS_BIAS; else any pointer of the weight's dtype
     destinations_ptr,  # [R] int32: position s * B + b, or −1
@@ -163,19 +163,19 @@ def project_insert_kernel(
     parts,
     num_positions, batch_size, stride_s, stride_b,  # strides of the text, or if LOOKUP of the ids
     vocabulary,  # V
+    LOOKUP: tl.constexpr,
+    ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
+    INTERPRET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     SOURCES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LIVE: tl.constexpr,
     PDL: tl.constexpr,  # the kernel before, which may still run, writes destinations, row_at, live
-    LOOKUP: tl.constexpr,
-    ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
-    INTERPRET: tl.constexpr,
     TOP: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = program - whole
@@ -200,7 +200,8 @@ def project_insert_kernel(
             tile, H, rows_0, rows_1, rows_2, rows_3, SOURCES, TOP + REST, BLOCK_N
         )
         x = choose(source, x_0, x_1, x_2, x_3, SOURCES)
-        y = choose(source, y_0, y_1, y_2, y_3, SOURCES)
+        if REST:
+            y = choose(source, y_0, y_1, y_2, y_3, SOURCES)
         cols = col + tl.arange(0, BLOCK_N)
         alive = True
         if HAS_LIVE:
@@ -287,12 +288,12 @@ def place_rows_kernel(
     rows_ptr,  # [R, H] contiguous, in the weight's dtype, read if PROJECTED
     text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h, num_positions, batch_size, stride_s,
     stride_b, vocabulary,
-    PROJECTED: tl.constexpr,
     LOOKUP: tl.constexpr,
     ALIGNED: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):  # fmt: skip
     """Write text rows, and the feature rows that the library projected, to their positions."""
     _place_rows(
@@ -337,24 +338,15 @@ def project_insert(
         after_plan: whether the last launch on this stream made the plan. GPUs of capability 90 and
             later then start this launch beside it, and wait for it only before they read it.
     """
-    placing, copies = _placing(text, input_ids, row_at)
+    placing = _placing(text, input_ids, row_at)
     tile = insert_tile(sources, weight)
     with device_of(text):
         if tile.library:
-            projected = _by_library(sources, weight, bias)
-            launch(
-                place_rows_kernel,
-                (copies,),
-                projected,
-                PROJECTED=True,
-                num_warps=COPY_WARPS,
-                **placing,
-            )
+            _place(_by_library(sources, weight, bias), placing, projected=True)
         else:
             pdl = after_plan and not INTERPRETED
-            _by_tiles(tile, sources, weight, bias, destinations, live_rows, copies, placing, pdl)
-    out: Tensor = placing["out_ptr"]
-    return out
+            _by_tiles(tile, sources, weight, bias, destinations, live_rows, placing, pdl)
+    return placing.out
 
 
 def look_up(table: Tensor, input_ids: Tensor, row_at: Tensor) -> Tensor:
@@ -365,38 +357,59 @@ def look_up(table: Tensor, input_ids: Tensor, row_at: Tensor) -> Tensor:
         input_ids: ``[S, B]`` int32 or int64, any strides.
         row_at: ``[S, B]`` int32 contiguous, −1 everywhere: there are no feature rows.
     """
-    placing, copies = _placing(table, input_ids, row_at)
-    out: Tensor = placing["out_ptr"]
+    placing = _placing(table, input_ids, row_at)
     with device_of(table):
-        launch(place_rows_kernel, (copies,), out, PROJECTED=False, num_warps=COPY_WARPS, **placing)
-    return out
+        _place(placing.out, placing, projected=False)
+    return placing.out
 
 
-def _placing(text: Tensor, input_ids: Tensor | None, row_at: Tensor) -> tuple[dict[str, Any], int]:
-    """The arguments of programs that copy text rows, and the number of these programs."""
+class _Placing(NamedTuple):
+    """What programs that place or copy rows are told, in the kernels' order of parameters."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Text, ids, row_at, out."""
+    hidden: int
+    stride_h: int
+    positions: tuple[int, int, int, int, int]
+    """How many, the batch size, stride_s, stride_b, and the table's rows."""
+    constants: tuple[bool, bool, bool, int, int]
+    """From LOOKUP to BLOCK_H."""
+
+    @property
+    def out(self) -> Tensor:
+        return self.tensors[3]
+
+    @property
+    def programs(self) -> int:
+        return ceil_div(self.positions[0], COPY_BLOCK_P)
+
+
+def _placing(text: Tensor, input_ids: Tensor | None, row_at: Tensor) -> _Placing:
     hidden = text.shape[-1]
     seq_len, batch_size = row_at.shape
-    num_positions = seq_len * batch_size
-    stride_s, stride_b = (text if input_ids is None else input_ids).stride()[:2]
-    placing = {
-        "text_ptr": text,
-        "ids_ptr": row_at if input_ids is None else input_ids,
-        "row_at_ptr": row_at,
-        "out_ptr": torch.empty((seq_len, batch_size, hidden), dtype=text.dtype, device=text.device),
-        "H": hidden,
-        "stride_h": text.stride(-1),
-        "num_positions": num_positions,
-        "batch_size": batch_size,
-        "stride_s": stride_s,
-        "stride_b": stride_b,
-        "vocabulary": 0 if input_ids is None else text.shape[0],
-        "LOOKUP": input_ids is not None,
-        "ALIGNED": input_ids is None and whole_vectors(stride_s, stride_b),
-        "INTERPRET": INTERPRETED,
-        "BLOCK_P": COPY_BLOCK_P,
-        "BLOCK_H": COPY_BLOCK_H,
-    }
-    return placing, ceil_div(num_positions, COPY_BLOCK_P)
+    out = torch.empty(seq_len, batch_size, hidden, dtype=text.dtype, device=text.device)
+    lookup = input_ids is not None
+    stride_s, stride_b, *_ = text.stride() if input_ids is None else input_ids.stride()
+    vocabulary = text.shape[0] if lookup else 0
+    aligned = not lookup and whole_vectors(stride_s, stride_b)
+    return _Placing(
+        tensors=(text, row_at if input_ids is None else input_ids, row_at, out),
+        hidden=hidden,
+        stride_h=text.stride(-1),
+        positions=(seq_len * batch_size, batch_size, stride_s, stride_b, vocabulary),
+        constants=(lookup, aligned, INTERPRETED, COPY_BLOCK_P, COPY_BLOCK_H),
+    )
+
+
+def _place(rows: Tensor, placing: _Placing, *, projected: bool) -> None:
+    """Write every row of the output: text, and if ``projected`` the feature rows ``rows``."""
+    launch(
+        place_rows_kernel,
+        (placing.programs,),
+        *(rows, *placing.tensors, placing.hidden, placing.stride_h),
+        *(*placing.positions, *placing.constants, projected),
+        num_warps=COPY_WARPS,
+    )
 
 
 def _by_library(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -418,8 +431,7 @@ def _by_tiles(
     bias: Tensor | None,
     destinations: Tensor,
     live_rows: Tensor | None,
-    copies: int,
-    placing: dict[str, Any],
+    placing: _Placing,
     pdl: bool,
 ) -> None:
     hidden, width = weight.shape
@@ -428,57 +440,41 @@ def _by_tiles(
     size = split.partials * tile.block_m * tile.block_n
     top = 1 << tile.block_m.bit_length() - 1
     rest = tile.block_m - top
+    # Every descriptor costs the host a tensor map: of what is not there, there is none.
     absent = MAX_SOURCES - len(sources)
 
     def blocks(matrix: Tensor, height: int) -> TensorDescriptor:
         # Not the tensor's own strides: the stride of a single row may have any value.
         return TensorDescriptor(matrix, matrix.shape, (width, 1), [height, tile.block_k])
 
-    def of_sources(height: int) -> list[TensorDescriptor]:
-        found = [blocks(x, height) for x in sources]
-        return found + found[:1] * absent
-
-    shared: dict[str, Any] = {
-        "partial_ptr": torch.empty(size, dtype=torch.float32, device=weight.device),
-        "bias_ptr": weight if bias is None else bias,
-        "destinations_ptr": destinations,
-        "whole": split.whole,
-        "parts": split.parts,
-        "SOURCES": len(sources),
-        "PDL": pdl,
-        **dict(zip(_ROWS, [*counts, *[0] * absent], strict=True)),
-        **({"launch_pdl": True} if pdl else {}),
-    }
+    any_bias = weight if bias is None else bias
+    partial = torch.empty(size, dtype=torch.float32, device=weight.device)
+    rows = (*counts, *(0,) * absent)
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    # Arguments by position: Triton's binder takes a third longer for those by name.
     launch(
         project_insert_kernel,
-        (split.programs + copies,),
-        *of_sources(top),
-        *of_sources(rest or top),
-        weight=blocks(weight, tile.block_n),
-        live_ptr=destinations if live_rows is None else live_rows,
-        C=width,
-        tail=split.tail,
-        HAS_BIAS=bias is not None,
-        HAS_LIVE=live_rows is not None,
-        TOP=top,
-        REST=rest,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
+        (split.programs + placing.programs,),
+        *(blocks(x, top) for x in sources),
+        *(None,) * absent,
+        *(blocks(x, rest) if rest else None for x in sources),
+        *(None,) * absent,
+        *(blocks(weight, tile.block_n), any_bias, destinations),
+        *(destinations if live_rows is None else live_rows, *placing.tensors, partial),
+        *(hidden, width, placing.stride_h, *rows, split.whole, split.tail, split.parts),
+        *(*placing.positions, *placing.constants),
+        *(len(sources), bias is not None, live_rows is not None, pdl),
+        *(top, rest, tile.block_n, tile.block_k),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **shared,
-        **placing,
+        **options,
     )
     if split.partials:
         launch(
             sum_parts_kernel,
             (split.tail * (tile.block_m // SUM_ROWS),),
-            out_ptr=placing["out_ptr"],
-            H=hidden,
-            INTERPRET=INTERPRETED,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            ROWS=SUM_ROWS,
-            MOST=MAX_PARTS,
-            **shared,
+            *(partial, any_bias, destinations, placing.out, hidden),
+            *(*rows, split.whole, split.parts, len(sources), pdl, INTERPRETED),
+            *(tile.block_m, tile.block_n, SUM_ROWS, MAX_PARTS),
+            **options,
         )

@@ -112,9 +112,15 @@ def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
 
 
 def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:
-    """Choose the tile for contiguous sources ``[R_i, C]``; the library if TMA cannot read them."""
+    """The entry for contiguous sources ``[R_i, C]``; the library's where TMA cannot read them."""
+    return tile_of(sum(map(len, sources)), weight, *sources)
+
+
+def tile_of(rows: int, weight: Tensor, *sources: Tensor) -> Tile:
+    """The entry for ``rows`` feature rows; the library's where TMA cannot read the weight
+    ``[H, C]`` or one of the sources that are given."""
     capability = 0 if INTERPRETED else _capability(weight.device)
-    tile = entry(sum(map(len, sources)), weight.dtype, capability)
+    tile = entry(rows, weight.dtype, capability)
     return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
 
 

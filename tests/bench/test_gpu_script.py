@@ -243,6 +243,15 @@ def test_a_table_of_all_phases_ends_a_run(
     assert f"everything is in {tmp_path}" in capsys.readouterr().out
 
 
+def test_a_comparison_that_takes_too_long_leaves_its_command_and_not_an_error(
+    tmp_path: Path,
+) -> None:
+    gpu.compare(tmp_path, sys.executable, 0.01)
+    text = (tmp_path / "predicted.md").read_text()
+    assert text.startswith("not made within 0 s; to make it: ")
+    assert f"-m bench predict --out={tmp_path} --measured" in text
+
+
 def test_smoke_runs_what_there_is_and_stops_at_the_first_wrong_result(
     tiny: Shape, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,8 +264,8 @@ def test_smoke_runs_what_there_is_and_stops_at_the_first_wrong_result(
         "normalize: ok",
         "resize: ok",
     ]
-    right = smoke.step37("torch")
-    monkeypatch.setattr(smoke, "step37", lambda _: lambda *given: right(*given) + 1)
+    right = smoke.step37("torch", tiny.hidden, tiny.width)
+    monkeypatch.setattr(smoke, "step37", lambda *_: lambda *given: right(*given) + 1)
     with pytest.raises(SystemExit):
         smoke.main(["tiny"], CPU, "torch")
     assert "insert tiny, contiguous: output: a text row differs" in capsys.readouterr().out

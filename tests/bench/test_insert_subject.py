@@ -12,6 +12,7 @@ from bench.oracle import Oracle
 from bench.shapes import IM_PATCH, SHAPES, Shape, make_batch, make_case, shapes_named
 from bench.subjects import insert, plan, step
 from step37_kernels import ImageInsertEmbedding, reference
+from step37_kernels.ops import project
 from step37_kernels.testing import expected
 
 CPU = torch.device("cpu")
@@ -79,6 +80,26 @@ def test_the_oracle_says_what_the_reference_says(tiny: Shape, layout, dtype) -> 
         assert (ours.loose_bound >= ours.bound).all()
     gradient = Oracle(case, batch)._grad_embeddings
     assert torch.equal(gradient.double(), wanted.grad_embeddings.reshape(-1, tiny.hidden))
+
+
+@pytest.mark.parametrize("layout", insert.LAYOUTS)
+def test_the_rows_of_ours_take_the_path_where_the_product_starts_beside_the_plan(
+    tiny: Shape, layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[bool] = []
+    launched = project.project_insert
+
+    def spy(*arguments, **options):  # type: ignore[no-untyped-def]
+        starts.append(options["after_plan"])
+        return launched(*arguments, **options)
+
+    monkeypatch.setattr(project, "project_insert", spy)
+    batch = make_batch(tiny, CPU)
+    case = make_case(batch, dtype=torch.bfloat16, layout=layout, seed=0)
+    ours, *_ = peers.peers(tiny.hidden, tiny.width, "triton", None)
+    one = insert.insertion(ours, "forward", insert.Inputs(batch, [case]))
+    one.run(one.prepare(0))
+    assert starts == [True]
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

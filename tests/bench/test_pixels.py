@@ -12,7 +12,7 @@ import torch
 from bench import harness
 from bench.harness import Settings
 from bench.report import Table, print_table
-from bench.subjects import pixels
+from bench.subjects import data, pixels
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def lines_of(tables: Iterator[Table]) -> list[list[Any]]:
 def test_every_stage_has_a_time_for_one_and_two_threads(briefly: Settings) -> None:
     threads = torch.get_num_threads()
     stages, waits, cores = lines_of(pixels.run_pixels(briefly))
-    assert [threads for _, threads, *_ in stages] == [1, 2] * 6
+    assert [threads for _, threads, *_ in stages] == [1, 2] * 7
     ours = {stage: own for stage, _, own, *_ in stages}
     ours.pop("read, decode (simplejpeg)")  # which may be missing
     assert all(quiet > 0 for quiet, _ in ours.values())
@@ -69,3 +69,11 @@ def test_pixels_that_are_not_stocks_are_not_timed(
     monkeypatch.setattr(pixels, "stock_pixels", lambda *given: right(*given).neg())
     with pytest.raises(AssertionError, match="values differ from stock with 1 threads"):
         next(pixels.run_multicrop(briefly))
+
+
+def test_a_folder_is_listed_beside_the_reader_alone() -> None:
+    metadata, folder = data.listing(50)
+    assert (metadata[0], folder[0]) == ("read metadata.csv", "list the pictures of a folder")
+    for _, count, ours, plain, unit, times, _ in (metadata, folder):
+        assert (count, unit) == (50, "s")
+        assert times == pytest.approx(plain / ours)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import http.server
 import inspect
+import json
 import logging
 import os
 import re
 import shutil
 import signal
 import threading
+import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +54,10 @@ class Hub:
         self.slow = 0.0
         self.heads: Counter[str] = Counter()
         self.hash_of = lambda body: hashlib.sha256(body).hexdigest()
+        self.lists = "the tree"  # or what is answered in its place
+        self.page = 1000
+        self.listings: list[str] = []  # paths of what the API was asked for
+        self.allowed: float = float("inf")  # requests for files until somebody waits
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         hub = self
@@ -73,16 +80,22 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, request: Any, *, with_body: bool) -> None:
-        path = request.path.partition("?")[0]
+        path, _, query = request.path.partition("?")
+        if path.startswith("/api/"):
+            return self.answer_api(request, path, urllib.parse.parse_qs(query))
         match = re.fullmatch(rf"/datasets/{REPO}/resolve/([^/]+)/(.+)", path)
         if match is None or match[1] not in self.revisions:
             known = match is not None
             return self.refuse(request, 404, "RevisionNotFound" if known else "RepoNotFound")
-        name = match[2]
+        name = urllib.parse.unquote(match[2])
         if name not in self.files:
             return self.refuse(request, 404, "EntryNotFound")
         body = self.files[name]
         failure = ""
+        with self.lock:
+            self.allowed -= 1
+            if self.allowed < 0:
+                return self.refuse(request, 429, "", self.headers_of_a_limit)
         if not with_body:
             with self.lock:
                 self.heads[name] += 1
@@ -122,6 +135,46 @@ class Hub:
                 with self.lock:
                     self.at_once -= 1
         return None
+
+    def answer_api(self, request: Any, path: str, query: dict[str, list[str]]) -> None:
+        """The commit of a revision, or a page of the files of a folder, as the hub tells them."""
+        with self.lock:
+            self.listings.append(path)
+        if self.lists != "the tree":
+            status, told = (404, "") if self.lists == "404" else (200, self.lists)
+            return self.send_json(request, status, told.encode())
+        _, of_revision, revision = path.partition(f"/api/datasets/{REPO}/revision/")
+        if of_revision or path == f"/api/datasets/{REPO}":
+            if of_revision and revision not in self.revisions:
+                return self.refuse(request, 404, "RevisionNotFound")
+            told = {"id": REPO, "sha": COMMIT, "siblings": [], "tags": []}
+            return self.send_json(request, 200, json.dumps(told).encode())
+        folder = path.partition(f"/tree/{COMMIT}/")[2]
+        names = sorted(name for name in self.files if name.startswith(f"{folder}/"))
+        start = int(query.get("cursor", ["0"])[0])
+        more = start + self.page < len(names)
+        follows = f"{self.url}{path}?recursive=True&cursor={start + self.page}"
+        link = {"Link": f'<{follows}>; rel="next"'} if more else {}
+        entries = [self.entry(name) for name in names[start : start + self.page]]
+        return self.send_json(request, 200, json.dumps(entries).encode(), link)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """As the hub tells of a file: of a large one also the hash of its content."""
+        body = self.files[name]
+        blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+        told: dict[str, Any] = {"type": "file", "path": name, "oid": blob, "size": len(body)}
+        if len(body) > 1000:
+            told["lfs"] = {"oid": self.hash_of(body), "size": len(body), "pointerSize": 129}
+        return told
+
+    def send_json(
+        self, request: Any, status: int, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
 
     def refuse(
         self, request: Any, status: int, code: str, headers: Mapping[str, str] | None = None
@@ -514,9 +567,168 @@ def test_the_number_of_downloads_at_a_time_is_an_integer_of_at_least_1(
         prepare_flickr8k_samples(cache_dir=tmp_path, max_worker=2)
 
 
-def test_a_full_download_asks_twice_for_every_file(hub: Hub, tmp_path: Path) -> None:
+def test_a_small_download_asks_twice_for_every_file(hub: Hub, tmp_path: Path) -> None:
     prepare(hub, tmp_path)
     assert hub.heads == hub.gets == dict.fromkeys(hub.files, 1)
+    assert not hub.listings
+
+
+MANY = 100
+
+
+@pytest.fixture
+def large_hub(hub: Hub) -> Hub:
+    """The hub with a hundred pictures, some of which the hub stores apart; they hold anything."""
+    names = [f"more/{number}.jpg" if number % 3 else f"{number}.jpg" for number in range(MANY)]
+    listing = "file_name,caption_0\n" + "".join(f"{name},A picture.\n" for name in names)
+    bodies = [b"%d" % number * (700 + number % 9 * 100) for number in range(MANY)]
+    hub.files = {f"train/{name}": body for name, body in zip(names, bodies, strict=True)}
+    hub.files["train/metadata.csv"] = listing.encode()
+    return hub
+
+
+def prepare_all(hub: Hub, cache: Path, **options: Any) -> None:
+    assert len(prepare(hub, cache, sample_count=None, **options)) == MANY
+
+
+def test_a_large_download_asks_once_for_every_picture_and_lists_them_before(
+    large_hub: Hub, tmp_path: Path
+) -> None:
+    large_hub.page = 40
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.heads == {"train/metadata.csv": 1}
+    assert large_hub.gets == dict.fromkeys(large_hub.files, 1)
+    # The commit, and 101 files in pages of 40.
+    of_tree = f"/api/datasets/{REPO}/tree/{COMMIT}/train"
+    assert large_hub.listings == [f"/api/datasets/{REPO}", of_tree, of_tree, of_tree]
+
+
+@pytest.mark.parametrize("name", ["train/0.jpg", "train/more/8.jpg"])
+@pytest.mark.parametrize("how", ["cut", "garbled", "empty"])
+def test_what_a_large_download_brought_is_compared_with_the_hashes_of_the_listing(
+    large_hub: Hub, tmp_path: Path, name: str, how: str
+) -> None:
+    prepare_all(large_hub, tmp_path)
+    large_hub.gets.clear()
+    large_hub.lists = "404"  # nothing is listed for one file
+    damage(tmp_path / name, how)
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets == {name: 1}
+
+
+@pytest.mark.parametrize("answer", ["404", "", "<html>Hello</html>", "[]", "{}", '{"sha": 1}'])
+def test_a_mirror_that_lists_nothing_is_asked_twice_for_every_file(
+    large_hub: Hub, tmp_path: Path, answer: str
+) -> None:
+    large_hub.lists = answer
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.heads == large_hub.gets == dict.fromkeys(large_hub.files, 1)
+
+
+@pytest.mark.usefixtures("pauses")
+@pytest.mark.parametrize("failure", ["cut", "wrong length", "empty", "500", "503", "429"])
+def test_a_failure_in_passing_of_a_large_download_is_overcome(
+    large_hub: Hub, tmp_path: Path, failure: str
+) -> None:
+    if failure == "429" and not the_client_waits():
+        pytest.skip("this huggingface_hub does not wait for a limit")
+    large_hub.failures = {"train/0.jpg": [failure], "train/more/8.jpg": [failure]}
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets["train/0.jpg"] == large_hub.gets["train/more/8.jpg"] == 2
+
+
+def test_a_file_that_is_no_longer_as_listed_is_asked_for_with_its_header(
+    large_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = large_hub.entry
+
+    def entry(name: str) -> dict[str, Any]:
+        return real(name) | ({"oid": "0" * 40, "lfs": None} if name == "train/0.jpg" else {})
+
+    monkeypatch.setattr(large_hub, "entry", entry)
+    del large_hub.files["train/3.jpg"]
+    with pytest.raises(FileNotFoundError, match=r"train/3\.jpg could not be downloaded"):
+        prepare_all(large_hub, tmp_path)
+    large_hub.files["train/3.jpg"] = b"new"
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.heads["train/0.jpg"] == 1
+
+
+@pytest.mark.parametrize("kind", ["sha1", "md5", "nothing"])
+def test_a_mirror_may_list_other_hashes(large_hub: Hub, tmp_path: Path, kind: str) -> None:
+    large_hub.hash_of = {
+        "sha1": lambda body: hashlib.sha1(body).hexdigest(),
+        "md5": lambda body: hashlib.md5(body).hexdigest(),
+        "nothing": lambda _: "x" * 64,
+    }[kind]
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets == dict.fromkeys(large_hub.files, 1)
+    large_hub.gets.clear()
+    damage(tmp_path / "train" / "more" / "8.jpg", "garbled")  # one with such a hash
+    prepare_all(large_hub, tmp_path)
+    # A hash of an unknown kind proves nothing and refuses nothing.
+    assert large_hub.gets == ({"train/more/8.jpg": 1} if kind == "sha1" else {})
+
+
+def test_names_with_characters_that_an_address_writes_otherwise_are_asked_for(
+    large_hub: Hub, tmp_path: Path
+) -> None:
+    odd = "more/a b#1%20?é猫+&.jpg"
+    large_hub.files[f"train/{odd}"] = large_hub.files.pop("train/more/8.jpg")
+    listing = large_hub.files["train/metadata.csv"].decode()
+    large_hub.files["train/metadata.csv"] = listing.replace("more/8.jpg", odd).encode()
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    assert large_hub.gets[f"train/{odd}"] == 1
+
+
+def test_a_large_file_is_streamed_by_the_client(
+    large_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("step37_data.caches.hub_listing._LARGEST", 1500)
+    prepare_all(large_hub, tmp_path)
+    assert data_files(tmp_path) == large_hub.files
+    large = {name for name, body in large_hub.files.items() if len(body) > 1500}
+    assert set(large_hub.heads) == large | {"train/metadata.csv"}
+    assert len(large) in range(10, 90)
+
+
+def test_a_large_download_is_of_the_pinned_revision(large_hub: Hub, tmp_path: Path) -> None:
+    large_hub.revisions = {COMMIT, "v1"}
+    prepare_all(large_hub, tmp_path, revision="v1")
+    assert large_hub.listings[0] == f"/api/datasets/{REPO}/revision/v1"
+    assert sum(large_hub.heads.values()) == 1
+
+
+@pytest.mark.skipif(not the_client_waits(), reason="this huggingface_hub does not wait for a limit")
+@pytest.mark.parametrize(("lists", "asked", "waits"), [("the tree", 102, 2), ("404", 202, 5)])
+def test_a_listing_halves_how_often_a_limited_hub_is_waited_for(
+    large_hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lists: str,
+    asked: int,
+    waits: int,
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        large_hub.allowed = 40
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    large_hub.lists, large_hub.allowed = lists, 40
+    large_hub.headers_of_a_limit = {"Retry-After": "300"}
+    prepare_all(large_hub, tmp_path, max_workers=1)
+    assert data_files(tmp_path) == large_hub.files
+    assert sum(large_hub.heads.values()) + sum(large_hub.gets.values()) == asked
+    assert slept == [301.0] * waits
 
 
 def test_a_damaged_file_is_kept_where_nothing_better_can_be_had(hub: Hub, tmp_path: Path) -> None:

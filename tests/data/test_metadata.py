@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import threading
@@ -190,6 +191,28 @@ def test_after_a_failure_nothing_more_is_fetched_while_an_earlier_file_is_waited
     with pytest.raises(OSError, match=r"1\.jpg: no such file"):
         folder.fetch_all([f"{n}.jpg" for n in range(50)], "a/b")
     assert others == []
+
+
+def test_a_folder_is_listed_without_work_on_its_own_path_for_every_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number}.jpg" for number in range(200)]
+    (tmp_path / "train").mkdir()
+    for name in names:
+        (tmp_path / "train" / name).write_bytes(b"x")
+    rows = "".join(f"{name},A dog\n" for name in names)
+    (tmp_path / "train" / "metadata.csv").write_text(f"file_name,caption_0\n{rows}")
+    expanded: list[Path] = []
+    looked: list[str] = []
+    expand, look = Path.expanduser, os.stat
+    monkeypatch.setattr(Path, "expanduser", lambda path: expanded.append(path) or expand(path))
+    monkeypatch.setattr(
+        os, "stat", lambda path, **how: looked.append(str(path)) or look(path, **how)
+    )
+    samples = prepare_flickr8k_samples(cache_dir=tmp_path, sample_count=None, progress=False)
+    assert [Path(sample.image_path).name for sample in samples] == names
+    assert len(expanded) < 10
+    assert all(looked.count(sample.image_path) == 1 for sample in samples)
 
 
 def test_all_bad_lines_of_the_metadata_are_told_at_once(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -299,6 +300,46 @@ def test_inspect_names_the_pictures_that_a_viewer_shows_otherwise(
     assert f"images    0 of {total} cannot be read" in lines
     at = lines.index(f"pixels    {len(expected)} of {total} are not used as a viewer shows them")
     assert lines[at + 1 :] == [f"          {path}: {told}" for path, told in expected.items()]
+    kinds = [told for kind in KINDS.values() for told in kind.told]
+    turned = f"turned by EXIF: {kinds.count('turned by EXIF')} files, used"
+    instead = "as the camera was held; with --as-viewed turned upright"
+    assert f"viewer    {turned} {instead}" in lines
+    told = "more than 16 bits: 1 file, used with values above 255 as white; also with --as-viewed"
+    assert f"viewer    {told}" in lines
+
+    arguments = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet", "--as-viewed"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    left = {
+        path: told for path, told in expected.items() if told in ("animated", "more than 16 bits")
+    }
+    at = lines.index(f"pixels    {len(left)} of {total} are not used as a viewer shows them")
+    assert lines[at + 1 :] == [f"          {path}: {told}" for path, told in left.items()]
+    instead = "turned upright; without --as-viewed as the camera was held"
+    assert f"viewer    {turned} {instead}" in lines
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_inspect_measures_and_draws_pictures_as_they_are_used(
+    folder: Path, viewed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+    from step37_inspect.cli import main
+    from step37_inspect.pack_picture import _thumbnail, describe_pack
+
+    packs = provider_of(folder, multicrop=True, as_viewed=viewed).build_datasets(None)[0]
+    arguments = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet", "--skip-images"]
+    arguments += ["--multicrop", "--max-length", "65536"] + ["--as-viewed"] * viewed
+    assert main(arguments) == 0
+    assert f", {packs.piece_sizes.sum()} in all" in capsys.readouterr().out
+    pack = describe_pack(packs, 0)
+    assert pack.as_viewed is viewed
+    spans = [span for segment in pack.segments for span in segment.images if span.kind == "image"]
+    assert [span.name for span in spans] == list(KINDS)
+    for span in spans:
+        shown = _thumbnail(span.entry, as_viewed=pack.as_viewed)
+        assert np.array_equal(shown, oracle(folder / "train" / span.name, viewed))
 
 
 def provider_of(folder: Path, **fields: Any) -> Step37Flickr8kSFTDataProvider:
@@ -362,26 +403,28 @@ def test_packs_and_pixels_of_all_ways_are_those_of_the_plain_pictures(
 @pytest.mark.parametrize("multicrop", [False, True])
 @pytest.mark.parametrize("viewed", [False, True])
 def test_energons_packs_are_those_of_the_folder(
-    folder: Path, viewed: bool, multicrop: bool
+    folder: Path, viewed: bool, multicrop: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+    from step37_energon.shards import write_shards
     from step37_energon.task_encoder import Step37TaskEncoder, cook_sample
 
     provider = provider_of(folder, multicrop=multicrop, as_viewed=viewed)
     (expected,) = provider.build_datasets(None)[0]
     encoder = Step37TaskEncoder(TOKENIZER, multicrop=multicrop, as_viewed=viewed)
-    samples = []
-    for number, name in enumerate(KINDS):
-        cooked = cook_sample(
-            {
-                "__key__": f"{number}",
-                "__restore_key__": (),
-                "__subflavors__": {},
-                name.rpartition(".")[2]: (folder / "train" / name).read_bytes(),
-                "txt": f"Waves {number}.".encode(),
-            }
-        )
-        samples.append(encoder.encode_sample(cooked))
+    write_shards(folder, tmp_path / "shards", samples_per_shard=50, progress=False)
+    parts: dict[str, dict[str, Any]] = {}
+    for shard in sorted((tmp_path / "shards" / "train").glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, part = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                parts.setdefault(key, {})[part] = content.read()
+    assert len(parts) == len(KINDS)
+    keys = {"__restore_key__": (), "__subflavors__": {}}
+    cooked = [cook_sample({"__key__": key, **keys, **part}) for key, part in parts.items()]
+    samples = [encoder.encode_sample(sample) for sample in cooked]
     pack = encoder.pack_selected_samples(samples)
     assert pack.get("as_viewed", False) is viewed
     ours, theirs = input_of(pack, provider), input_of(expected, provider)

@@ -194,7 +194,7 @@ def test_the_forward_step_reads_ahead_and_bridge_saves_what_it_has_used(
     )
     whole = keys(packs_of(shards), 8)
     module = "step37_data.forward_step"
-    monkeypatch.setattr(f"{module}._stage_of", lambda _model: None)
+    monkeypatch.setattr(f"{module}._stage_of", lambda _model, **_: None)
     monkeypatch.setattr(f"{module}.model_inputs", lambda batch, **_: batch["__key__"])
     provider = Step37EnergonSFTDataProvider(
         path=str(shards), tokenizer_path=TOKENIZER, img_start_token_id=1, patch_start_token_id=2

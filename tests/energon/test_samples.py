@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -355,3 +356,48 @@ def test_packs_say_whether_pictures_are_read_as_viewers_show_them(
 def test_a_value_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Step37TaskEncoder(TOKENIZER, **given)
+
+
+def test_the_blend_of_the_page_mixes_captions_with_conversations_about_several_pictures(
+    shard: Callable[[list[Parts]], Path], tmp_path: Path, shards: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "energon.md").read_text(encoding="utf-8")
+    blend = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(blend) == 1
+    turns = [
+        {"role": "user", "content": "<image>And this: <image> Which is darker?"},
+        {"role": "assistant", "content": "The first."},
+        {"role": "user", "content": "And the other?"},
+        {"role": "assistant", "content": "It is light."},
+    ]
+    talk = {"messages": turns, "images": ["b.jpg", "a.jpg"]}
+    dialogues = shard([{"a.jpg": picture(200), "b.jpg": picture(9), "json": talk}] * 3)
+    (tmp_path / "blend").mkdir()
+    (tmp_path / "blend" / "captions").symlink_to(shards)
+    (tmp_path / "blend" / "dialogues").symlink_to(dialogues)
+    (tmp_path / "blend" / "blend.yaml").write_text(blend[0])
+    provider = Step37EnergonSFTDataProvider(
+        path=str(tmp_path / "blend" / "blend.yaml"),
+        tokenizer_path=TOKENIZER,
+        packing_buffer_size=8,
+        num_workers=0,
+    )
+    packs, _, _ = provider.build_datasets(None)
+    drawn = [next(packs) for _ in range(60)]
+    keys = [key for pack in drawn for key in pack["__key__"]]
+    talks = sum(key.startswith("s") for key in keys)
+    # Energon draws by chance: four standard deviations.
+    assert abs(talks / len(keys) - 0.25) < 4 * (0.75 * 0.25 / len(keys)) ** 0.5
+    pack = next(pack for pack in drawn if any(key.startswith("s") for key in pack["__key__"]))
+    # The picture names stand in the order of the conversation.
+    named = [str(entry[0]).rpartition(".")[0][-1] for entry in pack["image_paths"]]
+    assert ("b", "a") in itertools.pairwise(named)
+    encoder = Step37TaskEncoder(TOKENIZER)
+    text = encoder.template.tokenizer.decode(pack["labels"][pack["loss_masks"] > 0].tolist())
+    assert "It is light." in text
+    assert "The first." not in text
+
+
+def test_a_film_in_the_place_of_a_picture_is_an_error_with_the_key() -> None:
+    with pytest.raises(ValueError, match=r"sample k: .*image"):
+        Step37TaskEncoder(TOKENIZER).encode_sample(cook({"mp4": b"film", "txt": b"A film."}))

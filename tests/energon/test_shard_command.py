@@ -167,7 +167,9 @@ def test_what_cannot_be_taken_is_told_all_at_once_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = {f"{number}.png": small("PNG") for number in range(30)}
-    folder = make_folder(tmp_path / "data", {**pictures, "a.svg": b"", "b": b"", "c.png": b""})
+    folder = make_folder(
+        tmp_path / "data", {**pictures, "a.svg": b"", "b": b"", "c.png": b"", "d.mp4": b""}
+    )
     (folder / "train" / "0.png").unlink()
     (folder / "train" / "1.png").unlink()
     os.mkfifo(folder / "train" / "1.png")
@@ -184,6 +186,7 @@ def test_what_cannot_be_taken_is_told_all_at_once_before_anything_is_written(
         f"2.png leads by a link to {tmp_path}/secret.png, outside of {folder}/train",
         "a.svg: expected a picture named .jpg",
         "/b: expected a picture named",
+        "d.mp4: expected a picture named",
     ):
         assert message in told
     assert "c.png" not in told

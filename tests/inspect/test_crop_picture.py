@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from step37_data.images.crops import plan_crops
+from step37_data.images.decode import read_rgb
 from step37_inspect import style
 from step37_inspect.cli import main
 from step37_inspect.crop_picture import draw_crops
@@ -28,6 +29,21 @@ def saved(tmp_path: Path, width: int, height: int) -> str:
 def inspect(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
     assert main(["inspect", *options]) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_picture_is_planned_and_drawn_as_viewed_on_request(capsys, tmp_path):
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (900, 600), "red").save(path, exif=exif)
+    out = tmp_path / "drawn.png"
+    options = ["--picture", str(path), "--out", str(out)]
+    assert inspect(capsys, *options)[0].endswith("turned.jpg: 900×600 pixels")
+    lying = read_rgb(str(out)).size
+    assert inspect(capsys, *options, "--as-viewed")[0].endswith("turned.jpg: 600×900 pixels")
+    upright = read_rgb(str(out)).size
+    assert lying[0] > lying[1]
+    assert upright[0] < upright[1]
 
 
 def test_a_picture_is_shown_with_canvas_windows_and_token_layout(capsys, tmp_path):

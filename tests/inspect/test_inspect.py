@@ -346,13 +346,35 @@ def test_a_terminal_that_is_not_utf8_gets_escapes_and_no_error(folder: Path) -> 
     assert done.stdout.decode("ascii")
 
 
+@pytest.mark.parametrize("subject", ["--pack", "--picture", "--html", "shard"])
+def test_whatever_is_asked_for_a_terminal_that_is_not_utf8_gets_escapes(
+    folder: Path, tmp_path: Path, subject: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subject == "shard":
+        pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
+    (folder / "train").rename(folder / "trän")
+    command = {
+        "--pack": ["inspect", str(folder), "--pack", "0"],
+        "--picture": ["inspect", "--picture", str(folder / "trän" / "coffee.jpg")],
+        "--html": ["inspect", str(folder), "--html", str(tmp_path / "a.html"), "--skip-images"],
+        "shard": ["shard", str(folder), str(tmp_path / "out")],
+    }[subject]
+    if subject in ("--pack", "--html"):
+        command += ["--split", "trän", "--tokenizer", TOKENIZER]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main([*command, "--quiet"]) == 0
+    sys.stdout.flush()
+    assert written.getvalue().decode("ascii")
+
+
 def test_options_that_choose_the_packs_are_fields_of_the_provider_with_its_defaults() -> None:
     options = vars(_parser().parse_args(["inspect"]))
     defaults = {field.name: field.default for field in fields(Step37Flickr8kSFTDataProvider)}
     own = ["command", "run", "quiet", "picture", "pack", "html", "html_packs", "out", "skip_images"]
     assert options.keys() - defaults.keys() == set(own)
     told = options.keys() & defaults.keys() - {"cache_dir", "tokenizer_path", "sample_count"}
-    assert len(told) == 10
+    assert len(told) == 11
     for name in told:
         assert options[name] == defaults[name], name
 
@@ -494,7 +516,11 @@ def test_labels_of_packs_neither_overlap_nor_are_cut(
     template: Step37MultimodalTemplate, names: list[str]
 ) -> None:
     for capacity in (256, 2048, 8192):
-        check_lettering(draw_pack(describe_pack(packs_of(template, names, capacity), 0)))
+        pack = describe_pack(packs_of(template, names, capacity), 0)
+        for narrow in (False, True):
+            sheet = draw_pack(pack, narrow=narrow)
+            check_lettering(sheet)
+            assert (sheet.bbox.width < 390) == narrow
 
 
 @pytest.mark.parametrize("longest", [220, 100_000])
@@ -507,6 +533,9 @@ def test_a_data_set_is_drawn_with_legible_labels(
         name="a/very/long/folder/" * 10, sizes=sizes, images=5000, capacity=2048, oversize="drop",
         broken=broken,
     )  # fmt: skip
+    narrow = draw_data_set(data, narrow=True)
+    check_lettering(narrow)
+    assert narrow.bbox.width < 390
     sheet = draw_data_set(data)
     check_lettering(sheet)
     lengths, filled = sheet.axes
@@ -535,6 +564,7 @@ def test_an_outlier_is_named_and_leaves_the_others_their_room(
     lines = "\n".join(data_set_lines(data))
     for _, size in data.far_off:
         assert f".jpg ({size})" in lines
+    check_lettering(draw_data_set(data, narrow=True))
     sheet = draw_data_set(data)
     check_lettering(sheet)
     lengths = sheet.axes[0]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,19 @@ from PIL import Image
 
 import step37_kernels
 from step37_inspect.cli import main
+from tests.inspect.browser import CHROMEDRIVER, CHROMIUM, MISSING, Window, browser
 from tests.limits import HANGS_AFTER_S
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+BROWSER = CHROMIUM
 
 
 class Outline(html.parser.HTMLParser):
     """Collects elements that are not closed, packs, cells, and everything that is fetched."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "source"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,3 +213,67 @@ def test_a_browser_draws_the_pictures_within_the_width_of_the_page(
     title = re.search("<title>(.*)/(.*)</title>", browse(measured, "--dump-dom"))
     assert title is not None
     assert int(title[1]) <= int(title[2])
+
+
+# What is written in the page, and its contrast to what is behind it as WCAG counts: 1 to 21.
+CONTRASTS = """
+const channel = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+const light = colour => {
+  const [red, green, blue] = colour.match(/[\\d.]+/g).map(value => channel(value / 255));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+};
+const clear = colour => colour === "rgba(0, 0, 0, 0)";
+const paper = element => getComputedStyle(element).backgroundColor;
+const behind = element => {
+  while (element && clear(paper(element))) element = element.parentElement;
+  return element ? paper(element) : "rgb(255, 255, 255)";
+};
+const written = [...document.body.querySelectorAll("*")].filter(element =>
+  element.checkVisibility() && !element.disabled && element.tagName !== "SCRIPT" &&
+  [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
+return written.map(element => {
+  const levels = [getComputedStyle(element).color, behind(element)].map(light);
+  const ratio = (Math.max(...levels) + 0.05) / (Math.min(...levels) + 0.05);
+  return [element.textContent.slice(0, 40), ratio];
+});
+"""
+BEYOND = """
+return [...document.body.querySelectorAll("*")]
+  .filter(element => !element.closest(".wide *"))
+  .filter(element => element.getBoundingClientRect().right > innerWidth)
+  .map(element => element.outerHTML.slice(0, 60));
+"""
+PICTURES = """
+return [...document.images].filter(image => image.checkVisibility())
+  .map(image => [image.complete, image.naturalWidth, image.clientWidth]);
+"""
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Window]:
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip(MISSING)
+    with browser() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_the_page_fits_the_screen_and_can_be_read_in_both_schemes(
+    page: Path, window: Window, width: int, scheme: str
+) -> None:
+    window.show(page, width=width, scheme=scheme)
+    assert window.run("return innerWidth") == width
+    assert window.run("return document.documentElement.scrollWidth") <= width
+    assert window.run(BEYOND) == []
+    contrasts = window.run(CONTRASTS)
+    assert len(contrasts) > 60
+    assert [each for each in contrasts if each[1] < 4.5] == []
+    paper = {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 28)"}[scheme]
+    assert window.run("return getComputedStyle(document.body).backgroundColor") == paper
+    pictures = window.run(PICTURES)
+    assert len(pictures) == 2  # the data set, and the first pack
+    for complete, drawn, shown in pictures:
+        assert complete
+        # The lettering of a picture keeps its size on a telephone, and two thirds of it elsewhere.
+        assert shown >= (0.9 if width == 390 else 0.66) * drawn

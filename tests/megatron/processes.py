@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from tests import ptx
-from tests.limits import HANGS_AFTER_S
+from tests.limits import HANGS_AFTER_S, end_with_parent
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -124,6 +124,7 @@ def _child(
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     ptx.install_if_asked()
     try:

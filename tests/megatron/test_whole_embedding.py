@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, reference
 from step37_kernels.integration.vocab_parallel import RowGradient, restore_dense_gradient
-from step37_kernels.megatron import replace_in
+from step37_kernels.megatron import Step37ImageInsertEmbedding, replace_in
 from tests.megatron.processes import run
 
 HIDDEN, WIDTH, VOCABULARY = 16, 24, 64
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     recompute: bool = False
     dropout: float = 0.0
     sequence_parallel: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 class Stock(torch.nn.Module):
@@ -56,6 +58,7 @@ class Stock(torch.nn.Module):
             return embeddings + 0 * self.align_projector.weight.sum()
         groups = [(group.insert_start_token, group.image_features) for group in images]
         weight = self.align_projector.weight
+        self.align_projector(weight.new_empty(0, WIDTH))  # Megatron's hook waits for the weight.
         return reference.image_insert_embedding(embeddings, ids, groups, weight)
 
 
@@ -95,7 +98,7 @@ def make_model(case: Case, kind: str) -> Any:
             return loss
 
     def make_ours(words: torch.nn.Module) -> ImageInsertEmbedding:
-        return ImageInsertEmbedding(words, WIDTH, HIDDEN, impl=case.impl)
+        return Step37ImageInsertEmbedding(words, WIDTH, HIDDEN)  # replace_in gives it its options.
 
     def own_part(rows: Tensor) -> int:
         whole = rows.shape[0] == SEQ_LEN
@@ -199,6 +202,125 @@ def test_two_data_parallel_ranks_train_as_stock_does(reduction):
     run(compare, Case(), "stock", REDUCTIONS[reduction])
 
 
+class NamedAsOnCuda(TorchFunctionMode):
+    """``tensor.type()``, by which Megatron's optimizer asks for a dtype, has "cuda" in it.
+
+    ``DistributedOptimizer`` refuses parameters, and clipping refuses gradients, whose type is not
+    ``torch.cuda.FloatTensor`` (Half, BFloat16). Nothing else of the optimizer is stubbed, and no
+    value depends on this: what follows are operations of PyTorch's on the tensors as they are.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+
+class Steps(NamedTuple):
+    """What three steps of an optimizer did on this rank."""
+
+    moved: list[dict[str, Tensor]]
+    """How far each step has brought the fp32 parameters (this rank's shards) from their start."""
+    values: dict[str, Tensor]
+    """All parameters after the last step, as the model has them."""
+    norms: list[float]
+    """Of all gradients, before they are clipped."""
+
+
+def step_by_step(case: Case, kind: str, **ddp: Any) -> Steps:
+    """Train by Megatron's own ``DistributedOptimizer``."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    model = make_model(case, kind).to(case.dtype)
+    wrapped = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            bucket_size=1, use_distributed_optimizer=True, grad_reduce_in_fp32=True, **ddp
+        ),
+        model,
+    )
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1.0,
+        # As large as a clipped gradient: what a step moves is in proportion to it, and so is what
+        # it moves wrongly. Adam would make a whole step of a gradient that is only rounding.
+        adam_eps=1.0,
+        weight_decay=0.0,
+        clip_grad=10.0,
+        bf16=case.dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    assert all(type(one) is DistributedOptimizer for one in optimizer.chained_optimizers)
+
+    def shards() -> dict[str, Tensor]:
+        # main_param is what the optimizer steps, None if it is another rank's; of an fp32 model,
+        # the parameter itself.
+        main = {name: getattr(p, "main_param", p) for name, p in model.named_parameters()}
+        return {name: p.detach().clone() for name, p in main.items() if p is not None}
+
+    start, moved, norms = shards(), [], []
+    seed = 100 * parallel_state.get_data_parallel_rank()
+    for step in range(3):
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        for number in range(3):
+            with contextlib.nullcontext() if number == 2 else wrapped.no_sync():
+                ids, images, weights = microbatch(seed + 3 * step + number)
+                for group in images:
+                    group.image_features = group.image_features.to(case.dtype)
+                wrapped(ids, images, weights.to(case.dtype)).backward()
+        wrapped.finish_grad_sync()
+        done, norm, _ = optimizer.step()
+        assert done
+        if ddp.get("overlap_param_gather"):
+            wrapped.start_param_sync(force_sync=True)
+        moved.append({name: value - start[name] for name, value in shards().items()})
+        norms.append(norm)
+    restore_dense_gradient()
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Steps(moved, values, norms)
+
+
+OVERLAPS = (
+    {"overlap_grad_reduce": False},
+    {"overlap_grad_reduce": True},
+    {"overlap_grad_reduce": True, "overlap_param_gather": True},
+)
+
+
+def compare_optimizers(rank: int, case: Case) -> None:
+    del rank
+    # The longest sums are those of the padding's row and the projector's; their order differs.
+    unit = 16 * torch.finfo(case.dtype).eps / 2
+    for ddp in OVERLAPS:
+        with NamedAsOnCuda():
+            wanted = step_by_step(case, "stock", **ddp)
+            found = step_by_step(case, "by rows", **ddp)
+        torch.testing.assert_close(found.norms, wanted.norms, rtol=unit, atol=0)
+        for step, (ours, theirs) in enumerate(zip(found.moved, wanted.moved, strict=True)):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                size = float(value.abs().max())
+                assert size > 0.1
+                error = float((ours[name] - value).abs().max())
+                assert error <= unit * size, f"{ddp}, step {step}, {name}: {error} of {size}"
+        for name, value in wanted.values.items():
+            torch.testing.assert_close(found.values[name], value, rtol=unit, atol=unit, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_megatrons_distributed_optimizer_steps_as_with_stocks_gradients(dtype):
+    run(compare_optimizers, Case(dtype=dtype))
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -237,6 +359,11 @@ def change_options(rank: int) -> None:
     model = make_model(Case(), "by rows")
     words = model.words.word_embeddings
     replace_in(model, gradient_accumulation_fusion=False)
+    assert not isinstance(words, RowGradient)
+    # An attribute of the built module does what the keyword did at its building.
+    model.fuse.gradient_accumulation_fusion = True
+    assert isinstance(words, RowGradient)
+    model.fuse.gradient_accumulation_fusion = False
     assert not isinstance(words, RowGradient)
     replace_in(model, gradient_accumulation_fusion=True)
     copied = copy.copy(words)

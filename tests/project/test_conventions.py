@@ -43,7 +43,7 @@ def test_the_hooks_run_what_make_lint_runs() -> None:
 
 
 def test_the_version_is_written_once_and_can_be_read_without_torch() -> None:
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["project"]["dynamic"] == ["version", "readme", "urls"]
     attribute = PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attribute == "step37_kernels.__version__"
     source = (ROOT / "step37_kernels" / "__init__.py").read_text()

@@ -155,6 +155,59 @@ def test_the_sdist_holds_tests_docs_and_examples_and_the_wheel_only_the_packages
     }
 
 
+def links(metadata: str) -> list[str]:
+    """What the page on the index links to, shows or names as an address of the project."""
+    text = re.sub(r"^ *```.*?^ *```$", "", metadata, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(([^)]+)\)", text)
+    found += re.findall(r'(?:src|href|srcset)="([^"]+)"', text)
+    return found + re.findall(r"^Project-URL: \w+, (.*)$", text, re.MULTILINE)
+
+
+def test_the_page_on_the_index_has_no_relative_link(dist: Path) -> None:
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        metadata = wheel.read(name).decode()
+    assert "## Adopt it" in metadata
+    assert [link for link in links(metadata) if not link.startswith("https://")] == []
+
+
+def test_links_and_pictures_of_that_page_lead_into_the_repository_that_citation_names(
+    tmp_path: Path,
+) -> None:
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / file, tmp_path)
+    for folder in ("step37_kernels", "made"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "step37_kernels" / "__init__.py", tmp_path / "step37_kernels")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = re.sub(r"^(repository-code|url):.*\n", "", citation, flags=re.MULTILINE)
+    site, repository = "https://site.example", "https://example.org/we/step37"
+    (tmp_path / "CITATION.cff").write_text(
+        f'{citation}url: "{site}/"\nrepository-code: {repository}\n', encoding="utf-8"
+    )
+    command = "from setuptools.build_meta import *; prepare_metadata_for_build_wheel('made')"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    metadata = next(tmp_path.glob("made/*/METADATA")).read_text(encoding="utf-8")
+    version = step37_kernels.__version__
+    in_readme = links((ROOT / "README.md").read_text(encoding="utf-8"))
+    inside = [link for link in in_readme if not link.startswith("https://")]
+    assert len(inside) > 10
+    for link in inside:
+        kind = "raw" if link.endswith(".png") else "blob"
+        assert f"]({repository}/{kind}/v{version}/{link})" in metadata
+    assert f"Project-URL: Documentation, {site}\n" in metadata
+    for name, address in (
+        ("Source", repository),
+        ("Changelog", f"{repository}/blob/HEAD/CHANGELOG.md"),
+        ("Issues", f"{repository}/issues"),
+    ):
+        assert f"Project-URL: {name}, {address}\n" in metadata
+    assert [link for link in links(metadata) if not link.startswith("https://")] == []
+
+
 def test_the_installed_kernels_and_module_work(installed: Run) -> None:
     script = """
         import sys, torch, step37_kernels, step37_data

@@ -29,6 +29,11 @@ STUBS = {
         "has its float8 for CUDA alone, and its release of today and the diffusers that Bridge "
         "imports do not import each other. Automodel's recipe imports it; nothing here is in fp8",
     ),
+    "mlflow": (
+        "nemo_automodel",
+        "is a service for logs. The recipe of Automodel's main branch of August 2026 imports it at "
+        "the top, that of 0.7.0 where it is installed; nothing here logs to it",
+    ),
     "nemo_automodel.components._peft.lora_kernel": (
         "nemo_automodel",
         "names an argument for its autotuner that the kernel has not, which Triton 3.9 refuses. "

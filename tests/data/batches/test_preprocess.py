@@ -144,6 +144,20 @@ def test_groups_come_crops_first_and_are_cut_to_their_limits():
     assert (groups[0].rope_max_seq_len, groups[1].rope_max_seq_len) == (1, 6)
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+def test_a_group_has_the_dtype_that_is_asked_for_and_that_of_its_images_where_none_is(given):
+    items = [(torch.zeros(3, 2, 2, dtype=given), 0)]
+    for options, expected in (
+        ({}, torch.bfloat16),
+        ({"dtype": torch.float64}, torch.float64),
+        ({"dtype": None}, given),
+    ):
+        (group,) = build_image_for_insert(
+            items, patch_start_id=1, image_start_id=2, device="cpu", **options
+        )
+        assert group.images.dtype == expected
+
+
 def test_a_limit_of_zero_leaves_no_group():
     items = [(torch.zeros(3, 2, 2), 0)]
     assert build_image_for_insert(items, patch_start_id=1, image_start_id=2, limit_images=0) == []
@@ -231,6 +245,14 @@ def test_a_batch_that_was_not_unwrapped_is_refused_with_the_shape_it_should_have
 def test_start_tokens_and_sizes_that_cannot_be_are_refused(photos, options, message):
     with pytest.raises(ValueError, match=message):
         run(packed_batch(photos), **options)
+
+
+@pytest.mark.parametrize("option", ["img_start_token_id", "patch_start_token_id"])
+def test_a_start_token_may_be_the_first_of_the_vocabulary(photos, option):
+    starts = [
+        group.insert_start_token for group in run(packed_batch(photos), **{option: 0})["images"]
+    ]
+    assert 0 in starts
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.pipelining.microbatch import split_args_kwargs_into_chunks
 
+from step37_data import pp_media
 from step37_data.pp_media import (
     VLM_PP_MEDIA_KEY,
     chunk_step3_media,
@@ -155,6 +156,21 @@ def test_crops_counted_for_each_of_several_images_stay_with_their_image(
         n_microbatches,
         [int((crop_owner == sample).sum()) for sample in range(len(counts))],
     )
+
+
+def test_pictures_of_several_sizes_come_as_a_list_and_are_cut_by_their_counts() -> None:
+    pictures = [torch.full((3, side, side), float(side)) for side in (4, 6, 2)]
+    batch = {
+        "input_ids": torch.zeros(3, 5, dtype=torch.int64),
+        "pixel_values": pictures,
+        "n_images_per_sample": torch.tensor([1, 0, 2]),
+    }
+    media = prepare_vlm_media_for_pp(batch, 3, 2)[VLM_PP_MEDIA_KEY]
+    assert media["pixel_values"] == [pictures[:1], pictures[1:]]
+
+
+def test_the_name_of_newer_releases_is_the_same_function() -> None:
+    assert pp_media.chunk_patch_mapped_media is pp_media.chunk_step3_media
 
 
 def test_six_samples_over_four_microbatches_are_two_two_one_one() -> None:

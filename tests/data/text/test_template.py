@@ -61,6 +61,7 @@ def slow_template(tokenizer: Any, conversations: list[dict[str, Any]]) -> tuple[
         for message in conversations
     ]
     tools = messages[0].get("tool_schemas")
+    effort = messages[0].get("reasoning_effort")
 
     def tokens_of(count: int) -> list[int]:
         prefix = messages[:count]
@@ -70,6 +71,7 @@ def slow_template(tokenizer: Any, conversations: list[dict[str, Any]]) -> tuple[
             return_dict=False,
             add_generation_prompt=prefix[-1]["role"] != "assistant",
             **({"tools": tools} if tools else {}),
+            **({"reasoning_effort": effort} if effort else {}),
         )
         return tokens
 
@@ -189,6 +191,34 @@ def test_the_spans_do_not_depend_on_details_of_the_chat_template(
 ) -> None:
     for template in other_layouts:
         assert_as_the_oracle(template, *drawn)
+
+
+@pytest.mark.parametrize("effort", [None, "none", "high"])
+def test_the_loss_begins_after_the_generation_prompt_of_the_reasoning_effort(
+    tmp_path: Path, effort: str | None
+) -> None:
+    """The first message's reasoning_effort reaches the template, for the prompt too."""
+
+    def without_reasoning_where_no_effort_is_made(chat: str) -> str:
+        only_then = '"" if reasoning_effort == "none" else'
+        block = r'"<think>\n" ~ reasoning ~ "\n</think>\n"'
+        chat = chat.replace(block, f"({only_then} {block})")
+        return chat.replace(
+            r'"<|im_start|>assistant\n<think>\n"',
+            rf'"<|im_start|>assistant\n" ~ ({only_then} "<think>\n")',
+        )
+
+    template = Step37MultimodalTemplate(
+        tokenizer_path=edited_tokenizer(tmp_path, without_reasoning_where_no_effort_is_made),
+        max_sequence_length=8192,
+    )
+    question: dict[str, Any] = {"role": "user", "content": "What is it?"}
+    if effort is not None:
+        question["reasoning_effort"] = effort
+    asked = [question, {"role": "assistant", "content": "A cat ."}]
+    assert_as_the_oracle(template, asked, [])
+    text = template.tokenizer.decode(template({"conversations": asked, "images": []})["tokens"])
+    assert ("<think>" in text) == (effort != "none")
 
 
 @given(drawn=st.lists(conversations(), min_size=1, max_size=4))

@@ -498,3 +498,33 @@ def test_embed_project_and_insert_compiles_whole_as_a_function(device):
         ids = torch.arange(seq_len, device=device)[None] % 16
         features = torch.randn(3, WIDTH, device=device)
         assert torch.equal(compiled(ids, features), fuse(ids, features))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_table_gradient_that_megatrons_hook_waits_for_stays_outside_of_the_graph(device, impl):
+    """Autograd gets a sparse gradient, which no graph can hold."""
+    torch.compiler.reset()
+    words = nn.Embedding(64, 16, device=device)
+    module = ImageInsertEmbedding(words, 24, 16, impl=impl, gradient_accumulation_fusion=True).to(
+        device
+    )
+    parameters = (words.weight, module.align_projector.weight)
+    for parameter in parameters:
+        parameter.main_grad = torch.zeros_like(parameter)
+        parameter.grad_added_to_main_grad = False
+    ids = torch.arange(40, device=device).view(2, 20) % 6
+    ids[:, 4] = 7
+    features = torch.randn(2, 3, 24, device=device)
+    images = [ImageForInsert(insert_start_token=7, image_features=features)]
+    module(ids, images).square().sum().backward()
+    wanted = [parameter.main_grad.clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.main_grad.zero_()
+        parameter.grad = None
+    torch.compile(module, backend="aot_eager")(ids, images).square().sum().backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.main_grad, gradient)
+    torch.compiler.reset()
+    whole = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="sparse_coo_tensor"):
+        whole(ids, images)

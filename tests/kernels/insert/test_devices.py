@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding, image_insert_embedding
+from step37_kernels.integration import projector
 from step37_kernels.integration.parallel import SequenceLayout
 from step37_kernels.integration.projector import warn_elsewhere
 
@@ -150,7 +151,7 @@ def test_insert_features_moves_features_and_ids_to_the_embeddings():
 
 @pytest.fixture
 def said_to_be_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_insert_embedding, "devices_of_plain", lambda _: {ELSEWHERE})
+    monkeypatch.setattr(projector, "devices_of_plain", lambda _: {ELSEWHERE})
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, "called"])

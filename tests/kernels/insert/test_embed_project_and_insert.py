@@ -164,6 +164,61 @@ def test_the_tables_gradient_is_right_for_a_grad_output_that_is(device, layout):
         assert_within(impl, grad, *gradient_of_table(case, grad_output))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", ["random", "equal", "distinct", "outside"])
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 511, 513, 1100])
+def test_positions_are_put_in_order_as_by_a_stable_sort(device, count, kind, dtype):
+    generator = torch.Generator().manual_seed(count)
+    ids = {
+        "random": torch.randint(0, VOCABULARY, (count,), generator=generator),
+        "equal": torch.full((count,), 3),
+        "distinct": torch.randperm(count, generator=generator),
+        "outside": torch.randint(-4, VOCABULARY + 4, (count,), generator=generator) * 10**8,
+    }[kind].to(device, dtype)
+    num_rows = count if kind == "distinct" else VOCABULARY
+    in_order, order = table_ops.order_by_id(ids, num_rows)
+    wanted, positions = ids.clamp(-1, num_rows).sort(stable=True)
+    assert torch.equal(in_order, wanted)
+    assert torch.equal(order, positions)
+
+
+def test_many_positions_and_huge_tables_are_left_to_the_librarys_sort():
+    assert table_ops.is_counted(8192, 128_896)
+    assert not table_ops.is_counted(8193, 8)
+    largest = 2**31 // 8192 - 3
+    assert table_ops.is_counted(8192, largest)
+    assert not table_ops.is_counted(8192, largest + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_the_largest_number_that_is_counted_with_does_not_overflow(device, dtype):
+    ids = torch.tensor([2**31 - 1, -(2**31), 0, 2**31 - 1, 5], device=device, dtype=dtype)
+    num_rows = (2**31 - 1) // len(ids) - 2
+    assert table_ops.is_counted(len(ids), num_rows)
+    assert not table_ops.is_counted(len(ids), num_rows + 1)
+    in_order, order = table_ops.order_by_id(ids, num_rows)
+    assert in_order.tolist() == [-1, 0, 5, num_rows, num_rows]
+    assert order.tolist() == [1, 2, 4, 0, 3]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_word_that_spans_more_blocks_than_are_added_at_a_time_counts_each_once(
+    device, counted, monkeypatch
+):
+    """Padding: 3 words, of which one fills 20 blocks; whichever way they are put in order."""
+    if not counted:
+        monkeypatch.setattr(table_ops, "MOST_COUNTED", 0)
+    assert 2 * table_ops.JOIN_BLOCKS < 20
+    ids = torch.tensor([1] * 7 + [4] * 20 * table_ops.BLOCK_P + [5] * 9, device=device)
+    grad_output = torch.randn(len(ids), 8, device=device)
+    table = torch.zeros(VOCABULARY, 8, device=device, requires_grad=True)
+    LookUp.apply(table, ids, None, None, True, math.nan).backward(grad_output)
+    one_hot = torch.nn.functional.one_hot(ids, VOCABULARY).double().T.cpu()
+    grad = grad_output.double().cpu()
+    bound = product_bound(one_hot, grad, [torch.float32])
+    assert_within("table", table.grad, one_hot @ grad, bound)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_shard_looks_up_the_words_of_its_own_positions(device, impl):
     case = small_case(device)
@@ -229,7 +284,7 @@ def test_an_id_outside_the_table_at_a_text_position_is_an_error_on_the_cpu(devic
     table = make_table(case, torch.float32)
     for wrong in (VOCABULARY, -1):
         case.input_ids[1, 0] = wrong
-        message = rf"input_ids: expected 0 to 11 at text positions.*got {wrong} at \(0, 1\)"
+        message = rf"expected 0 to 11 at text positions.*got {wrong} at \(1, 0\) of \(2, 30\)"
         with pytest.raises(IndexError, match=message):
             run(case, table, impl)
 
@@ -261,7 +316,19 @@ def test_where_nobody_waits_a_row_of_an_unknown_id_is_nan_and_gets_no_gradient(
         ({"table": torch.zeros(4, 48, dtype=torch.int32)}, "table: expected a floating-point"),
         (
             {"input_ids": torch.zeros(2, 29, dtype=torch.int64)},
-            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(29, 2\)",
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(2, 29\)",
+        ),
+        (
+            {"input_ids": torch.zeros(30, 2, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(30, 2\)",
+        ),
+        (
+            {"input_ids": torch.zeros(60, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(60,\)",
+        ),
+        (
+            {"input_ids": torch.zeros(1, 2, 30, dtype=torch.int64)},
+            r"input_ids: expected \[B, S\] = \[2, 30\] \(the plan's\), got \(1, 2, 30\)",
         ),
     ],
 )
@@ -488,3 +555,15 @@ def test_a_main_grad_whose_memory_is_freed_is_an_error(device, impl, freed):
     parameters[freed].main_grad.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=rf"{freed}\.main_grad: its memory is freed"):
         output.backward(case.grad_output)
+
+
+def test_asking_autograd_for_other_gradients_adds_to_main_grad_all_the_same(device):
+    """As Megatron's own fused layers do: ``ctx.needs_input_grad`` does not tell what is asked."""
+    case = small_case(device)
+    table = make_table(case, torch.float32)
+    table.main_grad = torch.zeros(table.shape, device=device)
+    case.weight.main_grad = torch.zeros(case.weight.shape, device=device)
+    output = run(case, table, "triton", gradient_accumulation_fusion=True)
+    torch.autograd.grad(output, case.features, case.grad_output)
+    assert_within("main_grad", table.main_grad, *gradient_of_table(case, case.grad_output))
+    assert case.weight.main_grad.any()

@@ -278,6 +278,9 @@ def test_an_option_set_on_a_built_module_holds_and_is_checked():
     module = ImageInsertEmbedding(WordEmbedding(16), 24, 16)
     module.strict = True
     assert module.options.strict
+    module.layout = SequenceLayout(sequence_parallel_group=object())  # type: ignore[arg-type]
+    assert module.align_projector.weight.sequence_parallel
+    assert module.strict
     with pytest.raises(ValueError, match="impl: expected one of"):
         module.impl = "fast"
     with pytest.raises(ValueError, match="text_only_gradient: expected True, False or 'auto'"):

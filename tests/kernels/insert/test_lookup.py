@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from typing import Any
@@ -10,9 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from step37_kernels import ImageForInsert, ImageInsertEmbedding, plan_insert
+from step37_kernels import (
+    ImageForInsert,
+    ImageInsertEmbedding,
+    embed_project_and_insert,
+    plan_insert,
+)
+from step37_kernels import lookup as lookup_module
 from step37_kernels.count_watch import count_watch
-from step37_kernels.integration import table as table_module
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.table import PlainTable, plain_table
 from step37_kernels.plan import plan_runs
@@ -101,22 +107,23 @@ CALLED = {
 
 @pytest.mark.parametrize("words", CALLED)
 def test_what_is_more_than_a_lookup_is_called_and_the_log_says_once_why(words, caplog):
-    table_module.tell_called.cache_clear()
     embedding, reason = CALLED[words]
     assert reason in str(plain_table(embedding))
     module, _ = make("cpu", embedding)
     ids, images = batch("cpu")
+    # Of a copy: max_norm scales the rows of the table itself, and rounds, at every call.
+    text = copy.deepcopy(embedding)(ids)
+    if isinstance(embedding, Words):
+        text = text.transpose(0, 1)
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         output = module(ids, images)
         module(ids, images)
-    (record,) = [r for r in caplog.records if "language embedding is called" in r.message]
+    (record,) = [r for r in caplog.records if "ImageInsertEmbedding: words: called" in r.message]
     assert reason in record.message
-    text = embedding(ids) if not isinstance(embedding, Words) else embedding(ids).transpose(0, 1)
     assert torch.equal(output[:4], text.transpose(0, 1)[:4])
 
 
-def test_lookup_call_calls_and_says_nothing(caplog):
-    table_module.tell_called.cache_clear()
+def test_lookup_call_calls_and_the_log_says_that_the_option_does_it(caplog):
     module, words = make("cpu", lookup="call")
     called: list[int] = []
     words.register_forward_hook(lambda *_: called.append(1))
@@ -124,7 +131,8 @@ def test_lookup_call_calls_and_says_nothing(caplog):
     with caplog.at_level(logging.INFO, logger="step37_kernels"):
         module(ids, images)
     assert called == [1]
-    assert not caplog.records
+    (record,) = caplog.records
+    assert "words: called (lookup='call')" in record.message
 
 
 def test_another_word_for_lookup_is_refused():
@@ -161,7 +169,7 @@ def test_an_unknown_id_at_a_text_position_is_an_error_on_the_cpu(device, impl, t
     ids, images = batch(device)
     ids[1, 2] = VOCABULARY
     with pytest.raises(
-        IndexError, match=r"expected 0 to 31 at text positions.* got 32 at \(2, 1\)"
+        IndexError, match=r"expected 0 to 31 at text positions.* got 32 at \(1, 2\) of \(2, 20\)"
     ):
         module(ids, [] if text_only else images)
     ids[1, 2], ids[1, 5] = 0, -8  # under a feature row
@@ -205,3 +213,97 @@ def test_a_forward_that_was_replaced_in_the_class_is_called(device, monkeypatch)
         monkeypatch.setattr(nn.Embedding, "forward", replacement)
         assert plain_table(words) == "the forward of Embedding was replaced"
         assert torch.equal(module(ids), 2 * plain)
+
+
+def test_hooks_for_all_modules_see_the_embedding_called(device):
+    from torch.nn.modules.module import register_module_forward_hook
+
+    module, words = make(device)
+    ids, images = batch(device)
+    plain = module(ids, images)
+    handle = register_module_forward_hook(
+        lambda called, _, rows: 2 * rows if called is words else None
+    )
+    try:
+        assert plain_table(words) == "there are hooks for the calls of all modules"
+        assert torch.equal(module(ids, images)[:4], 2 * plain[:4])
+    finally:
+        handle.remove()
+    assert torch.equal(module(ids, images), plain)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_unknown_ids_that_the_plan_has_looked_for_are_not_looked_for_again(
+    device, text_only, monkeypatch
+):
+    looked: list[int] = []
+
+    def is_outside(ids: Tensor, num_rows: int) -> Tensor:
+        looked.append(num_rows)
+        return stock(ids, num_rows)
+
+    stock = lookup_module.is_outside
+    monkeypatch.setattr(lookup_module, "is_outside", is_outside)
+    module, _ = make(device, impl="triton")
+    ids, images = batch(device)
+    module(ids, [] if text_only else images)
+    assert not looked
+    if device == "cpu":
+        ids[1, 2] = VOCABULARY
+        with pytest.raises(IndexError, match=r"got 32 at \(1, 2\)"):
+            module(ids, images)
+        assert looked
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_place_of_an_unknown_id_is_that_in_the_callers_ids(batch_first):
+    ids, _ = batch("cpu")
+    ids[1, 2] = -3
+    plan = plan_insert(ids, [(IM_START, [3, 3])], batch_first=batch_first, impl="torch")
+    with pytest.raises(IndexError, match=r"got -3 at \(1, 2\) of \(2, 20\), and 0 more"):
+        embed_project_and_insert(
+            ids,
+            torch.randn(VOCABULARY, HIDDEN),
+            torch.randn(2, 3, WIDTH),
+            torch.randn(HIDDEN, WIDTH),
+            None,
+            plan,
+            impl="torch",
+        )
+
+
+def test_megatrons_own_marks_for_nvtx_are_no_reason_to_call_and_anybody_elses_wrapper_is(
+    device, monkeypatch
+):
+    stock = nn.Embedding.forward
+    # As megatron-core 0.19 decorates the forward of LanguageModelEmbedding.
+    utils: dict[str, Any] = {"__name__": "megatron.core.utils", "functools": functools}
+    exec(
+        "def nvtx_decorator(function):\n"
+        "    @functools.wraps(function)\n"
+        "    def wrapper(*args, **kwargs):\n"
+        "        return function(*args, **kwargs)\n"
+        "    return wrapper\n",
+        utils,
+    )
+    mark = utils["nvtx_decorator"]
+
+    @functools.wraps(stock)
+    def doubled(module: nn.Embedding, ids: Tensor) -> Tensor:
+        return 2 * stock(module, ids)
+
+    @functools.wraps(stock)
+    def around_the_mark(module: nn.Embedding, ids: Tensor) -> Tensor:
+        rows: Tensor = 2 * mark(stock)(module, ids)
+        return rows
+
+    module, words = make(device)
+    ids, images = batch(device)
+    monkeypatch.setattr(nn.Embedding, "forward", mark(stock))
+    assert isinstance(plain_table(words), PlainTable)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, images), module(ids, images))
+    for replacement in (mark(doubled), around_the_mark, mark(mark(stock))):
+        monkeypatch.setattr(nn.Embedding, "forward", replacement)
+        assert plain_table(words) == "the forward of Embedding was replaced"

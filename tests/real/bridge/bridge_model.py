@@ -129,7 +129,7 @@ class MarkedNorm(nn.LayerNorm):
 
 def local_layers(config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Local layers, with the parts above where megatron-core has none of its own."""
-    layer = get_gpt_layer_local_spec()
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts)
     parts, norm = layer.submodules, WrappedTorchNorm
     parts.self_attention.submodules.core_attention = PackedAttention
     if config.sequence_parallel:
@@ -148,7 +148,7 @@ def build(
     """Two layers in fp32; the same weights for the same seed, whichever class is in place."""
     stage = {
         name: options.pop(name)
-        for name in ("pre_process", "post_process", "vp_stage")
+        for name in ("pre_process", "post_process", "vp_stage", "mtp_block_spec")
         if name in options
     }
     config = Step37TransformerConfig(

@@ -15,6 +15,7 @@ import torch
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding
 from step37_kernels.integration.parallel import SequenceLayout
+from step37_kernels.integration.vocab_parallel import RowGradient
 from step37_kernels.megatron import (
     Step37ImageInsertEmbedding,
     patch_step37,
@@ -25,12 +26,15 @@ from tests.real.bridge.bridge_model import (
     EMBEDDING,
     HIDDEN,
     IM_START,
+    LENGTH,
     MODEL,
     PACKAGE,
+    VOCABULARY,
     WIDTH,
     build,
     features,
     forward,
+    local_layers,
     train,
 )
 
@@ -244,3 +248,74 @@ def test_a_patched_module_can_be_copied_and_pickled():
         assert type(copied) is Step37ImageInsertEmbedding
         assert copied.impl == "torch"
         assert torch.equal(copied.align_projector.weight, module.align_projector.weight)
+
+
+def build_last_stage(**options: Any) -> Any:
+    """A last pipeline stage with multi-token prediction, which looks words up again."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=HIDDEN, num_attention_heads=2, mtp_num_layers=1
+    )
+    layers = local_layers(config, None)
+    mtp = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False)
+    return build(pre_process=False, mtp_num_layers=1, mtp_block_spec=mtp, **options)
+
+
+def words_of(model: Any) -> Any:
+    return model.language_model.embedding.word_embeddings
+
+
+def backward_of_last_stage(model: Any) -> dict[str, torch.Tensor]:
+    """The gradients of one step; what is in ``main_grad`` counts as one."""
+    hidden = torch.randn(LENGTH, 1, HIDDEN, generator=torch.Generator().manual_seed(4))
+    model.set_input_tensor(hidden)
+    words_of(model).weight.main_grad = torch.zeros(VOCABULARY, HIDDEN)
+    forward(model, []).mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    table = "language_model.embedding.word_embeddings.weight"
+    gradients[table] = gradients.get(table, 0) + words_of(model).weight.main_grad
+    return gradients
+
+
+def test_the_second_lookup_on_the_last_stage_has_its_gradient_by_rows():
+    stock = build_last_stage()
+    wanted = backward_of_last_stage(stock)
+    assert not isinstance(words_of(stock), RowGradient)
+    stock_init = load(MODEL).Step37Model.__init__
+    patch_step37(gradient_accumulation_fusion=True)
+    model = build_last_stage()
+    assert isinstance(words_of(model), RowGradient)
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    found = backward_of_last_stage(model)
+    assert words_of(model).weight.grad is None
+    assert words_of(model).weight.main_grad.any()
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+    unpatch_step37()
+    assert not isinstance(words_of(model), RowGradient)
+    assert load(MODEL).Step37Model.__init__ is stock_init
+    assert not isinstance(words_of(build_last_stage()), RowGradient)
+
+
+@pytest.mark.parametrize("fusion", [False, "auto"])
+def test_without_fusion_the_second_lookup_is_left_to_stock(fusion):
+    patch_step37(gradient_accumulation_fusion=fusion)
+    assert not isinstance(words_of(build_last_stage()), RowGradient)
+
+
+def test_a_model_class_that_was_taken_by_name_before_builds_patched_models(monkeypatch):
+    taken = load(MODEL).Step37Model
+    patch_step37(gradient_accumulation_fusion=True)
+    assert load(MODEL).Step37Model is taken
+    patch_step37(gradient_accumulation_fusion=True)
+    assert isinstance(words_of(build_last_stage()), RowGradient)
+    # Somebody wraps the constructor in turn: it stays, and does nothing of ours any more.
+    ours = taken.__init__
+    monkeypatch.setattr(taken, "__init__", lambda *args, **kwargs: ours(*args, **kwargs))
+    unpatch_step37()
+    assert taken.__init__ is not ours
+    assert not isinstance(words_of(build_last_stage()), RowGradient)

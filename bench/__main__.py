@@ -1,9 +1,9 @@
 """``python -m bench [subjects…]``: measures, prints tables, and keeps JSON and Markdown.
 
 Without names it measures plan, step, insert, embedding, automodel, normalize, resize, host, pixels,
-multicrop and data, as far as this machine can; tune, predict and shards run when they are named.
-Every shape is measured by a process of its own, and so is every module without shapes, so that a
-fault ends nothing else.
+multicrop and data, if this machine can run them; tune, predict and shards run only when named.
+Every shape is measured in a separate process, and so is every module without shapes, so that a
+crash ends nothing else.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from bench.shapes import SHAPES, shapes_named
 from bench.subjects import SUBJECTS, Option, Subject
 
 NOTHING = Ceilings(copy_bytes_per_s=0)
-"""Of runs without rows, which are compared with no ceiling."""
+"""The ceilings of runs without rows, which are not compared with any."""
 PYPI_NAMES = {"PIL": "pillow", "megatron.energon": "megatron-energon"}
-"""Of modules that are imported under another name than they are installed under."""
+"""The names of packages on PyPI, where they differ from the name that is imported."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Turn the command line into options; what does not exist ends the program with a message."""
+    """Parse the command line; unknown names and options end the program with a message."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("subjects", nargs="*", metavar="subject", help=", ".join(SUBJECTS))
     names = ", ".join(SHAPES)
@@ -169,13 +169,13 @@ class Process:
     subjects: dict[str, Subject] = field(default_factory=dict)
 
     def command(self, options: argparse.Namespace, part: Path, limit: float) -> list[str]:
-        """Write its command line; it measures ``limit`` seconds and writes the file ``part``."""
+        """Make the command of a process that measures ``limit`` seconds and writes ``part``."""
         command = [sys.executable, "-m", "bench", *self.subjects]
         command += [f"--part={part}", f"--limit={limit}", f"--shapes={','.join(self.shapes)}"]
         command += [f"--dtype={','.join(options.dtype)}"]
         if options.budget is not None:
             command.append(f"--budget={options.budget}")
-        # All subjects together have eight minutes: tables of the host take their time when asked.
+        # All subjects together have eight minutes, so tables of the host are quick unless named.
         needs_gpu = any(subject.needs_gpu for subject in self.subjects.values())
         quick = options.quick or not (options.subjects or needs_gpu)
         command += ["--quick"] * quick + ["--no-compile"] * options.no_compile
@@ -189,7 +189,7 @@ class Process:
 
 
 def processes(subjects: Mapping[str, Subject], options: argparse.Namespace) -> list[Process]:
-    """Share subjects out: a process for each shape, and for each module without shapes."""
+    """Divide subjects among processes: one for each shape, and for each module without shapes."""
     found: dict[str, Process] = {}
     for name, subject in subjects.items():
         shapes = (options.shapes or [*subject.shapes]) if subject.shapes else []
@@ -202,7 +202,7 @@ def processes(subjects: Mapping[str, Subject], options: argparse.Namespace) -> l
 
 
 def measure_apart(subjects: Mapping[str, Subject], options: argparse.Namespace) -> report.Record:
-    """Measure subjects in processes of their own; returns what all of them measured."""
+    """Measure subjects in separate processes; returns the results of all."""
     results = report.to_json([], NOTHING, harness.environment(torch.device("cpu")))
     todo = processes(subjects, options)
     end = time.perf_counter() + options.limit
@@ -228,7 +228,7 @@ def measure_apart(subjects: Mapping[str, Subject], options: argparse.Namespace) 
 
 
 def finish(results: report.Record, out: Path, earlier: report.Record | None) -> bool:
-    """Write, judge and compare what was measured; returns whether nothing of ours failed.
+    """Write the results, judge and compare them; returns True unless something of ours failed.
 
     Notices go to the standard error stream, so that the tables alone can be sent to a file.
     """

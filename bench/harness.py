@@ -1,21 +1,22 @@
-"""Measures one implementation beside others: checks it, counts, times, reports.
+"""Measures several implementations of an operation: checks results, counts, times, reports.
 
-One *group* of rows is one operation on one set of inputs, done by several implementations in one
-process. :func:`measure` takes a group through four steps:
+A *group* of rows is one operation on one set of inputs, done by several implementations in one
+process. :func:`measure` does four things with a group:
 
-1. Gate. Every implementation runs once on freshly poisoned memory, and its result is held against
-   a float64 oracle. One that fails is reported, with the reason, and not timed.
-2. Count. Host synchronisations, kernel launches, and peak memory above what was there before.
-3. Time. One sample of each implementation in turn, round after round, until the group's time is
-   used up: a clock that drifts or a neighbour that wakes up meets all of them alike.
+1. Gate. Every implementation runs once on memory filled with NaN, and its result is compared with
+   float64 values. One that fails is reported with the reason and not timed.
+2. Count host synchronisations, kernel launches, and peak memory above that before the call.
+3. Time. It takes one sample of each implementation in turn, round after round, until the group's
+   time is used up. So a drifting clock or another process affects all of them equally.
 4. Report the median and the 20th and 80th percentile.
 
-What a sample on CUDA is: events before and after the call, behind a backlog of device work that is
-longer than the host needs to issue the call. That is how a training step meets an operation: the
-host runs ahead, so launches are free until somebody waits for the device, and waiting costs what it
-costs. (Host time is a column of its own, taken apart on an idle device.) The backlog reads a buffer
-larger than L2, and inputs rotate among several random sets, so nothing is found in cache; it reads
-because dirty lines would be written back at the expense of what is timed.
+A sample on CUDA is the time between events before and after the call. Other device work is queued
+before them, enough that the host has issued the whole call before the device begins it. This is the
+situation in a training step: the host runs ahead, so launches cost nothing until the host waits for
+the device, and a wait costs its full time. (Host time is measured separately, on an idle device,
+and has its own column.) The queued work reads a buffer larger than L2, and inputs rotate among
+several random sets, so that nothing is in the cache. It does not write, because dirty cache lines
+would be written back during the timed call.
 
 On a CPU the same code runs with a host clock and without backlog, for this suite's own tests.
 """
@@ -40,11 +41,11 @@ import torch
 import triton
 
 Kind = Literal["ours", "stock", "peer", "floor"]
-"""``stock`` is what is replaced; a ``peer`` does the same by other means; a ``floor`` does only a
-part of the work (the bare matrix product), so it is no competitor."""
+"""``ours``; ``stock``, which ours replaces; a ``peer``, which does the same in another way; or a
+``floor``, which does only a part of the work, such as the bare matrix product, as a lower bound."""
 
 LATE = "not run: time budget used up"
-"""The problem of rows whose turn did not come before the deadline."""
+"""The problem of rows that were not measured before the deadline."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FOLDER = Path(__file__).parent
 WARM_UP_ROUNDS = 5
@@ -55,17 +56,17 @@ MAX_BACKLOG_US = 10_000.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a subject measures, and for how long."""
+    """The settings of a subject: what it measures, and for how long."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     impl: Literal["auto", "triton", "torch"] = "auto"  # implementation of the kernels under test
-    shapes: tuple[str, ...] = ()  # names; empty for the subject's own choice
+    shapes: tuple[str, ...] = ()  # names; empty: the subject's default
     row_seconds: float = 0.25  # timing budget of one row, or of one figure of a table
     deadline: float = math.inf  # ``time.perf_counter()`` after which groups are reported as not run
     compile_backend: str | None = "inductor"  # of ``torch.compile`` peers; None leaves them out
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the options that the subject alone has, by name without dashes."""
+    """Values of the subject's own options, by name without dashes."""
 
     @property
     def out_of_time(self) -> bool:
@@ -75,29 +76,29 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """One way to do a group's operation."""
+    """One implementation of a group's operation."""
 
     name: str
     kind: Kind
     prepare: Callable[[int], Any]
-    """Untimed: the arguments of :attr:`run` on input set ``i``, for any i ≥ 0."""
+    """Makes the argument of :attr:`run` for input set ``i``, any i ≥ 0; not timed."""
     run: Callable[[Any], Any]  # timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What identifies a group of rows across runs."""
+    """Identifies a group of rows, so that two runs can be compared."""
 
     subject: str
     operation: str
     shape: str
-    variant: str = ""  # layout of the inputs, or whatever else a subject varies
+    variant: str = ""  # layout of the inputs, or something else that a subject varies
     dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The least that a group's operation must do: what × limit and the rates are computed from."""
+    """The least work of a group's operation; × limit and the rates are computed from it."""
 
     flops: int
     bytes: int  # each input that is needed is read once, each output is written once
@@ -106,7 +107,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One implementation's result. None is a figure that was not measured."""
+    """The result of one implementation. A figure that was not measured is None."""
 
     key: Key
     work: Work
@@ -121,24 +122,24 @@ class Row:
     host_syncs: int | None = None
     launches: int | None = None
     peak_bytes: int | None = None
-    """Most memory allocated during the call above what was allocated before it."""
+    """Peak of memory allocated during the call, above that before it."""
     kept_bytes: int | None = None
-    """Of that, what is still allocated afterwards: results, and what backward needs."""
+    """The part of it that is still allocated afterwards: results, and tensors for backward."""
 
 
 Check = Callable[[Implementation, Any], str | None]
-"""Told an implementation and its result on input set 0; says what is wrong with it, or None."""
+"""Checks an implementation's result on input set 0; returns what is wrong with it, or None."""
 
 
 class CpuClock:
-    """Wall time of calls on the CPU."""
+    """Measures the wall time of calls on the CPU."""
 
     def __init__(self) -> None:
         self.host_us: dict[str, float] = {}
-        """By name of an implementation: what :meth:`warm_up` measured last."""
+        """Host time by name of an implementation, as :meth:`warm_up` measured it last."""
 
     def sample(self, implementation: Implementation, i: int) -> Callable[[], float]:
-        """Run once on set ``i``; the function returned gives µs, after :meth:`settle`."""
+        """Run once on set ``i``; returns a function that gives µs after :meth:`settle`."""
         state = implementation.prepare(i)
         begin = time.perf_counter()
         implementation.run(state)
@@ -161,16 +162,16 @@ class CpuClock:
         self.host_us[implementation.name] = statistics.median(times)
 
     def poison(self, numbytes: int) -> None:
-        """Fill memory that is about to be handed out again with NaN."""
+        """Fill free memory, which the next allocation gets, with NaN."""
         torch.full((max(numbytes, 4) // 4,), math.nan)
 
     def count(self, implementation: Implementation) -> dict[str, int | None]:  # noqa: ARG002
-        """Count host syncs, launches and peak memory of one call, by field of :class:`Row`."""
+        """Count host syncs, launches and peak memory of one call, as fields of :class:`Row`."""
         return {}
 
 
 class CudaClock(CpuClock):
-    """Device time of calls, between events, behind a backlog."""
+    """Measures the device time of calls between events, with other work queued before them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class CudaClock(CpuClock):
         }
 
     def _requested(self, which: str) -> int:
-        # What was asked for, to the byte; the blocks handed out may be up to 1 MiB larger.
+        # Requested bytes: allocated blocks may be up to 1 MiB larger.
         return int(torch.cuda.memory_stats(self._device)[f"requested_bytes.all.{which}"])
 
 
@@ -250,7 +251,7 @@ def count_syncs(implementation: Implementation) -> int:
 
 def count_launches(implementation: Implementation) -> int | None:
     """Count the kernels of one call, without copies and fills; None if the profiler saw none."""
-    # Sometimes a profile lacks all device events, most often where nothing else is recorded.
+    # Sometimes a profile has no device events, mostly if nothing else is recorded.
     for _ in range(3):
         state = implementation.prepare(1)
         torch.cuda.synchronize()
@@ -271,7 +272,7 @@ def count_launches(implementation: Implementation) -> int | None:
 
 @functools.cache
 def clock_for(device: torch.device) -> CpuClock:
-    """Return the clock of a device: one for the process, since it holds a buffer."""
+    """Return the clock of a device; a process has one, because it holds a large buffer."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
@@ -283,10 +284,10 @@ def measure(
     check: Check,
     settings: Settings,
 ) -> list[Row]:
-    """Gate, count and time one group.
+    """Check, count and time one group.
 
-    An error of a competitor (out of memory, a compiler that gives up) becomes its row's problem;
-    one of ours is raised.
+    An error of another implementation (out of memory, a failing compiler) becomes the problem of
+    its row; an error of ours is raised.
     """
     row = functools.partial(Row, key=key, work=work)
     if settings.out_of_time:
@@ -317,7 +318,7 @@ def gate(
 ) -> str | None:
     """Check one result, and warm up; returns what is wrong, or None.
 
-    Before the run, ``poisoned`` bytes of memory that its result may get are filled with NaN.
+    Before the run, ``poisoned`` bytes of free memory are filled with NaN.
     """
     state = implementation.prepare(0)
     clock.poison(poisoned)
@@ -333,7 +334,7 @@ def gate(
 def sample_rounds(
     implementations: Sequence[Implementation], clock: CpuClock, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Take turns for about ``seconds``; returns the timing fields of each row, by name."""
+    """Sample all in turn for about ``seconds``; returns the timing fields of each row, by name."""
     device: dict[str, list[float]] = {i.name: [] for i in implementations}
     end = time.perf_counter() + seconds
     for i in range(MAX_SAMPLES if implementations else 0):
@@ -360,7 +361,7 @@ def spread(times: Sequence[float]) -> list[float]:
 
 
 def rotation(device: torch.device, set_bytes: int) -> int:
-    """Count the input sets of this size that fill L2 three times before one is used again."""
+    """Return how many input sets of this size to rotate, so that they fill L2 three times."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -369,11 +370,11 @@ def rotation(device: torch.device, set_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """Rates that the device reaches in this run, on random data; rows are compared with them."""
+    """The highest rates of the device, measured in this run; rows are compared with them."""
 
     copy_bytes_per_s: float  # of one large device-to-device copy, bytes read plus bytes written
     flops_per_s: dict[str, float] = field(default_factory=dict)
-    """Of one large square matrix product, by dtype."""
+    """The rate of one large square matrix product, by dtype."""
 
 
 def measure_ceilings(settings: Settings) -> Ceilings:
@@ -405,7 +406,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def where(device: torch.device, **more: str) -> str:
-    """Write on what a table was measured, in one line; ``more`` joins the environment."""
+    """Describe in one line where a table was measured: the environment, and ``more``."""
     found = {**environment(device), **more}
     return ", ".join(f"{name} {value}" for name, value in found.items() if value)
 
@@ -437,7 +438,7 @@ def device_state(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         out = torch.empty_like(a)
-        for _ in range(500):  # some 0.7 s, within which nvidia-smi answers
+        for _ in range(500):  # some 0.7 s, enough for nvidia-smi to answer
             torch.mm(a, a, out=out)
         line = _nvidia_smi(device, *STATE)
         torch.cuda.synchronize(device)

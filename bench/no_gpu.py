@@ -1,4 +1,4 @@
-"""Compiles kernels without a GPU: a Triton driver for an architecture, which launches nothing.
+"""Compiles kernels without a GPU, by a Triton driver that launches nothing.
 
 Kernels are specialised, cached and compiled by Triton's own launch path.
 """
@@ -33,16 +33,16 @@ class _Utils:
 
 @dataclasses.dataclass
 class NoDriver:
-    """Stands where Triton's driver would."""
+    """Replaces Triton's driver for a chosen architecture; kernels are compiled but not launched."""
 
     architecture: str  # ``sm_90`` and the like, or AMD's ``gfx942``
     on_launch: Callable[..., None] = lambda *_: None  # called instead of each launch
     utils = _Utils()
 
     def install(self) -> None:
-        """Make this the driver of the process, and ``impl="triton"`` accept tensors on the CPU.
+        """Make this the driver of the process, and allow ``impl="triton"`` for CPU tensors.
 
-        Call it before the first launch. ``RuntimeError`` where TRITON_INTERPRET is set.
+        Call it before the first launch. It raises ``RuntimeError`` if TRITON_INTERPRET is set.
         """
         if triton.knobs.runtime.interpret:
             raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels are not compiled")

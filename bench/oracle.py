@@ -1,11 +1,11 @@
-"""Checks results of the insert against float64 values, and bounds of what rounding may change.
+"""Checks results of the insert against float64 values, within bounds of rounding errors.
 
-The bounds are the tests' (:func:`step37_kernels.testing.product_bound`). The reference would take
-minutes at this suite's sizes. So the same is computed here on the device, and of large products
-some rows: one in every 64, so that no tile goes unseen, and each feature's first and last row,
-where a wrong map would show. Text rows and the gradient of the embeddings are compared in full, and
-exactly; NaN, with which memory was filled before, is looked for everywhere. ``tests/bench`` holds
-this oracle against the reference.
+The bounds are those of the tests (:func:`step37_kernels.testing.product_bound`). The reference
+would take minutes at the sizes of the benchmarks. So the same values are computed here on the
+device, and of large products only some rows: one in every 64, so that every tile is checked, and
+the first and last row of each feature, where a wrong plan would show. Text rows and the gradient of
+the embeddings are compared completely and exactly, and NaN, with which memory was filled before, is
+searched for everywhere. ``tests/bench`` compares this oracle with the reference.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bench.shapes import Batch
 from step37_kernels.testing import InsertCase, deviation, product_bound, rounding_unit
 
 SAMPLE_EVERY = 64
-EXACT_BELOW = 2**30  # products of fewer multiplications than this are compared whole
+EXACT_BELOW = 2**30  # smaller products, by number of multiplications, are compared completely
 
 
 class Sampled(NamedTuple):
-    """Some rows of a product; how far fp32 sums may be off, and sums of rounded partial sums."""
+    """Some rows of a product, and the bounds for fp32 sums and for sums of rounded parts."""
 
     rows: Tensor
     exact: Tensor
@@ -33,7 +33,7 @@ class Sampled(NamedTuple):
 
 
 class Oracle:
-    """Knows the result of every operation on one case, and checks results by name.
+    """Computes the results of all operations on one case, and checks an implementation's.
 
     Names: ``output`` [S, B, H]; ``projected`` [R, H] (a bare product); ``grad_embeddings``
     [S, B, H]; ``grad_features`` [R, C] or one tensor a group; ``grad_weight`` [H, C].
@@ -81,9 +81,9 @@ class Oracle:
     ) -> str | None:
         """Check results of one implementation, by name; returns what is wrong, or None.
 
-        ``narrow_partial_sums``: allow sums of parts that were rounded to the narrow type, as
-        PyTorch lets cuBLAS do (``allow_bf16_reduced_precision_reduction``), and as one weight
-        gradient a group adds up to. Our kernels are held to fp32 accumulation.
+        ``narrow_partial_sums`` allows sums of parts that were rounded to the narrow type: PyTorch
+        allows that to cuBLAS (``allow_bf16_reduced_precision_reduction``), and adding up a weight
+        gradient for each group does it. Our kernels must accumulate in fp32.
         """
         for name, result in results.items():
             tensors = [result] if isinstance(result, Tensor) else result

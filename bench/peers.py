@@ -50,7 +50,7 @@ def step37(impl: Impl, hidden: int, width: int) -> Forward:
 
 
 def stock(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """Insert by the algorithm that is replaced, operation for operation.
+    """Insert with the same operations as the replaced class.
 
     It has one product and one clone for each group, and two ``.item()`` for each picture.
     """
@@ -83,7 +83,7 @@ def masked_scatter(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight
 
 
 def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Tensor) -> Tensor:
-    """Insert by the best plain PyTorch we know: one product, one ``index_copy``, no waiting."""
+    """Insert by the best plain PyTorch we know: one product, one ``index_copy``, no host wait."""
     seq_len, batch_size, hidden = embeddings.shape
     positions = []
     for token, features in groups:
@@ -92,7 +92,7 @@ def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Te
         slot = torch.where(mask, mask.cumsum(0) - 1, num_rows)
         index = torch.arange(mask.shape[0], device=mask.device)
         position = index % seq_len * batch_size + index // seq_len
-        # One slot past the end takes what is not in the mask.
+        # Positions outside the mask go to one slot past the end.
         slots = position.new_zeros(num_rows + 1)
         positions.append(slots.scatter(0, slot, position)[:num_rows])
     rows = torch.cat([features.reshape(-1, features.shape[-1]) for _, features in groups])
@@ -102,12 +102,12 @@ def index_copy(embeddings: Tensor, input_ids: Tensor, groups: Groups, weight: Te
 
 
 def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
-    """Make a way of a class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``.
+    """Make a peer of a class with the interface of Megatron-Bridge's ``ImageInsertEmbedding``.
 
-    The word embedding that it borrows hands out the embeddings of the case.
+    Its language embedding is a stand-in that returns the embeddings of the case.
     """
     given: list[Tensor] = []
-    # On the meta device: each call puts the weight of the case in its place.
+    # On the meta device, because each call sets the weight of the case.
     with torch.device("meta"):
         module = cls(lambda **_: given.pop(), width, hidden)
 
@@ -122,7 +122,7 @@ def module_peer(cls: Callable[..., Any], hidden: int, width: int) -> Forward:
 
 
 def bridge(hidden: int, width: int) -> list[Peer]:
-    """Make Megatron-Bridge's own class a peer; an empty list where it is not installed."""
+    """Make a peer of Megatron-Bridge's own class; an empty list if that is not installed."""
     try:
         module = importlib.import_module(BRIDGE)
     except ModuleNotFoundError:
@@ -132,7 +132,7 @@ def bridge(hidden: int, width: int) -> list[Peer]:
 
 
 class Peer(NamedTuple):
-    """One way to do the whole insertion."""
+    """One implementation of the whole insertion."""
 
     name: str
     kind: Kind
@@ -140,7 +140,7 @@ class Peer(NamedTuple):
 
 
 def peers(hidden: int, width: int, impl: Impl, compile_backend: str | None) -> list[Peer]:
-    """List everything that does the whole insertion, ours first."""
+    """List all implementations of the whole insertion, ours first."""
     found = [
         Peer("step37", "ours", step37(impl, hidden, width)),
         Peer("stock", "stock", stock),

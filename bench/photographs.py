@@ -1,4 +1,4 @@
-"""Gives the photographs that pixels are measured with, and stock's arithmetic on them.
+"""Loads the photographs of the pixel benchmarks, and processes them as stock does.
 
 Stock works with Pillow, NumPy and PyTorch on the host, one picture after the other. The subjects
 ``pixels`` and ``multicrop`` (files to pixels, on the host), ``normalize`` and ``resize`` (the
@@ -23,7 +23,7 @@ LARGE = (1920, 1080)
 
 
 def photo_paths(count: int) -> list[str]:
-    """List paths of ``count`` JPEGs of the example; after the last comes the first again."""
+    """List the paths of ``count`` JPEGs of the example, again from the first after the last."""
     files = sorted(str(path) for path in PHOTOS.glob("*.jpg"))
     if not files:
         raise FileNotFoundError(f"no photographs in {PHOTOS}")
@@ -66,7 +66,7 @@ def stock_windows(picture: Image.Image, plan: CropPlan) -> list[Image.Image]:
 
 
 def large_plan(size: tuple[int, int]) -> CropPlan:
-    """Plan the crops of a picture of this size, which has to be taken as it is."""
+    """Plan the crops of a picture of this size, which must not need padding or shrinking."""
     plan = plan_crops(*size)
     if not plan.windows or plan.full_size != size:
         raise AssertionError(f"written for pictures that are cut as they are, got {plan}")

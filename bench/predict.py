@@ -1,10 +1,11 @@
-"""Subject ``predict``: says what every launch should cost, by arithmetic; nothing is measured.
+"""Subject ``predict``: computes what every launch should cost; nothing is measured.
 
-A product takes its start and the filling of its pipeline, then the slowest of four: the matrix
-units, in waves of tiles; the shared memory that feeds them; the blocks that come through L2;
-operands and result through memory. The store of the last wave follows, and the launch that adds
-parts up. Library products are the best of :data:`LIBRARY` by the same model, without shared memory:
-which instructions they use is not known, so they are taken to be fed as fast as they multiply.
+The time of a product is that of its start and of filling its pipeline, plus the largest of four:
+the matrix units, in waves of tiles; the shared memory from which they read; the blocks that are
+loaded through L2; operands and result through memory. Then follow the store of the last wave and,
+if there is one, the launch that adds parts up. Library products are the fastest of :data:`LIBRARY`
+by the same model, but without shared memory: their instructions are not known, so shared memory is
+assumed to keep up with the matrix units.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ PROCESSORS = 132
 COMMAND = "python -m bench predict"
 CHIPS, OPERATIONS = ("H100", "H200"), ("forward", "forward+backward")
 MOVES = 26
-"""PyTorch operations that number the rows of crops and images as Automodel's model has them."""
-# low, nominal, high, unit, source; "peak" and "bandwidth" are the floor's alone
+"""PyTorch operations that bring rows of crops and images into the order of Automodel's model."""
+# low, nominal, high, unit, source; "peak" and "bandwidth" are used for the floor only
 RATES: dict[str, tuple[float, float, float, str, str]] = {
     "peak": (989, 989, 989, "TFLOP/s", "data sheet, dense bf16"),
     "H100 bandwidth": (3.35, 3.35, 3.35, "TB/s", "data sheet"),
@@ -63,7 +64,8 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
 }
 SIZES, SPLITS = (64, 128, 192, 256), (1, 2, 3, 4, 6, 8)
 LIBRARY = [one for one in itertools.product(SIZES, SIZES, SPLITS) if sum(one) < 512]
-"""What cuBLAS is taken to choose best among: tiles, two of which share a block, and parts."""
+"""Tiles (rows, columns, parts) of which cuBLAS is assumed to use the best. Two programs share the
+larger block of theirs."""
 Rates = dict[str, float]
 Extents = tuple[int, int, int]  # [M, N] = [M, K] · [K, N]
 
@@ -105,16 +107,16 @@ class Launch(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What one launch of a product asks of the chip."""
+    """The work of one launch of a product."""
 
     flops: float
-    shared: float  # shared memory's time over the matrix unit's
+    shared: float  # time of shared memory over that of the matrix unit
     l2: float  # bytes
     memory: float  # bytes
     end: float  # µs that follow the last wave, unless memory is still busy with its results
 
     def bound(self, rates: Rates) -> tuple[str, float]:
-        """Say what bounds the product, and its µs from start to end."""
+        """Return what bounds the product, and its µs from start to end."""
         multiplying = self.flops / rates["products"] / 1e6
         times = {
             "tensor": multiplying + self.end,
@@ -127,23 +129,23 @@ class Demand(NamedTuple):
 
 
 def shared_share(tile: Tile, rates: Rates) -> float:
-    """Compute the clocks of shared memory over those of the matrix unit, for one step of a tile.
+    """Compute the ratio of shared memory's clocks to the matrix unit's, for a step of a tile.
 
-    Both operands arrive there and are read from there. Four warps multiply 64 rows at a time: the
-    weight's block is read for each 64 rows, the features' by each four warps that share their rows.
-    192 rows are two products, of 128 and of 64.
+    Both operands are written to shared memory and read from it. Four warps multiply 64 rows at a
+    time: the weight's block is read once for each 64 rows, the features' block by each group of
+    four warps that share its rows. 192 rows are two products, of 128 and of 64.
     """
     area = tile.block_m * tile.block_n
     reads = 0
     for rows in (128, 64) if tile.block_m == 192 else (tile.block_m,):
-        apart = min(tile.num_warps // 4, rows // 64)  # groups of four warps with rows of their own
+        apart = min(tile.num_warps // 4, rows // 64)  # groups of warps with different rows
         reads += rows * (tile.num_warps // 4 // apart) + rows // 64 * tile.block_n
     moved = 2 * tile.block_k * (tile.block_m + tile.block_n + reads)
     return moved / rates["shared"] / (2 * area * tile.block_k / rates["tensor"])
 
 
 def sum_us(rates: Rates, parts: float, results: float, start: float) -> float:
-    """Time a second launch that reads fp32 parts and writes their sums, in µs."""
+    """Predict the µs of a second launch that reads fp32 parts and writes their sums."""
     moving = 8 * parts / rates["L2"] + 2 * results / rates["memory"]
     return rates["dependent"] + start + moving / 1e6
 
@@ -178,8 +180,8 @@ def library_by(rates: Rates, extents: Extents, *choice: int) -> Launch:
 def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Launch:
     """Predict our product with this tile; a multiprocessor runs one program at a time.
 
-    Between two waves stand the store of one and the filling of the next. The launch that adds parts
-    up is counted in it.
+    The store of each wave and the filling of the next are added between them. The launch that adds
+    parts up is included.
     """
     shares = table.schedule(tile, row_counts, like.hidden, like.width, PROCESSORS)
     area, read = tile.block_m * tile.block_n, tile.block_m + tile.block_n
@@ -192,7 +194,7 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
         flops=work * PROCESSORS * 2 * area * width / rates["Triton"],
         shared=shared_share(tile, rates),
         l2=2 * tiles * read * width,
-        # The results of tiles in parts are written by the launch that adds these up.
+        # Results of split tiles are written by the launch that adds up the parts.
         memory=2 * (rows * width + hidden * width + rows * hidden * shares.whole / tiles),
         end=(waves - 1) * (store + rates["fill"]) + (0 if split else store),
     ).bound(rates)
@@ -203,12 +205,12 @@ def own(rates: Rates, tile: Tile, row_counts: Sequence[int], like: Shape) -> Lau
 
 
 def moved(rates: Rates, size: float, share: float = 1) -> float:
-    """Time a launch that only moves ``size`` bytes, at a share of memory's rate, in µs."""
+    """Predict the µs of a launch that only moves ``size`` bytes, at a share of memory's rate."""
     return rates["start"] + size / (share * rates["memory"]) / 1e6
 
 
 def best(rows: int, chip: str, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
-    """Rank tiles by the µs of our product of ``rows`` rows, the fastest first."""
+    """Rank tiles by the predicted µs of our product of ``rows`` rows, the fastest first."""
     rates = rates_of(chip, "nominal")
     found = [(own(rates, tile, [rows], SHAPES["flickr8k"]).us, tile) for tile in tiles]
     return sorted(found, key=lambda pair: pair[0])
@@ -228,7 +230,7 @@ def forward(shape: Shape, chip: str, case: str) -> tuple[list[Launch], float]:
     # The product starts beside the plan, and waits for it in its epilogue.
     late = max(rates["dependent"], planning - project.us)
     launches = [plan, project]
-    if shape is AUTOMODEL:  # or behind the operations that move the plan's rows
+    if shape is AUTOMODEL:  # or after the operations that reorder the plan's rows
         moving = MOVES * (rates["dependent"] + rates["start"])
         launches.insert(1, Launch(f"{MOVES} small operations", "", 0, 0, "launch", moving))
         late = planning + moving + rates["dependent"]
@@ -297,7 +299,7 @@ def row(shape: Shape, chip: str, operation: str) -> dict[str, Any]:
 
 
 def add_measured(rows: Iterable[dict[str, Any]], results: dict[str, Any]) -> None:
-    """Put medians of benchmark results beside what was predicted for that device."""
+    """Add medians of benchmark results to the rows that were predicted for that device."""
     found = {
         (each["shape"], each["operation"], each["implementation"]): each["median_us"]
         for each in results["rows"]
@@ -311,29 +313,29 @@ def add_measured(rows: Iterable[dict[str, Any]], results: dict[str, Any]) -> Non
 
 
 Range = tuple[float, float, float]
-"""Nominal, at the fast end of all rates, at the slow end."""
+"""A predicted figure: nominal, with all rates at their fast end, with all at their slow end."""
 
 
 def ranged(chip: str, us: Callable[[Rates], float]) -> Range:
-    """Compute µs from the rates of all three cases."""
+    """Compute µs in all three cases of the rates."""
     nominal, fast, slow = (us(rates_of(chip, case)) for case in ("nominal", "fast", "slow"))
     return nominal, fast, slow
 
 
 def packing(shape: Shape, chip: str) -> Range:
-    """Time the launch that packs the vision tower's channels-first view, before the product."""
+    """Predict the launch that copies the tower's channels-first view before the product."""
     size = 4 * shape.num_rows * shape.width
     return ranged(chip, lambda r: r["dependent"] + moved(r, size, r["transposing"]))
 
 
 def unfused(chip: str) -> Range:
-    """Time Megatron's ``main_grad.add_``: fp32 is read and written, the bf16 gradient read."""
+    """Predict Megatron's ``main_grad.add_``, which reads and writes fp32 and reads bf16."""
     size = 10 * SHAPES["flickr8k"].hidden * SHAPES["flickr8k"].width
     return ranged(chip, lambda r: r["dependent"] + moved(r, size))
 
 
 def in_some_uses(shapes: Sequence[Shape], chip: str) -> Table:
-    """Make the table of what is added where features or gradients need one launch more."""
+    """Make the table of additional launches that some uses need."""
     form = "{:.1f} [{:.0f}–{:.0f}]"
     counts = form.format(*ranged(chip, lambda rates: rates["counts"]))
     added = form.format(*unfused(chip))
@@ -438,7 +440,7 @@ def run(settings: Settings) -> Iterator[Table]:
     from bench import predict_embedding, predict_measured
 
     shapes = shapes_named(settings.shapes)
-    # Files that cannot be read end it before anything is printed.
+    # Read first, so that a file that cannot be read ends it before anything is printed.
     measured = [read(Path(path)) for path in settings.options["measured"]]
     rates = [(name, *rate) for name, rate in RATES.items()]
     yield Table(text=HEAD.strip(), columns=RATE_COLUMNS, lines=rates)

@@ -1,5 +1,7 @@
-"""Predicts the whole embedding of a training step, into ``main_grad``: the rows of the subject
-``embedding``, by the rates of :mod:`bench.predict`. Nothing is measured.
+"""Predicts the whole embedding of a training step, with gradients added to ``main_grad``.
+
+The rows are those of the subject ``embedding``, the rates those of :mod:`bench.predict`. Nothing is
+measured.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ INSTRUCTIONS = 3
 
 
 def base(shape: Shape, chip: str) -> Range:
-    """Take ours of embeddings that are there already, forward and backward."""
+    """Predict our insertion, forward and backward, if the embeddings have been looked up."""
     found = row(shape, chip, "forward+backward")
     return found["predicted_us"], found["low_us"], found["high_us"]
 
 
 def dense_us(shape: Shape, rates: Rates) -> float:
-    """Time the lookup, and the dense gradient of the table with Megatron's ``add_``.
+    """Predict the µs of the lookup, and of the table's dense gradient with Megatron's ``add_``.
 
-    The table is filled with zeros in bf16, rows are added to it, and fp32 ``main_grad`` is read and
-    written with it read once more.
+    A bf16 gradient of the table's size is filled with zeros, rows are added to it, and it is read
+    again to be added to fp32 ``main_grad``, which is read and written.
     """
     rows, table = shape.seq_len * shape.hidden, VOCABULARY * shape.hidden
     launches = 4 * rates["dependent"]
@@ -57,8 +59,8 @@ def by_rows_us(shape: Shape, rates: Rates) -> float:
     """Time what takes the place of that: the positions in order, and two launches over the rows of
     text.
 
-    Each word is taken to occur once, which is the most that can be read and written. Reading these
-    rows and writing their gradient is taken out of the embeddings' gradient, which is not made.
+    Each word is assumed to occur once, which is the most that can be read and written. The gradient
+    of the embeddings is not computed then, so its reading and writing is subtracted.
     """
     text = (shape.seq_len - shape.num_rows) * shape.hidden
     sums = moved(rates, 2 * text + 8 * text)
@@ -68,10 +70,11 @@ def by_rows_us(shape: Shape, rates: Rates) -> float:
 
 
 def stock_us(shape: Shape, rates: Rates) -> float:
-    """Time what stock does besides the products, the lookup and the dense gradient.
+    """Predict the µs of stock without its products, the lookup and the dense gradient.
 
-    A clone for each group and a copy for each picture forward; two waits a picture; backward, for
-    each picture, the gradient of ``[S, B, H]`` is copied and the picture's rows are set to zero.
+    Forward makes a clone for each group and a copy for each picture, and waits twice for each
+    picture. Backward, for each picture, copies the gradient of ``[S, B, H]`` and sets the picture's
+    rows to zero.
     """
     groups = (shape.images > 0) + (shape.crops > 0)
     pictures = shape.images + shape.crops
@@ -83,13 +86,13 @@ def stock_us(shape: Shape, rates: Rates) -> float:
 
 
 def added(start: Range, *us: Range) -> Range:
-    """Add ranges up, each end to its own."""
+    """Add ranges: nominal, fast and slow figures separately."""
     nominal, fast, slow = (sum(values) for values in zip(start, *us, strict=True))
     return nominal, fast, slow
 
 
 def predicted(shape: Shape, chip: str) -> dict[str, Range]:
-    """Predict µs of stock, of ours with ``lookup="call"``, and of ours."""
+    """Predict the µs of stock, of ours with ``lookup="call"``, and of ours."""
     ours = base(shape, chip)
     dense = ranged(chip, lambda rates: dense_us(shape, rates))
     return {
@@ -100,10 +103,11 @@ def predicted(shape: Shape, chip: str) -> dict[str, Range]:
 
 
 def temporary_bytes(shape: Shape) -> tuple[int, int]:
-    """Count what a step allocates besides its output and the features' gradient.
+    """Count the bytes that a step allocates besides its output and the features' gradient.
 
-    Called: embeddings, their gradient, and the dense gradient of the table. Ours: the sums that
-    segments keep, ids in order. Both: the gathered rows.
+    The first number is for ``lookup="call"``: embeddings, their gradient, and the dense gradient of
+    the table. The second is ours: kept sums of segments, and sorted ids. Both include gathered
+    rows.
     """
     rows = 2 * shape.num_rows * shape.hidden
     whole = 2 * shape.seq_len * shape.hidden

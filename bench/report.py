@@ -1,9 +1,9 @@
-"""Turns what was measured into JSON, and JSON into Markdown tables and a comparison of two runs.
+"""Writes results as JSON, and makes Markdown tables and comparisons of two runs from it.
 
-``python -m bench.report RESULTS.json`` prints the tables again. All tables of the suite, those of
-rows and those with columns of their own, are written by :func:`table_lines`.
+``python -m bench.report RESULTS.json`` prints the tables again. :func:`table_lines` writes all
+tables, those of rows and those that subjects define.
 
-Ratios are computed here, from medians of one run, so that they cannot disagree with them:
+Ratios are computed here, from the medians of one run:
 
 - × stock, × best peer: how many times faster than stock, and than the fastest competitor (stock
   included). Above 1 is faster.
@@ -41,7 +41,7 @@ the least work. Peak: allocated above the inputs; temporary: what of it is free 
 returns. An empty cell was not measured."""
 GROUP = ("subject", "operation", "shape", "variant", "dtype")
 Record = dict[str, Any]
-"""A :class:`~bench.harness.Row` with the fields of its key and work beside its own."""
+"""A :class:`~bench.harness.Row` as a flat dictionary, with the fields of its key and work."""
 
 
 class Column(NamedTuple):
@@ -49,19 +49,19 @@ class Column(NamedTuple):
 
     name: str
     form: str = "{}"
-    """For ``str.format``; a cell that is a tuple fills as many places as it has figures."""
+    """Format of a cell, for ``str.format``; a tuple fills one place with each of its figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table with columns of its own, for subjects whose figures are not rows of a group."""
+    """A table with any columns, for subjects whose figures are not rows of a group."""
 
     title: str = ""  # becomes a heading
     text: str = ""  # Markdown between heading and table
     columns: Sequence[Column]
     lines: Iterable[Sequence[Any]]
-    """One cell a column, ``None`` where there is no figure. May be a generator, which measures a
-    line when it is asked for the next one: each line is printed when it is there."""
+    """The lines, with one cell for each column, ``None`` where there is no figure. May be a
+    generator that measures one line at a time; each line is printed as soon as it is measured."""
 
 
 def table_lines(columns: Sequence[Column], lines: Iterable[Sequence[Any]]) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _heading(title: str, text: str) -> str:
 
 
 def to_json(rows: Iterable[Row], ceilings: Ceilings, environment: dict[str, str]) -> Record:
-    """Turn rows into plain data, with ceilings and environment beside."""
+    """Turn rows into plain data, together with ceilings and environment."""
     records = []
     for row in rows:
         record = asdict(row)
@@ -114,7 +114,7 @@ def group_of(record: Record) -> tuple[str, ...]:
 
 
 class Ratios(NamedTuple):
-    """What one row is compared with; None where there is nothing to compare."""
+    """The ratios of one row; None if there is nothing to compare with."""
 
     stock: float | None
     best_peer: float | None
@@ -123,7 +123,7 @@ class Ratios(NamedTuple):
 
 
 def limit_us(record: Record, ceilings: Record) -> float | None:
-    """Compute the least µs of the work; None where the rate of its dtype was not measured."""
+    """Compute the least µs of the work; None if the rate of its dtype was not measured."""
     moving = record["bytes"] / ceilings["copy_bytes_per_s"]
     if not record["flops"]:
         return 1e6 * moving
@@ -132,7 +132,7 @@ def limit_us(record: Record, ceilings: Record) -> float | None:
 
 
 def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
-    """Compare a row with the others of its group, itself excepted."""
+    """Compare a row with the other rows of its group."""
     own = record["median_us"]
 
     def best(*kinds: str) -> float | None:
@@ -143,7 +143,7 @@ def ratios(record: Record, group: Sequence[Record], ceilings: Record) -> Ratios:
         return a / b if a and b else None
 
     gemm = [other["median_us"] for other in group if other["implementation"] == "GEMM alone"]
-    # A floor does less than the others: how much faster it is says nothing.
+    # A floor does less work than the others, so its ratios to them mean nothing.
     whole = None if record["kind"] == "floor" else own
     return Ratios(
         over(best("stock"), whole),
@@ -223,7 +223,7 @@ def _columns(names: Iterable[str]) -> list[Column]:
 
 
 def targets(results: Record) -> list[str]:
-    """Write the targets that a run has figures for, as lines of a table; else no line."""
+    """Write a table of the targets that a run has figures for; no lines if there are none."""
     rows = [
         (target.text, target.limit, worst, where, target.verdict(worst))
         for target, worst, where in judge(list(grouped(results["rows"])))
@@ -308,7 +308,7 @@ def write(results: Record, stem: Path) -> list[Path]:
 
 
 def read(path: Path) -> Record:
-    """Read results that :func:`write` wrote; ``ValueError`` where the file is something else."""
+    """Read results that :func:`write` wrote; ``ValueError`` if the file holds something else."""
     try:
         results: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

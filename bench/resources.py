@@ -1,10 +1,10 @@
-"""Compiles every kernel for an architecture, without a GPU, and reports what it needs.
+"""Compiles every kernel for an architecture, without a GPU; reports registers, memory and spills.
 
 ``python -m bench.resources`` prints a Markdown table; ``--json`` one object a line. Run it without
 ``TRITON_INTERPRET``, which would replace the kernels by interpreted ones.
 
-The launchers themselves are called, on a driver that launches nothing: what is compiled is what a
-GPU of that architecture would get, for each entry of the tile table and each dtype.
+The launchers themselves are called, with a driver that launches nothing. So each kernel is compiled
+exactly as for a GPU of that architecture, for each entry of the tile table and each dtype.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from step37_kernels.runs import FlatRuns
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 HIDDEN, WIDTH, ROWS = 512, 1024, 169
-"""Of the tensors to compile for; none of them is a constant of the kernels."""
+"""Sizes of the tensors with which launchers are called; kernels are not specialised on them."""
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 94}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one compiled kernel needs.
+    """The resources that one compiled kernel needs.
 
-    Registers and bytes of stack are those of a thread, shared memory that of a block, in bytes.
+    Registers and bytes of stack are for each thread, bytes of shared memory for each block.
     ``load_bytes`` is the widest global load or asynchronous copy of a thread, ``store_bytes`` its
     widest store (0 on AMD).
     """
@@ -65,7 +65,7 @@ class Resources:
     shared: int
     matrix_unit: bool
     copy_engine: bool
-    serialized: bool  # the assembler found that it has to wait for each ``wgmma`` before the next
+    serialized: bool  # the assembler makes it wait for each ``wgmma`` before the next
     load_bytes: int
     store_bytes: int
 
@@ -74,7 +74,7 @@ Launch = tuple[str, Callable[[], object]]
 
 
 def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
-    """Yield ``(variant, launch)`` of everything that can be launched."""
+    """Yield ``(variant, launch)`` of every launch to compile."""
     for ids in (torch.int64, torch.int32):
         for inline, step in ((True, 1), (True, 2), (False, 1)):
             variant = f"{'strided ' * (step > 1)}{str(ids).removeprefix('torch.')} ids"
@@ -101,7 +101,7 @@ def _plan(dtype: torch.dtype, inline: bool, step: int) -> None:
 
 @contextlib.contextmanager
 def only(tile: tiles.Tile) -> Iterator[None]:
-    """Make inserts take this tile, whatever the table says, inside the ``with`` block."""
+    """Make inserts use this tile, instead of the table's, inside the ``with`` block."""
     table = project.insert_tile
     project.insert_tile = lambda *_: tile
     try:
@@ -160,7 +160,7 @@ def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
 
 
 def _tables(dtype: torch.dtype, short: str) -> Iterator[Launch]:
-    """Yield the gradient of the table: dense in its dtype, and added to fp32 ``main_grad``."""
+    """Yield launches of the table's gradient: dense in its dtype, and added to ``main_grad``."""
     grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     order = torch.empty(ROWS, dtype=torch.int64)
     for add in (False, True):
@@ -249,26 +249,26 @@ def _told_of(binary: bytes, suffix: str, tool: str, *options: str) -> str:
 
 
 def _serialized(ptx: str) -> bool:
-    """Ask the assembler whether there are ``wgmma`` instructions that cannot overlap."""
+    """Whether the assembler reports ``wgmma`` instructions that cannot overlap."""
     options = ("--verbose", "-arch=sm_90a", "-o", os.devnull)
     told = _told_of(ptx.encode(), ".ptx", get_ptxas(90).path, *options)
     return "wgmma.mma_async instructions are serialized" in told
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Read registers a thread and bytes of stack from a binary for NVIDIA."""
+    """Read registers and bytes of stack of a thread from a binary for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     told = _told_of(cubin, ".cubin", str(tool), "--dump-resource-usage")
     return _number("REG:", told), _number("STACK:", told)
 
 
 def _widest(ptx: str, access: str) -> int:
-    """Find the bytes of the widest ``ld.global`` or ``st.global``; ``cp.async`` loads, too."""
+    """Find the bytes of the widest ``ld.global`` (or ``cp.async``), or ``st.global``."""
     widths = [
         int(vector or 1) * int(bits) // 8
         for vector, bits in re.findall(access + r"\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+) ", ptx)
     ]
-    if access == "ld":  # its size is written 0x10 or 16
+    if access == "ld":  # sizes of cp.async are written 0x10 or 16
         sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)", ptx)
         widths += [int(size, 0) for size in sizes]
     return max(widths, default=0)

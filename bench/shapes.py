@@ -34,7 +34,7 @@ class Shape:
 
 
 def _images(count: int) -> Shape:
-    # As many text tokens as a Flickr8k caption with its turn markers has.
+    # With as many text tokens for each image as a Flickr8k caption with its turn markers has.
     return Shape(name=f"images-{count}", seq_len=-(-count * 224 // 64) * 64, images=count)
 
 
@@ -78,7 +78,7 @@ def shapes_named(names: Sequence[str]) -> list[Shape]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Token ids of a shape, and where its feature rows belong by construction."""
+    """Token ids of a shape, and the positions of its feature rows, known by construction."""
 
     shape: Shape
     input_ids: Tensor  # ``[1, S]`` int64
@@ -89,7 +89,7 @@ class Batch:
 
 
 def make_batch(shape: Shape, device: torch.device) -> Batch:
-    """Lay a shape out; ``ValueError`` where the pictures do not fit into the sequence."""
+    """Make the token ids of a shape; ``ValueError`` if the pictures do not fit in the sequence."""
     spans: list[tuple[int, int, int]] = []  # start token, end token, rows
     for i in range(max(shape.images, 1)):
         share = shape.crops * (i + 1) // max(shape.images, 1)
@@ -125,9 +125,9 @@ def make_batch(shape: Shape, device: torch.device) -> Batch:
 
 
 def make_case(batch: Batch, *, dtype: torch.dtype, layout: FeatureLayout, seed: int) -> InsertCase:
-    """Draw random tensors of a batch, on its device (a host takes seconds for large ones).
+    """Draw random tensors for a batch, on its device (the host would take seconds).
 
-    Nothing requires a gradient; who times a backward pass says for what.
+    No tensor requires a gradient; callers that time a backward pass set that.
     """
     device = batch.input_ids.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Says what the kernels are meant to reach, and whether a run reached it.
+"""Defines the targets of the kernels, and judges whether a run reached them.
 
-The insert is free: it costs what the bare matrix product of the same shape costs. Pixels move at
-the speed of memory: as fast as a copy of as many bytes, or a share of that.
+The target of the insert is the time of the bare matrix product of the same shape. The target of the
+pixel kernels is the time of a copy of as many bytes, or a multiple of it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from bench.shapes import shapes_named
 
 Record = dict[str, Any]
 Figure = Callable[[dict[str, Record]], float | None]
-"""From the rows of a group, by implementation, to the figure of a target."""
+"""Computes the figure of a target from the rows of a group, given by implementation."""
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def time_over(ours: str, *theirs: str) -> Figure:
-    """Make the figure of our time over the least of theirs; names are given by their beginning."""
+    """Make the figure: our time over the least of theirs, whose names begin with these texts."""
 
     def figure(group: dict[str, Record]) -> float | None:
         others = [row["median_us"] for name, row in group.items() if name.startswith(theirs)]
@@ -48,7 +48,7 @@ def memory_over_output(group: dict[str, Record]) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A figure that is to be at most ``limit`` in every group that it speaks of."""
+    """A figure that should be at most ``limit`` in every group that the target applies to."""
 
     text: str
     subject: str = "insert"
@@ -58,7 +58,7 @@ class Target:
     figure: Figure
     limit: float
     accepted: float | None = None
-    """Counts as met too, while rates that the target rests on are not measured."""
+    """A weaker limit, accepted as long as the rates behind the target have not been measured."""
 
     def verdict(self, worst: float) -> str:
         if worst <= self.limit:

@@ -1,10 +1,10 @@
-"""Fine-tune Step-3.7-Flash with Megatron-Bridge, the fused embedding and packed Flickr8k.
+"""Fine-tunes Step-3.7-Flash with Megatron-Bridge, the fused embedding and packed Flickr8k.
 
     torchrun --nproc-per-node=4 -m examples.bridge_recipe --smoke
 
-The same as ``-m step37_bridge.recipe``, which an installed step37 has; ``--help`` lists its options
-and the number of GPUs that it needs. ``step37_bridge/recipe.py`` shows the three places in which
-this project's parts come into Bridge's recipe.
+It does the same as ``-m step37_bridge.recipe`` of an installed step37; ``--help`` lists its options
+and the number of GPUs that it needs. In ``step37_bridge/recipe.py`` the three places are marked at
+which this project's parts are put into Bridge's recipe.
 """
 
 from __future__ import annotations

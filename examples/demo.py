@@ -1,12 +1,11 @@
-"""The main job, end to end and small: real photographs to a falling loss through the fused
-embedding.
+"""Trains a small model on photographs with the fused embedding, from image files to the loss.
 
     JPEGs + captions → tokenizer → packed batches → decode, resize, CLIP normalise → a small vision
     tower → fused embedding on megatron-core's LanguageModelEmbedding → a small causal head → loss
 
-Run by ``make demo``; it prints at most 40 lines and ends with the next command to try. With a CUDA
-device everything runs there in bf16, kernels compiled; without one the same kernels run in Triton's
-interpreter, in fp32, at sizes that it can bear. Afterwards the fused path is held against the
+``make demo`` runs it; it prints at most 40 lines and ends with the next command to try. With a CUDA
+device everything runs there in bf16, with compiled kernels. Without one the same kernels run in
+Triton's interpreter, in fp32, at small sizes. Afterwards the fused embedding is compared with the
 reference (forward and every gradient), and a picture of a pack is written.
 """
 
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # Before any kernel is imported: Triton decides then.
+    # Set before any kernel is imported, when Triton reads it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # megatron-core warns about every optional package that it finds missing.
@@ -54,9 +53,9 @@ PACK_LENGTH = 192
 
 
 class VisionTower(nn.Module):
-    """Patches of 14 pixels, then pairs of pairs: 112 px → 8×8 → 4×4 rows of width C.
+    """A small vision tower: patches of 14 pixels, joined 2×2: 112 px → 8×8 → 4×4 rows of width C.
 
-    Returns what the vision tower of Step-3.7 returns: a channels-first view ``[N, L, C]``.
+    It returns a channels-first view ``[N, L, C]``, as the vision tower of Step-3.7 does.
     """
 
     def __init__(self, width: int) -> None:
@@ -70,9 +69,9 @@ class VisionTower(nn.Module):
 
 
 class CausalHead(nn.Module):
-    """One attention layer and an output layer; stands in for the language model.
+    """Replaces the language model: one attention layer and an output layer.
 
-    A sub-sequence of the pack sees itself and its past, nothing else.
+    Attention is causal, within each sub-sequence of the pack.
     """
 
     def __init__(self, hidden: int, vocabulary: int) -> None:
@@ -96,7 +95,7 @@ class CausalHead(nn.Module):
 
 
 class Model(nn.Module):
-    """Tower, fused embedding and head, wired as ``Step37Model`` wires its own."""
+    """Tower, fused embedding and head, connected as in ``Step37Model``."""
 
     def __init__(self, vocabulary: int, impl: Any) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ class Model(nn.Module):
         self.head = CausalHead(HIDDEN, vocabulary)
 
     def encode(self, images: list[ImageForInsert]) -> list[ImageForInsert]:
-        """The groups with ``image_features`` filled in."""
+        """Run the tower; returns the groups with ``image_features`` set."""
         return [
             ImageForInsert(
                 insert_start_token=group.insert_start_token,
@@ -130,7 +129,7 @@ class Model(nn.Module):
         ]
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        """The mean loss over the tokens that take part in it."""
+        """Compute the mean loss over the tokens that count in it."""
         fused = self.fuse(batch["input_ids"], self.encode(batch["images"]))
         logits = self.head(fused, batch["cu_seqlens"]).float()
         losses = F.cross_entropy(logits, batch["labels"][0], reduction="none")
@@ -139,7 +138,7 @@ class Model(nn.Module):
 
 
 def start_megatron() -> None:
-    """One process is a whole Megatron here, on gloo: its embedding asks for its groups."""
+    """Initialise Megatron with one process, on gloo, because its embedding needs its groups."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -148,7 +147,7 @@ def start_megatron() -> None:
 
 
 def load_packs(device: torch.device, dtype: torch.dtype) -> tuple[list[dict[str, Any]], Any, int]:
-    """All packs of the shipped photographs, ready for the model; the data set; its vocabulary."""
+    """Load all packs of the example photographs; also returns the data set and its vocabulary."""
     provider = Step37Flickr8kSFTDataProvider(
         tokenizer_path=str(HERE / "tokenizer"),
         cache_dir=str(HERE / "flickr8k_mini"),
@@ -177,7 +176,7 @@ def load_packs(device: torch.device, dtype: torch.dtype) -> tuple[list[dict[str,
 
 
 def train(model: Model, batches: list[dict[str, Any]], steps: int) -> list[float]:
-    """AdamW over the packs in turn; losses are read back at the end of an epoch only."""
+    """Train by AdamW over the packs in turn; losses are read only at the end of an epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses: list[Tensor] = []
     start = time.perf_counter()
@@ -196,7 +195,7 @@ def train(model: Model, batches: list[dict[str, Any]], steps: int) -> list[float
 
 
 def check_against_reference(model: Model, batch: dict[str, Any]) -> bool:
-    """Fused path against the reference in float64: output and every gradient."""
+    """Compare output and every gradient of the fused embedding with the reference in float64."""
     with torch.no_grad():
         features = [
             (group.insert_start_token, [group.image_features.detach().requires_grad_()])
@@ -252,7 +251,7 @@ def check_against_reference(model: Model, batch: dict[str, Any]) -> bool:
 
 
 def check_normalize(device: torch.device, impl: Any) -> bool:
-    """``clip_normalize`` against the reference, bit for bit, in every dtype."""
+    """Compare ``clip_normalize`` with the reference, bit for bit, in every dtype."""
     pixels = torch.randint(0, 256, (2, 37, 53, 3), dtype=torch.uint8)
     right = True
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -265,7 +264,7 @@ def check_normalize(device: torch.device, impl: Any) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a small model with the fused embedding.")
-    # The interpreter takes its time; a GPU can as well train until nobody doubts it.
+    # The interpreter is slow; on a GPU more steps cost nothing.
     parser.add_argument("--steps", type=int, default=96 if torch.cuda.is_available() else 48)
     parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="triton")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
@@ -314,7 +313,7 @@ def main() -> int:
 
 
 def draw(batch: dict[str, Any], packs: Any, path: Path) -> str:
-    """Draw the first pack's row map; where it is, or what it would need."""
+    """Draw the first pack's row map; returns where it is, or what is missing to draw it."""
     plan = plan_insert(
         batch["input_ids"],
         [(g.insert_start_token, [IMAGE_ROWS] * len(g.images)) for g in batch["images"]],

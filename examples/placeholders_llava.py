@@ -1,9 +1,10 @@
-"""Any model that fills placeholders by ``masked_scatter``: here LLaVA of ``transformers``, small.
+"""Uses the kernels in a model that fills placeholders by ``masked_scatter``: a small LLaVA.
 
     python -m examples.placeholders_llava
 
-Trains the same model twice, once as it is and once with its last projection and the merge in one
-pass, and prints both losses. Nothing is downloaded. What is this project's is marked 1, 2.
+It trains the same model of ``transformers`` twice, unchanged and with its last projection and the
+merge in one pass, and prints both losses. Nothing is downloaded. The two calls of this project are
+marked 1 and 2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ IMAGE_TOKEN, VOCABULARY, ROWS = 9, 64, 4
 
 
 def build() -> Any:
-    """Two layers of everything; a picture of 28 px is 4 rows."""
+    """Make a LLaVA with two layers in each part; a picture of 28 px has 4 rows."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -44,7 +45,7 @@ def build() -> Any:
 
 
 def fused_embeddings(model: Any, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-    """``[B, S, H]`` with the image rows in their places, as ``LlavaModel.forward`` merges them."""
+    """Return ``[B, S, H]`` with the image rows inserted, as ``LlavaModel.forward`` does."""
     inner, config = model.model, model.config
     encoded = inner.vision_tower(pixel_values, output_hidden_states=True)
     # LLaVA takes the last layer but one, without the class token.
@@ -68,7 +69,7 @@ def batch(seed: int) -> dict[str, Tensor]:
 
 
 def train(model: Any, fused: bool, steps: int = 4) -> list[float]:
-    """Losses of some steps of Adam."""
+    """Train some steps by Adam; returns the losses."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""A picture of a row map: a pack position by position, and the feature row that each received.
+"""Draws a row map: each position of a pack, and the feature row that it received.
 
 Needs Matplotlib (extra ``plots``).
 """
@@ -17,7 +17,7 @@ from step37_kernels import InsertPlan
 COLUMNS = 24
 # In inches.
 CELL_W, CELL_H, GAP, MARGIN, THUMBNAIL = 0.45, 0.27, 0.07, 0.24, 1.3
-# Light enough for letters on them; images take turns, and carry their numbers.
+# Light colours, so that letters are readable. Images use them in turn, and show their numbers.
 IMAGES = ("#a6d4f2", "#f2c9a1", "#a5dcc6", "#e3b9d2", "#f3e89b", "#b9c4e8")
 LOOKS: dict[str, dict[str, Any]] = {
     "feature row": {"facecolor": IMAGES[0]},
@@ -29,16 +29,17 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> Any:
-    """One cell a position, in reading order.
+    """Draw one cell for each position, in reading order.
 
-    A coloured cell holds a feature row, numbered as the plan numbers it, in the colour of its
-    photograph's frame; an amber one is a label that counts in the loss; a bar on the left edge
-    begins a sub-sequence. Feature rows without a destination are counted at the bottom.
+    A coloured cell holds a feature row, with its number in the plan, in the colour of its
+    photograph's frame. An amber cell is a label that counts in the loss. A bar on the left edge
+    marks the beginning of a sub-sequence. The number of feature rows without a destination is at
+    the bottom.
 
     Args:
         pack: packed dictionary of ``pack_samples``.
         plan: of the pack's tokens and images, B = 1.
-        tokenizer: names the text tokens.
+        tokenizer: turns text tokens into text.
 
     Returns:
         The Matplotlib figure.
@@ -49,7 +50,7 @@ def draw_row_map(pack: Mapping[str, Any], plan: InsertPlan, tokenizer: Any) -> A
     counts = [rows for _, group in plan.runs for n, rows in group for _ in range(n)]
     feature_of_row = [k for k, count in enumerate(counts) for _ in range(count)]
     photographs = [entry[0] for entry in pack["image_paths"]]
-    # Padding is a sub-sequence that counts in no loss.
+    # Padding is a sub-sequence that does not count in the loss.
     padded_from = bounds[-1] if any(loss[bounds[-2] :]) else bounds[-2]
 
     width = 2 * MARGIN + COLUMNS * CELL_W

@@ -1,10 +1,12 @@
-"""Train on megatron-core alone, in two processes on the CPU: packs of photographs, a vision tower,
-the fused embedding, a ``GPTModel`` with local layers, and Megatron's data parallelism.
+"""Trains with megatron-core alone, without Megatron-Bridge, in two processes on the CPU.
+
+The model is a vision tower, the fused embedding and a ``GPTModel`` with local layers, under
+Megatron's data parallelism; the data are packs of photographs.
 
     python -m examples.train_megatron_core
 
-The second of the two processes gets a pack without an image now and then: the projector takes part
-in the reduction all the same. Nothing here is about the size or the speed of a real run.
+Some packs of the second process have no image; its projector takes part in the reduction
+nevertheless. Sizes and speed are not those of a real run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class VisionTower(nn.Module):
 
 
 def make_model(vocabulary: int) -> Any:
-    """Tower, fused embedding and ``GPTModel``, wired as ``Step37Model`` wires its own."""
+    """Make tower, fused embedding and ``GPTModel``, connected as in ``Step37Model``."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import MegatronModule
@@ -92,7 +94,7 @@ def make_model(vocabulary: int) -> Any:
             labels: Tensor,
             cu_seqlens: Tensor,
         ) -> Tensor:
-            """Losses ``[1, T]``."""
+            """Compute the losses ``[1, T]``."""
             encoded = [
                 ImageForInsert(
                     insert_start_token=group.insert_start_token,
@@ -125,7 +127,7 @@ def make_model(vocabulary: int) -> Any:
 
 
 def hidden_pairs(cu_seqlens: Tensor, length: int) -> Tensor:
-    """``[1, 1, T, T]``, True where attention must not look: other sub-sequences, the future.
+    """Make the mask ``[1, 1, T, T]``, True for other sub-sequences and for later positions.
 
     For local layers. Transformer Engine takes the ``PackedSeqParams`` of ``model_inputs`` instead.
     """
@@ -136,14 +138,14 @@ def hidden_pairs(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def without_images(pack: dict[str, Any], start_token: int) -> dict[str, Any]:
-    """The pack as a text-only one: no images, and no start token that asks for one."""
+    """Return the pack without images, and without start tokens of images."""
     tokens = pack["tokens"].clone()
     tokens[tokens == start_token] = 0
     return {**pack, "tokens": tokens, "image_paths": []}
 
 
 def make_prefetcher(provider: Step37Flickr8kSFTDataProvider, packs: Any, rank: int) -> Prefetcher:
-    """This rank's packs, round and round; every third one of the second rank has no image."""
+    """Make this rank's packs, without end; every third one of the second rank has no image."""
     schedule = []
     for i in range(ROUNDS * len(packs)):
         pack = packs[(i * WORLD + rank) % len(packs)]
@@ -168,7 +170,7 @@ def make_prefetcher(provider: Step37Flickr8kSFTDataProvider, packs: Any, rank: i
 
 
 def train(rank: int, folder: str) -> list[float]:
-    """Mean losses over both ranks, step by step."""
+    """Train; returns the mean loss over both ranks for each step."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     provider = Step37Flickr8kSFTDataProvider(
@@ -214,7 +216,7 @@ def train(rank: int, folder: str) -> list[float]:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    """One process: start Megatron over gloo, train, and leave the losses in a file."""
+    """Run one process: start Megatron over gloo, train, and write the losses to a file."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 

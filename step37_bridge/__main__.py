@@ -1,4 +1,4 @@
-"""The command ``python -m step37_bridge``: Bridge's ``run_recipe.py`` with our parts in place."""
+"""The command ``python -m step37_bridge``: runs Bridge's ``run_recipe.py`` with our parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Options of ours go before the path; all that follows the path is the script's.
 
 
 def main() -> None:
-    """Read the command line, put the parts in place, and run the script."""
+    """Read the command line, replace Bridge's parts by ours, and run the script."""
     parser = argparse.ArgumentParser(
         prog="python -m step37_bridge",
         usage="%(prog)s [--stock | --compare N] PATH/TO/run_recipe.py [its arguments]",
@@ -50,7 +50,7 @@ def main() -> None:
             f"step37_bridge: there is no file {script}: give the path of run_recipe.py, which is "
             "in scripts/training of Megatron-Bridge's repository and containers, not in its wheel"
         )
-    # Python does so for a script; the current folder, which it has for a module, comes second.
+    # As Python does for a script. The current folder, first for a module, comes second.
     sys.path.insert(0, str(script.resolve().parent))
     sys.argv = given.command
     if given.stock:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _run_with_our_parts(script: Path, compared_steps: int | None) -> None:
-    # Imported here, so that --help and --stock load nothing of ours that is heavy.
+    # Imported here, so that --help and --stock start fast.
     from step37_bridge.callbacks import CompareWithStock
     from step37_bridge.replacing import put_in_bridge
     from step37_data.forward_step import ForwardStep

@@ -1,6 +1,6 @@
-"""Measures what the fused embedding saves: steps of Bridge's own class, then of ours, in one job.
+"""Measures steps with Bridge's embedding, then with the fused one, in one training job.
 
-Megatron is not imported here: its callbacks are any objects with the methods of its ``Callback``.
+Megatron is not imported here: any object with the methods of its ``Callback`` is a callback.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What some training steps took on this rank."""
+    """Time and memory of some training steps on this rank."""
 
     seconds: float
-    """The median of a step."""
+    """Median time of a step."""
     peak_bytes: int | None
-    """The most that tensors took on the device; None without CUDA."""
+    """Peak memory of tensors on the device; None without CUDA."""
 
     def __str__(self) -> str:
         told = f"{1000 * self.seconds:.1f} ms a step"
@@ -47,25 +47,26 @@ class Measured:
 class CompareWithStock:
     """A callback for Megatron-Bridge's training that compares its embedding with the fused one.
 
-    It leaves the first steps alone, measures ``steps`` of them, replaces the embedding in the model
-    (:func:`step37_kernels.megatron.replace_in`), leaves as many steps alone again, measures
-    ``steps`` more, and prints both on the first rank, which has the embedding. Training goes on
-    with the fused embedding. A step is timed from the first microbatch to the optimizer's end, with
-    the device idle at both ends, so a compared step is a little longer than others.
+    After ``warmup`` steps it measures ``steps`` steps with Bridge's embedding. It then replaces the
+    embedding in the model (:func:`step37_kernels.megatron.replace_in`), lets ``warmup`` steps pass
+    again, measures ``steps`` more, and prints both results on the first rank, which has the
+    embedding. Training continues with the fused embedding. A step is timed from the first
+    microbatch to the end of the optimizer, and the device is idle at both ends, so a measured step
+    is a little longer than others.
 
     Start it without :func:`.patch_step37`, and with every step on the same pack
     (``dataset.fixed_pack_idx=0``): otherwise the packs differ, too.
 
     Args:
-        steps: how many are measured, of each kind.
-        warmup: how many are left alone before each, at least 1: kernels are compiled there.
-        **options: of ``replace_in``, the fields of :class:`.InsertOptions`.
+        steps: how many steps are measured with each embedding.
+        warmup: how many steps pass before each measurement, at least 1: kernels are compiled then.
+        **options: options of ``replace_in``, the fields of :class:`.InsertOptions`.
 
     Attributes:
-        results: ``"stock"`` and ``"fused"``, each :class:`Measured` once its steps are over.
+        results: a :class:`Measured` under ``"stock"`` and ``"fused"``, each after its steps.
 
     Raises:
-        ValueError: an argument is none of the values that it may be.
+        ValueError: an argument has a value that is not allowed.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class CompareWithStock:
         """Refuse a training in which there is nothing to compare.
 
         Raises:
-            ValueError: its steps are too few, the model has the fused embedding already, or it
-                replays CUDA graphs.
+            ValueError: the training has too few steps, the model has the fused embedding already,
+                or it replays CUDA graphs.
         """
         state = context.state
         wanted = 2 * (self._warmup + self._steps)
@@ -110,7 +111,7 @@ class CompareWithStock:
             )
 
     def on_train_step_start(self, context: Any) -> None:  # noqa: ARG002 - Bridge passes it
-        """Take the time, unless both kinds of steps have been measured."""
+        """Start timing a step, unless both embeddings have been measured."""
         if len(self.results) == 2:
             return
         if self._left_alone == self._warmup and not self._times and torch.cuda.is_available():
@@ -118,7 +119,7 @@ class CompareWithStock:
         self._began = _now()
 
     def on_train_step_end(self, context: Any) -> None:
-        """Count the step; after the last of a kind, go on to the next kind, or print."""
+        """Count the step; after the last one of an embedding, replace it, or print the results."""
         if self._began is None:
             return
         seconds, self._began = _now() - self._began, None
@@ -144,7 +145,7 @@ class CompareWithStock:
 
 
 def _now() -> float:
-    """Seconds, when all that was launched is done."""
+    """Return the time in seconds, after waiting for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

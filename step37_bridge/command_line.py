@@ -1,4 +1,4 @@
-"""What the two commands of this package share: a type of argument, and lines for the user."""
+"""Helpers of the two commands of this package: an argument type, and lines for the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def at_least_one(text: str) -> int:
-    """An argument of the command line as an integer.
+    """Parse an argument of the command line as an integer of at least 1.
 
     Raises:
         argparse.ArgumentTypeError: it is no integer, or below 1.
@@ -23,9 +23,9 @@ def at_least_one(text: str) -> int:
 
 
 def say(message: str) -> None:
-    """Print a line to stderr, on the first rank alone.
+    """Print a line to stderr, on the first rank only.
 
-    It is not logged, because whether a log shows it depends on a script that has not run yet.
+    It is not logged, because the script that configures logging has not run yet.
     """
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
         print(f"step37_bridge: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How many ranks a job has and needs, before there is a process group."""
+"""Counts the ranks that a job has and needs, before there is a process group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from step37_data.common.checks import checked_int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelSizes:
-    """Over how many ranks a model is split, in each of three ways.
+    """The sizes of tensor, pipeline and expert parallelism of a model.
 
     Experts are never split by tensor parallelism (``expert_tensor_parallel_size`` is 1). The
     context parallel size is 1, because our forward step takes whole packs.
@@ -29,15 +29,15 @@ class ParallelSizes:
             checked_int(field.name, getattr(self, field.name))
 
     def ranks_needed(self) -> int:
-        """The least number of ranks; a job may have any multiple of it."""
-        # Dense layers are split over tensor ranks, experts over expert ranks: the same ranks.
+        """The smallest number of ranks; a job may have any multiple of it."""
+        # The tensor ranks of dense layers and the expert ranks of experts are the same ranks.
         return self.pipeline * math.lcm(self.tensor, self.expert)
 
     def __str__(self) -> str:
         return f"pipeline {self.pipeline} × expert {self.expert} × tensor {self.tensor}"
 
     def check(self, started: int) -> None:
-        """Raise ``ValueError`` where ``started`` ranks cannot hold such a model."""
+        """Raise ``ValueError`` if ``started`` ranks cannot hold such a model."""
         needed = self.ranks_needed()
         if started % needed:
             raise ValueError(
@@ -46,5 +46,5 @@ class ParallelSizes:
 
 
 def ranks_started() -> int:
-    """How many ranks ``torchrun`` or ``srun`` started, as Megatron reads it; 1 without them."""
+    """Return how many ranks ``torchrun`` or ``srun`` started, as Megatron does; 1 without them."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)

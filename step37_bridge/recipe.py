@@ -1,10 +1,10 @@
-"""Fine-tune Step-3.7-Flash by Megatron-Bridge's own recipe, with our embedding, data and step.
+"""Fine-tunes Step-3.7-Flash by Megatron-Bridge's recipe, with our embedding, data and step.
 
     torchrun --nnodes=8 --nproc-per-node=8 -m step37_bridge.recipe --checkpoint /path/to/weights
     torchrun --nproc-per-node=4 -m step37_bridge.recipe --smoke --checkpoint /path/to/weights
 
-It needs Megatron-Bridge with Step-3.7, and no checkout of it. This project's parts come in at the
-places marked 1, 2 and 3; everything else is Bridge's.
+It needs an installed Megatron-Bridge with Step-3.7, but no checkout of it. This project's parts are
+set at the places marked 1, 2 and 3; everything else is Bridge's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from step37_kernels.megatron import patch_step37
 __all__ = ["ParallelSizes", "RecipeOptions", "bridge_recipe", "make_config", "set_parallel_sizes"]
 
 MODEL = "stepfun-ai/Step-3.7-Flash"
-# Newest first; the name has changed with the place.
+# Where Bridge has had its recipes, and their names there; the newest first.
 RECIPES = (
     (RECIPE_MODULES[0], "step37_sft_64gpu_h100_bf16_flickr8k_config"),
     (RECIPE_MODULES[1], "step37_sft_flickr8k_config"),
@@ -37,30 +37,30 @@ SMOKE_RECIPES = (
     (RECIPE_MODULES[1], "step37_sft_flickr8k_smoke_config"),
 )
 FULL_SIZES = ParallelSizes(tensor=1, pipeline=8, expert=8)
-"""Those of Bridge's recipe, for 64 ranks."""
+"""The sizes of Bridge's recipe, for 64 ranks."""
 SMOKE_SIZES = ParallelSizes(tensor=1, pipeline=4, expert=1)
-"""Those of its smoke configuration, for 4 ranks."""
+"""The sizes of Bridge's smoke configuration, for 4 ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
-    """What is to be different from Bridge's recipe."""
+    """The differences from Bridge's recipe."""
 
     smoke: bool = False
-    """Bridge's smoke configuration: one pack over and over, the language model and the vision tower
-    frozen, a high learning rate, so that the loss falls within 100 steps."""
+    """Use Bridge's smoke configuration: the same pack in every step, language model and vision
+    tower frozen, a high learning rate, so that the loss falls within 100 steps."""
     tokenizer: str = MODEL
     """A folder with the model's tokenizer, or a name on the Hugging Face hub."""
     checkpoint: str | None = None
     """A folder with weights converted to Megatron's format; None starts from random ones."""
     data_dir: str | None = None
-    """The folder that holds Flickr8k, or into which it is downloaded; None is the recipe's."""
+    """The folder that holds Flickr8k, or into which it is downloaded; None: as in the recipe."""
     sample_count: int | None = None
-    """The first N samples; None is all of them, and the recipe's 8 for ``smoke``."""
+    """Use the first N samples; None: all, or with ``smoke`` the recipe's 8."""
     train_iters: int = 100
     """Training steps."""
     sizes: ParallelSizes | None = None
-    """Over how many ranks the model is split; None is as in Bridge's recipe."""
+    """The model's parallel sizes; None: as in Bridge's recipe."""
 
     @property
     def parallel_sizes(self) -> ParallelSizes:
@@ -69,26 +69,26 @@ class RecipeOptions:
 
 
 def bridge_recipe(*, smoke: bool = False) -> Any:
-    """Bridge's own configuration for Step-3.7 on Flickr8k, a ``ConfigContainer``.
+    """Return Bridge's own configuration for Step-3.7 on Flickr8k, a ``ConfigContainer``.
 
     Args:
-        smoke: the smoke configuration for 4 GPUs in place of the whole recipe for 64.
+        smoke: return the smoke configuration for 4 GPUs instead of the whole recipe for 64.
 
     Raises:
-        ImportError: none of the places known has it.
+        ImportError: it is in none of the known places.
     """
     module, name = find(SMOKE_RECIPES if smoke else RECIPES)
     return getattr(module, name)()
 
 
 def make_config(options: RecipeOptions) -> Any:
-    """Bridge's recipe with our data set in place of its own, and with ``options``.
+    """Return Bridge's recipe with our data set instead of its own, changed by ``options``.
 
     Args:
-        options: what else is different.
+        options: the other differences.
 
     Returns:
-        A ``ConfigContainer`` of Bridge's, for its ``pretrain``.
+        A ``ConfigContainer`` for Bridge's ``pretrain``.
 
     Raises:
         ImportError: Megatron-Bridge has no recipe for Step-3.7.
@@ -98,7 +98,7 @@ def make_config(options: RecipeOptions) -> Any:
     cfg.train.train_iters = options.train_iters
     cfg.train.micro_batch_size = 1
     cfg.checkpoint.pretrained_checkpoint = options.checkpoint
-    # Packs differ in length, and pipeline stages have to tell each other.
+    # Packs differ in length, so pipeline stages have to send each other the shapes.
     cfg.model.variable_seq_lengths = True
     cfg.model.moe_token_dispatcher_type = "alltoall"
     set_parallel_sizes(cfg.model, options.parallel_sizes)
@@ -112,27 +112,27 @@ def make_config(options: RecipeOptions) -> Any:
         cfg.dataset.sample_count = options.sample_count
     if not options.smoke:
         cfg.dataset.packing = "best_fit"
-        # A data set that is read once ends the training with an error when its packs are used up.
+        # Without this the training would end with an error after one pass over the packs.
         cfg.dataset.dataloader_type = "cyclic"
     return cfg
 
 
 def set_parallel_sizes(model: Any, sizes: ParallelSizes) -> None:
-    """Split a model over ranks.
+    """Set the parallel sizes of a model.
 
     Args:
         model: the ``cfg.model`` of Bridge's recipe.
-        sizes: over how many.
+        sizes: the parallel sizes.
 
     Raises:
-        ValueError: its layers cannot be split into so many pipeline stages, all alike but a
-            smaller last one.
+        ValueError: its layers cannot be divided into so many pipeline stages of equal size, of
+            which only the last may be smaller.
     """
     model.tensor_model_parallel_size = sizes.tensor
     model.pipeline_model_parallel_size = sizes.pipeline
     model.expert_model_parallel_size = sizes.expert
     model.expert_tensor_parallel_size = 1
-    # Megatron requires it of a model with experts and tensor parallelism.
+    # Megatron requires it for models with experts and tensor parallelism.
     model.sequence_parallel = sizes.tensor > 1
     of_a_stage = -(-model.num_layers // sizes.pipeline)
     of_the_last = model.num_layers - of_a_stage * (sizes.pipeline - 1)
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def _parse() -> tuple[RecipeOptions, int | None]:
-    """What the command line asks for, and how many steps of each kind are to be compared."""
+    """Read the command line: the options, and how many steps to compare with each embedding."""
     default = RecipeOptions()
     parser = argparse.ArgumentParser(
         prog="python -m step37_bridge.recipe",

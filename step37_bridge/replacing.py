@@ -1,4 +1,4 @@
-"""The parts of step37 under the names by which Megatron-Bridge's own recipe looks them up."""
+"""Replaces the parts that Megatron-Bridge's own recipe looks up by name with ours."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from step37_bridge.callbacks import CompareWithStock
 from step37_kernels.megatron import patch_step37
 
 STEP_MODULE = "megatron.bridge.models.stepfun.step37_flickr8k_step"
-"""Where Bridge's table of step functions takes ``forward_step`` for ``step37_flickr8k_step``."""
+"""The module from which Bridge imports ``forward_step`` for ``step37_flickr8k_step``."""
 
 RECIPE_MODULES = (
     "megatron.bridge.recipes.stepfun.h100.step37",
     "megatron.bridge.recipes.stepfun.step37",
 )
-"""Where Bridge has had its recipe for Step-3.7, the newest place first."""
+"""The modules in which Bridge has had its recipe for Step-3.7, the newest first."""
 
 PROVIDER = "Step37Flickr8kSFTDataProvider"
-"""The data set provider's name there, and of ours in step37_data."""
+"""The name of the data set provider, in these modules and in step37_data."""
 
 TRAINING_FUNCTIONS = (
-    # This one imports the other by name, and has to have it as it was.
+    # This module imports the other's class by name, so it is imported before that is replaced.
     ("megatron.bridge.training.finetune", "finetune"),
     ("megatron.bridge.training.pretrain", "pretrain"),
 )
 
 
 def find(places: Sequence[tuple[str, str]]) -> tuple[ModuleType, str]:
-    """The first of some places that Megatron-Bridge has.
+    """Find the first of several names that Megatron-Bridge has.
 
     Args:
-        places: names of a module, and of what is looked for in it.
+        places: pairs of a module and a name in it.
 
     Returns:
         The module, imported, and the name in it.
@@ -65,16 +65,16 @@ def find(places: Sequence[tuple[str, str]]) -> tuple[ModuleType, str]:
 def put_in_bridge(
     forward_step: Callable[..., Any], compare: CompareWithStock | None = None
 ) -> tuple[str, ...]:
-    """Let Bridge's recipe train with our embedding, data set and forward step.
+    """Make Bridge's recipe train with our embedding, data set and forward step.
 
-    Nothing is replaced where a name is missing.
+    If a name is missing, nothing is replaced.
 
     Args:
-        forward_step: what to put in place of Bridge's.
-        compare: add this callback to the training, and leave Bridge's embedding for it to replace.
+        forward_step: replaces Bridge's.
+        compare: a callback to add to the training; it replaces Bridge's embedding later itself.
 
     Returns:
-        Each replaced name, dotted, and what it stands for now.
+        The replaced names, dotted, each with what it refers to now.
 
     Raises:
         ImportError: Megatron-Bridge, or a name in it, is missing, or the extra ``data`` of this
@@ -97,7 +97,7 @@ def put_in_bridge(
 
 
 def add_callback(callback: CompareWithStock) -> list[str]:
-    """Let Bridge's training functions call ``callback`` besides those that they are given.
+    """Make Bridge's training functions call ``callback`` in addition to their own callbacks.
 
     Returns:
         The replaced names, dotted, and what they do now.

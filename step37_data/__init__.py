@@ -1,7 +1,7 @@
-"""Packed Flickr8k batches for Step-3.7-Flash: download, tokenise, pack, decode.
+"""Makes packed batches of pictures and captions for the training of Step-3.7-Flash.
 
-The names below load their module on first use, so that ``import step37_data`` costs nothing and
-needs neither transformers nor megatron.
+Each name below loads its module when it is first used, so ``import step37_data`` is fast and needs
+neither transformers nor megatron.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _MODULE_OF = {
 
 __all__ = sorted(_MODULE_OF)
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and refuses other names
+if not TYPE_CHECKING:  # type checkers read the imports above and reject other names
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULE_OF:

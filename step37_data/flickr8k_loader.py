@@ -1,4 +1,4 @@
-"""Image and caption pairs: download Flickr8k (``intro/flickr8k``), or read a folder like it."""
+"""Downloads image and caption pairs of Flickr8k (``intro/flickr8k``), or reads a folder like it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 logger = logging.getLogger(__name__)
 
 _DEFAULT_REPO = "intro/flickr8k"
-# They wait for the file system, not for a core.
+# Threads that read headers of images. They wait for the file system, not for a core.
 _HEADER_READERS = 16
-# Lines of metadata, or missing pictures, in a message.
+# The most lines of metadata, or missing pictures, that a message names.
 _SHOWN = 10
 
 
@@ -40,7 +40,7 @@ class Flickr8kSample:
     """One image file and its caption.
 
     Raises:
-        ValueError: the caption is no text, or text that UTF-8 cannot hold.
+        ValueError: the caption is not a string, or cannot be encoded in UTF-8.
     """
 
     image_path: str
@@ -56,7 +56,7 @@ class Flickr8kSample:
 
 @dataclass(eq=False, repr=False)
 class Step37Flickr8kDataset:
-    """Image and caption pairs as tokenised conversations: the prompt asks, the caption answers.
+    """A data set of image and caption pairs, as conversations of a prompt and an answer, tokenised.
 
     Args:
         samples: what :func:`prepare_flickr8k_samples` returns; at least one.
@@ -83,17 +83,17 @@ class Step37Flickr8kDataset:
             raise ValueError(f"sample {idx} ({sample.image_path}): {error}") from error
 
     def fingerprint(self) -> str:
-        """Names the template, for the cache of lengths."""
+        """Identify the template, for the cache of lengths."""
         return self.template.fingerprint()
 
     def sample_keys(self) -> np.ndarray:
-        """uint64 ``[N, 2]``: what decides a sample's length, hashed.
+        """Return uint64 ``[N, 2]``: a hash of everything that decides a sample's length.
 
-        Prompt and caption; with the template's multicrop also the size of the picture as the
-        template sees it (``as_viewed``), for which the header of every file is read.
+        That is prompt and caption. With the template's multicrop it is also the size of the
+        picture (turned by EXIF if ``as_viewed``), which is read from the header of every file.
         """
         prompt = hashlib.blake2b(self.prompt.encode(), digest_size=16)
-        # A template of the user's own need not know of crops.
+        # A user's own template may have no crops.
         plans = self._plans() if getattr(self.template, "multicrop", False) else None
         digests = bytearray()
         for number, sample in enumerate(self.samples):
@@ -105,7 +105,7 @@ class Step37Flickr8kDataset:
         return np.frombuffer(bytes(digests), dtype="<u8").reshape(-1, 2)
 
     def vision_tokens(self) -> np.ndarray:
-        """int64 ``[N]``: rows of all images and crops of a sample, the work of the vision tower."""
+        """Return int64 ``[N]``: feature rows of each sample, the work of the vision tower."""
         rows = np.full(len(self.samples), self.template.image_token_count, dtype=np.int64)
         if self.template.multicrop:
             rows += [self.template.patch_token_count * len(plan.windows) for plan in self._plans()]
@@ -114,7 +114,7 @@ class Step37Flickr8kDataset:
     def _plans(self) -> list[CropPlan]:
         rewrite = self.template.path_rewrite_fn or str
         paths = [rewrite(str(sample.image_path)) for sample in self.samples]
-        # A template of the user's own need not know of it.
+        # A user's own template may not have this attribute.
         as_viewed = getattr(self.template, "as_viewed", False)
         plan = functools.partial(plan_file, as_viewed=as_viewed)
         return map_threads(plan, paths, _HEADER_READERS)
@@ -133,14 +133,14 @@ def pack_captions(
     seqlen_divisible_by: int = 64,
     **settings: Any,
 ) -> MixedPackedDataloader:
-    """Packs of image and caption pairs, each pair drawn once.
+    """Make packs of image and caption pairs; each pair occurs once.
 
     Args:
         samples: what :func:`prepare_flickr8k_samples` or :func:`read_flickr8k_metadata` returns.
         template: turns a conversation into a sample.
         prompt: the user's text, after the image.
         seqlen_divisible_by: the length of a pack is a multiple of this.
-        settings: by keyword, what :class:`MixedPackedDataloader` takes; ``max_length`` at least.
+        settings: keywords of :class:`MixedPackedDataloader`; ``max_length`` is required.
 
     Raises:
         ValueError: as for :class:`MixedPackedDataloader`; or ``seqlen_divisible_by`` is no integer
@@ -164,15 +164,14 @@ def get_flickr8k_dataset_file(
     revision: str | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """Path of one file of the data set under ``cache_dir``, downloaded if it is not there.
+    """Return the path of one file of the data set under ``cache_dir``; download it if missing.
 
-    ``hf_hub_download`` writes beside the final place and moves the whole file there. Where the hub
-    limits requests, breaks off or is down for a moment, the hub's client waits, says so in its log
-    and asks again: as long as the hub asks it to, five times in a row at most. A file that is
-    empty, or whose hash is not the one that the hub gave when it was downloaded, is downloaded
-    again.
+    ``hf_hub_download`` writes to a temporary file and moves it to its place when it is complete. If
+    the hub limits requests, breaks off or is down for a moment, the hub's client logs that, waits
+    as long as the hub asks it to, and tries again, at most five times in a row. A file that is
+    empty, or whose hash differs from the one recorded at its download, is downloaded again.
 
-    Threads may fetch different files at a time; processes must take turns (see
+    Several threads may fetch different files at the same time; processes must take turns (see
     :func:`prepare_flickr8k_samples`).
 
     Args:
@@ -185,8 +184,8 @@ def get_flickr8k_dataset_file(
     Raises:
         ValueError: ``filename`` leaves ``cache_dir``, by its name or by a link.
         FileNotFoundError: the hub has no such file, revision or data set, or is out of reach.
-        OSError: the hub still limits requests or reports an error of its own after the client has
-            waited, or it gave what does not fit its hash, twice.
+        OSError: after the client's waiting the hub still limits requests or reports a server error,
+            or a downloaded file did not match its hash twice.
     """
     folder = HubFolder(repo_id=repo_id, cache_dir=cache_dir, revision=revision, endpoint=endpoint)
     return Path(folder.fetch(filename))
@@ -201,7 +200,7 @@ def prepare_flickr8k_samples(
     cache_dir: str | Path = ".cache/step37_flickr8k",
     **hub: Any,
 ) -> list[Flickr8kSample]:
-    """The first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
+    """Return the first ``sample_count`` image and caption pairs, in the order of ``metadata.csv``.
 
     What ``cache_dir`` lacks is downloaded, several files at a time; what is there and fits its hash
     is not asked for again, so a filled cache works offline and an interrupted download continues.
@@ -211,9 +210,9 @@ def prepare_flickr8k_samples(
     group only global rank 0 downloads, then one rank of every node whose cache lacks something;
     all return together, or fail together with the error of the rank that failed.
 
-    A folder of your own, whose ``metadata.csv`` did not come from the hub, has to be complete:
-    nothing is downloaded into it from the default data set. With another ``repo_id``, its missing
-    pictures are downloaded from there.
+    Your own folder, whose ``metadata.csv`` did not come from the hub, has to be complete: nothing
+    is downloaded into it from the default data set. With another ``repo_id``, its missing pictures
+    are downloaded from that data set.
 
     Rows without a caption or file name are skipped, counted and logged.
 
@@ -223,7 +222,7 @@ def prepare_flickr8k_samples(
         sample_count: how many pairs; None is all.
         caption_key: column of the caption.
         cache_dir: local folder that mirrors the data set; ``~`` is expanded.
-        hub: by keyword, what else says how files are downloaded: ``revision`` (branch, tag or
+        hub: further keywords, about downloads: ``revision`` (branch, tag or
             commit; None is the default branch; one cache folder holds one data set at one
             revision), ``endpoint`` (URL of the hub; None is the one ``huggingface_hub`` is set to),
             ``max_workers`` (files downloaded at a time, 8) and ``progress`` (show a progress bar
@@ -235,7 +234,7 @@ def prepare_flickr8k_samples(
         ValueError: ``metadata.csv`` cannot be read (see :func:`read_flickr8k_metadata`),
             ``sample_count`` is no integer of at least 1, or ``cache_dir`` holds another data set or
             revision.
-        FileNotFoundError: pictures of your own folder are missing; or as below.
+        FileNotFoundError: pictures are missing in your own folder; or as below.
         FileNotFoundError, OSError: as for :func:`get_flickr8k_dataset_file`.
     """
     if sample_count is not None:
@@ -243,7 +242,7 @@ def prepare_flickr8k_samples(
     folder = HubFolder(repo_id=repo_id, cache_dir=cache_dir, **hub)
     listing = f"{split}/metadata.csv"
     metadata = Path(folder.path_of(listing))
-    # Read once, as soon as it is there.
+    # Read once, when it has been downloaded.
     read = functools.cache(
         functools.partial(read_flickr8k_metadata, metadata, caption_key, sample_count)
     )
@@ -281,7 +280,7 @@ def prepare_flickr8k_samples(
 
 
 def _told_missing(metadata: Path, flaws: Mapping[str, str]) -> str:
-    """The message about pictures that the user's own folder lacks."""
+    """Write the message about pictures that are missing in the user's own folder."""
     listed = []
     spell = _Speller()
     for path, flaw in list(flaws.items())[:_SHOWN]:
@@ -296,13 +295,13 @@ def _told_missing(metadata: Path, flaws: Mapping[str, str]) -> str:
 
 
 class _Speller:
-    """Finds files whose name is written a little differently from the one that was asked for."""
+    """Finds files whose name differs from a missing one only in case or Unicode form."""
 
     def __init__(self) -> None:
         self._listed: dict[str, dict[str, str]] = {}
 
     def similar(self, folder: str, name: str) -> str:
-        """Text that names the file with another spelling of ``name``; empty if there is none."""
+        """Return a text that names a file spelt like ``name``; empty if there is none."""
         found: list[str] = []
         for part in name.split("/"):
             inside = "/".join([folder, *found])
@@ -324,23 +323,23 @@ class _Speller:
         if folder not in self._listed:
             try:
                 names = os.listdir(folder)
-            except OSError:  # it is no folder: there is nothing in it
+            except OSError:  # not a folder, so there is nothing in it
                 names = []
             self._listed[folder] = {_folded(name): name for name in names}
         return self._listed[folder]
 
 
 def _folded(name: str) -> str:
-    """The same text for names that differ in case or in the form of Unicode only."""
+    """Fold case and Unicode form, so that names which differ only in these become equal."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def read_flickr8k_metadata(
     metadata: Path, caption_key: str = "caption_0", sample_count: int | None = None
 ) -> list[Flickr8kSample]:
-    """Image and caption pairs that a ``metadata.csv`` lists, whether or not the images are there.
+    """Read the image and caption pairs of a ``metadata.csv``; the images need not exist.
 
-    Rows without a caption or file name, short ones among them, are skipped; how many is logged.
+    Rows without a caption or file name, such as short rows, are skipped; their number is logged.
 
     Raises:
         ValueError: ``sample_count`` is no integer of at least 1; a file name leaves the folder of
@@ -375,24 +374,24 @@ def read_flickr8k_metadata(
 
 
 def _rows(metadata: Path, caption_key: str, problems: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Number of its last line, file name and caption of every row of a CSV file.
+    """Yield the number of the last line, the file name and the caption of every row of a CSV file.
 
-    A cell that is not there is an empty text. Rows with surplus cells are ``problems``.
+    A missing cell gives an empty text. Rows with surplus cells are added to ``problems``.
     """
     with metadata.open(encoding="utf-8-sig", newline="") as file:
-        # Strict: else a quote that is not closed takes in all rows up to the next one.
+        # Strict: otherwise a quote that is not closed includes all rows up to the next quote.
         rows = csv.reader(file, strict=True)
         first = 1
         try:
             header = next(rows, [])
             width = len(header)
-            # Of two columns of one name the last counts; a column that is not there has no cells.
+            # Of two columns with one name the last is used; a missing column has no cells.
             column = {name: number for number, name in enumerate(header)}
             name_at, caption_at = (column.get(key, width) for key in ("file_name", caption_key))
             nothing = [""] * (width + 1)
             first = rows.line_num + 1
             for cells in rows:
-                # A comma at the end of a row makes an empty cell, which holds no text to lose.
+                # A comma at the end of a row makes an empty surplus cell, which does no harm.
                 if len(cells) > width and any(cell.strip() for cell in cells[width:]):
                     told = f"expected the {width} cells of the header, got {cells}"
                     problems.append(f"line {rows.line_num}: {told}; quote a text with a comma")

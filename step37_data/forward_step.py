@@ -1,6 +1,6 @@
-"""The forward step of Megatron-Bridge for packed Flickr8k, with the next packs in the making.
+"""A forward step for Megatron-Bridge on packed batches, which prepares the next packs ahead.
 
-Megatron is imported inside the functions that need it, so that importing this module does not.
+Megatron is imported inside the functions that need it, not with this module.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What one chunk of the model needs of a pack.
+    """Says what one chunk of the model needs of a pack.
 
-    ``pre_process`` and ``post_process`` are the chunk's own, so virtual pipeline stages count.
+    ``pre_process`` and ``post_process`` are read from the chunk: with virtual pipeline stages a
+    rank has several.
     """
 
     pre_process: bool
-    """Embeds tokens and images."""
+    """Whether the chunk embeds tokens and images."""
     post_process: bool
-    """Computes the loss."""
+    """Whether the chunk computes the loss."""
     divisible_by: int
     """The packed length is padded to a multiple of this."""
     mask_part: tuple[int, int] | None = None
@@ -56,14 +57,14 @@ class Stage:
 def model_inputs(
     batch: Mapping[str, Any], stage: Stage, *, preprocess: Callable[[Any], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The arguments of ``Step37Model.forward`` for one pack.
+    """Make the arguments of ``Step37Model.forward`` for one pack.
 
-    The packed length T is padded to a multiple of ``stage.divisible_by``; what is added is a
-    sub-sequence of its own, on every stage alike: tokens 0, labels −100, no loss.
+    The packed length T is padded to a multiple of ``stage.divisible_by``, on every stage in the
+    same way, by one more sub-sequence: tokens 0, labels −100, no loss.
 
     Args:
         batch: as ``pack_samples`` gives it, tensors on the host.
-        stage: the chunk.
+        stage: what the chunk needs.
         preprocess: ``preprocess_packed_batch`` with everything but the batch given.
 
     Returns:
@@ -90,7 +91,7 @@ def model_inputs(
     cu_seqlens = prepared["cu_seqlens"].to(torch.int32)
     if padding:
         cu_seqlens = F.pad(cu_seqlens, (0, 1), value=length + padding)
-    # Where the batch came from the host, so did this: reading it waits for nothing.
+    # If the batch came from the host, this is there too, and reading it does not wait.
     longest = max(int(prepared["max_seq_len"]), padding)
     inputs: dict[str, Any] = {
         "input_ids": None,
@@ -128,14 +129,13 @@ def _packed_seq_params(cu_seqlens: torch.Tensor, longest: int) -> Any:
 class ForwardStep:
     """A forward step for Megatron-Bridge's ``pretrain`` or ``finetune``.
 
-    Reads packs from the data iterator, prepares them ahead of the model (decode threads, upload,
-    resize), and runs the model on one. The host waits for nothing but a pack that is not ready.
+    It reads packs from the data iterator, prepares them ahead (decode threads, upload, resize), and
+    runs the model on one of them. The host waits only if a pack is not ready.
 
-    Reading ahead is safe only where nobody else can tell: inside Megatron's ``RerunDataIterator``,
-    as Bridge gives it. What that wraps is replaced by a :class:`step37_data.prefetch.ReadAhead`, so
-    that whoever takes a pack (Bridge when it skips an iteration, Megatron when it rewinds) gets the
-    one it would have got. Any other iterator is read when a pack is asked for, and so is one that
-    saves its own state.
+    Packs are read ahead only if the data iterator is Megatron's ``RerunDataIterator``, as Bridge
+    passes it. The iterator inside is replaced by a :class:`step37_data.prefetch.ReadAhead`, so that
+    Bridge, when it skips an iteration, and Megatron, when it rewinds, still get the right pack. Any
+    other iterator, and one that saves its own state, is read when the pack is needed.
 
     The routers of a model's experts are told which positions are padding, where its forward takes
     ``padding_mask``: padding then counts neither in their losses nor in their expert bias. With
@@ -145,16 +145,15 @@ class ForwardStep:
     ``cfg.train.micro_batch_size`` 1; context parallel size 1.
 
     Args:
-        prefetch_depth: packs in the making beyond the one in use; 0 prepares each when it is
-            asked for.
+        prefetch_depth: packs prepared beyond the one in use; 0 prepares each when it is needed.
         only_pp_first_stage: see :func:`~step37_data.preprocess.preprocess_packed_batch`.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords:
-            ``device``, where the model is, ``dtype``, ``on_broken``, ``threads`` and so on; but not
-            the sizes, which the data set knows. Leave out ``as_viewed``: the packs say what the
-            data set's ``as_viewed`` was.
+            ``device`` (where the model is), ``dtype``, ``on_broken``, ``threads`` and others, but
+            not the sizes, which are those of the data set. Leave out ``as_viewed``: packs carry the
+            value of the data set.
 
     Raises:
-        ValueError: ``prefetch_depth`` is negative, or an option none of the values that it may be.
+        ValueError: ``prefetch_depth`` is negative, or an option has a value that is not allowed.
         TypeError: there is no such option, or the data set decides it.
     """
 
@@ -169,7 +168,7 @@ class ForwardStep:
         for name in ("image_size", "patch_image_size"):
             if name in options:
                 raise TypeError(f"{name}: the data set decides it (cfg.dataset.{name})")
-        # Here, and not at the first step, an option that does not exist is found.
+        # So an option that does not exist is an error here, not at the first step.
         self._device = ImageOptions(**options).device
         self._preprocess = functools.partial(
             preprocess_packed_batch,
@@ -185,16 +184,16 @@ class ForwardStep:
 
         Args:
             state: Megatron-Bridge's ``GlobalState``.
-            data_iterator: gives packed dictionaries.
+            data_iterator: an iterator of packed dictionaries.
             model: a chunk of ``Step37Model``, wrapped or not.
-            return_schedule_plan: give the plan for overlapped expert communication in place of
+            return_schedule_plan: return the plan for overlapped expert communication instead of
                 the output.
 
         Returns:
             The output (the losses ``[1, T]`` on the last chunk) and Bridge's masked loss function.
 
         Raises:
-            ValueError: the model or the batch is not what this step can run.
+            ValueError: this step cannot run the model or the batch.
         """
         from megatron.bridge.training.losses import create_masked_next_token_loss_function
 
@@ -211,7 +210,7 @@ class ForwardStep:
         return output, loss_function
 
     def close(self) -> None:
-        """End the threads; the data iterators go on without. Idempotent."""
+        """End the threads; the data iterators continue without them. May be called again."""
         for ahead in self._ahead:
             ahead.close()
         self._ahead.clear()
@@ -279,7 +278,7 @@ def _mask_part(chunk: Any, tensor_parallel: Any) -> tuple[int, int] | None:
 
 
 def _may_be_read_ahead(data_iterator: Any) -> bool:
-    """Whether all who take packs take them from this object, and none from what it wraps."""
+    """Whether all readers of packs read from this object, and none from the iterator inside."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     if not isinstance(data_iterator, RerunDataIterator):

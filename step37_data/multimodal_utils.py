@@ -1,4 +1,4 @@
-"""The names of Megatron-Bridge's module of this name, for imports from it."""
+"""Offers the names of Megatron-Bridge's module ``multimodal_utils``, for code that imports them."""
 
 from step37_data.common.image_entry import IMAGE_ITEM_TYPE, PATCH_ITEM_TYPE  # noqa: F401
 from step37_data.preprocess import RopeArgs as RopeArgsFn  # noqa: F401

@@ -1,4 +1,4 @@
-"""Turns the samples of a pack into one dictionary of tensors."""
+"""Concatenates the samples of a pack into one dictionary of tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _INT32_MAX = 2**31 - 1
 
 
 def get_position_id_from_cu_seqlens(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Positions that count from 0 in every sub-sequence.
+    """Return positions that count from 0 in every sub-sequence.
 
     Args:
         cu_seqlens: ``[n + 1]`` integers, 0 first, rising to the total length T.
 
     Returns:
-        int64 ``[T]`` on the same device; ``[0, 3, 5]`` gives ``[0, 1, 2, 0, 1]``. They are counted
-        on the host: bounds on a CUDA device are fetched, which waits for the device.
+        int64 ``[T]`` on the same device; ``[0, 3, 5]`` gives ``[0, 1, 2, 0, 1]``. They are computed
+        on the host. If the bounds are on a CUDA device, the host waits for them.
 
     Raises:
-        ValueError: the bounds have another shape, do not start at 0, or fall somewhere.
+        ValueError: the bounds have another shape, do not start at 0, or decrease.
     """
     bounds = cu_seqlens.numpy(force=True).astype(np.int64)
     if bounds.ndim != 1 or len(bounds) == 0 or bounds[0] != 0 or (np.diff(bounds) < 0).any():
@@ -47,8 +47,8 @@ def pack_samples(
     """Pack samples into one next-token-prediction batch.
 
     A sample of n tokens gives n − 1 positions: inputs ``tokens[:-1]``, labels ``tokens[1:]``, loss
-    mask ``loss_mask[1:]``. Where the total is no multiple of ``seqlen_divisible_by``, a padding
-    sub-sequence without loss fills it up. ``pieces`` is left as it is.
+    mask ``loss_mask[1:]``. If the total is no multiple of ``seqlen_divisible_by``, a sub-sequence
+    of padding without loss is added. ``pieces`` is not changed.
 
     Args:
         pieces: samples with ``tokens`` ``[n]``, ``loss_mask`` ``[n]``, ``image_paths`` (a list
@@ -56,17 +56,17 @@ def pack_samples(
             read; absent means False).
         seqlen_divisible_by: the packed length T is a multiple of this.
         pad_token_id: token of the padding.
-        start_token_ids: tokens that mark an image or crop. Padding with one of them would be taken
-            for images, so it is refused. A mapping also says how many positions after such a token
-            its image fills, ``{image start: 169, crop start: 81}``. Then a sample that was cut is
-            refused, too: inside an image, whose rows would fill the next sample, or before one,
-            whose file would be taken for the next.
+        start_token_ids: tokens that mark an image or crop. They are refused as padding, which would
+            be taken for images. A mapping also holds the number of positions that the image or crop
+            fills after its token, ``{image start: 169, crop start: 81}``. With a mapping, samples
+            that were cut are refused: if cut inside an image, its rows would go into the next
+            sample; if before an image, its file would be used for the next sample.
 
     Returns:
         ``tokens``, ``labels`` int64 ``[T]``; ``loss_masks`` float32 ``[T]``; ``cu_seqlens`` int32
         ``[sub-sequences + 1]``; ``max_seq_len`` int64 scalar tensor; ``position_id`` int64
-        ``[T]``; ``image_paths`` of all samples in order; and ``as_viewed``, True, if it is so of
-        the samples.
+        ``[T]``; ``image_paths`` of all samples in order; and ``as_viewed``, True, if the samples
+        have it.
 
     Raises:
         ValueError: no pieces, tokens that are no integers, a loss mask of another length than its
@@ -115,13 +115,14 @@ def pack_samples(
 def _checked(
     where: str, piece: Mapping[str, Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], Sequence[Any]]:
-    """Tokens, loss mask and paths of one sample.
+    """Check one sample; returns its tokens, loss mask and paths.
 
-    NumPy from here on: torch would start threads for a few thousand elements, in every worker.
+    They are NumPy arrays, because torch would start threads for a few thousand elements, in every
+    worker.
     """
     tokens, mask = torch.as_tensor(piece["tokens"]), torch.as_tensor(piece["loss_mask"])
     paths = piece.get("image_paths", ())
-    # An empty list is a float tensor for torch.
+    # torch makes a float tensor of an empty list.
     if tokens.numel() and (tokens.is_floating_point() or tokens.is_complex()):
         raise ValueError(f"{where}: expected integer tokens, got {tokens.dtype}")
     if tokens.ndim != 1 or tokens.shape != mask.shape:
@@ -135,7 +136,7 @@ def _checked(
 def _check_images(
     where: str, tokens: npt.NDArray[np.int64], spans: Mapping[int, int], files: int
 ) -> None:
-    last = len(tokens) - 2  # of the inputs, tokens[:-1]
+    last = len(tokens) - 2  # index of the last input; inputs are tokens[:-1]
     count = 0
     for token, rows in spans.items():
         starts = np.flatnonzero(tokens == token)

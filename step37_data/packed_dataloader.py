@@ -1,4 +1,4 @@
-"""Packs of samples from one or several data sets, as one map-style data set."""
+"""Draws samples from one or several data sets and offers packs of them as one data set."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from step37_data.packing import (  # noqa: F401  Packing is offered here, too
 
 logger = logging.getLogger(__name__)
 
-# Megatron-Bridge's seeds: 1234 between the data sets, 1234 + i inside data set i.
+# Megatron-Bridge's seeds: 1234 to choose the data set, 1234 + i inside data set i.
 _SEED = 1234
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """How full the packs of a packing are.
+    """Says how full packs are.
 
     Attributes:
-        tokens: int64 ``[P]``, tokens in each pack, before padding.
+        tokens: int64 ``[P]``, tokens of each pack, before padding.
         samples: number of samples in the packs.
         dropped: samples left out because they are longer than a pack.
         capacity: tokens of a pack.
@@ -50,14 +50,14 @@ class Fill:
 
     @classmethod
     def of(cls, sizes: np.ndarray, result: PackingResult, capacity: int) -> Fill:
-        """How full the packs of ``result`` are with samples of these ``sizes``, ``[N]``."""
+        """Compute how full the packs of ``result`` are, from the samples' ``sizes``, ``[N]``."""
         bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
         tokens = bounds[result.starts + result.counts] - bounds[result.starts]
         return cls(tokens, int(result.counts.sum()), result.num_droped, capacity)
 
     @property
     def share(self) -> float:
-        """Part of all packs' capacity in use, 0 to 1; an oversize sample's pack counts as full."""
+        """The used part of the capacity, 0 to 1; a pack of an oversize sample counts as full."""
         return float(self.tokens.sum() / np.maximum(self.tokens, self.capacity).sum())
 
     def __str__(self) -> str:
@@ -67,14 +67,14 @@ class Fill:
 
 
 class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
-    """Packs of samples; pack ``i mod n`` is the same on every call, in every process.
+    """A data set of packs: item i is pack ``i mod n``, the same on every call and in every process.
 
     The schedule is made once: data set i is drawn in proportion to ``epochs[i] × len(datasets[i])``
     (``int`` of their sum draws in all), each data set in its own order, and the samples drawn are
-    packed. By default it is, sample for sample, the schedule of Megatron-Bridge's class.
+    packed. By default the schedule equals that of Megatron-Bridge's class, sample for sample.
 
     Use it as a map-style data set under any sampler (Megatron's with its consumed samples, a torch
-    ``DataLoader``), or let :meth:`iterate` walk through it and keep the position.
+    ``DataLoader``), or iterate with :meth:`iterate`, which keeps the position.
 
     Args:
         datasets: map-style data sets; ``len(sample)`` is a sample's length in tokens.
@@ -84,8 +84,8 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
             ``"extend"`` gives each a pack of its own.
         transform: applied to the list of a pack's samples, such as ``pack_samples``.
         dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
-        collate_fn: kept for whoever makes a torch ``DataLoader`` of this, as Megatron-Bridge does.
-        settings: by keyword, the rest of :class:`~step37_data.packing.ScheduleSettings`:
+        collate_fn: kept as an attribute; Megatron-Bridge passes it to its torch ``DataLoader``.
+        settings: further keywords, the rest of :class:`~step37_data.packing.ScheduleSettings`:
             ``packing``, ``packing_window``, ``balance_group``, ``lengths_cache_dir``,
             ``probe_workers``, ``progress`` and ``together``. With ``packing="balanced"`` every data
             set has a ``vision_tokens()``, int64 ``[N]``.
@@ -140,7 +140,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         balanced = self.settings.packing == "balanced"
         loads = self._vision_tokens(domains, indices) if balanced else ()
         order, self.packing_result = pack_as(self.settings, sizes, loads)
-        # Reordered in place of the draws, so that pack ranges are slices in every case.
+        # The draws are reordered here, so that every pack is a slice of them.
         domains, indices, sizes = domains[order], indices[order], sizes[order]
         if self.packing_result.num_packed_samples == 0:
             raise ValueError(f"nothing was packed: no sample fits in a pack of {max_length} tokens")
@@ -153,7 +153,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         logger.info("%s: %s", self.settings.packing, fill)
 
     def _measure(self, digest: hashlib.blake2b) -> list[np.ndarray]:
-        """The lengths of every data set; the keys of its samples go into ``digest``."""
+        """Return the lengths of every data set; adds the keys of its samples to ``digest``."""
         lengths = []
         for number, dataset in enumerate(self.datasets):
             keys = None
@@ -184,7 +184,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
     @property
     def piece_order(self) -> list[tuple[int, int]]:
-        """``(data set, sample)`` of every draw, as the replaced class has it: made anew."""
+        """``(data set, sample)`` of every draw, in the replaced class's form; a new list."""
         return self._pairs(slice(None))
 
     def _pairs(self, rows: slice) -> list[tuple[int, int]]:
@@ -195,7 +195,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         return self.packing_result.num_packed_samples
 
     def __iter__(self) -> Iterator[Any]:
-        """Every pack once. Without it a ``for`` loop would never end: indices count modulo."""
+        """Yield every pack once. Without this a ``for`` loop would not end: every index works."""
         return (self[idx] for idx in range(len(self)))
 
     def __getitem__(self, idx: int) -> Any:
@@ -219,40 +219,40 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         return slice(start, start + int(self.packing_result.counts[number]))
 
     def pieces(self, idx: int) -> list[tuple[int, int]]:
-        """``(data set, index in it)`` of every sample of pack ``idx mod n``."""
+        """Return ``(data set, index in it)`` of every sample of pack ``idx mod n``."""
         return self._pairs(self._rows(idx))
 
     def pack_sizes(self) -> np.ndarray:
-        """int64 ``[packs]``: tokens in each pack, before padding."""
+        """Return int64 ``[packs]``: tokens in each pack, before padding."""
         return Fill.of(self.piece_sizes, self.packing_result, self.max_length).tokens
 
     def iterate(self, *, dp_rank: int = 0, dp_size: int = 1, **loading: Any) -> _Stream:
-        """Packs for one data-parallel rank, from :attr:`position` on, without end.
+        """Iterate over the packs of one data-parallel rank, from :attr:`position` on, without end.
 
-        A step takes ``dp_size`` packs, rank r the r-th of them, as Megatron's sampler deals out
-        micro-batches of one. :attr:`position` counts the packs of all ranks and moves on with
-        every pack handed out here, not with those that workers have prefetched: a state saved
-        between two steps continues with the next step, under any ``dp_size``.
+        A step takes ``dp_size`` packs, and rank r gets the r-th of them, as from Megatron's sampler
+        with a micro-batch size of 1. :attr:`position` counts packs of all ranks. It advances with
+        every pack returned here, not with packs that workers have prefetched: a state saved between
+        two steps continues with the next step, under any ``dp_size``.
 
-        A pack that fails raises what its data set raised and counts as handed out; the next call
-        goes on with the pack after it. ``close()`` of what is returned ends the workers.
+        If a pack fails, the error of its data set is raised; the next call continues with the pack
+        after it. Call ``close()`` on the returned iterator to end its workers.
 
         Args:
-            dp_rank, dp_size: which rank of how many.
-            loading: of torch's ``DataLoader``: ``num_workers`` processes that prepare packs ahead,
-                ``prefetch_factor`` packs each, how they start (``multiprocessing_context``) and so
-                on; 0 workers prepare in this process. A pack is a batch: what would sample or
-                collate others is a ``TypeError``.
+            dp_rank, dp_size: this data-parallel rank, and the number of ranks.
+            loading: keywords of torch's ``DataLoader``, such as ``num_workers`` processes that
+                prepare packs ahead (0: this process does), ``prefetch_factor`` packs for each, and
+                ``multiprocessing_context``, how processes are started. Keywords that would choose
+                samples or collate them are a ``TypeError``, since a pack is a batch already.
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank: expected 0 to {dp_size - 1}, got {dp_rank}")
-        # torch's own conversion would turn the (path, item type) tuples into lists.
+        # torch's default conversion would turn the (path, item type) tuples into lists.
         whole: Any = {"sampler": None, "batch_size": None, "collate_fn": _as_it_is}
         load = functools.partial(torch.utils.data.DataLoader, self, **whole, **loading)
         return _Stream(self, load, self.position + dp_rank, dp_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where :meth:`iterate` stands, and which schedule that is a position in."""
+        """Return the position of :meth:`iterate`, and the fingerprint of the schedule."""
         return {"position": self.position, "schedule": self.schedule_fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,7 +260,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 
         Raises:
             ValueError: the state belongs to another schedule (other data sets, epochs, sampling,
-                lengths or packing), where the position would mean other packs; or it is no state.
+                lengths or packing), in which the position means other packs; or it is no state.
         """
         checked_state(state_dict, "position", "schedule")
         if state_dict["schedule"] != self.schedule_fingerprint():
@@ -268,10 +268,10 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
         self.position = checked_int("state_dict: position", state_dict["position"], least=0)
 
     def schedule_fingerprint(self) -> str:
-        """Hex digest of which sample stands where in which pack.
+        """Return a hex digest of the schedule: which sample is where in which pack.
 
-        A sample is known by its place and length, and in a :class:`KeyedDataset` by its key. Keys
-        of ``Step37Flickr8kDataset`` leave out the path: files may move between two runs.
+        A sample is identified by its index and length, and in a :class:`KeyedDataset` by its key.
+        Keys of ``Step37Flickr8kDataset`` do not contain the path, so files may be moved.
         """
         return self._fingerprint
 
@@ -279,7 +279,7 @@ class MixedPackedDataloader(torch.utils.data.Dataset[Any]):
 def draw_schedule(
     lengths: Sequence[np.ndarray], weights: Sequence[float], strategies: Sequence[Sampling]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw ``int(sum(weights))`` samples.
+    """Draw ``int(sum(weights))`` samples from several data sets.
 
     Args:
         lengths: per data set, int64 ``[N_i]``.
@@ -313,7 +313,7 @@ def _as_it_is(pack: Any) -> Any:
 
 @dataclass(eq=False, repr=False)
 class _Stream(Iterator[Any]):
-    """What ``iterate`` gives: an error leaves it usable, which a generator would not be."""
+    """The iterator of ``iterate``. Unlike a generator, it can be used again after an error."""
 
     _packs: MixedPackedDataloader
     _load: Callable[..., torch.utils.data.DataLoader[Any]]
@@ -327,8 +327,8 @@ class _Stream(Iterator[Any]):
         try:
             packed = next(self._loaded)
         except BaseException as error:
-            # Loaded anew: after an interrupt the pack may be lost, and a DataLoader goes on
-            # without the packs of a worker that died.
+            # Start a new DataLoader: after an interrupt a pack may be lost, and the old one skips
+            # the packs of a worker that died.
             self._loaded = None
             if isinstance(error, Exception):
                 self._advance()
@@ -337,7 +337,7 @@ class _Stream(Iterator[Any]):
         return packed
 
     def close(self) -> None:
-        """End the worker processes; the next call would start others."""
+        """End the worker processes; another ``next`` starts new ones."""
         self._loaded = None
 
     def _advance(self) -> None:

@@ -1,9 +1,9 @@
-"""Which samples share a pack.
+"""Decides which samples share a pack, from their lengths.
 
 ``pack`` is greedy next-fit over the order given and never splits a sample; ``pack_best_fit`` may
-reorder samples inside a window and fills packs better; ``pack_balanced`` fills them as well and
-deals out the work of the vision tower evenly. All take lengths and return index ranges; none
-touches a sample.
+reorder samples inside a window and fills packs better; ``pack_balanced`` fills them equally
+well and also gives them nearly equal work for the vision tower. All take lengths and return index
+ranges; none reads a sample.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Sampling = Literal["sequential", "random"]
 Integers = Sequence[int] | np.ndarray
 _Packs = list[list[int]]
 
-# Samples worked on at a time: bounds the temporary arrays, which would else be most of the memory.
+# Samples processed at a time. This bounds the temporary arrays, the largest use of memory here.
 _BLOCK = 1 << 18
-# Balanced packing: how much a tight fit counts, tried in turn until enough packs are full.
+# Balanced packing: weights of a tight fit, tried in turn until enough packs are full.
 _TIGHTNESS = (0.0, 0.02, 0.1)
 _MOST_PACKS = 1.01
 _GOLDEN = 0.6180339887498949
@@ -38,7 +38,7 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How samples are drawn, measured and packed: one place for each setting and its default.
+    """The settings of drawing, measuring and packing samples, with their defaults.
 
     Attributes:
         max_length: capacity of a pack in tokens, at least 1.
@@ -47,19 +47,20 @@ class ScheduleSettings:
         dataset_sampling: ``"random"`` or ``"sequential"``, one for all or one per data set.
         packing: ``"next_fit"`` packs in the order drawn (see :func:`pack`); ``"best_fit"`` reorders
             samples within ``packing_window`` draws for fuller packs (see :func:`pack_best_fit`);
-            ``"balanced"`` fills them as well, and gives the packs of a step nearly as many vision
-            tokens each (see :func:`pack_balanced`).
+            ``"balanced"`` fills them equally well, and gives the packs of a step nearly the same
+            number of vision tokens (see :func:`pack_balanced`).
         packing_window: samples that ``"best_fit"`` and ``"balanced"`` pack together, at least 1.
-        balance_group: packs in a row that ``"balanced"`` makes alike, at least 1; a multiple of the
-            packs of a step over all data-parallel ranks.
+        balance_group: how many consecutive packs ``"balanced"`` makes similar, at least 1: the
+            packs of a step over all data-parallel ranks, or a multiple.
         lengths_cache_dir: folder where lengths are kept between runs; None measures every time.
         probe_workers: processes that measure lengths; None decides by the size of the data set.
         progress: show a progress bar while measuring.
-        together: every rank of a process group makes this call; one rank measures, the others read.
+        together: set it if every rank of a process group makes this call: one rank measures, the
+            others read.
 
     Raises:
-        ValueError: a setting is none of the values it may be. How many strategies
-            ``dataset_sampling`` needs is known to those who know the data sets.
+        ValueError: a setting is none of the values that it may be. (The number of strategies in
+            ``dataset_sampling`` is checked by :meth:`strategies`.)
     """
 
     max_length: int
@@ -83,7 +84,7 @@ class ScheduleSettings:
             checked_int(name, getattr(self, name))
 
     def strategies(self, count: int) -> list[Sampling]:
-        """``dataset_sampling`` of each of ``count`` data sets.
+        """Return the ``dataset_sampling`` of each of ``count`` data sets.
 
         Raises:
             ValueError: there is another number of strategies.
@@ -111,7 +112,7 @@ class PackingResult:
 
     @property
     def packed_sample_ranges(self) -> list[tuple[int, int]]:
-        """``(first index, count)`` of every pack, as Megatron-Bridge has it: made anew."""
+        """``(first index, count)`` of every pack, in Megatron-Bridge's form; a new list."""
         return list(zip(self.starts.tolist(), self.counts.tolist(), strict=True))
 
     @property
@@ -123,16 +124,16 @@ class PackingResult:
 def pack_as(
     settings: ScheduleSettings, sizes: Integers, loads: Integers = ()
 ) -> tuple[np.ndarray | slice, PackingResult]:
-    """Pack as ``settings.packing`` says, and log how many samples are dropped.
+    """Pack by the method that ``settings.packing`` names, and log how many samples are dropped.
 
     Args:
         settings: ``"next_fit"`` is :func:`pack`, ``"best_fit"`` :func:`pack_best_fit`,
             ``"balanced"`` :func:`pack_balanced`.
         sizes: ``[N]`` lengths in tokens.
-        loads: ``[N]``, those of ``"balanced"``; the others need none.
+        loads: ``[N]``, needed for ``"balanced"`` only.
 
     Returns:
-        The order in which ``sizes`` have to be put, and the ranges, which are over that order.
+        The order into which the samples have to be brought, and the ranges of packs in that order.
     """
     limits = (settings.max_length, settings.oversize_policy)
     order: np.ndarray | slice = slice(None)
@@ -189,7 +190,7 @@ def pack(sizes: Integers, max_len: int, oversize_policy: OversizePolicy) -> Pack
 
 
 def _following_starts(lengths: np.ndarray, max_len: int) -> np.ndarray:
-    """For every sample: where the next pack begins if a pack begins with this sample."""
+    """Return, for every sample, where the next pack begins if one begins with this sample."""
     total = len(lengths)
     ends = np.cumsum(lengths)
     following = np.empty(total, dtype=np.int64)
@@ -224,9 +225,9 @@ def pack_best_fit(
         window: number of consecutive samples that are packed together, at least 1.
 
     Returns:
-        ``order``, int64 ``[M]``: indices into ``sizes``, pack after pack, dropped ones left out;
-        and the ranges, which are over ``order``. Inside a pack indices rise; the packs of a window
-        are ordered by their first index.
+        ``order``, int64 ``[M]``: indices into ``sizes``, pack after pack, without dropped samples;
+        and the ranges of packs in ``order``. Inside a pack indices rise; the packs of a window are
+        ordered by their first index.
 
     Raises:
         ValueError: as for :func:`pack`, or ``window`` below 1.
@@ -282,21 +283,21 @@ def pack_balanced(
     window: int = ScheduleSettings.packing_window,
     group: int = ScheduleSettings.balance_group,
 ) -> tuple[np.ndarray, PackingResult]:
-    """Packs as full as those of best-fit, with nearly the same load in all packs of a step.
+    """Pack as tightly as best-fit, with nearly the same load in all packs of a step.
 
     The ranks of a step wait for the slowest one, whose pack has the most load. In each window of
     ``window`` samples the longest sample goes first, into the pack whose ratio of load to length
-    comes nearest to that of the whole window. A window that would need over one percent more packs
-    than best-fit is packed by best-fit. Some packs stay uneven, such as a picture that fills a pack
-    of its own. Therefore the packs of a window are sorted by load and given out in groups of
-    ``group``, so that the packs of a step have similar loads. Deterministic.
+    then comes nearest to that of the whole window. If that needs over one percent more packs than
+    best-fit, the window is packed by best-fit. Some packs cannot be balanced, such as a picture
+    that fills a whole pack. So the packs of a window are also sorted by load and divided into
+    groups of ``group`` packs with similar loads. Deterministic.
 
     Args:
         sizes, max_len, oversize_policy, window: as for :func:`pack_best_fit`.
         loads: ``[N]``, what to spread evenly over the packs, such as vision tokens.
-        group: packs of a step, or a multiple: any data-parallel size that divides it is served.
-            What is left over of each window's packs, fewer than a group, is grouped at the end. 1
-            leaves the packs of a window in the order of their first samples.
+        group: the packs of a step, or a multiple; it suits any data-parallel size that divides it.
+            The remaining packs of each window, fewer than a group, are grouped at the end. With 1
+            the packs of a window stay in the order of their first samples.
 
     Returns:
         As :func:`pack_best_fit`.
@@ -322,17 +323,17 @@ def pack_balanced(
 
 
 def _alike(packs: _Packs, loads: np.ndarray, group: int) -> tuple[_Packs, _Packs]:
-    """Group after group of packs that are neighbours by load, and those that make no group."""
+    """Divide packs into groups of similar load; returns these, and the packs left over."""
     packs = sorted(packs, key=lambda members: (int(loads[members].sum()), members))
     groups = len(packs) // group
-    # Neither a ramp nor chance: multiples of the golden ratio lie evenly.
+    # Multiples of the golden ratio mix the groups, so that loads neither rise nor are random.
     numbers = np.argsort(np.arange(groups) * _GOLDEN % 1.0).tolist()
     dealt = [packs[number * group + i] for number in numbers for i in range(group)]
     return dealt, packs[groups * group :]
 
 
 def _balance_window(packs: _Packs, lengths: np.ndarray, loads: np.ndarray, max_len: int) -> _Packs:
-    """The samples of ``packs``, dealt out anew by load if that takes hardly more packs."""
+    """Distribute the samples of ``packs`` again, by load, if that needs hardly more packs."""
     alone = [members for members in packs if lengths[members[0]] > max_len]
     shared = np.sort(np.concatenate([[], *packs]).astype(np.int64))
     shared = shared[lengths[shared] <= max_len]
@@ -350,7 +351,7 @@ def _balance_window(packs: _Packs, lengths: np.ndarray, loads: np.ndarray, max_l
 def _deal(
     sizes: np.ndarray, surplus: np.ndarray, *, max_len: int, count: int, tightness: float
 ) -> _Packs | None:
-    """Every sample to one of ``count`` packs, or hardly more, so that surpluses cancel out."""
+    """Distribute samples over ``count`` packs, or a few more, so that their loads even out."""
     packs: _Packs = [[] for _ in range(count)]
     room = np.full(count, float(max_len))
     deviation = np.zeros(count)
@@ -375,7 +376,7 @@ def _checked_lengths(sizes: Integers, max_len: int, oversize_policy: str) -> np.
     checked_choice("oversize_policy", oversize_policy, OversizePolicy)
     checked_int("max_len", max_len)
     given = np.asarray(sizes)
-    # An empty list is a float array for NumPy.
+    # NumPy makes a float array of an empty list.
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(f"sizes: expected [N] integers, got {given.dtype} {list(given.shape)}")
     lengths = given.astype(np.int64, copy=False)

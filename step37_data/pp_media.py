@@ -1,18 +1,18 @@
-"""Pipeline-parallel media: each microbatch gets the images and videos of its own samples.
+"""Splits images and videos so that each pipeline microbatch gets those of its own samples.
 
 PyTorch's pipeline schedules cut every tensor of a batch along dimension 0 with
-`torch.tensor_split`. That is right for `input_ids` and wrong for pixels, whose rows count images,
-crops or patches. So the media are taken out of the batch where it is made
-(`prepare_vlm_media_for_pp`), cut at the same samples as `input_ids`, and handed to the first stage
-around the schedule's step (`stage_vlm_media_for_pp`):
+`torch.tensor_split`. That is right for `input_ids` and wrong for pixels, whose rows are images,
+crops or patches. So the media are taken out of the batch when it is made, cut at the same samples
+as `input_ids` (`prepare_vlm_media_for_pp`), and given to the first stage for one step of the
+schedule (`stage_vlm_media_for_pp`):
 
     collate = wrap_vlm_collate_for_pp(collate, n_microbatches)
     ...
     with stage_vlm_media_for_pp(pp, model_parts, batch):
         pp.info.schedule.step(batch.pop("input_ids"), target=target, losses=losses, **batch)
 
-Chunks are views of their inputs. Counts and grids are read on the host: where they lie on an
-accelerator that waits for it, so prepare a batch before it is moved there.
+Chunks are views of their inputs. Counts and grids are read on the host. If they are on an
+accelerator the host waits for it, so prepare a batch before moving it there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Counts = torch.Tensor | Sequence[int]
 
 _GRID_KEYS = ("image_grid_hws", "image_grid_thw", "image_sizes", "image_position_ids")
 _CROP_KEYS = ("num_patches", "patch_pixel_values", "patch_newline_mask")
-# One row an image, or a row of pixels, and one row a video.
+# Keys with one row for each image (or row of pixels), and the key with one for each video.
 _ROWS_OF_IMAGES = ("grid_thws", "image_flags")
 _ROWS_OF_VIDEOS = ("second_per_grid_ts",)
 _IMAGE_KEYS = (
@@ -55,9 +55,8 @@ _VIDEO_KEYS = (
 _VLM_MEDIA_KEYS = (*_IMAGE_KEYS, *_VIDEO_KEYS)
 _COUNT_KEYS = ("num_patches", "n_images_per_sample", "n_videos_per_sample")
 
-# What the first stage is handed. Models up to NeMo Automodel 0.7 look for the chunks of a key of
-# _BY_CURSOR under the attribute _vlm_{key}_chunks, and for the number of the microbatch under
-# _vlm_chunk_idx.
+# What the first stage gets. Models up to NeMo Automodel 0.7 read the chunks of a key of _BY_CURSOR
+# from the attribute _vlm_{key}_chunks, and the index of the microbatch from _vlm_chunk_idx.
 _BY_CURSOR = (
     "pixel_values", "image_grid_hws", *_CROP_KEYS, "pixel_values_videos", "video_grid_thw"
 )  # fmt: skip
@@ -70,7 +69,7 @@ def microbatch_limits(batch_size: int, n_microbatches: int) -> list[int]:
     """Return the `n_microbatches + 1` sample limits of the cut that `torch.tensor_split` makes.
 
     Microbatch k holds samples `limits[k]` to `limits[k + 1]`: the first `batch_size %
-    n_microbatches` hold one more than the others, and none is left out where there are too few.
+    n_microbatches` hold one more than the others. With too few samples the last ones are empty.
 
     >>> microbatch_limits(6, 4)
     [0, 2, 4, 5, 6]
@@ -90,31 +89,31 @@ def chunk_vlm_media(
 ) -> tuple[list[torch.Tensor | list[torch.Tensor]], list[torch.Tensor] | None]:
     """Split images (or videos) and their grids at the samples where `tensor_split` cuts the batch.
 
-    The counts decide which images belong to which sample; the layout follows from the number of
-    rows of `pixel_values`:
+    The counts say how many images each sample has. There are four layouts, which differ in the
+    number of rows of `pixel_values`:
 
-    1. `[images, C, H, W]`: one full image a row.
-    2. `[images, max_patches, D]`: one image a row, its patches padded.
-    3. `[patches, ...]`, patches = sum over images of the product of the grid's row, with
-       `n_images_per_sample`.
-    4. The same without counts, where there are as many images as samples: one image a sample.
+    1. `[images, C, H, W]`: each row is a full image.
+    2. `[images, max_patches, D]`: each row holds the patches of an image, padded.
+    3. `[patches, ...]`: each row is a patch; an image has as many as the product of its row in the
+       grid. `n_images_per_sample` is given.
+    4. As 3, without `n_images_per_sample`: there are as many images as samples, one for each.
 
-    A list of `images` tensors of any shapes is split like 1.
+    A list of `images` tensors of any shapes is split like layout 1.
 
     Args:
         pixel_values: one of the layouts above.
-        image_grid: `[images, 2]` (h, w) or `[images, 3]` (t, h, w), in patches, or any
-            `[images, ...]` that goes with layouts 1 and 2, or None with those.
+        image_grid: `[images, 2]` (h, w) or `[images, 3]` (t, h, w), in patches. With layouts 1 and
+            2 it may have any shape `[images, ...]`, or be None.
         batch_size: samples in the batch, B.
         n_microbatches: microbatches of the schedule.
         n_images_per_sample: `[B]` integers, tensor or sequence. None: one image a sample.
 
     Returns:
-        Pixel chunks and grid chunks (None without a grid), one a microbatch, in order. Microbatches
-        without images, and those beyond the last sample, get chunks of no rows.
+        Pixel chunks and grid chunks (None without a grid), one for each microbatch, in order. Those
+        of microbatches without images or without samples have no rows.
 
     Raises:
-        ValueError: the rows, the grid and the counts do not fit together (all are named).
+        ValueError: the rows, the grid and the counts do not fit together; the message gives all.
     """
     misaligned = functools.partial(
         _misaligned,
@@ -133,10 +132,10 @@ def chunk_vlm_media(
             f"{n_images} images, n_images_per_sample (None: one each) sums to {image_limits[-1]}"
         )
 
-    # A two-dimensional tensor with a grid is a list of patches, never of images.
+    # In a two-dimensional tensor with a grid, rows are patches, never images.
     may_be_images = isinstance(pixel_values, list) or image_grid is None or pixel_values.ndim >= 3
     patch_counts = None if isinstance(pixel_values, list) else _patch_counts(image_grid)
-    # Where both hold, every image is one patch and the two cuts are the same.
+    # If both layouts fit, every image is one patch, and both cuts are the same.
     if patch_counts is not None and sum(patch_counts) == n_rows:
         pixel_limits = _limits_of(patch_counts, image_limits)
     elif may_be_images and n_rows == n_images:
@@ -158,13 +157,13 @@ def chunk_step3_media(
     patch_newline_mask: torch.Tensor | None = None,
     n_images_per_sample: Counts | None = None,
 ) -> dict[str, list[torch.Tensor]]:
-    """Split full images, their crops ("patches") and the crops' marks for the microbatches.
+    """Split full images, their crops ("patches") and the crops' newline masks for the microbatches.
 
-    `pixel_values` holds one full image a sample, `patch_pixel_values` the crops of all samples one
-    after the other. In the flat layout there are no full images: `pixel_values` itself holds the
-    `sum(num_patches)` crops. Where the number of rows fits both layouts, it is taken as flat if
-    `num_patches` counts crops and there is no `patch_pixel_values` to hold them; `num_patches` then
-    counts by sample if it has one entry a sample.
+    `pixel_values` holds one full image for each sample, `patch_pixel_values` the crops of all
+    samples one after the other. In the flat layout there are no full images: `pixel_values` itself
+    holds the `sum(num_patches)` crops. If the number of rows fits both layouts, it is taken as flat
+    if `num_patches` counts crops and there is no `patch_pixel_values`; `num_patches` then counts
+    for samples if it has one entry for each.
 
     Args:
         pixel_values: `[B, ...]`, or `[sum(n_images_per_sample), ...]`, or flat
@@ -182,7 +181,7 @@ def chunk_step3_media(
         under `patch_pixel_values` and `patch_newline_mask` where these were given.
 
     Raises:
-        ValueError: rows and counts do not fit together, or fit in two ways (all are named).
+        ValueError: rows and counts do not fit together, or fit in two ways; the message gives all.
     """
     misaligned = functools.partial(
         _misaligned,
@@ -198,7 +197,7 @@ def chunk_step3_media(
     image_limits = _image_limits(n_images_per_sample, limits, misaligned)
     n_rows, n_images = _n_rows("pixel_values", pixel_values), image_limits[-1]
 
-    # A count may stand for a sample or for an image: their number tells, or both cut alike.
+    # Counts may be for samples or for images. Their number decides, or both cut in the same way.
     if num_patches is None:
         num_patches = torch.zeros(n_images, dtype=torch.long, device=pixel_values.device)
         crops, readings = [0] * n_images, [image_limits]
@@ -207,7 +206,7 @@ def chunk_step3_media(
         readings = [reading for reading in (limits, image_limits) if reading[-1] == len(crops)]
     if not readings:
         raise misaligned(f"num_patches has {len(crops)} entries, not one a sample or image")
-    # Flat, as NeMo Automodel's collate makes it: that counts by sample, if it may be either.
+    # The flat layout of NeMo Automodel's collate: its counts are for samples if both would fit.
     flat = patch_pixel_values is None and any(crops)
     if not flat and readings[0] != readings[-1]:
         raise misaligned("num_patches may count the crops of samples or of images")
@@ -225,7 +224,7 @@ def chunk_step3_media(
     if not flat and n_rows == n_images:
         chunks["pixel_values"] = _cut(pixel_values, image_limits)
     elif (flat or (n_crops == 0 and n_images_per_sample is None)) and n_rows == n_crops:
-        # Without crops, no rows at all are a batch of text; unless images were counted.
+        # Without crops and rows the batch is text only, unless image counts were given.
         chunks["pixel_values"] = _cut(pixel_values, crop_limits)
     else:
         raise misaligned(f"{n_rows} pixel rows are neither {n_images} images nor {n_crops} crops")
@@ -239,23 +238,23 @@ chunk_patch_mapped_media = chunk_step3_media
 def prepare_vlm_media_for_pp(
     batch: MutableMapping[str, Any], batch_size: int, n_microbatches: int
 ) -> MutableMapping[str, Any]:
-    """Take the media out of a batch and put them back, split, under `VLM_PP_MEDIA_KEY`.
+    """Split the media of a batch, and store them in it under `VLM_PP_MEDIA_KEY` instead.
 
-    Grids decide the way: pixels with one of `image_grid_hws`, `image_grid_thw`, `image_sizes` or
-    `image_position_ids` (the first that is there) go through `chunk_vlm_media`, pixels with crops
-    through `chunk_step3_media`, videos with `video_grid_thw` through `chunk_vlm_media`. The image
-    grid is stored as `image_grid_hws`, whichever it was. `grid_thws` and `image_flags` have a row
-    for each row of that grid, or of `pixel_values` without a grid; `second_per_grid_ts` has one for
-    each row of `video_grid_thw`. Media keys that are None count as absent.
+    Pixels with a grid are split by `chunk_vlm_media`; the grid is the first of `image_grid_hws`,
+    `image_grid_thw`, `image_sizes` and `image_position_ids` in the batch, and is always stored as
+    `image_grid_hws`. Pixels with crops are split by `chunk_step3_media`, videos with
+    `video_grid_thw` by `chunk_vlm_media`. `grid_thws` and `image_flags` have a row for each row of
+    the grid, or of `pixel_values` without a grid; `second_per_grid_ts` has one for each row of
+    `video_grid_thw`. Media keys that are None count as absent.
 
     Args:
-        batch: what the collate function returns; changed in place, but not where this raises.
+        batch: the collate function's result; changed in place, unless this raises.
         batch_size: samples in the batch: rows of `input_ids`.
         n_microbatches: microbatches of the schedule.
 
     Returns:
-        `batch`, without media keys; without `VLM_PP_MEDIA_KEY` where it held no pixels. Beside the
-        chunks, `VLM_PP_MEDIA_KEY` holds `pp_media_index`, int64 `[B]`: the microbatch of each
+        `batch`, without media keys, and without `VLM_PP_MEDIA_KEY` if it held no pixels. Besides
+        the chunks, `VLM_PP_MEDIA_KEY` holds `pp_media_index`, int64 `[B]`: the microbatch of each
         sample.
 
     Raises:
@@ -298,10 +297,10 @@ def prepare_vlm_media_for_pp(
 def wrap_vlm_collate_for_pp(
     collate_fn: Callable[[Any], MutableMapping[str, Any]], n_microbatches: int
 ) -> Callable[[Any], MutableMapping[str, Any]]:
-    """Return `collate_fn` followed by `prepare_vlm_media_for_pp`; picklable if `collate_fn` is.
+    """Return a function that calls `collate_fn`, then `prepare_vlm_media_for_pp`.
 
-    The batch size is the number of rows of `input_ids`. What is not a mapping, or holds no media,
-    passes unchanged.
+    The batch size is the number of rows of `input_ids`. A result that is not a mapping, or has no
+    media, is returned unchanged. The function can be pickled if `collate_fn` can.
 
     Raises:
         ValueError: `n_microbatches` below 1; at the call: media without `input_ids`.
@@ -327,7 +326,7 @@ def _check_media(media: Mapping[str, Any], batch_size: int, input_ids: Any) -> N
         raise ValueError(f"batch_size is {batch_size}, but input_ids has {len(input_ids)} rows")
     for key, value in media.items():
         pixels = "pixel_values" if key in _IMAGE_KEYS else "pixel_values_videos"
-        # Counts of zero and no rows are fine.
+        # Counts of zero are allowed, and so are no rows.
         if pixels not in media and _number_of_media(key, value):
             raise ValueError(f"{key} {_described(value)} comes without {pixels}")
     videos = media.get("pixel_values_videos")
@@ -378,7 +377,7 @@ def _image_chunks(media: dict[str, Any], batch_size: int, n_microbatches: int) -
 def _select_image_grid(
     image_grid_hws: Any, image_grid_thw: Any, image_sizes: Any, image_position_ids: Any
 ) -> Any:
-    """The first that there is."""
+    """Return the first of these grids that is not None."""
     grids = (image_grid_hws, image_grid_thw, image_sizes, image_position_ids)
     return next((grid for grid in grids if grid is not None), None)
 
@@ -441,7 +440,7 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-# ---- the first stage's side
+# ---- at the first stage
 
 
 @contextmanager
@@ -450,33 +449,33 @@ def stage_vlm_media_for_pp(
 ) -> Iterator[None]:
     """Attach the media that `prepare_vlm_media_for_pp` split to stage 0, for one schedule call.
 
-    Takes `VLM_PP_MEDIA_KEY` out of `batch` on every rank. On the rank of the first stage
-    `model_parts[0]` carries the chunks, inside the context, in the two forms that models read:
+    It takes `VLM_PP_MEDIA_KEY` out of `batch` on every rank. Inside the context, on the rank of the
+    first stage, `model_parts[0]` has the chunks as attributes, in the two forms that models read:
 
-    1. A list with one entry a microbatch, or None, under each of `_vlm_pixel_values_chunks`,
+    1. A list with one entry for each microbatch, or None, in each of `_vlm_pixel_values_chunks`,
        `_vlm_image_grid_hws_chunks`, `_vlm_num_patches_chunks`, `_vlm_patch_pixel_values_chunks`,
        `_vlm_patch_newline_mask_chunks`, `_vlm_pixel_values_videos_chunks` and
-       `_vlm_video_grid_thw_chunks`, and under `_vlm_chunk_idx` the index of the microbatch that is
-       running. The model may move this cursor on or leave it: it is set anew for each microbatch.
-    2. All lists by key under `_pp_media_chunks`. Which entry is a microbatch's own, it is told by
-       the argument `pp_media_index`, int64 with one entry a sample. That is put into `batch`, which
-       the schedule splits, if the model's `forward` names it or if a NeMo Automodel that knows it
-       is loaded.
+       `_vlm_video_grid_thw_chunks`, and in `_vlm_chunk_idx` the index of the microbatch that is
+       running. The model may advance this index or not: it is set again for each microbatch.
+    2. All lists by key in `_pp_media_chunks`. The model finds the entry of its microbatch by the
+       argument `pp_media_index`, int64 with one entry for each sample. It is put into `batch`,
+       which the schedule splits, if the model's `forward` names it or a NeMo Automodel that
+       supports it is loaded.
 
-    On leaving, also by an exception, the model, the stage and the batch are as they were.
+    On leaving, also by an exception, the model, the stage and the batch are restored.
 
     Args:
         pp: a pipeline whose `info` has `has_first_stage` and `stages`, PyTorch's pipeline stages of
-            this rank. Without stages each forward of the model counts as the next microbatch.
-        model_parts: the modules of this rank's stages, the first stage's first: the very object
-            whose forward reads the attributes, not a wrapper (DDP) around it.
-        batch: what the schedule is about to run.
+            this rank. Without stages each forward of the model is taken for the next microbatch.
+        model_parts: the modules of this rank's stages, the first stage's first. It has to be the
+            module whose forward reads the attributes, not a wrapper (DDP) around it.
+        batch: the batch that the schedule runs next.
 
     Raises:
         ValueError: `model_parts` is empty, or the media hold keys that no stage can take.
-        RuntimeError: on leaving, if microbatches with media ran and the model took none of these in
-            either form: its images would be dropped without a word. Once it has taken some, this
-            is not looked at any more.
+        RuntimeError: on leaving, if microbatches with media ran and the model read none in either
+            form, so that images would be silently ignored. Not checked any more once a model has
+            read some.
     """
     media = dict(batch.pop(VLM_PP_MEDIA_KEY, None) or {})
     index = media.pop(PP_MEDIA_INDEX_KEY, None)
@@ -526,11 +525,11 @@ def stage_vlm_media_for_pp(
 
 
 _take_media: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-"""The models that have taken media from one of the two forms."""
+"""The models that have read media in one of the two forms."""
 
 
 class _Chunks(list[Any]):
-    """A list of chunks that notes whether one of them was taken."""
+    """A list of chunks that records whether one of them was read."""
 
     taken = False
 
@@ -544,15 +543,15 @@ class _Chunks(list[Any]):
 
 
 def _with_media(media: Mapping[str, Sequence[Any]]) -> set[int]:
-    """The microbatches that have pixels."""
+    """Find the microbatches that have pixels."""
     pixels = (media.get(key, ()) for key in ("pixel_values", "pixel_values_videos"))
     return {number for chunks in pixels for number, rows in enumerate(chunks) if len(rows)}
 
 
 def _takes_index(model: torch.nn.Module) -> bool:
-    """Whether the model, or the framework that it is of, knows the argument `pp_media_index`.
+    """Whether the model, or the framework that defines it, supports the argument `pp_media_index`.
 
-    A `**kwargs` alone says nothing: a model that does not know the argument hands it on.
+    A `**kwargs` alone does not mean that: a model without support passes the argument on.
     """
     automodel = sys.modules.get("nemo_automodel.shared.pipeline")
     named = PP_MEDIA_INDEX_KEY in inspect.signature(model.forward).parameters
@@ -562,15 +561,15 @@ def _takes_index(model: torch.nn.Module) -> bool:
 def _follow_stage(
     model: torch.nn.Module, stage: Any, runs: Callable[[int], None], undo: ExitStack
 ) -> None:
-    """Call `runs` with the microbatch of every forward; put the cursor on it for backward passes,
-    too, which recompute.
+    """Call `runs` with the microbatch of every forward, and set the index for it.
 
-    PyTorch's stages run a microbatch as `forward_one_chunk(index, ...)`. Following these calls, no
-    count of forwards has to be kept: the forward that probes shapes on the first step, a model that
-    moves the cursor only for microbatches with images, and a forward that is recomputed in the
-    backward pass leave the others' media where they belong.
+    The index is also set for backward passes, which may recompute the forward. PyTorch's stages run
+    a microbatch as `forward_one_chunk(index, ...)`, so its index is known without counting
+    forwards. Counting would go wrong with the forward that finds out shapes on the first step, with
+    models that advance the index only for microbatches with images, and with recomputed forwards.
 
-    Schedules that overlap passes run a backward in a second thread: the forward goes first.
+    Schedules that overlap passes run a backward in a second thread. While a forward runs, that does
+    not change the index.
     """
     forward_runs = threading.Lock()
 
@@ -589,7 +588,7 @@ def _follow_stage(
         follow = forward if name == "forward_one_chunk" else backward
         if hasattr(stage, name):
             method = functools.partial(follow, getattr(stage, name))
-            # vars: removing the instance's attribute lets the class's method show again.
+            # Removing the instance's attribute makes the class's method effective again.
             _set_attribute(stage, name, method, before=vars(stage).get(name, _MISSING), undo=undo)
 
 

@@ -1,4 +1,4 @@
-"""The next packs' model input, made ready while the model works on this one."""
+"""Prepares the model input of the next packs in a thread, while the model works on this one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from step37_data.images.device import Device, resolve_device
 
 _Input = TypeVar("_Input")
 
-# How long the end of the interpreter, or an error on its way, waits for the pack in the making.
+# Seconds to wait for the pack being prepared, when the interpreter ends or an error is raised.
 _LAST_WAIT_S = 1.0
 _NO_MORE = object()
 
@@ -42,14 +42,14 @@ class PackError(RuntimeError):
 
 
 class _Made(NamedTuple):
-    """What became of a pack.
+    """The result of preparing a pack.
 
     Attributes:
         pack: its index.
-        next_pack: index of the pack to go on with once this one is given.
+        next_pack: index of the pack to continue with after this one.
         value: the model input.
-        ready: the event after which a CUDA device has it.
-        error: why there is no model input.
+        ready: the event after which the model input is complete on a CUDA device.
+        error: the error, if there is no model input.
     """
 
     pack: int
@@ -60,15 +60,16 @@ class _Made(NamedTuple):
 
 
 class _Worker(threading.Thread):
-    """Makes the input of one pack after the other until it is told to stop.
+    """The thread that prepares one pack after the other until it is stopped.
 
-    The thread has no reference to its prefetcher, so that Python can collect a prefetcher that
-    nobody uses any more, whose finalizer then stops the thread. Both queues are ``SimpleQueue``,
-    the only one that a finalizer may use.
+    The thread has no reference to its prefetcher. So Python can collect a prefetcher that is no
+    longer used, and its finalizer stops the thread. Both queues are ``SimpleQueue``, the only kind
+    that a finalizer may use.
 
     Attributes:
-        room: an entry for every pack that may be made; the thread takes one for each.
-        made: what it made, in order; None comes behind the last pack.
+        room: a queue with one entry for every pack that may be prepared; the thread takes one each
+            time.
+        made: a queue of the results, in order; None comes after the last pack.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class _Worker(threading.Thread):
         start: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        # A daemon: the interpreter waits at its end for all other threads, however stuck they are.
+        # A daemon: at its end the interpreter waits for all other threads, even for stuck ones.
         super().__init__(name="step37-prefetch", daemon=True)
         self.room: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.made: queue.SimpleQueue[_Made | None] = queue.SimpleQueue()
@@ -92,20 +93,20 @@ class _Worker(threading.Thread):
         self._stopped = False
 
     def stop(self, wait_s: float | None) -> None:
-        """Make no other pack; wait for the one in the making, ``wait_s`` seconds at most."""
+        """Start no other pack; wait at most ``wait_s`` seconds for the one being prepared."""
         self._stopped = True
         self.room.put(None)
-        # The garbage collector may end the prefetcher in this very thread.
+        # The garbage collector may run the prefetcher's finalizer in this thread.
         if self is not threading.current_thread():
             self.join(wait_s)
 
     def run(self) -> None:
-        # A call of its own for each pack, so that nothing of a pack is kept while the next waits.
+        # One call for each pack, so that local variables do not keep a pack while it waits.
         while self._make_next():
             pass
 
     def _make_next(self) -> bool:
-        """Wait for room, then make the input of one pack. False where that was the last."""
+        """Wait until a pack may be prepared, then prepare it; False after the last one."""
         self.room.get()
         if self._stopped:
             return False
@@ -124,7 +125,7 @@ class _Worker(threading.Thread):
                 ready = None if self._stream is None else self._stream.record_event()
             self.made.put(_Made(self._next_read - 1, self._next_read, value, ready))
         except BaseException as error:
-            # An error of the device comes before a pack is read: that pack is not lost.
+            # If the device failed before a pack was read, that pack is not skipped.
             failed = max(before, self._next_read - 1)
             self.made.put(_Made(failed, max(self._next_read, self._start), error=error))
         return True
@@ -136,35 +137,33 @@ def _current(stream: torch.cuda.Stream | None) -> contextlib.AbstractContextMana
 
 
 class Prefetcher(Iterator[_Input]):
-    """Iterate over prepared packs; while one is used, the next ``depth`` are made ready.
+    """Iterates over packs and returns their model input; the next ``depth`` are prepared meanwhile.
 
-    One thread reads the packs and prepares them, in order and on a CUDA stream of its own; decoding
-    has its own threads below that. What ``next`` gives may be used on the caller's current stream
-    at once: the stream waits for it, the host does not.
+    One thread reads the packs and prepares them, in order, on its own CUDA stream; it uses further
+    threads for decoding. The result of ``next`` may be used on the caller's current stream at once:
+    the stream waits for it, the host does not.
 
-    A pack that fails raises :class:`PackError`; the next call goes on with the pack after it. A
-    pack before ``start`` that cannot be read, of an iterable, does so too, and leaves the state as
-    it is.
+    If a pack fails, ``next`` raises :class:`PackError`, and the call after it continues with the
+    next pack. The same error is raised for a pack of an iterable that is before ``start`` and
+    cannot be read; the state does not change then.
 
-    Several threads may call ``next``: each pack goes to one of them. A process that is forked off
-    needs its own prefetcher. The end of the interpreter waits a second at most for the pack in the
-    making.
+    Several threads may call ``next``; each pack goes to one of them. A forked process needs its own
+    prefetcher. When the interpreter ends, it waits at most a second for the pack being prepared.
 
-    Packs are read ahead of their use. To resume, save :meth:`state_dict` of the prefetcher: a state
-    of ``packs`` itself is ``depth`` packs further.
+    To resume, save :meth:`state_dict` of the prefetcher, not the state of ``packs``, which have
+    been read ``depth`` packs ahead.
 
     Args:
-        packs: a dataset with ``len`` and integer indices, or any iterable, a dataloader say.
+        packs: a data set with ``len`` and integer indices, or any iterable, such as a dataloader.
         prepare: turns a pack into the model's input:
             ``functools.partial(preprocess_packed_batch, ...)``.
-        depth: packs made ready beyond the one in use; each holds its images on the device.
-        start: index of the first pack to give; an iterable's packs before it are read and dropped.
-        device: the one that ``prepare`` works on; None is the CUDA device, or the CPU where there
-            is none.
-        broken: reported (``BrokenImages.report``) behind the last pack.
+        depth: packs prepared beyond the one in use; the images of each are on the device.
+        start: index of the first pack to return; of an iterable, packs before it are read too.
+        device: the device that ``prepare`` uses; None is the CUDA device, or the CPU without one.
+        broken: reported (``BrokenImages.report``) after the last pack.
 
     Attributes:
-        waited_s: seconds that ``next`` has waited for packs that were not ready, all in all.
+        waited_s: total seconds that ``next`` has waited for packs that were not ready.
 
     Raises:
         ValueError: ``depth`` or ``start`` is out of range.
@@ -216,7 +215,7 @@ class Prefetcher(Iterator[_Input]):
             made = self._worker.made.get()
             self.waited_s += time.perf_counter() - began
             if made is None:
-                if not self._closed:  # else another thread did, while this one waited
+                if not self._closed:  # else another thread did that while this one waited
                     self.close()
                     if self._broken is not None:
                         self._broken.report()
@@ -235,14 +234,14 @@ class Prefetcher(Iterator[_Input]):
             return value
 
     def state_dict(self) -> dict[str, int]:
-        """``{"next_pack": index}``: pass it as ``start`` to go on behind the last pack given."""
+        """Return ``{"next_pack": index}``: pass it as ``start`` to continue after the last pack."""
         return {"next_pack": self._next_pack}
 
     def close(self, wait_s: float | None = None) -> list[_Input]:
-        """End the thread: wait for the pack in the making, return what is ready. Idempotent.
+        """End the thread; return the packs that are ready. May be called again.
 
         Args:
-            wait_s: seconds to wait at most; None waits until it is made.
+            wait_s: at most so many seconds to wait for the pack being prepared; None: no limit.
         """
         self._closed = True
         self._worker.stop(wait_s)
@@ -250,51 +249,52 @@ class Prefetcher(Iterator[_Input]):
         with contextlib.suppress(queue.Empty):
             while True:
                 left.append(self._worker.made.get_nowait())
-        self._worker.made.put(None)  # for a thread that waits in ``next``
+        self._worker.made.put(None)  # wakes a thread that waits in ``next``
         return [made.value for made in left if made is not None and made.error is None]
 
     def __enter__(self) -> Prefetcher[_Input]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # On the way out of an error nobody waits for a pack that may be stuck.
+        # After an error do not wait for a pack that may be stuck.
         self.close(None if kind is None else _LAST_WAIT_S)
 
 
 @runtime_checkable
 class CountsUsedPacks(Protocol):
-    """An iterator of packs that may be read ahead although it saves its state.
+    """An iterator of packs with a state of its own that may nevertheless be read ahead.
 
-    Energon's packs here are one. Its state leaves out what was read and is not used yet.
+    Its saved state does not count packs that were read but not used. ``step37_energon`` has one.
     """
 
     def read_ahead_by(self, count_used: Callable[[], int]) -> None:
-        """From now on ``count_used()`` says how many of the packs read since are used."""
+        """Set a function that returns how many of the packs read from now on have been used."""
 
     def save_state(self) -> Any:
-        """The state to go on from behind the packs that are used."""
+        """Return the state from which to continue after the packs that have been used."""
 
 
 class _Count:
-    """How many packs were given on: an object of its own, because the replaced iterator keeps it,
-    and keeping the ``ReadAhead`` would keep its thread.
+    """Counts the packs returned by a :class:`ReadAhead`.
+
+    It is a separate object because the replaced iterator refers to it; a reference to the
+    ``ReadAhead`` would keep its thread alive.
     """
 
     given = 0
 
 
 class ReadAhead(Iterator[Any]):
-    """Takes the place of an iterator of packs: it gives the same packs in the same order, and has
-    the model input of the next ``depth`` made meanwhile.
+    """Replaces an iterator of packs: returns the same packs, and prepares the next ``depth`` ahead.
 
-    :meth:`prepared` then has the model input of the pack that was given last. A pack that nobody
-    prepares (a step that is skipped) is no loss but its work. After :meth:`close` it goes on with
-    what is left, unprepared: no pack is lost, none comes twice.
+    :meth:`prepared` returns the model input of the pack that was returned last. It need not be
+    called for every pack (a step may be skipped). After :meth:`close` the iterator continues with
+    the remaining packs, without preparing them: no pack is lost and none comes twice.
 
     Args:
-        packs: the iterator that is replaced; nobody may go on reading it. One that is a
-            :class:`CountsUsedPacks` is told how many of its packs were given on, and its
-            ``save_state`` is offered here.
+        packs: the iterator that is replaced, which must not be read by others any more. If it is a
+            :class:`CountsUsedPacks`, it gets the number of packs returned, and its ``save_state``
+            is an attribute here.
         prepare: turns a pack into the model's input.
         depth, device: see :class:`Prefetcher`.
     """
@@ -307,7 +307,7 @@ class ReadAhead(Iterator[Any]):
         self._left: deque[Any] = deque()
         self._count = count = _Count()
         self._turn = threading.Lock()
-        if isinstance(packs, CountsUsedPacks):  # before the first is read
+        if isinstance(packs, CountsUsedPacks):  # before the first pack is read
             packs.read_ahead_by(lambda: count.given)
             self.save_state = packs.save_state
         rest = map(next, itertools.repeat(packs))  # Megatron's iterators have no __iter__
@@ -325,17 +325,17 @@ class ReadAhead(Iterator[Any]):
                 try:
                     self._last = next(self._ahead)
                 except PackError as error:
-                    # Of the replaced iterator itself, which would have raised it bare.
+                    # An error of the replaced iterator is raised as it is, not as a PackError.
                     raise (error.__cause__ or error) from None
                 pack = self._last.pack
             self._count.given += 1
             return pack
 
     def prepared(self, pack: Any) -> Any:
-        """The model input of a pack; made now, if it is another than the one given last.
+        """Return the model input of a pack; prepare it now if it is not the last one returned.
 
         Raises:
-            PackError: it could not be prepared ahead of its use. Made now, what ``prepare`` raises.
+            PackError: it could not be prepared ahead. If prepared now: any error of ``prepare``.
         """
         with self._turn:
             last, index = self._last, self._count.given - 1
@@ -346,7 +346,7 @@ class ReadAhead(Iterator[Any]):
         return last.value
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """End the threads. May be called again."""
         with self._turn:
             if self._ahead is not None:
                 self._left.extend(attempt.pack for attempt in self._ahead.close())
@@ -354,7 +354,7 @@ class ReadAhead(Iterator[Any]):
 
 
 class _Attempt(NamedTuple):
-    """A pack, and its model input or why there is none."""
+    """A pack, with its model input or the error of preparing it."""
 
     pack: Any
     value: Any
@@ -369,17 +369,17 @@ def _attempt(prepare: Callable[[Any], Any], pack: Any) -> _Attempt:
 
 
 def _from(packs: Any, start: int) -> tuple[Iterator[Any], int]:
-    """An iterator of the packs, and the index of the first that it gives."""
+    """Return an iterator of the packs, and the index of the first pack that it yields."""
     if not (hasattr(packs, "__getitem__") and hasattr(packs, "__len__")):
         return iter(packs), 0
     if start > len(packs):
         raise ValueError(f"start: expected at most {len(packs)}, the packs there are, got {start}")
-    # Unlike a generator, a map goes on behind an error.
+    # Unlike a generator, a map can be used again after an error.
     return map(functools.partial(item_at, packs), range(start, len(packs))), start
 
 
 def _cuda_tensors(value: object) -> Iterator[torch.Tensor]:
-    """Every CUDA tensor in nested mappings, sequences and dataclasses."""
+    """Yield every CUDA tensor in nested mappings, sequences and dataclasses."""
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             yield value

@@ -1,7 +1,7 @@
 """Turns a packed batch into the model's input: tokens and pixels on the device.
 
-Image files are decoded by Pillow and resized as Pillow does it. The values are those of the stock
-functions, bit for bit, on the CPU and on a CUDA device alike.
+Image files are decoded by Pillow and resized as Pillow does it. On the CPU and on CUDA devices the
+values are bit for bit those of the stock functions.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ def load_images(
 
     Args:
         image_paths: ``(path, IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)`` per image; with a third element,
-            the window, the full image or a crop of a picture that is seen in crops. Such a picture
-            is decoded, and told to ``broken``, once, however many windows it has. An
-            :class:`~step37_data.common.image_entry.EncodedImage` may stand in place of a path.
+            the window, it is the full image or a crop of a picture in multicrop. Such a picture is
+            decoded once, and reported to ``broken`` once, however many windows it has. A path may
+            be replaced by an :class:`~step37_data.common.image_entry.EncodedImage`.
         image_size, patch_image_size: side in pixels of full images and of crops.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
-            Here ``device`` is ``"cpu"`` and ``dtype`` ``torch.float32`` where they are not given,
-            as in the function that this one replaces.
+            Here the defaults of ``device`` and ``dtype`` are ``"cpu"`` and ``torch.float32``, as in
+            the function that this one replaces.
 
     Returns:
         ``(tensor [3, side, side], type)`` per image, in the order given.
 
     Raises:
-        ValueError: an entry of ``image_paths`` is of another form or not what ``multicrop`` says,
-            an image type neither of the two, or an option none of the values that it may be.
+        ValueError: an entry of ``image_paths`` has another form or does not fit ``multicrop``, an
+            image type is neither of the two, or an option has a value that is not allowed.
         TypeError: there is no such option.
     """
     options.setdefault("device", "cpu")
@@ -83,7 +83,7 @@ def load_images(
 
 
 def _load_image(path: str) -> Image.Image:
-    """Read a picture in RGB; an unreadable one is black, 224×224, and a warning is logged."""
+    """Read a picture in RGB; for an unreadable one log a warning and return 224×224 black."""
     try:
         return decode.read_rgb(path)
     except decode.BrokenImageError as error:
@@ -110,16 +110,16 @@ def build_image_for_insert(  # noqa: PLR0913 - the parameters of the function th
     device: Device = None,
     to_cuda: bool | None = None,
 ) -> list[ImageForInsert]:
-    """Group images into insertion groups: crops first, then images; no empty group.
+    """Make insertion groups of images: first the crops, then the full images; no empty group.
 
     Args:
         images_and_types: ``(tensor [3, H, W], IMAGE_ITEM_TYPE or PATCH_ITEM_TYPE)``; within a type
             all of one shape.
         patch_start_id, image_start_id: the start token of each group.
         limit_images, limit_patches: keep this many of each, the first ones; None keeps all.
-        rope_args_fn: gives ``(rope_cu_seqlens, rope_max_seq_len)`` for the images of a group.
-        dtype: of the stacked images; None leaves it.
-        device: of the stacked images; None is the CUDA device, or the CPU where there is none.
+        rope_args_fn: returns ``(rope_cu_seqlens, rope_max_seq_len)`` for the images of a group.
+        dtype: dtype of the stacked images; None keeps theirs.
+        device: where the stacked images go; None is the CUDA device, or the CPU without one.
         to_cuda: True is ``device="cuda"``, False ``device="cpu"``, as the replaced function has it.
 
     Raises:
@@ -146,12 +146,14 @@ def compute_rope_args(
     device: Device = None,
     to_cuda: bool | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Sum up the vision patches of images, ``(H // patch_size) * (W // patch_size)`` each.
+    """Compute the rotary arguments of images: running totals of their vision patches, and the most.
+
+    An image has ``(H // patch_size) * (W // patch_size)`` vision patches.
 
     Args:
         images: ``[..., H, W]`` each; sizes may differ.
         patch_size: side in pixels of a vision patch.
-        device: of the result; None is the CUDA device, or the CPU where there is none.
+        device: where the result goes; None is the CUDA device, or the CPU without one.
         to_cuda: True is ``device="cuda"``, False ``device="cpu"``, as the replaced function has it.
 
     Returns:
@@ -187,31 +189,30 @@ def preprocess_packed_batch(
 
     Args:
         batch: as ``pack_samples`` gives it: ``tokens``, ``labels``, ``loss_masks`` ``[T]``,
-            ``cu_seqlens`` int32 ``[n + 1]``, ``position_id`` ``[T]``, ``image_paths``. Left as it
-            is. Without ``tokens`` (later pipeline stages) only the sequence layout comes out.
-            Tensors are expected on the host: the start tokens are counted there, so tokens that
-            are on a CUDA device already are fetched back, which waits for the device.
+            ``cu_seqlens`` int32 ``[n + 1]``, ``position_id`` ``[T]``, ``image_paths``. It is not
+            changed. Without ``tokens`` (later pipeline stages) only the sequence layout is
+            returned. Tensors should be on the host, where start tokens are counted; tokens on a
+            CUDA device are copied back, for which the host waits.
         img_start_token_id, patch_start_token_id: the start tokens of images and crops.
         image_size, patch_image_size: side in pixels of full images and of crops.
         encoder_patch_size: side in pixels of a vision patch.
         only_pp_first_stage: load images only on Megatron's first pipeline stage, if Megatron's
             parallel state is initialised. With ``on_broken="skip-loss"`` every stage that has
-            tokens decodes them all the same: it has to know which samples lose their loss.
+            tokens decodes them nevertheless, to find the samples to take out of the loss.
         options: the attributes of :class:`~step37_data.images.options.ImageOptions`, as keywords.
-            ``device`` is where everything goes, not the images alone. Where ``as_viewed`` is not
-            given, the pictures are read as the pack says they were planned.
+            All results go to ``device``, not only images. The default of ``as_viewed`` is the value
+            in the pack, with which the crops were planned.
 
     Returns:
         ``input_ids``, ``labels``, ``loss_masks`` ``[1, T]``, ``images`` (a list of
         ``ImageForInsert``), ``cu_seqlens``, ``position_id`` on ``device``, and ``max_seq_len``, a
-        0-dimensional tensor that stays where ``cu_seqlens`` came from, so that reading it costs no
-        synchronisation.
+        0-dimensional tensor on the device that ``cu_seqlens`` came from: from the host, it can be
+        read without a synchronisation.
 
     Raises:
-        ValueError: an argument is none of the values it may be, a start token is negative (not
-            resolved), a tensor has another shape (a batch that was not unwrapped),
-            ``image_paths`` are not what ``multicrop`` says, or they are crops that were planned
-            with another ``as_viewed`` than the one given.
+        ValueError: an argument has a value that is not allowed, a start token is negative (not
+            resolved), a tensor has another shape (a batch that was not unwrapped), ``image_paths``
+            do not fit ``multicrop``, or crops were planned with another ``as_viewed`` than given.
         TypeError: there is no such option.
     """
     unset = "(-1: the provider's build_datasets() has not run)"
@@ -294,7 +295,7 @@ def _used_images(
             if places:
                 logger.warning(told)
             else:
-                # Every picture of the type is left out: a wrong id rather than a cut sample.
+                # Every picture of the type is left out: probably the token id is wrong.
                 name = _START_NAMES[kind]
                 logger.error(f"{told}. There is none of them: is {start} the tokenizer's {name}?")
         entries += of_kind[:used]
@@ -305,7 +306,7 @@ def _used_images(
 def _without_samples(
     loss_masks: torch.Tensor, cu_seqlens: torch.Tensor, positions: Sequence[int]
 ) -> torch.Tensor:
-    """Take the samples that the ``positions`` lie in out of the loss: zeros in ``loss_masks``."""
+    """Set ``loss_masks`` to zero in the samples that contain the ``positions``."""
     if not positions:
         return loss_masks
     places = torch.tensor(positions, dtype=cu_seqlens.dtype)
@@ -318,9 +319,9 @@ def _without_samples(
 
 
 def _is_first_pipeline_stage() -> bool:
-    """True unless Megatron is in use in this process and says otherwise.
+    """Whether this process is Megatron's first pipeline stage; True without Megatron.
 
-    Megatron is looked up, not imported: if nobody imported it, there is no pipeline.
+    Megatron is not imported here: if it has not been imported, there is no pipeline.
     """
     state = sys.modules.get("megatron.core.parallel_state")
     return state is None or not state.is_initialized() or bool(state.is_pipeline_first_stage())

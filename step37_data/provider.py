@@ -1,4 +1,4 @@
-"""The data set provider of Megatron-Bridge for packed Flickr8k, usable without Megatron too."""
+"""Provides packed Flickr8k to Megatron-Bridge as its data set; works without Megatron too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from step37_data.text.tokens import ImageTokens
 
 @dataclass(kw_only=True)
 class _StandaloneProvider:
-    """The fields that Megatron-Bridge's base class brings, with its defaults."""
+    """The fields of Megatron-Bridge's base class, with its defaults."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = None
     num_workers: int = 2
@@ -32,28 +32,28 @@ class _StandaloneProvider:
 
 
 def _provider_base() -> Any:
-    """``DatasetProvider`` of Megatron-Bridge, newest place first; a stand-in where it is absent."""
+    """Import Megatron-Bridge's ``DatasetProvider`` from where it is; else return a stand-in."""
     for module in ("megatron.bridge.data.base", "megatron.bridge.training.config"):
         try:
             return importlib.import_module(module).DatasetProvider
         except ModuleNotFoundError as error:
-            # An installed but broken Megatron-Bridge says what it lacks.
+            # If Megatron-Bridge is installed but broken, raise its own error.
             if (error.name or "").partition(".")[0] != "megatron":
                 raise
     return _StandaloneProvider
 
 
 def allow_in_configurations(module: str) -> None:
-    """Let Megatron-Bridge instantiate the classes of ``module`` when it reads a configuration."""
+    """Allow Megatron-Bridge to instantiate classes of ``module`` when it reads a configuration."""
     try:
         from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
     except ImportError:
-        return  # A Bridge without a list of what is allowed.
+        return  # this version of Bridge has no list of allowed modules
     register_allowed_target_prefix(f"{module}.")
 
 
 if TYPE_CHECKING:
-    # The fields are the same whichever base is there, so a type checker checks users' arguments.
+    # Both bases have the same fields, so type checkers check arguments against the stand-in.
     _Base = _StandaloneProvider
 else:
     _Base = _provider_base()
@@ -62,7 +62,7 @@ allow_in_configurations(__name__)
 
 
 class _FixedPackDataset(torch.utils.data.Dataset[Any]):
-    """Gives the same pack for every index, so that every rank and step sees identical input.
+    """Returns the same pack for every index, so that every rank and step has the same input.
 
     Its length is a large constant, because Megatron-Bridge compares it with the global batch size
     times the number of iterations.
@@ -87,12 +87,12 @@ class _FixedPackDataset(torch.utils.data.Dataset[Any]):
 
 @dataclass(kw_only=True)
 class PackProvider(_Base):
-    """What providers of packs share: token ids and sizes, and what Bridge asks of a data set."""
+    """Base of providers of packs: token ids, sizes, and the fields that Bridge reads."""
 
     img_start_token_id: int = -1
     """Id of the image's start token; -1 takes it from the tokenizer when the data set is built."""
     patch_start_token_id: int = -1
-    """Id of the crop's; -1 as above."""
+    """Id of the crop's start token; -1 as above."""
     image_size: int = 728
     patch_image_size: int = 504
     encoder_patch_size: int = 14
@@ -117,7 +117,7 @@ class PackProvider(_Base):
 class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Packed Flickr8k for supervised fine-tuning of Step-3.7.
 
-    Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, or call ``build_datasets(None)`` and hand
+    Set it as ``cfg.dataset`` of a Megatron-Bridge recipe, or call ``build_datasets(None)`` and pass
     the result and its ``collate_fn`` to a ``torch.utils.data.DataLoader``.
     """
 
@@ -128,7 +128,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Data set on the hub. With the default, nothing is downloaded into a folder of your own."""
     split: str = "train"
     sample_count: int | None = 8
-    """The first N samples, 8 for a smoke run; None takes all (about 6000 images, 1 GB)."""
+    """Use the first N samples, 8 for a smoke run; None uses all (about 6000 images, 1 GB)."""
     caption_key: str = "caption_0"
     cache_dir: str = ".cache/step37_flickr8k"
     prompt: str = CAPTION_PROMPT
@@ -136,14 +136,14 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     """Branch, tag or commit of the data set; None is the default branch."""
 
     multicrop: bool = False
-    """See pictures as the model was trained to: in crops besides the full image. Samples become
-    longer: a photograph of 500×333 takes 337 tokens in place of 171, one of 1920×1080 takes 836,
-    one of 4032×3024 takes 2665, which needs a larger ``max_packing_seqlen``. Lengths are read from
-    the headers of the image files."""
+    """Show each picture as a full image and in crops, as the model was trained. Samples become
+    longer: a photograph of 500×333 takes 337 tokens instead of 171, one of 1920×1080 takes 836, one
+    of 4032×3024 takes 2665, which needs a larger ``max_packing_seqlen``. Lengths then depend on the
+    sizes of the pictures, which are read from the headers of their files."""
     as_viewed: bool = False
     """Show the model every picture as image viewers do: turned by EXIF, transparent parts on white,
-    the upper 8 of 16 bits (see ``ImageOptions``). The packs say so, and ``preprocess_packed_batch``
-    and ``ForwardStep`` read the pictures accordingly."""
+    the upper 8 of 16 bits (see ``ImageOptions``). Packs carry this value, so that
+    ``preprocess_packed_batch`` and ``ForwardStep`` read the pictures accordingly."""
 
     max_packing_seqlen: int = 2048
     """Tokens in a pack."""
@@ -155,9 +155,9 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
     ``"balanced"`` also gives the packs of a step nearly as many vision tokens each."""
     packing_window: int = ScheduleSettings.packing_window
     balance_group: int = ScheduleSettings.balance_group
-    """Packs in a row that ``"balanced"`` makes alike; a multiple of the data-parallel size."""
+    """Consecutive packs that ``"balanced"`` makes similar; a multiple of the data-parallel size."""
     fixed_pack_idx: int | None = None
-    """Give this one pack for every index: a deterministic overfit. None for training."""
+    """Return this pack for every index, to overfit deterministically. None for training."""
 
     cache_lengths: bool = True
     """Keep the lengths of samples on disk, so that a second start does not tokenise."""
@@ -175,7 +175,7 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
         self._checked_settings()
 
     def _checked_settings(self) -> ScheduleSettings:
-        """How packs are made.
+        """Return the settings of packing.
 
         Raises:
             ValueError: a field is none of the values it may be.
@@ -196,13 +196,13 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
         )
 
     def build_datasets(self, context: Any) -> tuple[Any, None, None]:  # noqa: ARG002
-        """Prepare the data and return ``(train, None, None)``: there is no other split.
+        """Prepare the data and return ``(train, None, None)``; there are no other splits.
 
         In a process group every rank calls this; one downloads and measures lengths, the others
         wait and read.
 
         Args:
-            context: Megatron-Bridge's build context; nothing in it is needed, None will do.
+            context: Megatron-Bridge's build context; it is not used and may be None.
 
         Returns:
             A map-style data set of packed dictionaries with a ``collate_fn``, and two None.
@@ -222,8 +222,8 @@ class Step37Flickr8kSFTDataProvider(ImageTokens, PackProvider):
         )
 
     def _build_train_packed_dataloader(self) -> MixedPackedDataloader:
-        # First, because it is quick: what is wrong is told before an hour of download. Fields may
-        # have been set since __post_init__.
+        # These quick checks come before a long download. Fields may have been set since
+        # __post_init__.
         settings = self._checked_settings()
         template = self._make_template()
         self._resolve_special_token_ids(template)

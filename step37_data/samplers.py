@@ -1,7 +1,7 @@
-"""Which sample comes next: sequential, shuffled, and weighted between domains.
+"""Draws the order of samples: sequential, shuffled, or weighted between data sets.
 
-The draws decide the content of every pack, so each sampler gives, draw by draw, the sequence that
-Megatron-Bridge's sampler of the same name gives. ``take(n)`` returns the next ``n`` draws as one
+The draws decide the content of every pack, so each sampler draws exactly the same sequence as
+Megatron-Bridge's sampler of the same name. ``take(n)`` returns the next ``n`` draws as one
 array, at numpy speed; ``next()`` and ``take`` can be mixed freely.
 """
 
@@ -17,13 +17,13 @@ from step37_data.common.checks import checked_int, checked_state
 
 
 class _Sampler(Iterator[int]):
-    """Draws one index after the other, and keeps its place.
+    """Draws one index after the other; its position can be saved and loaded.
 
     Args:
         size: number of indices, at least 1.
     """
 
-    _SETTINGS: tuple[str, ...] = ("size",)  # The attributes that decide what the draws are.
+    _SETTINGS: tuple[str, ...] = ("size",)  # The attributes that decide the draws.
 
     def __init__(self, size: int) -> None:
         self.size = checked_int("size", size)
@@ -43,16 +43,16 @@ class _Sampler(Iterator[int]):
         self.data_idx += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the draws, and the settings that decide what they are."""
+        """Return the number of draws made, and the settings that decide the draws."""
         return {**self._settings(), "data_idx": self.data_idx}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
+        """Continue from ``state_dict``, also from one that Megatron-Bridge's sampler wrote.
 
-        That one has no settings but the size.
+        Megatron-Bridge's holds the size but no other settings.
 
         Raises:
-            ValueError: a setting differs, or the place is missing or negative.
+            ValueError: a setting differs, or the position is missing or negative.
         """
         self.data_idx = self._checked_place(state_dict)
 
@@ -140,7 +140,7 @@ class LoopedShuffleSampler(_Sampler):
 
 
 class WeightedRandomSampler(_Sampler):
-    """Draws indices in proportion to their weights, without chance.
+    """Draws indices in proportion to their weights, deterministically.
 
     The next draw is the index with the least ``count / weight``. To find it, every index has a
     score that starts at 0 and grows by ``1 / weight`` with each draw of it; the lowest score is
@@ -153,7 +153,7 @@ class WeightedRandomSampler(_Sampler):
         weights: one positive weight per index, all 1 when None.
     """
 
-    _SETTINGS = ("size", "weights")  # Not the seed: no draw depends on it.
+    _SETTINGS = ("size", "weights")  # without the seed, on which no draw depends
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class WeightedRandomSampler(_Sampler):
         while True:
             ladders = [_ladder(*one) for one in zip(self._scores, self._steps, ahead, strict=True)]
             scores = np.concatenate(ladders)
-            # Stable, and the ladders lie in index order: ties go to the lower index.
+            # A stable sort of scores in index order, so ties go to the lower index.
             order = np.argsort(scores, kind="stable")[:count]
             tops = np.array([ladder[-1] for ladder in ladders])
             short = (tops <= scores[order[-1]]) & (ahead < count)
@@ -224,12 +224,12 @@ class WeightedRandomSampler(_Sampler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, also one that Megatron-Bridge's sampler wrote.
+        """Continue from ``state_dict``, also from one that Megatron-Bridge's sampler wrote.
 
-        That one has no scores: they are summed again from the counts, addition by addition.
+        Megatron-Bridge's holds no scores; they are computed from the counts, addition by addition.
 
         Raises:
-            ValueError: a setting differs, or place or counts are missing, negative or too few.
+            ValueError: a setting differs, or position or counts are missing, negative or too few.
         """
         place = self._checked_place(state_dict)
         checked_state(state_dict, "counts")
@@ -247,5 +247,5 @@ class WeightedRandomSampler(_Sampler):
 
 
 def _ladder(score: float, step: float, draws: int) -> np.ndarray:
-    """The scores after 0, 1, … ``draws`` draws, summed one addition after the other."""
+    """Return the scores after 0, 1, … ``draws`` draws, summed one addition after the other."""
     return np.cumsum(np.concatenate(([score], np.full(draws, step))))

@@ -1,9 +1,9 @@
-"""From a conversation with images to token ids and a loss mask, in the Step-3.7 layout.
+"""Turns a conversation with images into token ids and a loss mask, in the layout of Step-3.7.
 
-A conversation is rendered and tokenised once. Its turns are then found in the token ids, where each
-begins with the turn delimiter (``<|im_start|>``), a token that no text can produce because texts
-that spell a special token are refused. So the work is linear in the number of turns, and the spans
-are those of tokenising every prefix of the conversation.
+A conversation is rendered and tokenised once. Its turns are then found in the token ids: each
+begins with the turn delimiter (``<|im_start|>``). No text can produce this token, because texts
+that spell a special token are refused. So the work is linear in the number of turns, and the turns
+found are the same as if every prefix of the conversation were tokenised.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _KIND_OF = {
     MULTICROP_PATCH_PLACEHOLDER: PATCH_ITEM_TYPE,
 }
 _MULTICROP_PLACEHOLDERS = re.compile("|".join(map(re.escape, _KIND_OF)))
-# Part of every length-cache key: raise it when the tokens of an unchanged conversation change.
+# Part of the length cache's keys: raise it when the same conversation gets other tokens.
 _TEMPLATE_VERSION = 1
 _MULTICROP_VERSION = 1
 
@@ -66,7 +66,7 @@ class MultimodalSFTSample(dict[str, Any]):
     """One tokenised conversation.
 
     Items: ``tokens`` int64 ``[n]``, ``loss_mask`` float32 ``[n]``, ``image_paths`` (list of
-    ``(path, item type)``, with multicrop of ``(path, item type, window)``), and ``as_viewed`` where
+    ``(path, item type)``, with multicrop of ``(path, item type, window)``), and ``as_viewed`` if
     the template has it on. ``len()`` is its length in training, n − 1 and never below 0, because
     inputs are ``tokens[:-1]`` and labels ``tokens[1:]``.
     """
@@ -75,7 +75,7 @@ class MultimodalSFTSample(dict[str, Any]):
         return max(0, int(self["tokens"].numel()) - 1)
 
     def copy(self) -> MultimodalSFTSample:
-        """A shallow copy, of this type: that of ``dict`` would have another ``len()``."""
+        """Return a shallow copy of this type; a plain ``dict`` would have another ``len()``."""
         return type(self)(self)
 
 
@@ -89,31 +89,31 @@ class Step37MultimodalTemplate(ImageTokens):
     special token, and assistant texts that spell a placeholder or image token, are refused: they
     would shift later images or end a turn early.
 
-    With ``multicrop`` one ``<image>`` becomes all that the model was trained to see of a picture:
-    its crops, row by row, each ``<patch_start>``, 81 ``<im_patch>`` and ``<patch_end>``, with a
-    ``<patch_newline>`` between rows; then the full image as above. How many there are is read from
-    the header of the image file (see :mod:`step37_data.images.crops`).
+    With ``multicrop`` one ``<image>`` becomes the crops of the picture and then the full image as
+    above. The crops come row by row, each as ``<patch_start>``, 81 ``<im_patch>`` and
+    ``<patch_end>``, with a ``<patch_newline>`` between rows. The number of crops follows from the
+    size in the header of the image file (see :mod:`step37_data.images.crops`).
 
     The loss is on the assistant turns after the last user turn; a message with ``loss_mask: 0`` is
     left out. A turn's loss begins after the generation prompt (``<|im_start|>assistant`` and what
     the chat template puts there, such as ``<think>``) and includes ``<|im_end|>`` and the line end.
-    Where the last token of the generation prompt merges with the text that follows it (an empty
-    reasoning block makes one token of two line ends), the merged token belongs to the prompt.
+    If the last token of the generation prompt merges with the text after it (an empty reasoning
+    block makes one token of two line ends), the merged token belongs to the prompt.
 
     Args:
         tokenizer_path: folder with ``tokenizer.json``, ``tokenizer_config.json`` and
-            ``chat_template.jinja``. Never runs remote code.
+            ``chat_template.jinja``. Remote code is never run.
         image_token_count: ``<im_patch>`` per full image.
         patch_token_count: ``<im_patch>`` per crop.
         image_token, image_start_token, image_end_token, patch_start_token, patch_end_token: the
             special tokens; each must be one token of the tokenizer.
-        max_sequence_length: a longer sample is logged; packing decides what happens to it.
+        max_sequence_length: longer samples are logged, but not cut; packing may drop them.
         path_rewrite_fn: applied to every image path.
         multicrop: expand ``<image>`` into crops and full image.
-        as_viewed: show the model every picture as image viewers do, turned by its EXIF orientation
-            among other things (see ``ImageOptions.as_viewed``). Turning swaps width and height, so
-            crops are planned accordingly. The samples say so, and ``pack_samples`` hands it on to
-            whoever reads the pictures.
+        as_viewed: plan for pictures as image viewers show them, for example turned by their EXIF
+            orientation (see ``ImageOptions.as_viewed``). Turning swaps width and height, and so
+            changes the crops. Samples, and the packs that ``pack_samples`` makes of them, carry
+            this value, so that the pictures are read in the same way.
 
     Raises:
         ValueError: no tokenizer or chat template under the path, a special token missing from the
@@ -140,7 +140,7 @@ class Step37MultimodalTemplate(ImageTokens):
         checked_int("patch_token_count", self.patch_token_count)
         starts = (self.image_start_token, self.patch_start_token)
         ends = (self.image_end_token, self.patch_end_token)
-        # The newline has to be a token only where it is used.
+        # The newline token is needed only with multicrop.
         newline = [PATCH_NEWLINE_TOKEN] if self.multicrop else []
         ids = [self._special_id(token) for token in (self.image_token, *starts, *ends, *newline)]
         self._image_id, self.img_start_token_id, self.patch_start_token_id = ids[:3]
@@ -151,8 +151,8 @@ class Step37MultimodalTemplate(ImageTokens):
         self.rows_after = {start: rows for _, start, rows in self.kinds.values()}
         self._multicrop_markup = frozenset({*_KIND_OF, *starts, *ends, PATCH_NEWLINE_TOKEN})
         self._generation_prompts: dict[Any, tuple[list[int], list[int]]] = {}
-        self._generation_prompt(None)  # Tells a template in another layout now, not at a sample.
-        # What the chat template itself writes delimits turns, flagged special or not.
+        self._generation_prompt(None)  # so another layout raises here
+        # The tokens that the chat template writes are reserved too, special or not.
         written = set(self._encode(self._render([{"role": "user", "content": "?"}], True)))
         control = {
             token.content
@@ -174,10 +174,10 @@ class Step37MultimodalTemplate(ImageTokens):
                 message; ``images``, a list of paths or ``(path, item type)``.
 
         Raises:
-            ValueError: no user turn, no assistant turn at the end, a text that spells a special
-                token or placeholder where it must not, or images and placeholders that do not
-                agree in number. The error names the message, the text and the position. Also a
-                message in another form, or one that the chat template cannot render.
+            ValueError: there is no user turn, no assistant turn at the end, a text spells a special
+                token or placeholder that is not allowed there, or images and placeholders differ in
+                number; the error names the message, the text and the position. Also if a message
+                has another form, or the chat template cannot render it.
         """
         if "conversations" not in data:
             raise ValueError(f"data: expected conversations, got only {sorted(data)}")
@@ -209,7 +209,7 @@ class Step37MultimodalTemplate(ImageTokens):
         return sample
 
     def fingerprint(self) -> str:
-        """Hex digest of everything but the conversation that decides its tokens."""
+        """Return a hex digest of everything besides the conversation that decides its tokens."""
         tokenizer = self.tokenizer
         parts = [
             _TEMPLATE_VERSION,
@@ -220,8 +220,8 @@ class Step37MultimodalTemplate(ImageTokens):
             _MULTICROP_VERSION if self.multicrop else None,
         ]
         if self.multicrop and self.as_viewed:
-            # Crops are planned from the turned size. Other keys stay as they were before there was
-            # this option, so lengths that were measured then are still found.
+            # The turned size decides the crops. Other digests are the same as before this option
+            # existed, so that lengths measured then are still found.
             parts.append("as_viewed")
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -251,13 +251,13 @@ class Step37MultimodalTemplate(ImageTokens):
                 add_generation_prompt=add_generation_prompt,
                 **({} if effort is None else {"reasoning_effort": effort}),
             )
-        except Exception as error:  # jinja2's own, or what an expression of the template raises
+        except Exception as error:  # errors of jinja2, or of an expression in the template
             turns = ", ".join(message["role"] for message in messages)
             told = f"cannot render the turns {turns} ({type(error).__name__}: {error})"
             raise ValueError(f"the chat template in {self.tokenizer_path!r} {told}") from error
 
     def _generation_prompt(self, reasoning_effort: str | None) -> tuple[list[int], list[int]]:
-        """Token ids of the generation prompt, and of its beginning up to the role's name."""
+        """Return the token ids of the generation prompt, and those up to the role's name."""
         if reasoning_effort not in self._generation_prompts:
             question = [{"role": "user", "content": "?", "reasoning_effort": reasoning_effort}]
             asked = self._render(question, False)
@@ -276,10 +276,11 @@ class Step37MultimodalTemplate(ImageTokens):
     def _expand_messages(
         self, conversations: Sequence[Mapping[str, Any]], images: SampleImages
     ) -> list[dict[str, Any]]:
-        """Messages with one ``<im_patch>`` for each image and crop, all of which ``images`` notes.
+        """Write one ``<im_patch>`` for each image and crop, and assign files to them in ``images``.
 
-        One token in place of 169 makes rendering and tokenising several times faster; special
-        tokens are tokenised apart from their neighbours, so repeating the id gives the same ids.
+        One token instead of 169 makes rendering and tokenising several times faster. Special tokens
+        are tokenised separately from the text around them, so repeating the id afterwards gives the
+        same ids.
         """
         messages = []
         expand_question = functools.partial(self._expand, images)
@@ -321,7 +322,7 @@ class Step37MultimodalTemplate(ImageTokens):
         ]
 
     def _repeats(self, ids: list[int], wanted: list[int], images: Sequence[Entry]) -> np.ndarray:
-        """How often each id stands in the sample, after checking images against placeholders."""
+        """Return how often to repeat each id; checks that images and placeholders match."""
         before = [left for left, token in itertools.pairwise(ids) if token == self._image_id]
         starts = [self.kinds[kind][1] for kind in wanted]
         if before != starts:
@@ -368,7 +369,7 @@ class Step37MultimodalTemplate(ImageTokens):
         return mask
 
     def _check_prompt(self, found: list[int], prompt: list[int], number: int) -> None:
-        """The last token of the prompt may have merged with what follows it."""
+        """Check that a turn begins with the prompt; its last token may be merged with the next."""
         told, expected = map(self.tokenizer.convert_ids_to_tokens, (found, prompt))
         if found[:-1] != prompt[:-1] or not told[-1].startswith(expected[-1]):
             raise ValueError(

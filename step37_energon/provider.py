@@ -1,4 +1,4 @@
-"""Provide packs from shards, for Megatron-Bridge or for a training loop of your own."""
+"""Provides packs from shards, for Megatron-Bridge or for your own training loop."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ allow_in_configurations(__name__)
 
 
 class EnergonPacks(Iterator[dict[str, Any]]):
-    """Packs without end from Energon's loader, whose position can be saved and restored.
+    """Iterates over packs from Energon's loader, without end; its position can be saved.
 
-    A saved state is a position behind the packs that were *used*. Packs that a reader has taken
-    ahead of their use are given once more after a restore, if :meth:`read_ahead_by` was called.
+    A saved state is the position after the packs that were *used*. Packs that a reader took ahead
+    but did not use come again after a restore, if the reader has called :meth:`read_ahead_by`.
     """
 
     def __init__(self, loader: SavableDataLoader[dict[str, Any]]) -> None:
         self._loader = loader
         self._packs: Generator[dict[str, Any], None, None] | None = None
         self._again: deque[dict[str, Any]] = deque()
-        self._unused: deque[Any] = deque()  # restore keys of packs handed out, oldest first
+        self._unused: deque[Any] = deque()  # restore keys of packs returned, oldest first
         self._used = 0
         self._count_used: Callable[[], int] | None = None
-        self._lock = threading.Lock()  # a thread reads ahead while another saves
+        self._lock = threading.Lock()  # one thread may read ahead while another saves
 
     def __next__(self) -> dict[str, Any]:
         with self._lock:
@@ -51,12 +51,12 @@ class EnergonPacks(Iterator[dict[str, Any]]):
 
     def __del__(self) -> None:
         # Energon's loader and iterator hold references to each other. Without this the garbage
-        # collector may close the workers' queues first, and then waits five seconds a worker.
+        # collector may close the workers' queues first, and then wait five seconds for each worker.
         if self._packs is not None:
             self._packs.close()
 
     def read_ahead_by(self, count_used: Callable[[], int]) -> None:
-        """Say how many packs are used: ``count_used()`` counts those handed out from now on."""
+        """Set a function that returns how many of the packs returned from now on have been used."""
         with self._lock:
             self._forget_used()
             self._used, self._count_used = 0, count_used
@@ -78,7 +78,7 @@ class EnergonPacks(Iterator[dict[str, Any]]):
             # Copied, because Energon changes the lists in it later.
             state = copy.deepcopy(self._loader.save_state_rank())
             for worker in getattr(state, "worker_states", ()):
-                # For a worker that has not begun, Energon 7.4 may save that a pack was taken.
+                # Energon 7.4 may save for a worker that has not begun that a pack was taken.
                 if getattr(worker, "offset", 0) == 1 and worker.state is None:
                     worker.offset = 0
             return {"loader": state, "unused": keys, **self._readers()}
@@ -88,13 +88,13 @@ class EnergonPacks(Iterator[dict[str, Any]]):
         return {"num_workers": config.num_workers, "data-parallel size": config.world_size}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Go on after the packs that were used when ``state`` was saved.
+        """Continue after the packs that were used when ``state`` was saved.
 
         Call it before the first pack is taken.
 
         Raises:
             ValueError: ``state`` was saved with another number of workers or data-parallel ranks,
-                or is not what :meth:`save_state` returns.
+                or does not come from :meth:`save_state`.
         """
         checked_state(state, "loader", "unused")
         for name, now in self._readers().items():
@@ -110,46 +110,45 @@ class EnergonPacks(Iterator[dict[str, Any]]):
 
 @dataclass(kw_only=True)
 class Step37EnergonSFTDataProvider(PackProvider):
-    """Packs from shards for supervised fine-tuning of Step-3.7.
+    """Provides packs from shards for supervised fine-tuning of Step-3.7.
 
-    It is to shards what ``Step37Flickr8kSFTDataProvider`` is to a folder. Set it as ``cfg.dataset``
-    of a Megatron-Bridge recipe, whose checkpoints then hold the state of the data, or take the
-    packs of ``build_datasets(None)`` in a loop of your own.
+    For a folder instead of shards, use ``Step37Flickr8kSFTDataProvider``. Set it as ``cfg.dataset``
+    of a Megatron-Bridge recipe, whose checkpoints then hold the state of the data, or iterate over
+    the packs of ``build_datasets(None)`` in your own loop.
     """
 
     path: str
-    """Folder or URL of shards that are prepared for Energon, or of a blend of several."""
+    """Folder or URL of shards that are prepared for Energon, or of a blend of such folders."""
     tokenizer_path: str
     split: str = "train"
     max_packing_seqlen: int = 2048
     seqlen_divisible_by: int = 64
     packing: Packing = "next_fit"
     packing_buffer_size: int = 256
-    """Samples that a worker packs together; it holds their encoded pictures."""
+    """How many samples a worker packs together; it keeps their encoded pictures in memory."""
     multicrop: bool = False
     as_viewed: bool = False
-    """Show the model every picture as image viewers do (see ``ImageOptions``); the packs say so."""
+    """Show the model every picture as image viewers do (see ``ImageOptions.as_viewed``)."""
     prompt: str | None = None
     caption_key: str | None = None
-    """Where in ``json`` the captions are, as in ``"caption"``; None takes those of ``txt``."""
+    """The key of captions in ``json``, such as ``"caption"``; None reads captions from ``txt``."""
     on_broken: OnBroken = "zero"
     shuffle_buffer_size: int | None = 100
-    """Size of the buffer from which Energon draws at random; None draws without it, slice by
-    slice."""
+    """Size of the buffer from which Energon draws at random; None draws slice by slice."""
     max_samples_per_sequence: int | None = 100
-    """Samples of a shard that are read in a row; None reads whole shards."""
+    """How many samples of a shard are read in a row; None reads whole shards."""
 
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "external"
 
     def build_datasets(self, context: Any) -> tuple[EnergonPacks, None, None]:
-        """Return the packs of this data-parallel rank, and None twice for the other splits.
+        """Return ``(packs, None, None)``: the packs of this data-parallel rank, no other splits.
 
         Args:
-            context: Megatron-Bridge's build context. Where it has no groups, they are Megatron's,
-                if it is in use, and else all of ``torch.distributed``.
+            context: Megatron-Bridge's build context. If it has no process groups, Megatron's are
+                used if it is initialised, and else all ranks of ``torch.distributed``.
 
         Raises:
-            ValueError: a field has none of the values that it may have; the message names it.
+            ValueError: a field has a value that is not allowed; the message names it.
         """
         checked_int("num_workers", self.num_workers, least=0)
         checked_int("packing_buffer_size", self.packing_buffer_size)

@@ -1,4 +1,4 @@
-"""The command ``step37-data shard``; the packages that it needs are imported when it runs."""
+"""Defines the command ``step37-data shard``; it imports the packages it needs when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from step37_data.common.checks import checked_int
 
 
 def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the command; ``command`` makes the parser of one, as ``add_parser`` of argparse does."""
+    """Add the command; ``command`` makes its parser, as ``add_parser`` of argparse does."""
     parser = command(
         "shard",
         help="write a cache folder as WebDataset shards for Megatron-Energon",

@@ -1,4 +1,4 @@
-"""Write a folder in the data set's layout as WebDataset shards: ``step37-data shard``."""
+"""Writes a folder of pictures and captions as WebDataset shards: ``step37-data shard``."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ PICTURE_SUFFIXES = (
 """File name extensions, in lower case, under which a WebDataset sample may hold a picture: one or
 more of every format that :func:`~step37_data.images.decode.picture_formats` can name."""
 
-# In the folder of a split's shards: which samples they hold.
+# The file, in the folder of a split's shards, that says which samples they hold.
 _ORIGIN_FILE = ".step37_origin.json"
-# There, too: a line for every shard that was written, with what it was written from.
+# The file, in the same folder, with a line for every written shard: from what it was written.
 _WRITTEN_FILE = ".step37_written.jsonl"
-# In the folder of all shards.
+# The lock file, in the folder of all shards.
 _LOCK_FILE = ".step37_lock"
 
-# These threads wait for the file system, so there may be more of them than cores.
+# Threads that wait for the file system; there may be more of them than cores.
 _STAT_THREADS = 16
-# Pictures that cannot be taken, in a message.
+# The most unusable pictures that a message names.
 _SHOWN = 10
 
 
 class _Stamp(NamedTuple):
-    """What tells whether a picture has changed since it was written into a shard."""
+    """Size and time of a picture, to find out whether it has changed since it was written."""
 
     size: int
     modified_ns: int
@@ -66,7 +66,7 @@ class _Split(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Path of the picture of every sample, relative to the folder of the split."""
+        """The path of every sample's picture, relative to the folder of the split."""
         return [
             Path(sample.image_path).relative_to(self.root).as_posix() for sample in self.samples
         ]
@@ -81,29 +81,28 @@ def write_shards(
     samples_per_shard: int = 1000,
     progress: bool = True,
 ) -> dict[str, dict[str, int]]:
-    """Write every split of ``folder`` as shards: of each sample its picture, as it is, and caption.
+    """Write every split of ``folder`` as shards: the unchanged picture and caption of each sample.
 
     ``{folder}/{split}/metadata.csv`` becomes ``{out}/{split}/000000.tar`` and so on, in the order
-    of its rows. The keys of the samples count from 000000000; in other splits than ``train`` the
-    name of the split comes first, as in ``val-000000000``.
+    of its rows. The keys of the samples count from 000000000; in splits other than ``train`` they
+    begin with the name of the split, as in ``val-000000000``.
 
-    All pictures are looked at, but not read, before the first shard is written. A shard appears
-    when it is whole. A shard that is there stays if it has the size that it had when it was written
-    and its pictures have the size and the time of last change that they had then; else it is
-    written again. So an interrupted run goes on where it stopped. The same folder gives the same
-    bytes.
+    The size and time of all pictures are read before the first shard is written. A shard gets its
+    name only when it is complete. An existing shard is kept if its size, and the sizes and times of
+    its pictures, are the same as when it was written; else it is written again. So an interrupted
+    run continues where it stopped. The same folder gives the same bytes.
 
-    Two runs must not write into one folder at a time, see :func:`one_writer`.
+    Two runs must not write into one folder at the same time, see :func:`one_writer`.
 
     Args:
-        folder: with a folder for every split.
-        out: made if it is not there.
+        folder: the data set, with a folder for every split.
+        out: folder of the shards; created if it does not exist.
         caption_key, sample_count: see :func:`~step37_data.flickr8k_loader.read_flickr8k_metadata`.
         samples_per_shard: the last shard of a split may hold fewer.
         progress: show a progress bar.
 
     Returns:
-        Per split the number of samples of every shard, by the path of the shard in ``out``.
+        For each split the number of samples of every shard, by the path of the shard in ``out``.
 
     Raises:
         ValueError: no split has samples; ``samples_per_shard`` is no integer of at least 1;
@@ -129,14 +128,14 @@ def write_shards(
 
 @contextlib.contextmanager
 def one_writer(out: Path) -> Iterator[None]:
-    """Hold a folder of shards for this process, and remove what killed runs left unfinished in it.
+    """Lock a folder of shards for this process, and remove unfinished files of killed runs.
 
-    The folder is made if it is not there. Where the file system has no locks, a warning is logged.
+    The folder is created if it does not exist. Without locks in the file system, it logs a warning.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
-    import fcntl  # not on every system on which this module is imported
+    import fcntl  # does not exist on every system
 
     out.mkdir(parents=True, exist_ok=True)
     refuse_links(out, out / _LOCK_FILE)
@@ -156,7 +155,7 @@ def one_writer(out: Path) -> Iterator[None]:
 
 
 def columns_of(metadata: Path) -> list[str]:
-    """The names of the columns of a ``metadata.csv``, for messages."""
+    """Read the names of the columns of a ``metadata.csv``, for messages."""
     with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         return next(csv.reader(file), [])
 
@@ -164,7 +163,7 @@ def columns_of(metadata: Path) -> list[str]:
 def _read_splits(folder: Path, caption_key: str, sample_count: int | None) -> dict[str, _Split]:
     splits, problems, columns = {}, [], ""
     for metadata in sorted(folder.glob("*/metadata.csv")):
-        if not metadata.is_file():  # a pipe would let its reader wait for ever
+        if not metadata.is_file():  # reading from a pipe may never end
             raise ValueError(f"{metadata}: expected a regular file")
         samples = read_flickr8k_metadata(metadata, caption_key, sample_count)
         if not samples:
@@ -186,13 +185,13 @@ def _read_splits(folder: Path, caption_key: str, sample_count: int | None) -> di
 
 
 def _look_at(root: Path, path: str) -> _Stamp | str:
-    """Size and time of a picture, or why it cannot be taken."""
+    """Return size and time of a picture, or why it cannot be used."""
     if _suffix(path) not in PICTURE_SUFFIXES:
         return f"{path}: expected a picture named .{', .'.join(PICTURE_SUFFIXES)}"
     try:
         resolved = Path(path).resolve(strict=True)
         status = resolved.stat()
-    except (OSError, RuntimeError) as error:  # links in a circle: RuntimeError before Python 3.13
+    except (OSError, RuntimeError) as error:  # a circle of links: RuntimeError before Python 3.13
         return f"{path}: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(status.st_mode):
         return f"{path}: expected a regular file"
@@ -206,7 +205,7 @@ def _suffix(path: str) -> str:
 
 
 def _check_origin(target: Path, split: _Split, samples_per_shard: int) -> None:
-    """Refuse shards of other samples; note down what the new ones are made of."""
+    """Refuse a folder with shards of other samples; record from what the new ones are made."""
     digest = hashlib.sha256()
     for name, sample in zip(split.names, split.samples, strict=True):
         digest.update(json.dumps([name, sample.caption]).encode())
@@ -230,7 +229,7 @@ def _check_origin(target: Path, split: _Split, samples_per_shard: int) -> None:
 def _write_split(
     target: Path, split: _Split, samples_per_shard: int, progress: bool
 ) -> Iterator[tuple[str, int]]:
-    """Write what is missing or has changed; names of all shards, and how many samples each has."""
+    """Write missing and changed shards; returns the number of samples of all shards, by name."""
     journal = target / _WRITTEN_FILE
     written = _read_journal(journal)
     samples = split.samples
@@ -244,15 +243,15 @@ def _write_split(
                 size = _write_shard(path, chunk, _keys(target.name, first))
                 line = {"shard": path.name, "pictures": pictures, "size": size}
                 with journal.open("a", encoding="utf-8") as file:
-                    file.write(f"\n{json.dumps(line)}")  # the last line there may have been cut off
+                    file.write(f"\n{json.dumps(line)}")  # the last line may be cut off
             bar.update(len(chunk))
             yield path.name, len(chunk)
 
 
 def _read_journal(journal: Path) -> dict[str, tuple[str, int]]:
-    """What the shards were written from and their size, by name; the last line of a name counts.
+    """Read from what each shard was written, and its size; of several lines the last is valid.
 
-    A line that is damaged is left out, and its shard is written again.
+    A damaged line is ignored, so that its shard is written again.
     """
     written = {}
     if journal.exists():
@@ -264,17 +263,17 @@ def _read_journal(journal: Path) -> dict[str, tuple[str, int]]:
 
 
 def _keys(split: str, first: int) -> Iterator[str]:
-    """The keys of the samples of a split from number ``first`` on.
+    """Yield the keys of the samples of a split, from number ``first`` on.
 
-    Energon refuses a data set with the same key twice, so the name of the split is a part of them,
-    but for ``train``. A key holds no dot: what follows the first one is the name of a part.
+    Energon refuses a data set in which a key occurs twice, so keys contain the name of the split,
+    except for ``train``. They contain no dot, after which the name of a part would begin.
     """
     prefix = "" if split == "train" else f"{quote(split, safe='').replace('.', '%2E')}-"
     return (f"{prefix}{number:09d}" for number in itertools.count(first))
 
 
 def _write_shard(path: Path, samples: Sequence[Flickr8kSample], keys: Iterator[str]) -> int:
-    """Write a shard under another name, and move it to its own when it is whole; its size."""
+    """Write a shard to a temporary file and rename it when it is complete; returns its size."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with unfinished.open("xb") as file:
@@ -291,7 +290,7 @@ def _write_samples(file: BinaryIO, samples: Sequence[Flickr8kSample], keys: Iter
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in zip(keys, samples, strict=False):
             for part, content in _parts(sample):
-                # Without time and owner, so that the same folder gives the same bytes.
+                # No time and no owner, so that the same folder gives the same bytes.
                 member = tarfile.TarInfo(f"{key}.{part}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

@@ -1,10 +1,10 @@
-"""Make packs from WebDataset shards, through Megatron-Energon.
+"""Makes packs from WebDataset shards, through Megatron-Energon.
 
-Energon reads the shards (also from object stores and blends) and deals them out to ranks and
-workers; its task encoder for Step-3.7, here, makes packs of the samples with the template, the
-packing and ``pack_samples`` of the folder's provider. A pack is the dictionary that
-``preprocess_packed_batch`` and ``forward_step`` take. In it stand the contents of the image files
-where a folder's packs have their paths::
+Energon reads the shards, also from object stores and blends, and distributes them to ranks and
+workers. The task encoder in this module makes packs of the samples, with the same template, packing
+and ``pack_samples`` as the provider for folders. A pack is the dictionary that
+``preprocess_packed_batch`` and ``forward_step`` take. It holds the contents of image files, instead
+of their paths::
 
     workers = WorkerConfig(rank=0, world_size=1, num_workers=2)
     packs = get_train_dataset(
@@ -41,7 +41,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("megatron", "megatron.energon"):
         raise
-    # The full name, because other extras bring other parts of megatron.
+    # The full name, because other extras install other parts of megatron.
     raise ModuleNotFoundError(str(error), name="megatron.energon") from error
 from megatron.energon.errors import FatalSampleError
 
@@ -57,8 +57,8 @@ from step37_data.template import MultimodalSFTSample, Step37MultimodalTemplate
 from step37_data.text.messages import CAPTION_PROMPT, caption_dialogue
 from step37_energon.shards import PICTURE_SUFFIXES
 
-# What ends the run: so many blank captions in a row, or buffers without a sample that fits. After
-# a hundred such buffers Energon ends it with a message that does not name the reason.
+# The run ends after so many blank captions in a row, or buffers without a sample that fits. Energon
+# itself ends it after a hundred such buffers, with a message that does not give the reason.
 _MOST_BLANK = 10_000
 _MOST_EMPTY_BUFFERS = 100
 
@@ -70,15 +70,15 @@ def cook_sample(sample: dict[str, Any], *, caption_key: str | None = None) -> di
     Parts whose names end in one of :data:`~step37_energon.shards.PICTURE_SUFFIXES` are pictures.
     The text is the first of these that the sample has:
 
-    * ``messages`` in ``json``: a conversation. ``images`` beside them names the parts in the order
+    * ``messages`` in ``json``: a conversation. ``images`` in ``json`` names the parts in the order
       of the placeholders (``"0.jpg"`` is the part ``key.0.jpg``; ``["0.jpg", 1]`` is a crop).
-      Without ``images`` the pictures come in the order of their names, 2 before 10.
+      Without ``images`` the pictures are in the order of their names, 2 before 10.
     * ``caption_key`` in ``json``, if it is given: a caption.
-    * ``txt``: a caption. A ``json`` beside it is taken for metadata.
+    * ``txt``: a caption. ``json`` is ignored then, as metadata.
 
     Args:
         sample: the parts by name, as bytes, and Energon's keys.
-        caption_key: where in ``json`` the caption is; None if ``json`` holds no captions.
+        caption_key: the key of the caption in ``json``; None if ``json`` holds no captions.
 
     Returns:
         ``conversations`` or ``caption``, ``images`` and Energon's keys of the sample.
@@ -118,7 +118,7 @@ def cook_sample(sample: dict[str, Any], *, caption_key: str | None = None) -> di
 
 
 def _in_order(name: str) -> list[Any]:
-    """Split a name into texts and numbers, which take turns: like is compared with like."""
+    """Split a name into alternating texts and numbers, so that numbers are sorted as numbers."""
     return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
 
 
@@ -134,7 +134,7 @@ def _parsed(name: str, data: bytes) -> Any:
         return json.loads(_decoded(name, data))
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: expected JSON: {error}") from error
-    except RecursionError as error:  # Energon would end the run for it.
+    except RecursionError as error:  # Energon would end the run because of this error.
         raise ValueError(f"{name}: its lists and objects are nested too deeply") from error
 
 
@@ -173,40 +173,40 @@ def _named(
 class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     """Energon's task encoder for packed Step-3.7 samples.
 
-    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs the
-    samples of one buffer after the other. So ``"best_fit"`` makes the packs that the folder's
-    provider makes with a ``packing_window`` of that size, and ``"next_fit"`` closes a pack where a
-    buffer ends. A worker holds a buffer of encoded pictures in memory: 256 photographs of 150 KB
-    are 40 MB. Samples that are longer than a pack are dropped.
+    Give Energon a ``packing_buffer_size`` and a ``batch_size`` of 1 or None. A worker packs one
+    buffer of samples after the other. So ``"best_fit"`` makes the same packs as the provider for
+    folders with a ``packing_window`` of that size, and ``"next_fit"`` closes a pack at the end of a
+    buffer. A worker keeps one buffer of encoded pictures in memory: 256 photographs of 150 KB are
+    40 MB. Samples that are longer than a pack are dropped.
 
     A sample that cannot be encoded (pictures and placeholders that differ in number, reserved
     tokens, a broken ``json``) raises ``ValueError`` in Energon, and the error handler of the
     ``WorkerConfig`` decides about it. Energon's default handler logs the sample and skips it, and
     100 such samples in a row end the run. A sample with a blank caption is skipped without an
-    error; 10,000 of them in a row end the run. Every pack says in ``skipped_samples`` how many of
-    both its worker has met since its last pack, and in ``dropped_samples`` how many samples were
+    error; 10,000 of them in a row end the run. In every pack ``skipped_samples`` is the number of
+    both since the last pack of its worker, and ``dropped_samples`` the number of samples that were
     longer than a pack. 100 buffers in a row without a sample that fits end the run.
 
     Args:
         tokenizer_path: folder of the tokenizer.
         max_packing_seqlen: tokens in a pack.
-        seqlen_divisible_by: padded to a multiple of this.
+        seqlen_divisible_by: packs are padded to a multiple of this.
         packing: ``"next_fit"`` packs in the order that Energon draws, ``"best_fit"`` reorders
             within the buffer for fuller packs, ``"balanced"`` also makes the packs of a buffer more
-            alike in vision tokens (of one worker: workers do not know of each other).
+            alike in vision tokens (each worker by itself).
         multicrop: show the model crops of a picture besides the full image.
         as_viewed: show the model every picture as image viewers do, turned by EXIF for example (see
-            ``ImageOptions``). The packs say so to ``preprocess_packed_batch``.
-        prompt: what the user asks about the picture of a caption; None is the question that the
-            folder's provider asks.
-        caption_key: where in ``json`` the captions are, as in ``"caption"``; None takes those of
+            ``ImageOptions``). Packs carry this value to ``preprocess_packed_batch``.
+        prompt: the user's question about a picture with a caption; None is the default question of
+            the provider for folders.
+        caption_key: the key of captions in ``json``, such as ``"caption"``; None reads them from
             ``txt``. See :func:`cook_sample`.
-        on_broken: what ``preprocess_packed_batch`` does about an unreadable picture of these packs
-            unless it is told otherwise.
+        on_broken: the default of ``on_broken`` when ``preprocess_packed_batch`` reads the pictures
+            of these packs.
 
     Raises:
-        ValueError: an argument has none of the values that it may have, or the tokenizer lacks
-            something that the template needs.
+        ValueError: an argument has a value that is not allowed, or the tokenizer lacks something
+            that the template needs.
     """
 
     tokenizer_path: str
@@ -220,7 +220,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     caption_key: str | None = None
     on_broken: OnBroken = "zero"
 
-    # What Energon asks for, which is no field. Pictures are decoded when a pack is prepared.
+    # Attributes that Energon reads. Pictures are decoded later, when a pack is prepared.
     cookers = (Cooker(cook_sample),)
     decoder = None
 
@@ -252,12 +252,12 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def cook_crude_sample(self, sample: Any, cooker: Any, aux: Any) -> Any:
-        """Cook a sample as Energon does, and count those that cannot be cooked."""
+        """Read a sample, as Energon's own method does, and count the samples that fail."""
         with self._skips_counted():
             try:
                 cooked = super().cook_crude_sample(sample, cooker, aux)
             except SkipSample as error:
-                # Energon would draw from a data set without captions for ever.
+                # Without an end Energon would draw from a data set without captions for ever.
                 self._blank_in_a_row += 1
                 if self._blank_in_a_row >= _MOST_BLANK:
                     told = f"the last {self._blank_in_a_row} samples have blank captions"
@@ -290,7 +290,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
     def select_samples_to_pack(
         self, samples: list[MultimodalSFTSample]
     ) -> list[list[MultimodalSFTSample]]:
-        """Deal a buffer out to packs; samples that are longer than a pack are left out.
+        """Divide a buffer into packs; samples that are longer than a pack are left out.
 
         Raises:
             FatalSampleError: in 100 buffers in a row no sample fits in a pack.
@@ -322,7 +322,7 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
 
     @stateless
     def pack_selected_samples(self, samples: list[MultimodalSFTSample]) -> dict[str, Any]:
-        """Make one pack: what ``pack_samples`` returns, and Energon's keys of its samples."""
+        """Make one pack: the result of ``pack_samples``, and Energon's keys of its samples."""
         packed = pack_samples(
             samples,
             seqlen_divisible_by=self.seqlen_divisible_by,
@@ -337,23 +337,23 @@ class Step37TaskEncoder(TaskEncoder[Any, Any, Any, Any]):
             "dropped_samples": dropped,
             "__key__": [sample["__key__"] for sample in samples],
             "__subflavors__": [sample["__subflavors__"] for sample in samples],
-            "__restore_key__": (),  # Energon sets it when it takes the pack
+            "__restore_key__": (),  # Energon sets it when it receives the pack
         }
 
     @stateless
     def batch(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the pack itself, which is a whole batch."""
+        """Return the only pack of the batch."""
         return collate_single_pack(samples)
 
 
 def prepare_shards(
     folder: str | Path, shards: Mapping[str, Sequence[str] | Mapping[str, int]]
 ) -> None:
-    """Write Energon's metadata beside shards, as ``energon prepare`` does, without its questions.
+    """Write Energon's metadata for shards, as ``energon prepare`` does, but without asking.
 
     Args:
-        folder: of the data set.
-        shards: per split the paths of its shards in ``folder``; where they are the keys of a
+        folder: folder of the data set.
+        shards: for each split the paths of its shards in ``folder``. If these are the keys of a
             mapping, its values are the numbers of samples that Energon must find in them.
 
     Raises:

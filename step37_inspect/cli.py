@@ -1,9 +1,9 @@
-"""The command ``step37-data``: look at the packs of a folder, or write the folder as shards.
+"""The command ``step37-data``: shows the packs of a folder, or writes the folder as shards.
 
 ``inspect FOLDER`` describes a data set in lines, in a picture (``--out``) or in an HTML page
 (``--html``); with ``--pack N`` it describes one pack, with ``--picture FILE`` one image file.
-``shard FOLDER OUT`` writes shards, see :mod:`step37_energon.shard_command`. Both read what is in
-the folder and download nothing.
+``shard FOLDER OUT`` writes shards, see :mod:`step37_energon.shard_command`. Both read only the
+folder and download nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from step37_data.flickr8k_loader import Flickr8kSample
     from step37_data.packed_dataloader import MixedPackedDataloader
 
-# Characters that turn the direction of text, by their bidirectional class in Unicode.
+# Unicode's bidirectional classes of characters that change the direction of text.
 _DIRECTION_MARKS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command ``step37-data`` and return its exit status."""
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that is not UTF-8 shows escapes in place of the dash and the ×.
+        # A terminal that is not UTF-8 shows escapes instead of the dash and the ×.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for line in options.run(options):
@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shown_as_text(line: str) -> str:
-    """Write control characters as escapes, so that a caption or file name controls no terminal.
+    """Escape control characters, so that a caption or file name cannot control the terminal.
 
-    Escaped are all control characters except line breaks and tabs, lone surrogates, and the marks
-    that turn the direction of text.
+    Also escaped are lone surrogates and marks that change the direction of text. Line breaks and
+    tabs are kept.
     """
 
     def shown(character: str) -> str:
@@ -174,10 +174,10 @@ def _read_samples(options: argparse.Namespace) -> Sequence[Flickr8kSample]:
 
 
 def _metadata(options: argparse.Namespace) -> Path:
-    """The path of the metadata of the split.
+    """Return the path of the split's ``metadata.csv``.
 
     Raises:
-        ValueError: it is not there, or is no file; the message shows the layout of a folder.
+        ValueError: there is no such file; the message shows the layout of a folder.
     """
     folder, split = options.cache_dir, options.split
     metadata: Path = folder / split / "metadata.csv"
@@ -198,7 +198,7 @@ def _metadata(options: argparse.Namespace) -> Path:
 def _packs(
     options: argparse.Namespace, samples: Sequence[Flickr8kSample], **other: Any
 ) -> MixedPackedDataloader:
-    """Pack the samples as training does; ``other`` replaces what the options say."""
+    """Pack the samples as training does; ``other`` overrides options."""
     from step37_data.flickr8k_loader import Step37Flickr8kDataset
     from step37_data.pack_transform import pack_samples
     from step37_data.packed_dataloader import MixedPackedDataloader
@@ -231,7 +231,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
     from step37_inspect.viewer_difference import find_viewer_differences
 
     samples = _read_samples(options)
-    # All samples in the order drawn: "extend" packs too long ones, even where no other is left.
+    # All samples, in the order drawn; with "extend" too long ones are packed as well.
     drawn = _packs(options, samples, packing="next_fit", oversize_policy="extend")
     order, sizes = drawn.piece_indices, drawn.piece_sizes
     paths = list(dict.fromkeys(sample.image_path for sample in samples))
@@ -274,7 +274,7 @@ def _describe_data_set(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:
-    """Tell how a report was made, for the report."""
+    """Return the settings with which a report was made, to be shown in it."""
     count, multiple = options.sample_count, options.seqlen_divisible_by
     return {
         "date": f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC",

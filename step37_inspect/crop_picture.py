@@ -1,4 +1,4 @@
-"""Describe and draw how one picture is cut into crops."""
+"""Describes and draws how one picture is cut into crops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describe and draw a data set: lengths, how full packs get, what is dropped, what is broken."""
+"""Describes and draws a data set: lengths, how full packs are, dropped samples, broken images."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from step37_inspect.histogram import Histogram, draw_histogram
 from step37_inspect.viewer_difference import TREATMENTS
 
 _BAR_WIDTH = 40
-# Dropped samples in the lines of a description, the page has all of them; samples far off.
+# The most dropped samples, and samples of unusual length, that lines name; the page has all.
 _SHOWN, _NAMED = 20, 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSetDescription:
-    """A data set: what it holds and what packing makes of it.
+    """A data set's samples and images, and how full its packs are.
 
     Attributes:
-        name: folder, split and column of the captions.
+        name: folder, split and caption column.
         sizes: integers ``[N]``, tokens of every sample in the order drawn, dropped ones included.
         images: number of image files.
         capacity: tokens of a pack.
         oversize: what happens to longer samples.
-        broken: the reason by path; None where images were not read.
-        loads: integers ``[N]``, vision tokens of every sample, for the fill of balanced packing,
-            which is left out without them.
+        broken: unreadable images, each path with the reason; None if images were not read.
+        loads: integers ``[N]``, vision tokens of every sample. They are needed to show the fill of
+            balanced packing.
         files: the image file of every sample, ``[N]``, to name some of them; may be left out.
         shown_otherwise: by path, how a viewer shows an image otherwise than stock reads it.
         skipped_rows: rows of the metadata without a file name or a caption.
@@ -58,7 +58,7 @@ class DataSetDescription:
 
     @functools.cached_property
     def fills(self) -> dict[str, Fill]:
-        """How full packs get, by packing: next-fit, best-fit and, with ``loads``, balanced."""
+        """How full packs are: by next-fit, by best-fit and, if there are ``loads``, balanced."""
         how = (self.sizes, self.capacity, self.oversize)
         ways = {"next_fit": (np.arange(len(self.sizes)), pack(*how))}
         ways["best_fit"] = pack_best_fit(*how)
@@ -71,12 +71,12 @@ class DataSetDescription:
 
     @functools.cached_property
     def longer(self) -> list[tuple[str, int]]:
-        """File and tokens of every sample that is longer than a pack, in the order drawn."""
+        """File and length of every sample that is longer than a pack, in the order drawn."""
         return self._named(self.sizes > self.capacity)
 
     @functools.cached_property
     def far_off(self) -> list[tuple[str, int]]:
-        """File and tokens of every sample that the histogram keeps apart, the longest first."""
+        """File and length of every sample of unusual length, the longest first."""
         body = self.histogram.body
         found = self._named((self.sizes < body.start) | (self.sizes >= body.stop))
         return sorted(found, key=lambda each: -each[1])
@@ -106,7 +106,7 @@ class DataSetDescription:
 
     @property
     def outliers(self) -> str:
-        """Names some samples whose length is far off; empty if there are none."""
+        """A sentence that names some samples of unusual length; empty if there are none."""
         if not self.far_off:
             return ""
         names = [f"{PureWindowsPath(file).name} ({size})" for file, size in self.far_off]
@@ -115,7 +115,7 @@ class DataSetDescription:
 
     @property
     def too_long(self) -> str:
-        """Tells how many samples are longer than a pack and what happens to them; empty if none."""
+        """A sentence on samples that are longer than a pack; empty if there are none."""
         if not self.longer:
             return ""
         fate = "dropped" if self.oversize == "drop" else "each alone in a pack"
@@ -161,7 +161,7 @@ class DataSetDescription:
 
 
 def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> int:
-    """Count rows without a file name or a caption, up to the last of ``sample_count`` samples."""
+    """Count rows without file name or caption before the last of ``sample_count`` samples."""
     with metadata.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, restval="")
         whole = (
@@ -177,7 +177,7 @@ def skipped_rows(metadata: Path, caption_key: str, sample_count: int | None) -> 
 
 
 def find_broken_images(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Decode every file and return those that cannot be read, in order, with the reason."""
+    """Decode every file; return the paths that cannot be read, in order, with the reason."""
     bar = {"desc": "Reading images", "unit": "file", "disable": quiet}
     found = thread_map(why_broken, paths, max_workers=default_threads(), **bar)
     return {path: why for path, why in zip(paths, found, strict=True) if why is not None}
@@ -262,6 +262,6 @@ def draw_data_set(data: DataSetDescription, *, narrow: bool = False) -> style.Fi
         axes.set(xlabel=across, ylabel=up)
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="y", integer=True)
-        # Below the axes it covers no bar.
+        # Below the axes, where it covers no bar.
         axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.18), frameon=False, fontsize=9)
     return sheet

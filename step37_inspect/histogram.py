@@ -1,4 +1,4 @@
-"""Make and draw a histogram of lengths in which a few odd samples do not squeeze the others."""
+"""Draws a histogram of lengths that stays readable if a few samples are very long or short."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from step37_inspect import style
 
 _BARS = 16
-# Lengths are far off so many times the span of the middle half of them below or above that half.
+# A length is unusual if it is so many times the span of the middle half of lengths away from it.
 _FAR = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """The bins of a histogram: most have one width, the lengths far off have bins of their own.
+    """The bins of a histogram: of equal width, and one more at each end for unusual lengths.
 
     Attributes:
         body: most of the lengths, as ``[start, stop)`` in tokens; its bins have one width.
-        bins: ``[start, stop)`` of every bin: those of the body and, where there are lengths far
-            below or above, one for all of them on either side.
+        bins: ``[start, stop)`` of every bin: those of the body, and if there are unusual lengths
+            one for all that are shorter and one for all that are longer.
     """
 
     body: range
@@ -31,7 +31,7 @@ class Histogram:
     @classmethod
     def of(cls, sizes: np.ndarray) -> Histogram:
         """Choose the bins for samples of these lengths."""
-        low, high = int(sizes.min()), int(sizes.max())  # sizes may be as narrow as one byte
+        low, high = int(sizes.min()), int(sizes.max())  # the array's may be of one byte
         left, right = np.percentile(sizes, [25, 75])
         reach = _FAR * max(right - left, _BARS)
         near = sizes[(sizes >= left - reach) & (sizes <= right + reach)]
@@ -52,7 +52,7 @@ class Histogram:
         return counted
 
     def places(self) -> list[int]:
-        """Left edge of every bar, in tokens along the body; lengths far off stand behind a gap."""
+        """The left edge of every bar, in tokens; bars of unusual lengths are set apart."""
         width = self.body.step
         places = []
         for bin_ in self.bins:
@@ -68,7 +68,7 @@ class Histogram:
 def draw_histogram(
     axes: style.Axes, histogram: Histogram, parts: Sequence[np.ndarray], told: Sequence[str]
 ) -> None:
-    """Draw a stacked bar for every bin; those of lengths far off stand apart, with their range."""
+    """Draw a stacked bar for every bin; bars of unusual lengths are apart, with their range."""
     from matplotlib.ticker import MaxNLocator
 
     places, body, floor = histogram.places(), histogram.body, np.zeros(len(histogram.bins))

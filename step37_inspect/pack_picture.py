@@ -1,4 +1,4 @@
-"""Describe and draw one pack: which sample and image has which tokens, and what is trained."""
+"""Describes and draws one pack: the tokens of each sample and image, and which are trained."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _NARROW = _Layout(96, 2, width=3.0, legend_rows=3)
 
 
 class ImageSpan(NamedTuple):
-    """Where the rows of one image stand in the pack: ``[start, end)`` in tokens.
+    """The positions of one image's rows in the pack: ``[start, end)`` in tokens.
 
     Attributes:
         kind: ``"image"`` or ``"crop"``.
@@ -69,7 +69,7 @@ class ImageSpan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the image file, from a path of any operating system."""
+        """The name of the image file, from a path of any operating system."""
         return PureWindowsPath(str(self.entry.path)).name
 
 
@@ -78,7 +78,7 @@ class Segment(NamedTuple):
 
     Attributes:
         source: ``(data set, index in it)``, None for padding.
-        loss: ``[start, end)`` of every run of positions whose label is trained.
+        loss: ``[start, end)`` of every run of positions that count in the loss.
         images: its images and crops, in the order of their tokens.
         text: the trained tokens as text.
     """
@@ -110,7 +110,7 @@ class PackDescription(NamedTuple):
 
     @property
     def used(self) -> int:
-        """Tokens of samples, without padding."""
+        """The number of tokens of samples, without padding."""
         return max(segment.end for segment in self.segments if segment.source is not None)
 
     @property
@@ -233,7 +233,7 @@ def _paint(
 ) -> None:
     """Colour the tokens ``[start, end)``, which may lie on several lines, and write the name.
 
-    The name stands on the line of the middle token, which has the most room.
+    The name is on the line of the middle token, which has the most space.
     """
     start, end = span
     a_line = layout.tokens_a_line

@@ -1,7 +1,7 @@
-"""Write a data set as one HTML page: tables, pictures, and packs to leaf through.
+"""Writes a report on a data set as one HTML page: tables, pictures, and packs to browse.
 
-The page is one file that fetches nothing, so it can be mailed and opened offline. Its template is
-``page.html`` beside this file.
+The page is one file and loads no others, so it can be mailed and opened offline. Its template is
+``page.html`` in this folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def write_page(
     """Write the page of a data set.
 
     Args:
-        path: of the HTML file; its folder is made.
-        data: described data set.
+        path: path of the HTML file; its folder is created.
+        data: description of the data set.
         packs: of the data set; None if no sample fits in one.
-        shown: the packs to leaf through.
-        settings: what the page says about how it was made, by name.
+        shown: the packs that can be browsed.
+        settings: the settings of the report, by name, shown on the page.
         progress: show a bar while packs are drawn.
     """
     numbers = tqdm(shown, desc="Drawing packs", unit="pack", disable=not progress)

@@ -1,8 +1,8 @@
-"""Draw the pictures of this project in one look: colours, lettering, and labels that fit.
+"""Draws the parts of all pictures of this project in one style: colours, text, labels that fit.
 
-The colours are Okabe and Ito's, which people with any colour vision tell apart; what matters also
-has a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and changes none of its global
-state.
+The colours are Okabe and Ito's, which people with any colour vision can distinguish; important
+parts also have a hatch or a label. Drawing needs Matplotlib (extra ``plots``) and changes none of
+its global state.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PADDING, BROKEN, INK, FRAME = "#f5f5f5", "#d55e00", "#1e1e1e", "#8a8f98"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 DPI = 100
 TITLE_HEIGHT = 0.45
-"""In inches."""
+"""The height of a title, in inches."""
 Point = tuple[float, float]
 """A place on axes: x, y."""
 _MARKS = str.maketrans("\n\t\r", "↵⇥↵")
 
 
 def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """Make a sheet with its title, and axes over all of it, in inches from the top left corner."""
+    """Make a sheet with a title and axes over all of it, in inches from the top left corner."""
     sheet = sheet_of(width, height, title)
     axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
     axes.set_axis_off()
@@ -38,7 +38,7 @@ def figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def sheet_of(width: float, height: float, title: str) -> Figure:
-    """A sheet of so many inches, empty below its title, which takes :data:`TITLE_HEIGHT`."""
+    """Make an empty sheet, in inches, with a title at the top of height :data:`TITLE_HEIGHT`."""
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -96,7 +96,7 @@ def show(axes: Axes, picture: Image, at: Point, side: float) -> None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """Cut ``text`` short with "…" until it is at most ``width`` inches wide; maybe to nothing.
+    """Shorten ``text`` with "…" to at most ``width`` inches, if necessary to nothing.
 
     Line ends become ↵, and characters that the font does not have □.
     """
@@ -106,20 +106,20 @@ def fit(text: str, width: float, size: float, weight: str = "normal") -> str:
     looks = FontProperties(size=size, weight=weight)
     has = get_font(findfont(looks)).get_char_index
     text = "".join(mark if has(ord(mark)) else "□" for mark in text.translate(_MARKS))
-    # In a raster's pixels: its letters are wider than their outlines.
+    # Measured in pixels of a raster, in which letters are wider than their outlines.
     measure = functools.partial(RendererAgg(1, 1, DPI).get_text_width_height_descent, ismath=False)
     cuts = [text, *(f"{text[:length]}…" for length in range(len(text) - 1, 0, -1))]
     return next((cut for cut in cuts if measure(cut, looks)[0] <= width * DPI), "")
 
 
 def save(sheet: Figure, path: Path) -> None:
-    """Write the sheet in the format that the file's name ends in."""
+    """Write the sheet to a file, in the format of the file name's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.savefig(path, dpi=DPI)
 
 
 def png_of(sheet: Figure, *, titled: bool = True) -> bytes:
-    """The sheet as a PNG file, on request without the strip that its title takes."""
+    """Return the sheet as a PNG file; with ``titled=False`` without its title."""
     from matplotlib.transforms import Bbox
 
     width, height = sheet.get_size_inches()

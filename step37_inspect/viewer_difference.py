@@ -29,11 +29,12 @@ TREATMENTS = {
 
 
 def find_viewer_differences(paths: Sequence[str], quiet: bool = False) -> dict[str, str]:
-    """Find the image files that a viewer shows otherwise, in order.
+    """Find the image files that a viewer shows differently, in order.
 
     Returns:
-        By path the differences, as :func:`~step37_data.images.decode.viewed_otherwise` names them.
-        Files that cannot be read are left out; :func:`find_broken_images` tells of them.
+        For each path its differences, named as by
+        :func:`~step37_data.images.decode.viewed_otherwise`. Files that cannot be read are left out;
+        :func:`find_broken_images` finds these.
     """
     bar = {"desc": "Comparing with a viewer", "unit": "file", "disable": quiet}
     found = thread_map(_differences, paths, max_workers=default_threads(), **bar)

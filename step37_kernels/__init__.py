@@ -1,6 +1,6 @@
-"""Fused multimodal embedding of Step-3.7-Flash: Triton kernels with a PyTorch reference.
+"""Triton kernels that fuse the multimodal embedding of Step-3.7-Flash, with a PyTorch reference.
 
-The names below load their module on first use, so that ``import step37_kernels`` costs nothing.
+Each name below loads its module when it is first used, so ``import step37_kernels`` is fast.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and refuses other names
+if not TYPE_CHECKING:  # type checkers read the imports above and reject other names
 
     def __getattr__(name: str) -> Any:
         module = _MODULE_OF.get(name)

@@ -1,7 +1,7 @@
-"""The fused merge inside NeMo Automodel's Step-3.7 (``Step3p7Model``): for models to come, and for
-built ones.
+"""Makes NeMo Automodel's Step-3.7 (``Step3p7Model``) project and merge images in one pass.
 
-Automodel is imported inside the functions that need it, so that importing this module does not.
+:func:`patch_step3p7` does it for models built later, :func:`replace_in` for a model that exists.
+Automodel is imported inside the functions that need it, not with this module.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _PATCH = ClassPatch(
         ("get_multimodal_embeddings",),
         ("prepare_inputs_embeds",),
         ("_vision_dtype_device",),
-        # The tower's rows before they are projected: the first where it has it.
+        # Give the tower's rows before projection; the first that the model has is used.
         ("_downsample_image_features", "_process_image_features"),
     ),
 )
@@ -84,20 +84,20 @@ _options = _Options()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Features(Sequence[Tensor]):
-    """Images on their way from the vision tower to the merge, not projected yet.
+    """The rows of all images between vision tower and merge, not projected yet.
 
-    Indexed or iterated over, it gives what stock returns: ``[R, H]`` of each image, the rows of its
-    crops before its own. All are projected then, by one call, and the numbers of crops are fetched
-    from the device. The merge needs neither.
+    The merge reads the tensors below. Anybody else who indexes the sequence or iterates over it
+    gets what stock returns: ``[R, H]`` of each image, the rows of its crops before its own. That
+    projects all images by one call, and fetches the numbers of crops from the device.
     """
 
     projector: nn.Module
     tensors: list[Tensor]
-    """``[N, L, C]`` each: crops, if there are any, and images."""
+    """``[N, L, C]`` each: the crops, if there are any, then the images."""
     place: Tensor | None = None
-    """``[R]`` int64: place in the model's order of each row of the tensors; None: as they come."""
+    """``[R]`` int64: the index of each row of the tensors in the model's order; None: the same."""
     counts: Tensor | None = None
-    """``[N]`` int64: crops of each image; None where there are none."""
+    """``[N]`` int64: the number of crops of each image; None if there are no crops."""
 
     def __len__(self) -> int:
         return len(self.tensors[-1])
@@ -122,10 +122,11 @@ class _Features(Sequence[Tensor]):
 
 
 class FusedMerge(Mixin):
-    """What goes before ``Step3p7Model`` among a class's bases: projector and merge in one pass.
+    """Makes a subclass of ``Step3p7Model`` project and merge in one pass; its first base class.
 
-    ``get_multimodal_embeddings`` gives what ``prepare_inputs_embeds`` takes, as before: a sequence
-    of one tensor an image, which are projected only where somebody indexes it.
+    ``prepare_inputs_embeds`` takes what ``get_multimodal_embeddings`` returns, as in stock: a
+    sequence of one tensor an image. The merge reads the rows behind it and projects them itself;
+    only code that indexes the sequence gets projected tensors.
     """
 
     config: Any
@@ -150,12 +151,13 @@ class FusedMerge(Mixin):
         image_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Encode images ``[N, 3, s, s]`` and crops ``[P, 3, t, t]``; nothing waits for the device.
+        """Encode images ``[N, 3, s, s]`` and crops ``[P, 3, t, t]``; the host does not wait.
 
         Returns:
-            A sequence of the rows ``[R, H]`` of each image, its crops' before its own. They are
-            projected by the merge; or when the sequence is indexed or iterated over, which waits
-            for the device. ``image_embeds`` that were passed in as ``[R, H]``; None without images.
+            A sequence of the rows ``[R, H]`` of each image, the rows of its crops before its own.
+            The merge projects them. Indexing the sequence or iterating over it projects them too,
+            and waits for the device. ``image_embeds`` are returned as ``[R, H]``; without images
+            the result is None.
 
         Raises:
             ValueError: ``num_patches`` has another length than there are images, or asks for crops
@@ -196,12 +198,12 @@ class FusedMerge(Mixin):
         )
 
     def prepare_inputs_embeds(self, input_ids: Tensor, multimodal_embeddings: Any = None) -> Tensor:
-        """Word embeddings with the image rows in the places of ``image_token_id``.
+        """Word embeddings, with the image rows at the positions of ``image_token_id``.
 
         Args:
             input_ids: ``[B, S]``, or ``[T]`` of packed sequences.
             multimodal_embeddings: from :meth:`get_multimodal_embeddings`, or rows that are
-                projected already: ``[R, H]``, or a sequence of such.
+                projected already: ``[R, H]``, or a sequence of such tensors.
 
         Returns:
             ``[B, S, H]``, or ``[T, H]``.
@@ -281,7 +283,7 @@ class FusedMerge(Mixin):
         )
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """``[N, L, C]`` rows of each picture, a channels-first view."""
+        """The rows ``[N, L, C]`` of pictures before projection, a channels-first view."""
         dtype, device = self._vision_dtype_device()  # type: ignore[attr-defined]
         pixels = pixels.reshape(-1, *pixels.shape[-3:]).to(device=device, dtype=dtype)
         patches = self.vision_model(pixels)
@@ -289,7 +291,7 @@ class FusedMerge(Mixin):
         if hasattr(self, "_downsample_image_features"):
             features = self._downsample_image_features(patches)
         else:
-            # Stock's own function, of a tower whose projector hands the rows on as they are.
+            # Stock's own function, with a projector that returns its input.
             tower = SimpleNamespace(
                 vision_model=self.vision_model, vit_large_projector=lambda rows: rows
             )
@@ -297,7 +299,7 @@ class FusedMerge(Mixin):
         return features
 
     def _plan(self, input_ids: Tensor, num_rows: int) -> InsertPlan:
-        """A row to each placeholder; numbers that differ are told."""
+        """Plan one row for each placeholder, and warn if their numbers differ."""
         options = self.step37_options
         plan = plan_runs(
             input_ids,
@@ -357,17 +359,17 @@ def _why_called(projector: nn.Module, dtype: torch.dtype) -> tuple[str | None, b
 
 
 def ends_of_crops(counts: Tensor, crops: Tensor) -> Tensor:
-    """``[N]`` int64: the end, among the crops, of each image's; of too few, the last have none."""
+    """``[N]`` int64: one past the last crop of each image, at most the number of crops."""
     return counts.cumsum(0).clamp_max(len(crops))
 
 
 def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
-    """Where each row stands when every image's crops come before it: ``[R]`` int64.
+    """The new index of each row if the crops of every image are moved before it: ``[R]`` int64.
 
-    Crops that no image has come last, behind all images.
+    Crops that belong to no image come last, after all images.
 
     Args:
-        counts: ``[N]`` int64, crops of each image.
+        counts: ``[N]`` int64, the number of crops of each image.
         crops: ``[P, L, C]``.
         images: ``[N, M, C]``.
     """
@@ -389,7 +391,7 @@ def places_of_rows(counts: Tensor, crops: Tensor, images: Tensor) -> Tensor:
 
 
 def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
-    """The plan of rows that come in another order: row r is the plan's row ``place[r]``."""
+    """The same plan for rows in another order: row r is the given plan's row ``place[r]``."""
     row_of = torch.empty_like(place).scatter_(
         0, place, torch.arange(len(place), device=place.device)
     )
@@ -404,9 +406,9 @@ def with_rows_moved(plan: InsertPlan, place: Tensor) -> InsertPlan:
 
 
 def _is_plain_unit_of_fsdp(projector: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether this is an ``nn.Linear`` that ``fully_shard`` has made a unit, and nothing else.
+    """Whether the projector is an ``nn.Linear`` that FSDP shards by itself, and nothing more.
 
-    PyTorch's, or Megatron-FSDP's: see :func:`.is_fsdp_unit`.
+    Sharded by PyTorch's ``fully_shard`` or by Megatron-FSDP: see :func:`.is_fsdp_unit`.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -440,7 +442,7 @@ def _fused(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ...]:
-    """Let every Step-3.7 of Automodel built from now on project and merge in one pass.
+    """Make every Step-3.7 model of Automodel built from now on project and merge in one pass.
 
     Replaces ``Step3p7Model`` in ``nemo_automodel.components.models.step3p7.model``, where
     ``Step3p7ForConditionalGeneration`` looks it up; parameters and state dict stay. A second call
@@ -449,8 +451,8 @@ def patch_step3p7(*, impl: Impl = "auto", strict: bool = False) -> tuple[str, ..
 
     Args:
         impl: ``"auto"`` (Triton for CUDA tensors, PyTorch otherwise), ``"triton"`` or ``"torch"``.
-        strict: raise ``ValueError`` at once where rows and placeholders differ in number, as stock
-            does, which waits for the device in every forward. Off, they are paired up to the
+        strict: raise ``ValueError`` at once if rows and placeholders differ in number, as stock
+            does; that waits for the device in every forward. Otherwise they are paired up to the
             smaller number and a warning is logged, on CUDA by a later forward.
 
     Returns:
@@ -483,23 +485,23 @@ def unpatch_step3p7() -> tuple[str, ...]:
 def replace_in(
     model: nn.Module | Sequence[nn.Module], *, impl: Impl = "auto", strict: bool = False
 ) -> tuple[str, ...]:
-    """Let a built Step-3.7 of Automodel project and merge in one pass, sharded or not.
+    """Make an existing Step-3.7 model of Automodel project and merge in one pass, sharded or not.
 
-    The module stays the object it is and changes its class, as ``fully_shard`` does it: parameters,
-    hooks and whatever is kept by module stay valid.
+    The module stays the same object and only changes its class, as under ``fully_shard``. So its
+    parameters, its hooks, and references to it stay valid.
 
     Args:
         model: the model, or the parts of a pipeline.
         impl, strict: see :func:`patch_step3p7`.
 
     Returns:
-        Names of the modules that are fused now, by ``named_modules`` of the model (of a list:
-        preceded by the index).
+        Names of the modules that are fused now, as in ``named_modules`` of the model; for a list
+        of models the index comes before the name.
 
     Raises:
-        ValueError: ``impl`` is none of the three, an instance has a method of its own that our
-            class replaces, or its class has not a method that ours needs. (A ``forward`` of its own
-            is no harm: the class's, which it calls, is not replaced.)
+        ValueError: ``impl`` is none of the three, an instance has its own version of a method that
+            our class replaces, or its class lacks a method that ours needs. (An instance may have
+            its own ``forward``, since ours does not replace that method.)
     """
     options = _Options(impl=impl, strict=strict)
     found: dict[str, Any] = {

@@ -39,12 +39,12 @@ def _mismatch(token: int, features: int, count: int) -> str:
 
 
 class CountWatch:
-    """Compares numbers that are on their way from the device."""
+    """Compares counts of start tokens and features when they have arrived from the device."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[FlatRuns, Tensor, int, torch.cuda.Event]]
         self._pending = deque()
-        # Between looking at the oldest and taking it, another thread's forward may have taken it.
+        # Two threads may run forwards: one could take the entry that the other has just looked at.
         self._polling = threading.Lock()
 
     def watch(self, runs: FlatRuns, counts: Tensor, vocabulary: int = 0) -> None:
@@ -57,7 +57,7 @@ class CountWatch:
             vocabulary: rows of that table, for the message.
         """
         if counts.is_meta or isinstance(counts, FakeTensor):
-            # Shapes without values: there is nothing to count.
+            # Fake and meta tensors have no values to count.
             return
         if not counts.is_cuda:
             self._warn(runs, counts, vocabulary)
@@ -96,7 +96,7 @@ class CountWatch:
                 continue
             mismatch = _mismatch(token, features, count)
             if count == 0:
-                # Every picture of the group is left out: a wrong id rather than a cut sample.
+                # Every picture of the group is left out: probably the token id is wrong.
                 logger.error(
                     "image features and start tokens differ in number: %s. There is none of them: "
                     "is %d the tokenizer's <im_start>? strict=True raises an error at once",
@@ -108,4 +108,4 @@ class CountWatch:
 
 
 count_watch = CountWatch()
-"""Of the process, not of a module: a module with events in it could not be copied or pickled."""
+"""The one watch of the process. CUDA events in a module could not be copied or pickled."""

@@ -5,7 +5,7 @@
             before a kernel is first imported), else ``ValueError``.
 ``torch``   PyTorch, on any device.
 
-An explicit choice is never replaced by another.
+An explicit ``triton`` or ``torch`` is never replaced by the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 Impl = Literal["auto", "triton", "torch"]
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of the tensors that the kernels compute with."""
+"""The dtypes that the kernels compute with."""
 _CHOICES = ("auto", "triton", "torch")
 # Looked up once, here: torch.compile of PyTorch 2.11 cannot trace the look-up.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -32,7 +32,7 @@ def check_impl(impl: Impl) -> None:
 
 
 def check_kernel_dtype(tensor: Tensor, name: str) -> None:
-    """Raise ``ValueError`` unless the kernels compute in the tensor's dtype."""
+    """Raise ``ValueError`` if the kernels cannot compute in the dtype of this tensor."""
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(
             f"{name}: the Triton kernels take bfloat16, float16 and float32, got "
@@ -41,7 +41,7 @@ def check_kernel_dtype(tensor: Tensor, name: str) -> None:
 
 
 def use_triton(impl: Impl, device: torch.device) -> bool:
-    """Resolve ``impl`` for tensors on ``device``.
+    """Decide whether to launch Triton kernels for tensors on ``device``.
 
     Args:
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -77,7 +77,7 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
 
 
 def kernels_run_on_cpu() -> bool:
-    """Whether this process launches kernels on CPU tensors: in Triton's interpreter it does."""
+    """Whether kernels take CPU tensors in this process: only in Triton's interpreter."""
     from step37_kernels.ops.common import INTERPRETED
 
     return INTERPRETED

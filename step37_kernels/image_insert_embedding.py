@@ -1,4 +1,7 @@
-"""``ImageInsertEmbedding``: the drop-in for the class of that name in ``Step37Model``."""
+"""``ImageInsertEmbedding``: looks words up and inserts projected image features among them.
+
+It replaces the class of that name in Megatron-Bridge's ``Step37Model``.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +69,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ImageForInsert:
-    """One insertion group on its way from the data to the model.
+    """One insertion group: a start token, and the pictures or features that go after it.
 
-    Mutable, with these names, because ``Step37Model`` fills in ``image_features``.
+    The data side fills in ``images``; ``Step37Model`` then sets ``image_features`` by that name.
     """
 
     insert_start_token: int
@@ -84,7 +87,7 @@ class ImageForInsert:
 
 
 def _check_input_ids(input_ids: Tensor) -> None:
-    """Raise unless it is a tensor ``[B, S]``; the plan checks its dtype."""
+    """Raise unless ``input_ids`` is a tensor ``[B, S]``; the plan checks its dtype."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids: expected a tensor [B, S], got {type(input_ids).__name__}")
     if input_ids.ndim != 2:
@@ -92,7 +95,7 @@ def _check_input_ids(input_ids: Tensor) -> None:
 
 
 def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
-    """The group's non-empty tensors as ``[N, L, C]``.
+    """Return the features of one group as a list of tensors ``[N, L, C]``.
 
     Raises:
         ValueError: a tensor of another rank.
@@ -115,9 +118,9 @@ def _feature_tensors(features: Tensor | Sequence[Tensor], name: str) -> list[Ten
 
 
 def _costs_graphs(features: Any) -> bool:
-    """Whether the features, traced by ``torch.compile``, make a graph for each number of tensors.
+    """Whether ``torch.compile`` would make a graph for each number of feature tensors.
 
-    An export makes one graph, of the number that it is given.
+    An export makes one graph, for the number of tensors that it is given.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -164,7 +167,7 @@ def _run(
 
 
 def _layout_name(layout: Layout) -> str:
-    """For a reader: what is divided, without the groups' addresses and the values of a tensor."""
+    """Describe a layout for the log: what is divided, without process groups and tensor values."""
     if not isinstance(layout, SequenceLayout):
         return getattr(layout, "__name__", repr(layout))
     given = [f.name for f in dataclasses.fields(layout) if getattr(layout, f.name) is not None]
@@ -189,27 +192,28 @@ _BY_ROWS = "only the rows of the words that were there"
 
 
 class ImageInsertEmbedding(nn.Module):
-    """Word embedding with projected image features in the rows after each start token.
+    """A word embedding that writes projected image features over the rows after each start token.
 
-    Takes the place of Megatron-Bridge's class: same constructor, same calls, same state dict
-    (``align_projector.weight`` and, with a bias, ``.bias``), same values; the features of all
-    groups are projected and inserted by one pass of :func:`step37_kernels.project_and_insert`.
+    It replaces Megatron-Bridge's class: same constructor, same calls, same state dict
+    (``align_projector.weight`` and, with a bias, ``.bias``), same values. But the features of all
+    groups are projected and inserted in one pass.
 
     Args:
         language_embedding: Megatron-Core's ``LanguageModelEmbedding``, an ``nn.Embedding``, or
             anything called as ``(input_ids=[B, S], position_ids=…)`` that returns ``[S, B, H]``.
-            Borrowed: reachable as ``_language_embedding``, not registered, not in the state dict.
+            It is kept as ``_language_embedding``, but not registered as a submodule, and so not in
+            the state dict.
         encoder_output_dim: C, width of the features.
         hidden_size: H.
         projector_bias: give ``align_projector`` a bias.
         **options: the fields of :class:`.InsertOptions`.
 
-    A projector that is more than a weight and a bias (an adapter around it, a forward hook, a
-    shard of FSDP's), or is on another device than the word embeddings, is called as a module, and
-    only the insertion is ours: slower, and said so in the log once.
+    If the projector is more than a weight and a bias (an adapter around it, a forward hook, an FSDP
+    shard), or is on another device than the word embeddings, it is called as a module and only the
+    insertion is fused. That is slower; the log says so once.
     """
 
-    # Each option reads and sets its field of ``options``.
+    # Each of these attributes reads and sets a field of ``options``.
     impl = _option("impl")
     strict = _option("strict")
     layout = _option("layout")
@@ -261,8 +265,11 @@ class ImageInsertEmbedding(nn.Module):
     def _normalize_feature_list(
         image_features: Tensor | list[Tensor], *, device: torch.device, dtype: torch.dtype
     ) -> list[Tensor]:
-        """One ``[L, C]`` a feature. The replaced class, in models built before it was, looks this
-        up by the class's name, and finds it here."""
+        """Split features into one ``[L, C]`` each.
+
+        We do not call it. Models built before the patch do: the stock class looks this method up
+        by the class's name, which leads here.
+        """
         tensors = _feature_tensors(image_features, "image_features")
         moved = [_moved(tensor, "image_features", device, dtype) for tensor in tensors]
         return [feature for tensor in moved for feature in tensor.unbind(0)]
@@ -274,7 +281,7 @@ class ImageInsertEmbedding(nn.Module):
         input_ids: Tensor,
         flag: int,
     ) -> Tensor:
-        """Insert features of one group that are already projected.
+        """Insert the features of one group, which are projected already.
 
         Args:
             input_embeddings: ``[S, B, H]``, left as it is.
@@ -284,7 +291,7 @@ class ImageInsertEmbedding(nn.Module):
             flag: the group's start token.
 
         Returns:
-            ``[S, B, H]``: ``input_embeddings`` itself where there is nothing to insert.
+            ``[S, B, H]``; ``input_embeddings`` itself if there is nothing to insert.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -311,21 +318,22 @@ class ImageInsertEmbedding(nn.Module):
         position_ids: Tensor | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> Tensor:
-        """Look up the word embeddings and put the projected image features in place.
+        """Look up the word embeddings and insert the projected image features.
 
         Args:
             input_ids: ``[B, S]`` int32 or int64.
             images: insertion groups in order, each with ``image_features``; None or empty returns
                 the word embeddings.
-            position_ids: handed to the language embedding.
+            position_ids: passed to the language embedding.
             **kwargs: accepted and ignored, as the replaced class does.
 
         Returns:
             ``[S, B, H]`` in the language embedding's dtype.
 
         Under ``torch.compile`` a group whose features are a list of several tensors breaks the
-        graph, and this forward runs as it does without: traced, each number of tensors would be a
-        graph of its own. With ``fullgraph=True`` it is an error; ``[N, L, C]`` is traced whole.
+        graph, and this forward runs uncompiled: otherwise each number of tensors would compile a
+        graph of its own. With ``fullgraph=True`` that is an error. A tensor ``[N, L, C]`` does not
+        break the graph.
 
         Raises:
             ValueError: ``input_ids`` are not ``[B, S]``; a group without features or with features
@@ -361,8 +369,7 @@ class ImageInsertEmbedding(nn.Module):
     def _look_up(
         self, layout: SequenceLayout | None, input_ids: Tensor, position_ids: Tensor | None
     ) -> tuple[TextRows, Tensor | None]:
-        """Where this rank's text rows come from, and their positions in the whole sequence (None:
-        all)."""
+        """Return this rank's text rows, and their positions in the whole sequence (None: all)."""
         seq_len = input_ids.shape[1]
         looked_up = None
         if layout is not None:
@@ -399,7 +406,7 @@ class ImageInsertEmbedding(nn.Module):
     def _take_features(
         self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
     ) -> tuple[Runs, list[Tensor]]:
-        """The layout of all groups; their tensors that have rows, as the projector takes them."""
+        """Return the runs of all groups, and their non-empty tensors, moved to the projector."""
         if not isinstance(images, Sequence):
             raise TypeError(
                 f"images: expected a list of ImageForInsert, got {type(images).__name__}"
@@ -442,8 +449,8 @@ class ImageInsertEmbedding(nn.Module):
     ) -> Tensor:
         """Plan, project and insert.
 
-        Nothing is launched between the plan and the product, which so need not wait for its end:
-        what has to be copied is before, and the counts go to the host after.
+        Nothing is launched between the plan and the product, so that the product may start before
+        the plan has ended. Copies are made before both, and the counts go to the host after both.
         """
         projector = self.align_projector
         rows = FeatureRows(features, None)
@@ -505,8 +512,10 @@ class ImageInsertEmbedding(nn.Module):
 
     @staticmethod
     def _check_text(text: TextRows, plan: InsertPlan, hidden: int | None) -> None:
-        """Raise ``ValueError`` unless text rows are of the plan's shape and of H, and
-        ``IndexError`` on the CPU where one has an id outside the table."""
+        """Raise ``ValueError`` unless the text rows have the plan's shape and H columns.
+
+        On the CPU raise ``IndexError`` if an id at a text position is outside the table.
+        """
         if text.input_ids is None:
             check_embeddings(text.rows, plan, "language_embedding's result", hidden)
             return
@@ -519,7 +528,7 @@ class ImageInsertEmbedding(nn.Module):
         check_ids(text.input_ids, plan, num_rows)
 
     def _layout_now(self) -> SequenceLayout | None:
-        """The layout in force in this forward, with the projector's parameters marked for it.
+        """Return the layout of this forward, and mark the projector's parameters for it.
 
         They are marked every time: the layout may have been set, and parameters replaced (by
         ``to_empty``, ``load_state_dict(assign=True)`` or by hand), since the last forward.
@@ -536,8 +545,10 @@ class ImageInsertEmbedding(nn.Module):
         return rule(self._language_embedding)
 
     def _mark_projector(self, layout: SequenceLayout | None) -> None:
-        """Under sequence parallelism each rank's gradient is that of its own rows; Megatron sums
-        the gradients of parameters so marked."""
+        """Mark the projector's parameters so that Megatron sums their gradients over ranks.
+
+        Under sequence parallelism each rank computes the gradient of its own rows only.
+        """
         parted = layout is not None and layout.sequence_parallel_group is not None
         projector = self.align_projector
         # Of a module without others in it, without the search, which takes a while in each forward.
@@ -552,10 +563,10 @@ class ImageInsertEmbedding(nn.Module):
                 del parameter.sequence_parallel  # type: ignore[attr-defined]
 
     def _is_projector_fused(self, device: torch.device) -> bool:
-        """Whether its weight and bias stand for the projector, beside text rows on ``device``.
+        """Whether the projector's weight and bias are used instead of calling it.
 
         Raises:
-            ValueError: they may not, and ``impl="triton"`` asks for a kernel that knows no other.
+            ValueError: they cannot be, and ``impl="triton"`` requires it.
         """
         if why_called(self.align_projector, device) is None:
             return True
@@ -682,7 +693,7 @@ class ImageInsertEmbedding(nn.Module):
                 no_rows = torch.empty(0, width, device=device, dtype=dtype)
                 trained_through = [self.align_projector(no_rows)]
             else:
-                # Nothing says what it takes, so it cannot be called without features.
+                # Its input width is not known, so it cannot be called without features.
                 tensors = tensors_of(self.align_projector)
                 trained_through = [tensor for tensor in tensors if tensor.requires_grad]
             result = ZeroGradient.apply(embeddings, *trained_through)
@@ -690,8 +701,8 @@ class ImageInsertEmbedding(nn.Module):
         run_forward_pre_hooks(self.align_projector)
         weight, bias = self.align_projector.weight, self.align_projector.bias
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
-        # The gradients must come in the order in which a forward with images gives them: ranks
-        # reduce bucket after bucket as they come, and all ranks have to agree on the buckets.
+        # The gradients must come in the order of a forward with images: ranks reduce buckets in the
+        # order in which gradients come, and must all reduce the same buckets together.
         if not use_triton(self.options.impl, weight.device):
             parameters = (F.linear(weight.new_empty(0, weight.shape[1]), weight, bias),)
         result = ZeroGradient.apply(embeddings, *parameters)

@@ -1,5 +1,7 @@
-"""Projected feature rows at their destinations: :func:`project_and_insert` into embeddings,
-:func:`embed_project_and_insert` with the words looked up in the same launch.
+"""Projects feature rows and writes each to its position among the text rows.
+
+:func:`project_and_insert` takes word embeddings; :func:`embed_project_and_insert` takes token ids
+and looks the words up in the same launch.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
 feature rows of all groups together, ``L`` rows of one feature, ``N`` features.
@@ -25,14 +27,14 @@ from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_grad
 from step37_kernels.plan import InsertPlan
 from step37_kernels.ranges import profiled
 
-MAX_SOURCES = 4  # as in ops.copy_rows, which needs Triton to import
-"""Contiguous tensors that one launch reads in place."""
+MAX_SOURCES = 4  # as in ops.copy_rows, which cannot be imported without Triton
+"""The most contiguous tensors that one launch reads in place."""
 
 
 def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
-    """The rows that a shard's plan is about: ``[R, …]`` → ``[M, …]``, zeros in unused entries.
+    """Pick the rows of this rank's shard: ``[R, …]`` → ``[M, …]``; a whole plan keeps all rows.
 
-    Zeros, so that nothing of row 0 gets into the weight's gradient. All rows for a whole plan.
+    Unused entries are zeros, so that they add nothing to the gradient of the weight.
     """
     if local_rows is None:
         return rows
@@ -43,11 +45,13 @@ def pick_rows(rows: Tensor, local_rows: Tensor | None) -> Tensor:
 def check_embeddings(
     embeddings: Tensor, plan: InsertPlan, name: str, hidden: int | None = None
 ) -> None:
-    """Raise ``ValueError`` unless they are ``[S, B, H]`` (``[B, S, H]`` if it is batch-first) of
-    the plan, and of this H if given."""
+    """Raise ``ValueError`` unless the embeddings have the plan's shape, and this H if given.
+
+    The shape is ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan.
+    """
     shape, planned = tuple(embeddings.shape), tuple(plan.row_at.shape)
     fits = len(shape) == 3 and shape[:2] == planned
-    # Two comparisons, not one by membership, which torch.compile cannot trace for a symbolic size.
+    # Two comparisons: torch.compile cannot trace `in` for a symbolic size.
     if not fits or (hidden is not None and hidden != shape[2]):
         letters = "B, S" if plan.batch_first else "S, B"
         raise ValueError(
@@ -71,21 +75,21 @@ def insert_rows(embeddings: Tensor, rows: Tensor, plan: InsertPlan) -> Tensor:
     num_positions = math.prod(embeddings.shape[:2])
     slots = plan.destinations
     if slots.is_cpu and type(slots) is Tensor and not torch.compiler.is_compiling():
-        # Values are at hand, and what has no destination can be left out.
+        # On the CPU the values can be read, and rows without a destination left out.
         flat = embeddings.reshape(num_positions, hidden)
         kept = slots >= 0
         if not kept.all():
             slots, rows = slots[kept], rows[kept]
         return flat.index_copy(0, slots.long(), rows).view(embeddings.shape)
-    # One row past the end takes the rows that have no destination. Only that row is written more
-    # than once, and it is cut off: so the result and the gradients are deterministic.
+    # Rows without a destination go to one row past the end, which is cut off. No other row is
+    # written more than once, so the result and the gradients are deterministic.
     flat = torch.cat([embeddings.reshape(num_positions, hidden), embeddings.new_zeros(1, hidden)])
     slots = torch.where(slots < 0, num_positions, slots).long()
     return flat.index_copy(0, slots, rows)[:-1].view(embeddings.shape)
 
 
 def join_rows(features: Sequence[Tensor]) -> Tensor:
-    """``[N, L, C]`` tensors, at least one, as ``[R, C]``."""
+    """Join one or more ``[N, L, C]`` tensors into one ``[R, C]``."""
     parts = [feature.flatten(0, 1) for feature in features]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -94,8 +98,8 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
     """The rows of ``[N, L, C]`` tensors as contiguous ``[R_i, C]``, at most :data:`MAX_SOURCES`,
     apart from autograd.
 
-    What is contiguous stays where it is. Other layouts, such as the channels-first view of a vision
-    tower, are copied by one launch; so are all where there are too many.
+    Contiguous tensors are not copied. Tensors of other layouts, such as the channels-first view of
+    a vision tower, are copied by one launch. If there are too many tensors, all of them are.
     """
     features = [feature.detach() for feature in features]
     if len(features) > MAX_SOURCES:
@@ -109,19 +113,19 @@ def contiguous_rows(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 _FIRST_SOURCE = 12
-"""Arguments of ``_ProjectAndInsert.forward`` before the first source."""
+"""How many arguments of ``_ProjectAndInsert.forward`` come before the first source."""
 
 
 class _ProjectAndInsert(torch.autograd.Function):
-    """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are the text's.
+    """``out[destinations[r]] = features[r] @ weightᵀ + bias``; all other rows are text rows.
 
-    ``text`` are the embeddings, or with ``input_ids`` the table that they are looked up in.
-    ``counted_tensors`` are ``(n, *n sources, *features)``: the kernels read the sources, which hold
-    the rows of the features; the features themselves are there for their gradients.
+    ``text`` holds the embeddings, or with ``input_ids`` the table in which they are looked up.
+    ``counted_tensors`` are ``(n, *n sources, *features)``. The kernels read the sources, which hold
+    the rows of the features; the features are arguments so that they get gradients.
 
     Saved for backward: the sources (if the weight needs a gradient), the weight (if a feature
-    does), the ids (if the table does), and the plan. Each gradient is computed only where it is
-    asked for: one launch that takes ``grad_output`` apart, then the library's matrix products.
+    does), the ids (if the table does), and the plan. Backward computes only the gradients that are
+    needed: one launch separates the rows of ``grad_output``, then the library multiplies.
     """
 
     @staticmethod
@@ -191,7 +195,7 @@ class _ProjectAndInsert(torch.autograd.Function):
             )
         grad_weight = None
         if need_weight:
-            # One product: several would round their sums in between.
+            # One product over all sources: adding up several would round the sums in between.
             x = sources[0] if len(sources) == 1 else torch.cat(sources)
             if ctx.fused_into is None:
                 grad_weight = rows.T @ x
@@ -223,8 +227,10 @@ def _grad_features(
     shapes: Sequence[tuple[int, ...]],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of the feature tensors, from one product over the rows between the first and the
-    last that needs one."""
+    """The gradients of the feature tensors, computed by one matrix product.
+
+    The product covers the rows from the first to the last tensor that needs a gradient.
+    """
     bounds = [0, *itertools.accumulate(shape[0] * shape[1] for shape in shapes)]
     positions = [i for i, need in enumerate(needed) if need]
     first, last = bounds[positions[0]], bounds[positions[-1] + 1]
@@ -233,7 +239,7 @@ def _grad_features(
     else:
         local = rows @ weight
         slots = torch.where(local_rows < 0, bounds[-1], local_rows).long()
-        # The row past the end takes the unused entries.
+        # Unused entries of a shard are added to one row past the end, which is cut off.
         grads = local.new_zeros(bounds[-1] + 1, local.shape[1])
         grads = grads.index_copy_(0, slots, local)[first:last]
     return [
@@ -246,7 +252,7 @@ def _grad_features(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projector:
-    """What features are multiplied by."""
+    """The weight and bias that project the features."""
 
     weight: Tensor
     """``[H, C]``"""
@@ -263,12 +269,14 @@ class FeatureRows:
     tensors: list[Tensor]
     """``[N, L, C]`` each, in the weight's dtype, none empty."""
     sources: list[Tensor] | None
-    """The same rows as the kernels read them (:func:`contiguous_rows`); None for PyTorch."""
+    """The same rows as the kernels read them, from :func:`contiguous_rows`; None for PyTorch."""
 
     @classmethod
     def of(cls, features: Sequence[Tensor], dtype: torch.dtype, triton: bool) -> FeatureRows:
-        """From ``[N, L, C]`` or ``[L, C]`` tensors. With ``triton``, what kernels cannot read in
-        place is copied."""
+        """Prepare ``[N, L, C]`` or ``[L, C]`` tensors for projection.
+
+        With ``triton``, tensors that the kernels cannot read in place are copied.
+        """
         tensors = [
             (tensor if tensor.ndim == 3 else tensor.unsqueeze(0)).to(dtype)
             for tensor in features
@@ -337,12 +345,12 @@ def project_and_insert(  # noqa: PLR0917 - the public signature
 
     ``out[s, b] = round(features[r] @ weightᵀ + bias)`` where ``plan.row_at[s, b]`` is a row ``r``,
     and ``embeddings[s, b]`` elsewhere. Products are accumulated in fp32, rounded to the weight's
-    dtype, then to the embeddings'. The projected rows never exist in memory other than in the
-    output, nothing waits for the device, and two runs are bit-equal, forward and backward.
+    dtype, then to the embeddings'. The projected rows are written to the output only, the host
+    does not wait for the device, and two runs are bit-equal, forward and backward.
 
     Gradients: of the embeddings, ``grad_output`` with the overwritten rows zeroed; of features,
-    weight and bias, those of the rows that survived. What needs no gradient costs nothing. The
-    gradients are not differentiable themselves with ``impl="triton"``.
+    weight and bias, those of the rows that are in the output. A gradient that is not needed is not
+    computed. With ``impl="triton"`` the gradients cannot be differentiated again.
 
     Args:
         embeddings: ``[S, B, H]``, or ``[B, S, H]`` of a batch-first plan; any strides.
@@ -359,8 +367,8 @@ def project_and_insert(  # noqa: PLR0917 - the public signature
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
-        New, of the embeddings' shape and dtype, contiguous, each row written once;
-        ``embeddings`` themselves where there is no row.
+        A new contiguous tensor of the embeddings' shape and dtype; ``embeddings`` themselves if
+        there are no feature rows.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together or the plan, or ``impl`` cannot
@@ -381,15 +389,16 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
     gradient_accumulation_fusion: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Look up the words, project feature rows, and put each row at its place, in one pass.
+    """Look up the words, project the feature rows, and write both to the output, in one pass.
 
-    As :func:`project_and_insert`, with ``table[input_ids]`` for the embeddings: the launch that
-    writes the output reads its text rows out of the table, bit for bit, so word embeddings
-    ``[S, B, H]`` never exist in memory of their own. Ids under feature rows may be anything.
+    The result is that of :func:`project_and_insert` with ``table[input_ids]`` as embeddings. The
+    launch that writes the output copies the text rows out of the table, bit for bit, so there is
+    no ``[S, B, H]`` of word embeddings besides it. Ids at positions of feature rows may be
+    anything.
 
-    The gradient of the table is made by rows: the gradients at the positions of an id are summed in
-    fp32, in a fixed order, and only the rows of ids that were looked up are touched. Nothing is
-    computed for a frozen table.
+    The gradient of the table is computed row by row: the gradients at all positions of an id are
+    summed in fp32, in a fixed order. Rows of other ids are not touched. Nothing is computed for a
+    frozen table.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64, any strides. For a shard's plan the ids of the
@@ -398,10 +407,10 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
         features, weight, bias: as :func:`project_and_insert` takes them.
         plan: from :func:`plan_insert` or :func:`plan_placeholders`, of these ids.
         gradient_accumulation_fusion: add the gradients of the table and of the weight to their
-            ``main_grad`` in fp32, by Megatron-Core's conventions, instead of returning them. Of
-            the table, the touched rows of ``main_grad`` are read and written, and nothing of the
-            table's size is allocated. Without it the table's gradient is dense, ``[V, H]`` in its
-            dtype.
+            ``main_grad`` in fp32, by Megatron-Core's conventions, instead of returning them. For
+            the table, only the rows of ``main_grad`` whose ids were looked up are read and
+            written, and nothing of the table's size is allocated. Otherwise the gradient of the
+            table is a dense ``[V, H]`` in its dtype.
         impl: ``"auto"``, ``"triton"`` (bf16, fp16 or fp32) or ``"torch"``.
 
     Returns:
@@ -411,8 +420,8 @@ def embed_project_and_insert(  # noqa: PLR0913, PLR0917 - the public signature
         ValueError: shapes, dtypes or devices do not fit together or the plan, a ``main_grad`` is
             missing, or ``impl`` cannot run there.
         TypeError: ``input_ids`` is neither int32 nor int64.
-        IndexError: on the CPU, an id at a text position is no row of the table. On CUDA nothing
-            waits for the ids: that text row is NaN.
+        IndexError: on the CPU, an id at a text position is no row of the table. On CUDA the host
+            does not read the ids: that text row becomes NaN.
     """
     planned = (plan.batch_size, plan.seq_len)
     if tuple(input_ids.shape) != planned:
@@ -452,11 +461,10 @@ def insert_projected(
     *,
     after_plan: bool = False,
 ) -> Tensor:
-    """:func:`embed_project_and_insert` of rows that are ready, by the implementation they are ready
-    for.
+    """Project and insert rows that were checked and prepared before: see :class:`FeatureRows`.
 
-    ``after_plan`` says that nothing was launched since the plan was: the product may begin before
-    the plan's kernel has ended.
+    ``after_plan`` says that the plan's kernel is the last one that was launched: the product may
+    then begin before that kernel has ended.
     """
     weight, bias = projector.weight, projector.bias
     fused_into = fusion_target(weight, "weight", projector.fused)
@@ -473,7 +481,7 @@ def insert_projected(
     text_name = "embeddings" if text.input_ids is None else "table"
     check_kernel_dtype(text.rows, text_name)
     check_kernel_dtype(weight, "weight")
-    # No copy is launched in between.
+    # Only if no copy is launched between plan and product.
     after_plan &= weight.is_contiguous() and (bias is None or bias.is_contiguous())
     return _ProjectAndInsert.apply(
         text.rows if text.input_ids is None else text.rows.contiguous(),

@@ -1,4 +1,4 @@
-"""Text rows: embeddings that were looked up already, or the table and the ids to look up in it.
+"""Holds the text rows: embeddings, or a table and the ids to look up in it; with its gradient.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``V`` rows of the table.
 """
@@ -33,22 +33,22 @@ class TextRows:
     input_ids: Tensor | None = None
     """``[S, B]``, ``[B, S]`` of a batch-first plan: the ids as the output lies in memory."""
     fused: bool = False
-    """Whether the gradient of the table is added to rows of its ``main_grad``."""
+    """Whether the gradient of the table is added to its ``main_grad``, row by row."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the output: ``[S, B, H]``."""
+        """The shape of the output, ``[S, B, H]``."""
         if self.input_ids is None:
             return tuple(self.rows.shape)
         return (*self.input_ids.shape, self.rows.shape[-1])
 
     def embeddings(self, row_at: Tensor | None = None, *, triton: bool = False) -> Tensor:
-        """``[S, B, H]``: the embeddings, looked up if they are not yet.
+        """Return the embeddings ``[S, B, H]``, and look them up first if these are a table and ids.
 
         Args:
-            row_at: ``[S, B]``: the feature row at each position, −1 where the text stays. Ids under
-                feature rows are not looked up: they may be anything. None: all are text.
-            triton: look up by the kernel; there are no feature rows then.
+            row_at: ``[S, B]``: the feature row at each position, −1 at text positions. Only ids at
+                text positions are looked up; the others may be anything. None: all are text.
+            triton: look up by the kernel; ``row_at`` is −1 everywhere then.
 
         Raises:
             ValueError: the kernel is to look up in a table of a dtype that it does not take, or the
@@ -72,8 +72,9 @@ def text_ids(input_ids: Tensor, row_at: Tensor | None) -> Tensor:
 
 
 def fusion_target(parameter: Tensor, name: str, fused: bool) -> tuple[Tensor] | None:
-    """The parameter whose ``main_grad`` takes the gradient, in a tuple, which hides it from
-    autograd; None where autograd does.
+    """Return the parameter if its gradient goes to its ``main_grad``, None if to autograd.
+
+    The parameter comes in a tuple, so that autograd does not take it for an input.
 
     Raises:
         ValueError: it has no ``main_grad``.
@@ -87,7 +88,7 @@ def fusion_target(parameter: Tensor, name: str, fused: bool) -> tuple[Tensor] | 
 def check_ids(input_ids: Tensor, plan: InsertPlan | None, num_rows: int) -> None:
     """Raise on an id at a text position that is no row of the table, where values are at hand.
 
-    On CUDA nothing waits for the ids: the row is NaN there. So it is under ``torch.compile``.
+    On CUDA, and under ``torch.compile``, ids are not read on the host: such a row becomes NaN.
 
     Args:
         input_ids: any shape. With a plan as the output lies in memory: ``[S, B]``, ``[B, S]`` of a
@@ -126,12 +127,12 @@ def table_gradient(
     fused_into: tuple[Tensor] | None,
     triton: bool,
 ) -> Tensor | None:
-    """The table's gradient for autograd; where it is fused, ``main_grad`` takes it.
+    """Compute the table's gradient: return it to autograd, or add it to ``main_grad`` if fused.
 
     Args:
         grad_output: ``[S, B, H]``.
         input_ids: ``[S, B]``, outside the table where no row was looked up.
-        table: its shape and dtype.
+        table: shape and dtype of the table.
         fused_into: from :func:`fusion_target`.
         triton: by the kernels.
     """
@@ -146,13 +147,13 @@ def table_gradient(
 
 
 class LookUp(torch.autograd.Function):
-    """The table's rows by ids of any shape, with a gradient that touches only these rows.
+    """Look up rows of a table by ids of any shape; the gradient touches only these rows.
 
-    An id outside the table gives a row of ``outside``, and no gradient. A gradient that autograd
-    gets can be differentiated again, as that of PyTorch's own lookup; a fused one cannot.
+    An id outside the table gives a row filled with ``outside``, and gets no gradient. The gradient
+    can be differentiated again, as with PyTorch's own lookup, unless it is fused.
     """
 
-    generate_vmap_rule = True  # torch.func reaches this function where it runs by PyTorch
+    generate_vmap_rule = True  # for torch.func, which works with impl="torch"
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd takes no keywords
@@ -200,7 +201,7 @@ def _table_gradient_once(ctx: Any, grad_output: Tensor, input_ids: Tensor) -> Te
 
 
 class _SumByRow(torch.autograd.Function):
-    """The gradient of :class:`LookUp`, and as its own gradient a lookup again."""
+    """The gradient of :class:`LookUp`; its own gradient is a lookup again."""
 
     generate_vmap_rule = True
 

@@ -11,7 +11,7 @@ from step37_kernels.plan_tensors import is_outside
 def put_table_gradient(
     grad_output: Tensor, input_ids: Tensor, out: Tensor, *, add: bool, triton: bool
 ) -> None:
-    """Sum the gradients of each id's positions into its row of ``out``; other rows stay.
+    """Sum the gradients at all positions of each id into its row of ``out``.
 
     The positions are put in order by id here, in backward: in forward that would take as long,
     would run twice under recomputation, and for nothing where no gradient is wanted. The sums are
@@ -23,7 +23,7 @@ def put_table_gradient(
         input_ids: ``[S, B]``, or ``[…]``: the id looked up at each position; negative or not below
             V for none.
         out: ``[V, H]`` contiguous.
-        add: to the rows of ``out``. Otherwise ``out`` is zero, and the rows are stored.
+        add: add to the rows of ``out``. Otherwise store them; ``out`` is zero then.
         triton: by the kernels, else by PyTorch operations.
     """
     num_rows, hidden = out.shape
@@ -42,7 +42,7 @@ def put_table_gradient(
     ids, order = torch.sort(flat_ids, stable=True)
     if not ids.numel():
         return
-    # Segment k are the positions of the k-th smallest id: there are at most as many as positions.
+    # Segment k holds the positions of the k-th smallest id; there are at most P segments.
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[1:] = ids[1:] != ids[:-1]
     segment = begins.cumsum(0) - 1
@@ -52,13 +52,13 @@ def put_table_gradient(
     sums = rows.new_zeros(rows.shape).index_put_((segment,), rows, accumulate=True)
     row_of = torch.full_like(ids, -1).scatter_(0, segment, ids)
     if row_of.is_cpu and type(row_of) is Tensor and not torch.compiler.is_compiling():
-        # Values are at hand: what belongs to no row can be left out. index_add_ would be slow.
+        # On the CPU, positions without a row are left out first. index_add_ would be slow.
         kept = ~is_outside(row_of, num_rows)
         sums, row_of = sums[kept], row_of[kept].long()
         out[row_of] = (out[row_of] + sums if add else sums).to(out.dtype)
         return
     outside = is_outside(row_of, num_rows)
     sums = sums.masked_fill(outside[:, None], 0)
-    # Each row of the table has one segment; zeros are added to row 0 for what belongs to none.
+    # Each row of the table has one segment. Segments without a row add zeros to row 0.
     row_of = row_of.masked_fill(outside, 0).long()
     out.index_put_((row_of,), sums.to(out.dtype), accumulate=True)

@@ -1,6 +1,7 @@
-"""The drop-in inside Megatron-Bridge's ``Step37Model``: for models to come, and for built ones.
+"""Puts the fused embedding into Megatron-Bridge's ``Step37Model``.
 
-Megatron is imported inside the functions that need it, so that importing this module does not.
+:func:`patch_step37` does it for models built later, :func:`replace_in` for a model that exists.
+Megatron is imported inside the functions that need it, not with this module.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _CLASS = "ImageInsertEmbedding"
 _PATCH = ClassPatch(
     caller="patch_step37",
     remedy="step37_kernels.megatron.replace_in(model)",
-    # Step37Model looks the class up in the first, which took it from the second by name.
+    # Step37Model looks the class up in the first module, which imports it from the second.
     modules=(f"{_PACKAGE}.model", f"{_PACKAGE}.image_insert_embedding"),
     name=_CLASS,
     distribution="megatron-bridge",
@@ -50,7 +51,7 @@ _PATCH = ClassPatch(
 
 
 _PROJECTOR, _BORROWED = "align_projector", "_language_embedding"
-"""Attributes by which a stock module is known."""
+"""The attributes by which a stock module is recognised."""
 
 _TOWER = "Step37VisionModel"
 _TOWER_PATCH = replace(_PATCH, modules=_PATCH.modules[:1], name=_TOWER, _stock={}, _put={})
@@ -58,13 +59,13 @@ _LAST_CONVOLUTION = "vit_downsampler2"
 
 
 _options: InsertKeywords = {}
-"""Those of the last :func:`patch_step37`, for the models that are built after it."""
+"""The options of the last call of :func:`patch_step37`, for models that are built later."""
 
 
 class Step37ImageInsertEmbedding(ImageInsertEmbedding):
-    """:class:`ImageInsertEmbedding` with the stock constructor.
+    """:class:`ImageInsertEmbedding` with the constructor of the stock class.
 
-    Its options are those of the last :func:`patch_step37`.
+    Its options are those of the last call of :func:`patch_step37`.
     """
 
     def __init__(
@@ -89,15 +90,17 @@ class Step37ImageInsertEmbedding(ImageInsertEmbedding):
         if isinstance(self._language_embedding, nn.Module):
             _set_gradient_of_called(self._language_embedding, self.options)
         if self.layout == "auto" and getattr(config, "sequence_parallel", False):
-            # The groups may not exist yet, and a wrapper that replaces parameters (Megatron's FSDP)
-            # copies their marks before the first forward sets this one.
+            # Marked before the first forward: the groups may not exist yet, but a wrapper that
+            # replaces parameters (Megatron's FSDP) copies their marks now.
             for parameter in self.align_projector.parameters():
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
 def _set_gradient_of_called(embedding: nn.Module, options: InsertOptions) -> None:
-    """Give a language embedding that may be called the gradient by rows where gradients are fused,
-    and stock's where they are not."""
+    """Choose how a language embedding that is called computes the gradient of its table.
+
+    Row by row if gradients are fused, else as stock does.
+    """
     fuses = options.fuses_gradients(getattr(embedding, "config", None))
     change = use_row_gradient if fuses else restore_dense_gradient
     change(embedding)
@@ -119,7 +122,7 @@ _MODELS = AfterBuilding(lambda model: _set_gradients_of_called(model, InsertOpti
 
 
 class _ContiguousTower(Mixin):
-    """What goes before ``Step37VisionModel`` among a class's bases."""
+    """Makes a subclass of ``Step37VisionModel`` return contiguous rows; its first base class."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -159,7 +162,7 @@ def _contiguous(stock: type[nn.Module]) -> type[nn.Module]:
 def patch_step37(
     *, channels_last: bool = False, **options: Unpack[InsertKeywords]
 ) -> tuple[str, ...]:
-    """Let every ``Step37Model`` built from now on use the fused embedding.
+    """Make every ``Step37Model`` built from now on use the fused embedding.
 
     Replaces ``ImageInsertEmbedding`` in ``…modelling_step37.model``, where ``Step37Model`` looks it
     up, and in ``…modelling_step37.image_insert_embedding``. Imports both, so that it does not
@@ -167,16 +170,17 @@ def patch_step37(
     built after it. Where gradients are fused, word embeddings of these models that are called, on
     whatever pipeline stage, have their gradient by rows as well.
 
-    Not replaced, and said so in the log: models that exist already (a warning; see
-    :func:`replace_in`); other modules that took the class by name before (named in a warning);
-    ``ImageForInsert``, which is interchangeable with ours; Bridge's data set, preprocessing and
-    forward step (see ``step37_data``).
+    The log says what is not replaced: models that exist already (a warning; see
+    :func:`replace_in`); other modules that imported the class by name before (a warning names
+    them); ``ImageForInsert``, which is interchangeable with ours; Bridge's data set, preprocessing
+    and forward step (see ``step37_data``).
 
     Args:
-        channels_last: have the vision tower hand over contiguous rows whatever the number of
-            pictures, by giving its last convolution a channels-last input; the rows need no
-            packing then. ``Step37VisionModel`` is replaced in ``…modelling_step37.model`` for it.
-            Off, because cuDNN may choose another algorithm, which sums, and so rounds, otherwise.
+        channels_last: make the vision tower return contiguous rows, which need no copy before the
+            projection, by giving its last convolution a channels-last input. For this,
+            ``Step37VisionModel`` is replaced in ``…modelling_step37.model``. Off by default,
+            because cuDNN may choose another algorithm, which sums in another order and so rounds
+            differently.
         **options: the fields of :class:`.InsertOptions`.
 
     Returns:
@@ -208,8 +212,9 @@ def patch_step37(
 
 
 def unpatch_step37() -> tuple[str, ...]:
-    """Undo :func:`patch_step37`; models built in between keep the fused embedding, but for the
-    gradient by rows of a ``VocabParallelEmbedding`` that is called.
+    """Undo :func:`patch_step37`; models built in between keep the fused embedding.
+
+    They lose one thing: the row-by-row gradient of a ``VocabParallelEmbedding`` that is called.
 
     Returns:
         The dotted names that hold the stock class again; empty if nothing was patched.
@@ -227,12 +232,12 @@ def replace_in(
     channels_last: bool = False,
     **options: Unpack[InsertKeywords],
 ) -> tuple[str, ...]:
-    """Let a built model use the fused embedding, whatever wraps it (DDP, FSDP, Float16Module).
+    """Make an existing model use the fused embedding, also if DDP, FSDP or Float16Module wraps it.
 
-    The stock module stays the object it is and changes its class, as ``fully_shard`` does it: its
-    ``Parameter`` objects, the borrowed embedding, hooks, and whatever a wrapper or an optimizer
-    keeps by parameter or by module stay valid. Its projector may have been wrapped or replaced
-    before (LoRA, ``modules_to_save``, a layer of Transformer Engine): it is called then.
+    The stock module stays the same object and only changes its class, as under ``fully_shard``. So
+    its ``Parameter`` objects, the borrowed embedding, hooks, and references that a wrapper or an
+    optimizer keeps to parameters or modules stay valid. If its projector has been wrapped or
+    replaced before (LoRA, ``modules_to_save``, a layer of Transformer Engine), it is called.
 
     Args:
         model: the model, or Megatron's list of model chunks.
@@ -240,8 +245,9 @@ def replace_in(
         **options: the fields of :class:`.InsertOptions`.
 
     Returns:
-        Names of the modules that have the fused embedding now, by ``named_modules`` of the model
-        (of a list: preceded by the index). Empty, rightly, on later pipeline stages.
+        Names of the modules that have the fused embedding now, as in ``named_modules`` of the
+        model; for a list of models the index comes before the name. Empty on later pipeline
+        stages, which have no such module.
 
     Raises:
         ValueError: an option is none of the values that it may be, the module is an FSDP unit of
@@ -298,8 +304,8 @@ def replace_in(
 def is_stock(module: nn.Module) -> bool:
     """Whether this is a stock ``ImageInsertEmbedding``, of whatever version, or derived from it.
 
-    Its projector may be any module: an adapter (LoRA, ``modules_to_save``), a quantised layer or
-    one of Transformer Engine, which is called, as the stock module calls it.
+    Its projector may be any module, such as an adapter (LoRA, ``modules_to_save``), a quantised
+    layer or a layer of Transformer Engine. It is called, as the stock module calls it.
     """
     projector = module._modules.get(_PROJECTOR)
     return is_named_so(module) and projector is not None and _BORROWED in vars(module)

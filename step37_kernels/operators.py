@@ -24,7 +24,14 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[_F], _F]:
-    """Register a function under its own name; call it directly outside of compiled graphs."""
+    """Register a function as the operator ``step37::its_name``; eager mode calls it directly.
+
+    Arguments are positional in both.
+
+    Args:
+        fake: makes results of the right shapes and dtypes without running the function.
+        mutates: names of the arguments that the function writes to.
+    """
 
     def register(function: _F) -> _F:
         operator = torch.library.custom_op(
@@ -76,8 +83,8 @@ def plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`step37_kernels.plan_tensors.make_plan`.
 
-    With ``watch`` differing counts are warned about: in here, because a graph drops an operator
-    whose result nobody needs.
+    With ``watch`` it warns where counts differ. It does so inside this operator because
+    ``torch.compile`` would remove another one whose result is not used.
     """
     runs = FlatRuns(tuple(tokens), tuple(group_sizes), tuple(features), tuple(rows))
     tensors = make_plan(
@@ -131,8 +138,11 @@ def project_insert(
     input_ids: Tensor | None,
     after_plan: bool,
 ) -> Tensor:
-    """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, elsewhere text rows, those
-    of embeddings or by ``input_ids [S, B]`` those of a table."""
+    """A new ``[S, B, H]``: ``x @ weightᵀ + bias`` at the destinations, elsewhere text rows.
+
+    Without ``input_ids`` the text rows are ``text [S, B, H]``. With ``input_ids [S, B]`` they are
+    looked up in the table ``text [V, H]``.
+    """
     from step37_kernels.ops import project
 
     return project.project_insert(
@@ -185,8 +195,10 @@ def gradient_rows(
     rows: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The embeddings' gradient, the projected rows' in ``dtype``, and the sum of those; each empty
-    where it is not asked for."""
+    """The gradients of the embeddings, of the projected rows (in ``dtype``) and of the bias.
+
+    One that is not wanted comes back empty.
+    """
     from step37_kernels.ops import gradient
 
     return gradient.gradient_rows(
@@ -202,7 +214,7 @@ def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -
         rows: ``[R, H]`` gradient rows.
         x: ``[R, C]`` feature rows.
         main_grad: ``[H, C]``.
-        add: to what it holds, instead of in its place.
+        add: to what ``main_grad`` holds, instead of replacing it.
     """
     if main_grad.dtype == x.dtype:
         torch.addmm(main_grad, rows.T, x, beta=int(add), out=main_grad)
@@ -235,5 +247,5 @@ def table_gradient(
 def add_table_gradient(
     grad_output: Tensor, input_ids: Tensor, main_grad: Tensor, triton: bool
 ) -> None:
-    """Add that gradient to the rows of ``main_grad`` that it touches."""
+    """Add the gradient of the table to ``main_grad [V, H]``, only in rows that were looked up."""
     put_table_gradient(grad_output, input_ids, main_grad, add=True, triton=triton)

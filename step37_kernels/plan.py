@@ -1,10 +1,12 @@
-"""Where every feature row lands: :func:`plan_insert` and :func:`plan_placeholders` make an
-:class:`InsertPlan`.
+"""Computes where every feature row goes in the sequence.
+
+:func:`plan_insert` (rows after start tokens) and :func:`plan_placeholders` (rows at placeholders)
+make an :class:`InsertPlan`.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``R`` feature rows of all groups together, ``L`` rows of
 one feature, ``G`` groups, ``N`` features.
 
-Nothing here loops over images: see :data:`step37_kernels.runs.Runs`.
+No loop here is over images: see :data:`step37_kernels.runs.Runs`.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InsertPlan:
-    """A row map: where each feature row goes, and what each position receives.
+    """Says where each feature row goes, and which feature row each position receives.
 
     Feature rows of all groups are numbered 0 … R−1 in the order in which they are written: groups
-    in list order, features in group order, rows from first to last. Positions are numbered as the
-    output lies in memory: ``s * B + b`` of ``[S, B, H]``, and of ``[B, S, H]`` (``batch_first``)
-    ``b * S + s``.
+    in list order, features in group order, rows from first to last. Positions are numbered in the
+    memory order of the output: ``s * B + b`` for ``[S, B, H]``, and ``b * S + s`` for
+    ``[B, S, H]`` (``batch_first``).
 
     Example, B = 1, S = 8, one group with start token 7 and features of 3, 2 and 4 rows::
 
@@ -46,8 +48,8 @@ class InsertPlan:
 
         destinations = [2, 3, −1, 4, 5, 7, −1, −1, −1]
 
-    A row is dropped (−1) where it would lie beyond the end of its sequence, where a later row
-    claims its position, and where its feature has no start token left.
+    A row is dropped (−1) if its position is beyond the end of its sequence, if a later row goes to
+    the same position, or if there is no start token left for its feature.
     """
 
     destinations: Tensor
@@ -56,22 +58,22 @@ class InsertPlan:
     """``[S, B]`` int32 (``[B, S]`` if ``batch_first``): the feature row that a position receives,
     or −1 for a text row: the entry of ``destinations`` that holds the position."""
     starts: Tensor
-    """``[N]`` int32: ``s * B + b`` of each feature's first row (``s`` may be S: nothing fits), −1
-    for a feature without a start token. So numbered whatever ``batch_first`` is."""
+    """``[N]`` int32: ``s * B + b`` of each feature's first row, whatever ``batch_first`` is; −1 for
+    a feature without a start token. ``s`` equals S where no row fits."""
     counts: Tensor
     """``[G + 1]`` int32: :attr:`start_counts`, then :attr:`unknown_ids`."""
     runs: Runs
     """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
     local_rows: Tensor | None = None
-    """Of a plan cut by :meth:`shard`: ``[M]`` int32, the feature row that each entry of
-    ``destinations`` (then ``[M]``) is about, −1 past the last; None where it is every row."""
+    """Only in a plan from :meth:`shard`: ``[M]`` int32, the feature row that each entry of
+    ``destinations`` (then ``[M]``) belongs to; −1 in unused entries. None in a whole plan."""
     live_rows: Tensor | None = None
-    """Of a shard: ``[1]`` int32, how many entries of ``local_rows`` are in use. The kernels stop
-    there, so a rank computes its own rows, not M."""
+    """Only in a plan from :meth:`shard`: ``[1]`` int32, how many entries of ``local_rows`` are in
+    use. The kernels stop there, so a rank computes its own rows, not M."""
     batch_first: bool = False
     """Whether the plan is for ``[B, S, H]``."""
     vocabulary: int = 0
-    """Rows of the table that text positions are looked up in; 0 where the plan does not know."""
+    """V, the rows of the table that text positions are looked up in; 0 if not given."""
 
     @property
     def start_counts(self) -> Tensor:
@@ -99,18 +101,18 @@ class InsertPlan:
         return self.row_at.shape[not self.batch_first]
 
     def shard(self, positions: Tensor) -> InsertPlan:
-        """The plan of a rank that holds only some rows of the sequence.
+        """Make the plan of a rank that holds only some positions of the sequence.
 
-        No more rows than positions can land there, so there is room for M = min(R, S_local · B) of
-        them, whatever their number turns out to be: nothing waits for the device.
+        The number of feature rows that land there is known on the device only. At most
+        M = min(R, S_local · B) can, so the results have M entries and the host need not wait.
 
         Args:
-            positions: ``[S_local]`` integers, the position in the whole sequence of each local row;
-                no position twice.
+            positions: ``[S_local]`` integers: for each local position, its position in the whole
+                sequence; none occurs twice.
 
         Returns:
             A plan for ``[S_local, B, H]``: ``row_at``, ``destinations`` and ``local_rows`` are this
-            rank's; ``starts`` and ``start_counts`` stay those of the whole.
+            rank's; ``starts`` and ``start_counts`` stay those of the whole sequence.
 
         Raises:
             ValueError: ``positions`` is not one-dimensional, or this plan is a shard already.
@@ -122,7 +124,7 @@ class InsertPlan:
         held = self.row_at.index_select(int(self.batch_first), positions)
         capacity = min(self.num_rows, held.numel())
         flat = held.flatten().long()
-        # Rows in order: number those that land here, and let one slot past the end take the rest.
+        # Number the rows that land here, in order; the others go to one slot past the end.
         lands = torch.zeros(self.num_rows + 1, dtype=torch.bool, device=flat.device)
         lands = lands.index_fill(0, torch.where(flat < 0, self.num_rows, flat), True)[:-1]
         slot_of_row = torch.where(lands, lands.cumsum(0) - 1, capacity)
@@ -142,7 +144,7 @@ class InsertPlan:
         )
 
     def check(self) -> None:
-        """Raise on what a correct batch never has. Waits for the device.
+        """Raise if the batch has a fault that a correct batch never has. Waits for the device.
 
         Raises:
             ValueError: start tokens and features differ in number; a span is cut off at the end of
@@ -196,8 +198,8 @@ def plan_insert(
     counts. A span is cut at the end of its sequence, and where spans overlap the later one in
     (group, feature) order wins, row by row. See :class:`InsertPlan` for a worked example.
 
-    Nothing waits for the device. The row counts are host integers, since tensor shapes are; what
-    depends on the ids stays on the device.
+    The host does not wait for the device: row counts are known on the host, from tensor shapes, and
+    what depends on the ids stays on the device.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
@@ -232,17 +234,18 @@ def plan_placeholders(
 ) -> InsertPlan:
     """Send the k-th feature row to the k-th position that holds ``token``, row-major.
 
-    That is how NeMo Automodel and many models of ``transformers`` merge
-    (``embeddings[input_ids == token] = rows``, ``masked_scatter``): every row has a placeholder of
-    its own. Of too many rows the last are dropped; placeholders without a row keep their word
-    embedding. In the plan every row is a feature, and ``token`` the one group's start token::
+    NeMo Automodel and many models of ``transformers`` merge this way
+    (``embeddings[input_ids == token] = rows``, ``masked_scatter``): every row has its own
+    placeholder. If there are too many rows, the last are dropped; placeholders without a row keep
+    their word embedding. In the plan every row is a feature, and ``token`` is the start token of
+    its only group::
 
         position     0   1   2   3   4   5
         input_ids    5   9   9   5   9   9      token 9, 3 rows
         row_at      −1   0   1  −1   2  −1
         destinations = [1, 2, 4]
 
-    One launch, as :func:`plan_insert` is; nothing waits for the device.
+    It takes one launch, as :func:`plan_insert` does; the host does not wait for the device.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64 token ids, any strides.
@@ -283,10 +286,9 @@ def plan_runs(
         runs: ``(start_token, ((N, L), …))`` of each group: the shapes of its tensors.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first, impl: as there.
-        vocabulary: rows of the table that text positions are looked up in: ids outside it are
-            counted. 0 counts none.
-        watch: see to it that numbers of tokens and features that differ, and unknown ids, are
-            warned about.
+        vocabulary: rows of the table that text positions are looked up in. Ids outside it are
+            counted; with 0 none are.
+        watch: warn, later, if start tokens and features differ in number or ids are unknown.
     """
     triton = use_triton(impl, input_ids.device)
     flat = FlatRuns.of(runs)

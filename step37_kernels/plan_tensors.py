@@ -16,14 +16,14 @@ PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 """``destinations [R]``, ``row_at [S, B]`` (``[B, S]`` of a batch-first plan), ``starts [N]``,
 ``counts [G + 1]`` (start tokens of each group, then ids outside the vocabulary), all int32."""
 
-# The cache below keeps host integers, never a tensor on the device. A tensor would belong to where
-# it was made: to a stream, on which alone it is known to have arrived; to the pool of a CUDA graph,
-# which it must not outlive; to a mode, such as that of fake tensors.
+# The cache below keeps host integers, never a tensor on the device. A cached tensor could be used
+# on another stream before its copy has ended, after the CUDA graph whose pool holds its memory is
+# gone, or outside the mode (fake tensors, for example) in which it was made.
 
 
 @functools.lru_cache(maxsize=64)
 def _table_of(runs: FlatRuns) -> tuple[int, ...]:
-    """What :func:`step37_kernels.ops.plan_rows.plan_rows` reads where there are many runs."""
+    """The table that :func:`step37_kernels.ops.plan_rows.plan_rows` reads for many runs."""
     first_rows = itertools.accumulate(map(operator.mul, runs.features, runs.rows), initial=0)
     return (
         *runs.tokens,
@@ -35,14 +35,15 @@ def _table_of(runs: FlatRuns) -> tuple[int, ...]:
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 values to the device without waiting for it, also while a CUDA graph is captured."""
+    """Copy int64 values to the device; the host does not wait. Works in a CUDA graph capture."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     if not torch.cuda.is_current_stream_capturing():
         staged = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
         return staged.to(device, non_blocking=True)
-    # A captured copy would read its host memory again at every replay, when it is long gone. Fill
-    # kernels carry their value in the launch itself; equal steps make one arithmetic sequence.
+    # A captured copy would read its host memory at every replay, after that memory was freed. So
+    # in a capture the values are written by kernels whose launch carries them, one arithmetic
+    # sequence at a time.
     parts: list[Tensor] = []
     first = 0
     while first < len(values):
@@ -57,7 +58,7 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def is_outside(input_ids: Tensor, num_rows: int) -> Tensor:
-    """Which ids are no row of a table of ``num_rows``."""
+    """Mark the ids that are no row of a table of ``num_rows``."""
     return (input_ids < 0) | (input_ids >= num_rows)
 
 
@@ -70,7 +71,7 @@ def make_plan(
     vocabulary: int,
     triton: bool,
 ) -> PlanTensors:
-    """Plan by the kernel or by PyTorch; arguments are valid, and nothing waits for the device.
+    """Make the plan by the kernel or by PyTorch; arguments are not checked, the host does not wait.
 
     Args:
         input_ids: ``[B, S]``.
@@ -95,11 +96,11 @@ def make_plan(
             batch_first=batch_first,
             vocabulary=vocabulary,
         )
-    # With a run of no feature at the end, so that there is something to send.
+    # A run without features at the end, so that the table is never empty.
     each, repeats = _upload([*runs.rows, 0, *runs.features, 0], input_ids.device).view(2, -1)
     rows_each = each.repeat_interleave(repeats, output_size=runs.num_features)
     total = runs.num_rows
-    # A slot past the end of each result takes what has no place, and is cut off afterwards.
+    # Rows without a place go to a slot past the end of each result, which is cut off afterwards.
     batch_size, seq_len = input_ids.shape
     num_positions = batch_size * seq_len
     flat_ids = input_ids.flatten()

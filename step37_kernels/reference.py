@@ -1,8 +1,8 @@
-"""Every operation of this package in plain PyTorch: the oracle of the tests.
+"""Defines every operation of this package in plain PyTorch; tests compare the kernels with it.
 
-Written to be read, loops and all. Nothing here is fast, nothing here imports a kernel, and autograd
-differentiates it by itself. What these functions do is what the fused kernels must do. The
-arithmetic of pixels stands in :mod:`step37_kernels.pixels.reference`.
+It is written to be read, with plain loops, and it is slow. It imports no kernel, and autograd
+differentiates it. The fused kernels must do what these functions do. The arithmetic of pixels is in
+:mod:`step37_kernels.pixels.reference`.
 
 Shape letters: ``S`` sequence, ``B`` batch, ``H`` hidden size, ``C`` encoder output width, ``R``
 feature rows of all groups together, ``L`` rows of one feature, ``G`` groups, ``N`` features.
@@ -59,7 +59,7 @@ def feature_list(features: Features) -> list[Tensor]:
 
 
 def insert_locations(input_ids: Tensor, start_token: int) -> list[tuple[int, int]]:
-    """Where the features of a group begin.
+    """Find where the features of a group begin.
 
     Args:
         input_ids: ``[B, S]`` token ids.
@@ -113,7 +113,7 @@ def image_insert_embedding(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The whole fusion after the word embedding: project and insert group after group.
+    """Project and insert the features of all groups, one group after the other.
 
     Args:
         embeddings: ``[S, B, H]`` word embeddings.
@@ -132,7 +132,7 @@ def image_insert_embedding(
 
 
 class Plan(NamedTuple):
-    """Where every feature row lands; what :class:`step37_kernels.InsertPlan` holds on a device."""
+    """Where every feature row goes: the tensors of a :class:`step37_kernels.InsertPlan`."""
 
     destinations: Tensor
     """``[R]`` int32: ``s * B + b`` of a row that survives, −1 of one cut off or overwritten."""
@@ -184,13 +184,13 @@ def plan_insert(input_ids: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) 
 def plan_placeholders(
     input_ids: Tensor, token: int, num_rows: int, *, batch_first: bool = False
 ) -> Plan:
-    """The k-th row to the k-th position that holds ``token``, row-major, up to the smaller count.
+    """Send the k-th row to the k-th position that holds ``token``, up to the smaller count.
 
     Args:
         input_ids: ``[B, S]``.
         token: the placeholder's id.
         num_rows: R.
-        batch_first: number positions ``b * S + s``, and have ``row_at`` as ``[B, S]``.
+        batch_first: number positions ``b * S + s``, and return ``row_at`` as ``[B, S]``.
     """
     batch_size, seq_len = input_ids.shape
     row_at = torch.full((batch_size, seq_len), -1, dtype=torch.int32)
@@ -249,7 +249,7 @@ def embed_project_and_insert(
     Args:
         input_ids: ``[B, S]``; under feature rows they may be anything.
         table: ``[V, H]``.
-        features, weight, bias, plan: as there.
+        features, weight, bias, plan: as in :func:`project_and_insert`.
         batch_first: the plan is of ``[B, S, H]``.
     """
     ids = input_ids if batch_first else input_ids.T

@@ -1,7 +1,7 @@
-"""What the host knows of the features: how many there are, how long each is, where they go.
+"""Describes the features of a batch on the host: start tokens, numbers of features, rows of each.
 
-In two forms. :data:`Runs` is nested by group, for people. :class:`FlatRuns` has the same numbers in
-four flat rows, for operators and kernels, which take no nested ones.
+There are two forms of the same numbers. :data:`Runs` is nested by group, for people.
+:class:`FlatRuns` has four flat tuples, for operators and kernels, which take no nested ones.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import NamedTuple
 
 Runs = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 """``(start_token, ((features, rows of each), …))`` of each insertion group. A *run* is ``(features,
-rows of each)``, one for each feature tensor ``[N, L, C]``: a batch is a handful of runs however
-many images it holds."""
+rows of each)``, one for each feature tensor ``[N, L, C]``. So a batch has few runs, however many
+images it holds."""
 
 
 class FlatRuns(NamedTuple):
-    """:data:`Runs`, flat."""
+    """The numbers of :data:`Runs` in four flat tuples."""
 
     tokens: tuple[int, ...]
     """``[G]``: start token of each group."""
     group_sizes: tuple[int, ...]
     """``[G]``: features of each group."""
     features: tuple[int, ...]
-    """Features of each run, the runs of all groups in order."""
+    """The number of features of each run; the runs of all groups in order."""
     rows: tuple[int, ...]
-    """Rows of each feature of each run."""
+    """The number of rows of each feature in each run."""
 
     @classmethod
     def of(cls, runs: Runs) -> FlatRuns:
@@ -54,7 +54,9 @@ class FlatRuns(NamedTuple):
 
 
 def to_runs(groups: Sequence[tuple[int, Sequence[int]]]) -> Runs:
-    """``(start_token, rows of each feature)`` of each group, with equal neighbours joined.
+    """Turn ``(start_token, rows of each feature)`` of each group into :data:`Runs`.
+
+    Neighbouring features with equally many rows become one run.
 
     Raises:
         TypeError: a start token or row count is no integer.

@@ -62,7 +62,7 @@ def product_bound(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InsertCase:
-    """Inputs of one insertion; features as leaves that take gradients."""
+    """The inputs of one insertion; its tensors take gradients."""
 
     input_ids: Tensor
     """``[B, S]``"""
@@ -71,7 +71,7 @@ class InsertCase:
     groups: list[tuple[int, list[Tensor]]]
     """``(start_token, tensors [N, L, C])``; views where the layout says so."""
     leaves: list[Tensor] = field(default_factory=list)
-    """What those views look at."""
+    """The tensors behind those views."""
     weight: Tensor
     """``[H, C]``"""
     bias: Tensor | None
@@ -111,7 +111,7 @@ def make_insert_case(  # noqa: PLR0913 - every number that a test varies
     bias: bool = False,
     device: torch.device | str = "cpu",
 ) -> InsertCase:
-    """Random tensors around given token ids.
+    """Make random embeddings, features and weights for given token ids.
 
     Args:
         input_ids: ``[B, S]``.
@@ -158,7 +158,7 @@ def make_insert_case(  # noqa: PLR0913 - every number that a test varies
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """Values in float64 and how far a right implementation may be from them."""
+    """Expected values in float64, and how far a correct implementation may be from them."""
 
     output: Tensor
     output_bound: Tensor

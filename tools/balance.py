@@ -1,8 +1,9 @@
-"""How long the slowest rank of a step is waited for, by packing: a simulation, no device needed.
+"""Simulates how long ranks wait for the slowest one in a step, for each way of packing.
 
-``python -m tools.balance`` draws a mix of samples (a third without a picture, photographs of
-log-normal size seen in crops, texts of log-normal length), packs it in each way, deals the packs
-out to ranks as Megatron's sampler does, and takes a pack's vision tokens for its time.
+``python -m tools.balance`` needs no GPU. It draws a mix of samples (a third without a picture,
+photographs of log-normal size in crops, texts of log-normal length), packs it in each way, and
+distributes the packs to ranks as Megatron's sampler does. The time of a pack is taken to be
+proportional to its vision tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Packed = tuple[np.ndarray, PackingResult]
 
 
 def draw_mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and vision tokens of ``count`` samples, all at most ``CAPACITY`` long."""
+    """Draw lengths and vision tokens of ``count`` samples, all at most ``CAPACITY`` long."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.normal(np.log(180), 0.9, count)).clip(20, 1500).astype(np.int64)
     loads = np.zeros(count, dtype=np.int64)
@@ -36,7 +37,7 @@ def draw_mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packings(window: int, group: int) -> dict[str, Callable[[np.ndarray, np.ndarray], Packed]]:
-    """Each way to pack sizes and loads."""
+    """List the ways to pack sizes and loads, by name."""
     return {
         "next_fit": lambda sizes, _: (np.arange(len(sizes)), pack(sizes, CAPACITY, "drop")),
         "best_fit": lambda sizes, _: pack_best_fit(sizes, CAPACITY, "drop", window),
@@ -47,13 +48,13 @@ def packings(window: int, group: int) -> dict[str, Callable[[np.ndarray, np.ndar
 
 
 def pack_loads(packed: Packed, loads: np.ndarray) -> np.ndarray:
-    """The vision tokens of every pack."""
+    """Compute the vision tokens of every pack."""
     order, result = packed
     return np.add.reduceat(loads[order], result.starts)
 
 
 def wait(loads_of_packs: np.ndarray, ranks: int) -> float:
-    """Time that a rank waits for the slowest of its step, as a share of the time it works."""
+    """Compute the time that ranks wait for the slowest, as a share of the time they work."""
     steps = len(loads_of_packs) // ranks
     by_step = loads_of_packs[: steps * ranks].reshape(steps, ranks)
     return float((by_step.max(1) - by_step.mean(1)).sum() / by_step.mean(1).sum())

@@ -1,8 +1,8 @@
-"""Pictures of benchmark results: ``python -m tools.bench_pictures RESULTS.json``. Needs Matplotlib.
+"""Draws benchmark results: ``python -m tools.bench_pictures RESULTS.json``. Needs Matplotlib.
 
-From the JSON that ``python -m bench`` writes: bars of each shape, and the roofline; of the subject
-``predict`` the predicted times over the predicted product's, which say so in their title. Written
-beside the file.
+It reads the JSON that ``python -m bench`` writes, and draws bars for each shape and the roofline.
+For the subject ``predict`` it draws predicted times over those of the predicted product; the titles
+say that they are predicted. The pictures are written to the folder of the file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from step37_inspect import style
 
 Record = dict[str, Any]
-# Besides the colour, so that nobody needs it.
+# In addition to the colour, so that the picture is readable without colours.
 _HATCHES, _MARKERS = ("", "//", "..", "xx", "\\\\", "oo", "--"), "osD^vP*X"
 
 
 def pictures_of(results: Record) -> Iterator[tuple[str, Any]]:
-    """``(name, figure)`` of everything that these results can show."""
+    """Yield ``(name, figure)`` of every picture that can be drawn from these results."""
     if predicted := predicted_rows(results):
         yield "predicted", draw_predicted(predicted)
     timed = [row for row in results["rows"] if row["median_us"]]
@@ -46,7 +46,7 @@ def pictures_of(results: Record) -> Iterator[tuple[str, Any]]:
 
 
 def predicted_rows(results: Record) -> list[Record]:
-    """The rows of the tables of the subject ``predict``, each with its chip and operation."""
+    """Read the rows of the subject ``predict``, each with its chip and operation."""
     found = []
     for table in results.get("tables", []):
         chip, operation, kind = (*table["title"].split(", "), "", "")[:3]
@@ -62,7 +62,7 @@ def predicted_rows(results: Record) -> list[Record]:
 
 
 def draw_bars(rows: Sequence[Record], title: str, where: str) -> Any:
-    """µs of every implementation, a group of bars for each shape; whiskers from p20 to p80."""
+    """Draw µs of every implementation, a group of bars for each shape; whiskers from p20 to p80."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     sheet, axes = _sheet(title, where, len(names), width=max(7.0, 1.5 + 1.9 * len(shapes)))
@@ -85,7 +85,7 @@ def draw_bars(rows: Sequence[Record], title: str, where: str) -> Any:
 
 
 def draw_roofline(rows: Sequence[Record], ceilings: Record, where: str) -> Any:
-    """FLOP/s over FLOP a byte, below the limits that the same run measured."""
+    """Draw FLOP/s over FLOP per byte, with the limits measured in the same run."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     sheet, axes = _sheet("Rates against what the device reached", where, len(names) + 1)
     intensity = [row["flops"] / row["bytes"] for row in rows]
@@ -109,9 +109,9 @@ def draw_roofline(rows: Sequence[Record], ceilings: Record, where: str) -> Any:
 
 
 def draw_predicted(rows: Sequence[Record]) -> Any:
-    """Predicted time over the predicted product's, by number of images, for each chip.
+    """Draw predicted time over the predicted product's, by number of images, for each chip.
 
-    The bands are the first chip's, from all rates at their fast end to all at their slow end.
+    The band is that of the first chip, from all rates at their fast end to all at their slow end.
     """
     swept = [row for row in rows if re.fullmatch(r"images-\d+", row["shape"])]
     kinds = list(dict.fromkeys((row["chip"], row["operation"]) for row in swept))
@@ -122,7 +122,7 @@ def draw_predicted(rows: Sequence[Record]) -> Any:
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot(images, [row["ratio"] for row in own], marker=marker, markersize=4,
                   color=_colour(number), label=f"{operation}, {chip}")  # fmt: skip
-        # Of one chip: those of several would hide each other.
+        # For one chip only: the bands of several would hide each other.
         if chip == kinds[0][0]:
             ends = ([row[name] for row in own] for name in ("low_ratio", "high_ratio"))
             axes.fill_between(images, *ends, color=_colour(number), alpha=0.15, linewidth=0)
@@ -133,7 +133,7 @@ def draw_predicted(rows: Sequence[Record]) -> Any:
 
 
 def _sheet(title: str, where: str, entries: int, width: float = 8.0) -> tuple[Any, Any]:
-    """A sheet with one plot, and room for a legend of so many entries below it."""
+    """Make a sheet with one plot, and space for a legend of so many entries below it."""
     below = 0.75 + 0.22 * -(-entries // 2)
     height = 3.6 + below + 0.75
     sheet = style.sheet_of(width, height, title)

@@ -1,6 +1,6 @@
 """Make ``.venv`` ready: for ``make demo`` what the demo imports, else all development tools.
 
-Standard library only, Python 3.10 to 3.13. Three situations:
+It needs only the standard library of Python 3.10 to 3.13. There are three cases:
 
 * A package index answers: install this project with its extra ``demo`` or ``dev``. Without an
   NVIDIA GPU torch is the release in ``CPU_TORCH``, a CPU build: of the folder of wheels that pip is
@@ -46,7 +46,7 @@ def say(message: str) -> None:
 
 
 def fingerprint() -> str:
-    """Everything that decides what the environment must hold."""
+    """Return a fingerprint of everything that decides the content of the environment."""
     parts = [
         (ROOT / "pyproject.toml").read_bytes(),
         Path(__file__).read_bytes(),
@@ -73,9 +73,9 @@ def create_venv(*, with_pip: bool) -> None:
 
 
 def borrow_interpreter_packages() -> None:
-    """A new environment with this interpreter's site-packages, and the checkout, on its path.
+    """Create an environment with this interpreter's site-packages and the checkout on its path.
 
-    Without pip, which not every Python can put there (Debian's needs a package for it).
+    It has no pip, since not every Python can install that (Debian's needs a package for it).
     """
     create_venv(with_pip=False)
     purelib = subprocess.run(

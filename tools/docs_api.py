@@ -1,7 +1,7 @@
-"""A hook of mkdocs: the API pages name modules, this puts every public name of them there.
+"""A hook of mkdocs that inserts the public names of modules into the API pages.
 
-A line ``<!-- api: package.module -->`` becomes the reference of each name in the module's
-``__all__``, taken from where it is defined. reStructuredText's roles in docstrings become code.
+A line ``<!-- api: package.module -->`` is replaced by the reference of each name in the module's
+``__all__``, from the place of its definition. Roles of reStructuredText in docstrings become code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc|obj):<code>~?([^<]*)<
 
 
 def public_names(module: str) -> dict[str, str]:
-    """``{name: dotted path of its definition}`` of the module's public names, sorted."""
+    """Return ``{name: dotted path of its definition}`` of the module's public names, sorted."""
     loaded = importlib.import_module(module)
     return {name: _defined_at(loaded, name) for name in sorted(loaded.__all__)}
 
@@ -25,14 +25,14 @@ def _defined_at(module: ModuleType, name: str) -> str:
     value = getattr(module, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         return f"{value.__module__}.{value.__qualname__}"
-    # A constant does not know where it is from.
+    # A constant has no __module__.
     source = getattr(module, "_MODULE_OF", {}).get(name)
     home = f"{module.__name__}.{source}" if source else module.__name__
     return f"{home}.{name}"
 
 
 def reference(module: str) -> str:
-    """Markdown for the public names of a module; one that is from elsewhere is a link."""
+    """Write Markdown for the public names of a module; names defined elsewhere become links."""
     parts = []
     for name, path in public_names(module).items():
         if path.partition(".")[0] == module.partition(".")[0]:
@@ -49,5 +49,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Called by mkdocs for each page once it is HTML."""
+    """Called by mkdocs for each page after conversion to HTML."""
     return _ROLE.sub(r"<code>\1</code>", html).replace("::</p>", ":</p>")

@@ -1,13 +1,14 @@
-"""``make gpu``: runs all that wants a GPU, in one call of at most ten minutes.
+"""``make gpu``: runs everything that needs a GPU, in one call of at most ten minutes.
 
 ``PYTHONPATH=. python3 tools/gpu.py`` needs torch, Triton, NumPy, Pillow and a C compiler with
-Python's headers; pytest and hypothesis for the tests; no network and no .venv. Each phase is a
-process with a limit and a log of its own, the most wanted first; one that fails or takes too long
-ends only itself. Everything lies in one folder, a table last.
+Python's headers, and for the tests pytest and hypothesis. It needs no network and no .venv. Each
+phase is a process with its own time limit and log, the most important first; a phase that fails or
+takes too long does not end the others. All results are written to one folder, with a table at the
+end.
 
-``--rehearse`` takes every phase as far as it goes without a GPU, to find what would fail: imports,
-command lines, collection of the tests, compiling for Hopper, and the benchmarks' checks of
-correctness at small shapes in Triton's interpreter.
+``--rehearse`` runs as much of every phase as is possible without a GPU, to find errors early:
+imports, command lines, collection of the tests, compiling for Hopper, and the benchmarks' checks at
+small shapes in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 590
 RESERVE = 25
-"""Seconds kept for the comparison with what was predicted."""
+"""Seconds reserved for the comparison with the prediction."""
 REHEARSAL_S = 150
-"""Most seconds of one phase in a rehearsal."""
+"""The most seconds of a phase in a rehearsal."""
 SYNCHRONOUS = {"CUDA_LAUNCH_BLOCKING": "1"}
-"""Every launch is waited for, so that an error is reported where it happens."""
+"""Makes the host wait for every launch, so that an error is reported where it happens."""
 INTERPRETED = {"TRITON_INTERPRET": "1"}
-"""Kernels run in Triton's interpreter."""
+"""Makes kernels run in Triton's interpreter."""
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 GPU_TESTS = (
     "tests/bench/test_harness.py",
@@ -129,22 +130,22 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Phase:
-    """A command of Python's, and the seconds that it may take."""
+    """Arguments of a Python process, and the seconds that it may take."""
 
     name: str
     arguments: tuple[str, ...]
     seconds: float
     needs: tuple[str, ...] = ()
-    """Modules without which it is not run."""
+    """Modules that it needs; if one is missing, the phase is not run."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """Of its environment, beside those that this process has."""
+    """Environment variables that it has in addition to those of this process."""
     rehearsal: Phase | None = None
-    """What is run in its place without a GPU; itself if there is none."""
+    """The phase to run instead in a rehearsal; None: the phase itself."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a phase."""
+    """The result of a phase."""
 
     phase: Phase
     result: str
@@ -152,14 +153,14 @@ class Outcome:
     log: Path | None = None
 
     def line(self) -> str:
-        """A line of the table."""
+        """Write the line of the table."""
         log = self.log.name if self.log else ""
         seconds = f"{self.seconds:.0f} of {self.phase.seconds:.0f}"
         return f"| {self.phase.name} | {self.result} | {seconds} | {log} |"
 
 
 def phases(out: Path) -> list[Phase]:
-    """List the phases, the most wanted first; the last takes what time is left."""
+    """List the phases, the most important first; the last uses the remaining time."""
     pytest, needs = ("-m", "pytest", "-q", "-p", "no:cacheprovider"), ("pytest", "hypothesis")
 
     def small(code: str, *subjects: str) -> Phase:
@@ -170,7 +171,7 @@ def phases(out: Path) -> list[Phase]:
         return Phase(name, (*pytest, *arguments), seconds, needs, rehearsal=collect)
 
     def bench(name: str, seconds: float, *arguments: str, rehearsal: Phase | None = None) -> Phase:
-        # It begins nothing in its last seconds, so that it can write what it has.
+        # It starts nothing in its last seconds, so that it can write its results.
         limit = f"--limit={seconds - 15:g}"
         command = ("-m", "bench", *arguments, limit, f"--out={out}", "--quick")
         return Phase(name, command, seconds, rehearsal=rehearsal)
@@ -201,7 +202,7 @@ def phases(out: Path) -> list[Phase]:
 
 
 def rehearsals(out: Path) -> list[Phase]:
-    """List what a rehearsal runs: for each phase what needs no GPU, and what compiles the rest."""
+    """List the phases of a rehearsal: what needs no GPU, and compiling all kernels."""
     found = [
         Phase("compile for Hopper", ("-m", "bench.resources", "--arch", "sm_90"), 2 * REHEARSAL_S)
     ]
@@ -231,7 +232,7 @@ def run(todo: Sequence[Phase], out: Path, python: str, limit: float) -> Iterator
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The variables of a phase: this checkout comes first, kernels are not interpreted."""
+    """Make the environment of a phase: this checkout comes first, kernels are not interpreted."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return {**found, "PYTHONPATH": path, **more}
@@ -247,7 +248,7 @@ def run_one(phase: Phase, python: str, log: Path, seconds: float) -> str:
     command = [python, *phase.arguments]
     with log.open("w", encoding="utf-8") as file:
         print(shlex.join(command), file=file, flush=True)
-        # A session of its own: what it starts ends with it.
+        # In a new session, so that the processes it starts can be ended with it.
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -288,7 +289,7 @@ def compare(out: Path, python: str, seconds: float = RESERVE) -> None:
 
 
 def report(where: str, outcomes: Sequence[Outcome], out: Path) -> str:
-    """Write the table of all phases, into ``summary.md`` too."""
+    """Make the table of all phases; it is also written to ``summary.md``."""
     lines = [where, "", "| phase | result | s, of at most | log |", "|---|---|---|---|"]
     lines += [outcome.line() for outcome in outcomes]
     text = "\n".join(lines) + "\n"
@@ -305,14 +306,14 @@ def pick_python() -> str | None:
 
 
 def told(python: str, code: str) -> tuple[bool, str]:
-    """Run code; whether it ended well, and the last line that it printed."""
+    """Run code; returns whether it succeeded, and the last line that it printed."""
     done = subprocess.run([python, "-c", code], env=environment(), capture_output=True, text=True)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, (lines or [""])[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or rehearse all phases; 0 if every phase that ran is well."""
+    """Run or rehearse all phases; returns 0 if every phase that ran succeeded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds in all ({LIMIT})")
     parser.add_argument("--out", type=Path, help="folder (bench/results/gpu-DATE)")

@@ -1,6 +1,6 @@
-"""The layers of the kernel hub's folder: what ``kernels`` puts in place of a module's ``forward``.
+"""Layers for the kernel hub: the ``kernels`` package replaces a module's ``forward`` by theirs.
 
-As ``kernels`` asks, a layer has a ``forward`` and nothing else; ``self`` is the module replaced.
+As ``kernels`` requires, a layer has only a ``forward``, in which ``self`` is the replaced module.
 ``tools/kernel_hub.py`` copies this file to ``layers.py``.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from step37_kernels.image_insert_embedding import ImageInsertEmbedding as _Fused
 from step37_kernels.pixels.normalize import clip_normalize
 
-# One for each module replaced; it holds no parameter of its own, and goes with the module.
+# One for each replaced module; it has no parameters, and is freed with the module.
 _fused: weakref.WeakKeyDictionary[nn.Module, _Fused] = weakref.WeakKeyDictionary()
 
 
@@ -31,29 +31,29 @@ def _fused_for(module: Any) -> _Fused:
                 projector_bias=projector.bias is not None,
             )
         _fused[module] = fused
-    # Asked for each time: somebody may have put another one there.
+    # Read each time, since it may have been replaced.
     fused.align_projector = module.align_projector
     return fused
 
 
 class ImageInsertEmbedding(nn.Module):
-    """The fused path in the ``ImageInsertEmbedding`` of Step-3.7, whatever class it is."""
+    """Runs the fused path in the ``ImageInsertEmbedding`` of Step-3.7, of any class."""
 
     has_backward = True
 
     def forward(
         self, input_ids: Tensor, images: Any = None, position_ids: Any = None, **kwargs: Any
     ) -> Tensor:
-        """Word embeddings ``[S, B, H]`` with the projected features in their places."""
+        """Return word embeddings ``[S, B, H]`` with the projected features inserted."""
         output: Tensor = _fused_for(self)(input_ids, images, position_ids, **kwargs)
         return output
 
 
 class ClipNormalize(nn.Module):
-    """uint8 ``[N, H, W, 3]`` to CLIP-normalised bfloat16 ``[N, 3, H, W]``."""
+    """Normalises uint8 ``[N, H, W, 3]`` with CLIP's constants to bfloat16 ``[N, 3, H, W]``."""
 
     has_backward = False
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Bit for bit ``(pixels / 255 - mean) / std`` in fp32, rounded."""
+        """Return ``(pixels / 255 - mean) / std``, computed in fp32 and rounded, bit for bit."""
         return clip_normalize(pixels)

@@ -1,12 +1,12 @@
-"""Write the folder that Hugging Face's ``kernels`` package loads: ``make kernel-hub``.
+"""Writes the folder that Hugging Face's ``kernels`` package loads: ``make kernel-hub``.
 
     from kernels import get_local_kernel
     step37 = get_local_kernel(Path("out/kernel-hub"))
 
-A variant for each backend under ``build/``, each the package ``step37_kernels`` with imports made
-relative, its operators in a namespace of their own (so that it can be loaded beside an installed
-step37), and ``layers``. What belongs to a framework or to the tests stays out. Nothing is uploaded.
-Standard library only.
+Under ``build/`` there is a variant for each backend. Each is the package ``step37_kernels`` with
+relative imports and another namespace of operators, so that it can be loaded together with an
+installed step37, and with ``layers``. Modules for frameworks and for tests are left out. Nothing is
+uploaded. It needs only the standard library.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def main() -> None:
 
 
 def write_hub(out: Path) -> None:
-    """Write the whole folder anew.
+    """Write the folder, replacing an earlier one.
 
     Raises:
         ValueError: a file imports the package in a way that cannot be made relative.
-        FileExistsError: ``out`` holds something that is not such a folder.
+        FileExistsError: ``out`` exists and is not such a folder.
     """
     sources = hub_sources()
     version = re.search(r'^__version__ = "(.*)"$', sources["__init__.py"], re.MULTILINE)
@@ -92,7 +92,7 @@ def write_hub(out: Path) -> None:
 
 
 def hub_sources() -> dict[str, str]:
-    """Text of every file of a variant, by its path, with imports made relative."""
+    """Return the text of every file of a variant by its path, with relative imports."""
     package = ROOT / PACKAGE
     files = {
         path.relative_to(package).as_posix(): path.read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def hub_sources() -> dict[str, str]:
 
 
 def relative(path: str, text: str) -> str:
-    """``text`` of the package's file ``path``, its imports of the package made relative."""
+    """Make the imports of the package relative in ``text``, its file ``path``."""
     dots = "." * (path.count("/") + 1)
     text = re.sub(
         rf"^(\s*)from {PACKAGE}(?:\.([\w.]+))? import ",

@@ -1,6 +1,6 @@
-"""Draw the pictures of the documentation anew: ``make pictures``. Needs Matplotlib.
+"""Draws the pictures of the documentation again: ``make pictures``. Needs Matplotlib.
 
-From the photographs of ``examples/flickr8k_mini`` and its tokenizer, into ``docs/``.
+It uses the photographs and the tokenizer of ``examples/flickr8k_mini``, and writes to ``docs/``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STOCK = (
     ("host", 1.7, 0.8, "host works", "launch"),
     ("device", 2.2, 0.7, "device", "look up"),
     ("device", 2.9, 0.9, "device", "project"),
-    ("host", 2.5, 1.4, _WAIT, ""),  # for the places of the start tokens
+    ("host", 2.5, 1.4, _WAIT, ""),  # waits for the positions of the start tokens
     ("host", 3.9, 0.25, "host works", ""),
     ("device", 4.05, 0.75, "device copies [S, B, H]", "clone"),
     *(
@@ -69,7 +69,7 @@ _OURS = (
 
 
 def draw_step() -> Any:
-    """What the host waits for in the embedding of a step with three images: stock and ours."""
+    """Draw how long the host waits in the embedding of a step with three images: stock and ours."""
     width, left, lane = 11.0, 1.15, 0.34
     title = "The embedding of one step, three images: what the host waits for"
     sheet, axes = style.figure(width, 4.05, title)
@@ -193,7 +193,7 @@ def save_for_day_and_night(sheet: Any, out: Path, name: str) -> None:
 
 
 def draw_demo_row_map() -> Any:
-    """The first pack of the demo: images of 112 pixels, 16 rows each."""
+    """Draw the row map of the demo's first pack: images of 112 pixels, 16 rows each."""
     samples = read_flickr8k_metadata(PHOTOGRAPHS / "train" / "metadata.csv", "caption_0", None)
     template = Step37MultimodalTemplate(
         tokenizer_path=TOKENIZER, max_sequence_length=192, image_token_count=16
@@ -211,7 +211,7 @@ def draw_demo_row_map() -> Any:
 
 @contextlib.contextmanager
 def larger_data_set() -> Iterator[Path]:
-    """Eighty samples of the eight photographs, some large, one broken, captions of many lengths."""
+    """Write 80 samples of eight photographs: some large, one broken, captions of many lengths."""
     with tempfile.TemporaryDirectory() as folder:
         train = Path(folder) / "photographs" / "train"
         train.mkdir(parents=True)

@@ -1,8 +1,9 @@
-"""``make real``: an environment with Megatron-Bridge and NeMo Automodel, and the tests on them.
+"""``make real``: runs the tests on the real Megatron-Bridge and NeMo Automodel.
 
-``.venv-real`` holds exactly the releases below. Both frameworks ask for Python 3.12 and for dozens
-of packages, many of which need CUDA: they come without their requirements, and what the code under
-test imports comes by name. What cannot exist on a CPU is in ``tests/real/stubs.py``.
+``.venv-real`` holds exactly the releases below. Both frameworks require Python 3.12 and dozens of
+packages, many of which need CUDA. So they are installed without their requirements, and the
+packages that the tested code imports are listed here. ``tests/real/stubs.py`` replaces modules that
+cannot be imported on a CPU.
 
 Another release is tried by changing its number here. ``make real-main`` tries checkouts: they go
 before the installed releases, in every process of the tests. Either way, what no longer fits is
@@ -24,20 +25,20 @@ FRAMEWORKS = ("megatron-bridge==0.6.2", "megatron-core==0.19.2", "nemo-automodel
 NEEDS = (
     "accelerate==1.15.0",
     "datasets==5.2.0",
-    "diffusers==0.36.0",  # its recipes import those of other models
+    "diffusers==0.36.0",  # imported by Bridge's recipes for other models
     "einops==0.8.2",
     "hydra-core==1.3.8",
-    "megatron-energon==7.4.1",  # Bridge's training configuration imports all its data sets
-    "nvidia-modelopt==0.47.0",  # its training loop imports distillation
+    "megatron-energon==7.4.1",  # imported by Bridge's training configuration
+    "nvidia-modelopt==0.47.0",  # imported by Bridge's training loop
     "omegaconf==2.3.1",
     "tensorboard==2.21.0",
     "torchdata==0.11.0",
-    "transformers==5.18.0",  # what Automodel 0.7.0 asks for; Bridge 0.6.2 does with it, too
+    "transformers==5.18.0",  # required by Automodel 0.7.0; Bridge 0.6.2 works with it too
 )
-# Without their requirements: those of torchvision name a torch of their own.
+# Without their requirements: torchvision requires another torch.
 BARE = (*FRAMEWORKS, "torchvision==0.28.0")
 
-# Not the extra `test`: what it brings beside these may be newer than the frameworks allow.
+# Not the extra `test`, whose other packages may be newer than the frameworks allow.
 TOOLS = ("hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
 
 

@@ -1,7 +1,7 @@
-"""Every tile of the table and the pixel kernels, once each, with right results or an end.
+"""Runs every tile of the table and the pixel kernels once; stops at the first wrong result.
 
-For a GPU that has never run them: ``CUDA_LAUNCH_BLOCKING=1 PYTHONPATH=. python3 -m tools.smoke``
-stops at the first launch that fails and the first result that is wrong.
+Use it on a GPU that has never run them: with ``CUDA_LAUNCH_BLOCKING=1 PYTHONPATH=. python3 -m
+tools.smoke`` it also stops at the first launch that fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def insert(shape: Shape, device: torch.device, impl: Impl) -> None:
 
 
 def pixels(device: torch.device, impl: Impl) -> None:
-    """Normalise, and resize too, against PyTorch's operations on the host, bit for bit."""
+    """Normalise, and resize and normalise; compare with PyTorch on the host, bit for bit."""
     generator = torch.Generator().manual_seed(0)
 
     def picture(*size: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def tell(what: str, problem: str | None) -> None:
 
 
 def main(names: Sequence[str] = SHAPES, device: torch.device = CUDA, impl: Impl = "triton") -> None:
-    """All of it."""
+    """Run everything."""
     for shape in shapes_named(names):
         insert(shape, device, impl)
     pixels(device, impl)

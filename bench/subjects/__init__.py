@@ -1,4 +1,4 @@
-"""Lists what ``python -m bench`` can measure: :data:`SUBJECTS`.
+"""Lists the subjects of ``python -m bench``, the things that it can measure: :data:`SUBJECTS`.
 
 A subject is a function of :class:`bench.harness.Settings` that yields groups of rows
 (``list[Row]``) or tables (:class:`bench.report.Table`). Its module is imported when it runs, not
@@ -22,7 +22,7 @@ Run: TypeAlias = Callable[[Settings], Iterator[list[Row] | Table]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """An option of the command line that one subject has and no other: ``--name VALUE``.
+    """An option of the command line that only one subject has: ``--name VALUE``.
 
     The subject finds its value in ``settings.options[name]``.
     """
@@ -32,24 +32,24 @@ class Option:
     type: Callable[[str], Any] = int
     default: Any
     quick: Any  # the default of a quick run
-    several: bool = False  # takes any number of values, and gives a list
+    several: bool = False  # takes any number of values; the value is a list
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """One thing that can be measured, and what it takes to run it."""
+    """One thing that can be measured, and what is needed to run it."""
 
     module: str
     function: str = "run"
     shapes: tuple[str, ...] = ()
-    """Names of the shapes measured by default; empty where figures are not about shapes."""
-    shapes_together: bool = False  # in one process; else each shape has a process of its own
+    """Names of the shapes measured by default; empty if figures do not depend on shapes."""
+    shapes_together: bool = False  # in one process; else in one process for each shape
     needs: tuple[str, ...] = ()
-    """Packages beside torch, Triton and NumPy, as they are imported."""
+    """Packages needed besides torch, Triton and NumPy, by the name that is imported."""
     rows: bool = False
-    """Yields groups of rows, which are compared with the device's ceilings; else tables."""
+    """Whether it yields groups of rows, which are compared with the ceilings; else tables."""
     needs_gpu: bool = False
-    on_request: bool = False  # not among those that run when none is named
+    on_request: bool = False  # runs only if it is named
     row_seconds: float = 0.25  # timing of one row or figure; a fifth of it in a quick run
     options: tuple[Option, ...] = ()
 
@@ -64,7 +64,7 @@ class Subject:
 
 
 def installed(name: str) -> bool:
-    """Say whether a module can be found, without importing it (its parents are imported)."""
+    """Whether a module can be found, without importing it (its parents are imported)."""
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:

@@ -1,6 +1,6 @@
-"""Subject ``automodel``: times NeMo Automodel's own merge of images and crops beside ours, B = 1.
+"""Subject ``automodel``: times NeMo Automodel's merge of images and crops, and ours; B = 1.
 
-Its merge after the vision tower is written out here, so that Automodel need not be installed.
+Automodel's code after the vision tower is repeated here, so that it need not be installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def stock(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tens
 
 
 def ours(words: Tensor, ids: Tensor, crops: Tensor, images: Tensor, *rest: Tensor) -> Tensor:
-    """Merge as our patch of NeMo Automodel does, of the same arguments."""
+    """Merge as our patch of NeMo Automodel does; the arguments are those of :func:`stock`."""
     weight, counts = rest
     num_rows = crops.shape[:2].numel() + images.shape[:2].numel()
     plan = plan_placeholders(ids, IMAGE, num_rows, batch_first=True)

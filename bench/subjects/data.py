@@ -43,7 +43,7 @@ PROMPT = "Describe this image in one sentence."
 FLICKR8K = 6000
 MAX_LENGTH = 2048
 Line = tuple[Any, ...]
-"""Cells of :data:`COLUMNS`."""
+"""The cells of a line, one for each of :data:`COLUMNS`."""
 COLUMNS = (
     Column("what"), Column("size", "{:,}"), Column("ours", "{:.4g}"),
     Column("plain loop", "{:.4g}"), Column("unit"), Column("×", "{:.4g}"),
@@ -247,12 +247,12 @@ def schedule_here(count: int) -> dict[str, float]:
     """
 
     def peak() -> float:
-        # Not ru_maxrss, which counts the parent of a forked process too.
+        # Not ru_maxrss, which includes the parent of a forked process.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
     lengths = np.random.default_rng(0).integers(190, 260, count)
-    # Whatever is loaded or started once.
+    # Everything that is loaded or started only once.
     few = lengths[:20_000]
     pack(draw_schedule([few], [float(len(few))], ["random"])[2], MAX_LENGTH, "drop")
     plain_schedule(few.tolist(), MAX_LENGTH)
@@ -292,7 +292,7 @@ def collate() -> Iterator[Line]:
 
 
 def fill() -> Iterator[Line]:
-    """Fill packs with ``best_fit`` and with the loop's next fit: % of their room that is used."""
+    """Fill packs with ``best_fit`` and with the loop's next fit: % of their capacity in use."""
     draw = np.random.default_rng(0)
     long_tailed = draw.lognormal(6.6, 0.8, 65536).clip(180, 4096).astype(int)
     for name, sizes, capacity in (

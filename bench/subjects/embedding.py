@@ -1,9 +1,9 @@
 """Subject ``embedding``: times the whole embedding of a training step, into ``main_grad``.
 
-Token ids and features go in; words are looked up, features projected and inserted; backward adds
-the gradients of the table and of the projector to their fp32 ``main_grad``, as Megatron's
-data-parallel hook does for a dense gradient. On a CPU the table keeps its 128,896 rows and is
-narrow, so that ratios can be seen anywhere.
+The inputs are token ids and features. Forward looks words up, and projects and inserts features.
+Backward adds the gradients of the table and of the projector to their fp32 ``main_grad``; a dense
+gradient is added as Megatron's data-parallel hook does it. On a CPU the table has all its 128,896
+rows but few columns, so that ratios can be measured without a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Problem:
     grad_output: Tensor
 
     def prepare(self, _: int) -> None:
-        """Empty what the last call added to, untimed."""
+        """Clear the gradients of the last call; not timed."""
         for parameter in (self.table, self.weight):
             parameter.main_grad.zero_()  # type: ignore[attr-defined]
             parameter.grad = None
@@ -50,7 +50,7 @@ class Problem:
             features.grad = None
 
     def step(self, embed: Embed) -> dict[str, Tensor]:
-        """Forward, backward, and Megatron's hook on what autograd made."""
+        """Run forward and backward, then add autograd's gradients as Megatron's hook does."""
         output = embed()
         output.backward(self.grad_output)
         for parameter in (self.table, self.weight):
@@ -115,7 +115,7 @@ def module(problem: Problem, settings: Settings, **options: Any) -> Embed:
 
 
 def implementations(problem: Problem, settings: Settings) -> list[Implementation]:
-    """List what is compared, ours first."""
+    """List the implementations, ours first."""
 
     def one(name: str, kind: Kind, embed: Embed) -> Implementation:
         return Implementation(
@@ -138,7 +138,7 @@ def implementations(problem: Problem, settings: Settings) -> list[Implementation
 def check_against(
     problem: Problem, wanted: dict[str, Tensor]
 ) -> Callable[[Implementation, Any], str | None]:
-    """Make the gate: rows of text bit for bit, everything else near stock's."""
+    """Make the check: text rows equal the table's bit for bit, all else is near stock's."""
     text = torch.ones(problem.batch.shape.seq_len, dtype=torch.bool)
     text[problem.batch.destinations.cpu()] = False
     terms = max(problem.batch.shape.num_rows, problem.batch.shape.width, 1)
@@ -193,8 +193,10 @@ def run(settings: Settings) -> Iterator[list[Row]]:
 
 
 def work_of(shape: Shape, itemsize: int, words: int) -> Work:
-    """Count the least that must be done: rows of the table that occur are read, and their rows of
-    ``main_grad`` read and written."""
+    """Count the least work.
+
+    Rows of the table that occur are read, and their rows of ``main_grad`` are read and written.
+    """
     rows, hidden, width = shape.num_rows, shape.hidden, shape.width
     text = shape.seq_len - rows
     forward = rows * width + hidden * width + text * hidden + shape.seq_len * hidden

@@ -1,9 +1,9 @@
-"""Subject ``host``: times what a call costs the host, and counts its launches, without a GPU.
+"""Subject ``host``: times the host's part of each call and counts its launches, without a GPU.
 
-The launchers run as they would on an H100, on a driver that launches nothing
-(:mod:`bench.no_gpu`): what is timed is the host's part of a call, without the driver's own. That
-driver stays for the rest of the process, and ``TRITON_INTERPRET`` must not be set. Tensors are
-narrow, so that what PyTorch computes on the host meanwhile costs nothing.
+The launchers run as on an H100, with a driver that launches nothing (:mod:`bench.no_gpu`). So the
+time is that of the host's part of a call, without the CUDA driver. That driver remains for the rest
+of the process, and ``TRITON_INTERPRET`` must not be set. Tensors are narrow, so that PyTorch's own
+computations on the host take no time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Subject ``insert``: times how feature rows are projected and put in place, with backward.
+"""Subject ``insert``: times projecting and inserting feature rows, forward and backward.
 
-Operations: ``forward`` (with everything recorded that backward needs), ``backward`` (of
-embeddings, features and weight), ``forward+backward``. Floors do a part of the work: on packed
-operands, or with the plan made before; ours and the peers start from what a training step has.
+Operations: ``forward`` (including what it records for backward), ``backward`` (of embeddings,
+features and weight), ``forward+backward``. Floors do only a part of the work, on packed operands or
+with the plan made before; ours and the peers start from the inputs of a training step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from step37_kernels.testing import FeatureLayout, InsertCase
 
 LAYOUTS: tuple[FeatureLayout, ...] = ("contiguous", "channels-first")
 OPERATIONS = ("forward", "backward", "forward+backward")
-GRAPHS = 2  # input sets of a graph replay: each graph keeps memory of its own
+GRAPHS = 2  # input sets of a graph replay; each graph keeps its own memory
 Results = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ class Inputs:
 
 
 class Graph(NamedTuple):
-    """A forward pass that has run."""
+    """A forward pass that has run, ready for backward."""
 
     output: Tensor
     wanted: dict[str, list[Tensor]]
@@ -89,7 +89,7 @@ def pass_of(function: peers.Forward, case: InsertCase) -> Callable[[], Graph]:
 
 
 def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementation:
-    """Make an implementation of any operation from a function that inserts."""
+    """Make an implementation of an operation from a function that inserts."""
 
     def ready(i: int) -> Callable[[], Graph]:
         return pass_of(peer.function, inputs.case(i))
@@ -110,8 +110,8 @@ def insertion(peer: peers.Peer, operation: str, inputs: Inputs) -> Implementatio
 def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Implementation]:
     """Yield the floors of an operation: its bare matrix products, on packed operands.
 
-    Of forward also one product with the scatter of its rows to places that are known, and on the
-    channels-first view the product alone.
+    For forward there are also one product followed by a scatter of its rows to known positions, and
+    the product alone on the channels-first view.
     """
     destinations = inputs.batch.destinations
 
@@ -159,7 +159,7 @@ def floors(operation: str, inputs: Inputs, layout: FeatureLayout) -> Iterator[Im
 
 
 def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
-    """Make our product alone: the plan exists before, nothing is recorded for backward."""
+    """Make our product alone: with the plan made before, and nothing recorded for backward."""
     batch = inputs.batch
     plan = plan_insert(batch.input_ids, [(t, [rows] * n) for t, n, rows in batch.groups], impl=impl)
 
@@ -171,13 +171,13 @@ def kernel_alone(inputs: Inputs, impl: Impl) -> Implementation:
 
 
 def replay(one: Implementation) -> Implementation:
-    """Make an implementation replay CUDA graphs, one for each input set."""
+    """Make an implementation that replays CUDA graphs of another, one for each input set."""
     made: dict[int, tuple[torch.cuda.CUDAGraph, Results]] = {}
 
     def prepare(i: int) -> tuple[torch.cuda.CUDAGraph, Results]:
         i %= GRAPHS
         if i not in made:
-            one.run(one.prepare(i))  # compiles, and loads what it compiled
+            one.run(one.prepare(i))  # compiles and loads the kernels
             state = one.prepare(i)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -200,7 +200,7 @@ def implementations(
     insertions: Sequence[peers.Peer],
     settings: Settings,
 ) -> list[Implementation]:
-    """List everything that one group of rows compares."""
+    """List the implementations of one group of rows."""
     found = [insertion(peer, operation, inputs) for peer in insertions]
     if settings.device.type == "cuda" and operation != "backward":
         found.insert(1, replay(found[0]))
@@ -220,7 +220,7 @@ def run_shape(shape: Shape, settings: Settings) -> Iterator[list[Row]]:
     batch = make_batch(shape, settings.device)
     for dtype in settings.dtypes:
         for layout in LAYOUTS:
-            # Compiled peers are compiled for this batch alone, which is their best case.
+            # Compiled peers are compiled for this batch only, which is their best case.
             torch.compiler.reset()
             options = (settings.impl, settings.compile_backend)
             insertions = peers.peers(shape.hidden, shape.width, *options)

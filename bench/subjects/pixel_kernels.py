@@ -1,11 +1,11 @@
-"""Subjects ``normalize`` and ``resize``: times the pixel kernels by themselves.
+"""Subjects ``normalize`` and ``resize``: times the pixel kernels without decoding and upload.
 
-The pictures are on the device already; what decoding and the host add is measured by the subjects
-``pixels`` and ``multicrop``. The gate is Pillow and the reference, bit for bit. PyTorch's own
-resize computes other values than Pillow; it is held to be near it, and its rows say so.
+The pictures are on the device already; the subjects ``pixels`` and ``multicrop`` measure decoding
+and the host. Our results have to equal Pillow and the reference bit for bit. PyTorch's own resize
+gives other values than Pillow; it only has to be near, and the names of its rows say so.
 
-Operations: ``normalize`` of pictures that have their size; ``resize+normalize``; and ``multicrop``,
-a pack of large pictures resized to canvases, of which crops are cut, and to full images.
+Operations: ``normalize`` without resizing; ``resize+normalize``; and ``multicrop``, which resizes a
+pack of large pictures to full images and to canvases from which crops are cut.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from step37_kernels.pixels.ragged import RaggedImages
 from step37_kernels.pixels.resize import resize_clip_normalize
 
 SIZE = 728
-BATCHES = (9, 64)  # pictures: those of a pack, and enough to fill the device
+BATCHES = (9, 64)  # numbers of pictures: as in a pack, and enough to fill the device
 FLICKR8K = (500, 375)
-"""(width, height) of most of its pictures."""
+"""(width, height) of most Flickr8k pictures."""
 LARGE_PICTURES = 9
-NEAR = 2  # how many of the 256 levels a resize that is not Pillow's may be away from it
+NEAR = 2  # levels of 256 by which a resize other than Pillow's may differ from it
 COPY = "copy of as many bytes"
 
 Way = tuple[str, Kind, Callable[[int], Any], Callable[[Any], Any]]
-"""Name, kind, ``prepare`` and ``run`` of an implementation; peers need not have Pillow's values."""
+"""Name, kind, ``prepare`` and ``run`` of an implementation."""
 
 
 def pixels_of(pictures: Sequence[Image.Image], device: torch.device) -> list[Tensor]:
@@ -48,13 +48,13 @@ def pixels_of(pictures: Sequence[Image.Image], device: torch.device) -> list[Ten
 
 
 def by_pillow(pictures: Sequence[Image.Image], side: int, dtype: torch.dtype) -> Tensor:
-    """Compute the values to get: Pillow's resize, the reference's normalisation, on the host."""
+    """Compute the expected values on the host: Pillow's resize, the reference's normalisation."""
     resized = [np.asarray(stock_resize(picture, side)) for picture in pictures]
     return reference_pixels.clip_normalize(torch.from_numpy(np.stack(resized)), dtype=dtype)
 
 
 def plain_normalize(pixels: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise as one writes it in PyTorch.
+    """Normalise in plain PyTorch.
 
     ``constants`` are mean and std, ``[2, 3, 1, 1]`` on the device.
     """
@@ -77,7 +77,7 @@ def constants_on(device: torch.device) -> Tensor:
 def measured(
     key: Key, ways: list[Way], *, wanted: Sequence[Tensor], read: int, settings: Settings
 ) -> list[Row]:
-    """Gate and time ways to make the wanted tensors, and a copy that moves as many bytes.
+    """Check and time several ways to make the wanted tensors, and a copy of as many bytes.
 
     The key's shape begins with the number of pictures; ``read`` is how many bytes these have.
     """
@@ -85,7 +85,7 @@ def measured(
     half = torch.empty(moved // 2, dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(half)
     ways = [*ways, (COPY, "floor", int, lambda _: target.copy_(half))]
-    # On the device, once a row: not a transfer and a search on the host for each.
+    # On the device: comparing on the host would need a transfer for each implementation.
     references = [tensor.to(settings.device) for tensor in wanted]
     level = 1 / (255 * min(CLIP_STD))
 
@@ -112,7 +112,7 @@ def measured(
 
 
 def peers(name: str, prepare: Callable[[int], Any], plain: Any, settings: Settings) -> list[Way]:
-    """List PyTorch's way, eager and compiled. On CUDA it multiplies by rounded reciprocals."""
+    """List PyTorch, eager and compiled. On CUDA it multiplies by rounded reciprocals."""
     found: list[Way] = [(f"PyTorch{name}", "peer", prepare, plain)]
     if settings.compile_backend is not None:
         compiled = torch.compile(plain, dynamic=False, backend=settings.compile_backend)
@@ -121,13 +121,13 @@ def peers(name: str, prepare: Callable[[int], Any], plain: Any, settings: Settin
 
 
 def rotated(first: Any, numbytes: int, copy: Callable[[Any], Any], settings: Settings) -> Any:
-    """Make ``prepare`` of an implementation: as many input sets as pass the cache, in turn."""
+    """Make a ``prepare`` that rotates among as many input sets as exceed the cache."""
     sets = [first] + [copy(first) for _ in range(harness.rotation(settings.device, numbytes) - 1)]
     return lambda i: sets[i % len(sets)]
 
 
 def copy_of(images: RaggedImages) -> RaggedImages:
-    """Copy pictures to memory of their own."""
+    """Copy pictures to new memory."""
     return RaggedImages(data=images.data.clone(), offsets=images.offsets, shapes=images.shapes)
 
 
@@ -139,17 +139,17 @@ def run_normalize(settings: Settings) -> Iterator[list[Row]]:
 
 
 def run_resize(settings: Settings) -> Iterator[list[Row]]:
-    """Yield for each dtype a group for pictures of one size, of eight sizes, and in crops."""
+    """Yield groups for each dtype: pictures of one size, of eight sizes, and in crops."""
     for dtype in settings.dtypes:
         for count in BATCHES:
             yield resize(photographs(count, FLICKR8K), settings, dtype)
-        # Of eight sizes, as they are.
+        # The eight photographs, each with its own size.
         yield resize(photographs(BATCHES[-1]), settings, dtype)
         yield multicrop(settings, dtype)
 
 
 def normalize(count: int, settings: Settings, dtype: torch.dtype) -> list[Row]:
-    """Measure pictures that have their size."""
+    """Measure normalising pictures that are not resized."""
     pictures = photographs(count, (SIZE, SIZE))
     pixels = torch.stack(pixels_of(pictures, settings.device))
     prepare = rotated(pixels, pixels.nbytes, Tensor.clone, settings)
@@ -190,7 +190,7 @@ def resize(pictures: Sequence[Image.Image], settings: Settings, dtype: torch.dty
 
 
 def multicrop(settings: Settings, dtype: torch.dtype) -> list[Row]:
-    """Measure a pack of large pictures in crops. The canvas need not leave the chip."""
+    """Measure a pack of large pictures in crops; the least work does not count the canvas."""
     plan = large_plan(LARGE)
     pictures = photographs(LARGE_PICTURES, LARGE)
     images = RaggedImages.gather(pixels_of(pictures, settings.device))

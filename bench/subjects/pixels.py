@@ -1,10 +1,10 @@
-"""Subjects ``pixels`` and ``multicrop``: times the way from image files to pixels on the host.
+"""Subjects ``pixels`` and ``multicrop``: times the host's work from image files to pixels.
 
-``pixels`` has every stage of a photograph beside stock, torchvision and the floor, and how long a
-training step waits for its input; ``multicrop`` has a pack of 1920×1080 pictures in crops. Both
-check first that everything of ours computes stock's bits. All figures of a table come from one
-run, in which everything takes turns. The kernels by themselves are the subjects ``normalize`` and
-``resize``.
+``pixels`` compares every stage of a photograph with stock, torchvision and a floor, and measures
+how long a training step waits for its input. ``multicrop`` measures a pack of 1920×1080 pictures in
+crops. Both first check that our results equal stock's bit for bit. All figures of a table come from
+one run, in which all calls are timed in turn. The subjects ``normalize`` and ``resize`` measure the
+kernels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from step37_data.preprocess import load_images, preprocess_packed_batch
 from step37_kernels.pixels.normalize import CLIP_MEAN, CLIP_STD
 
 SIZE = IMAGE_SIZE
-IMAGES_A_PACK = 8  # photographs of examples, each once: a file met twice is decoded once
+IMAGES_A_PACK = 8  # photographs of examples, each once: a second one is not decoded
 LARGE_PICTURES = 9
 STEP_S = 0.05
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ Ways = dict[str, Callable[[str], object]]
 
 
 class Took(NamedTuple):
-    """Seconds of one call: median, and 20th percentile."""
+    """Seconds of a call: median, and 20th percentile."""
 
     median_s: float
     quiet_s: float
@@ -78,7 +78,7 @@ def _run(call: Call) -> object:
 
 
 def interleaved(calls: Mapping[str, Call], each_s: float) -> dict[str, Took]:
-    """Time calls by turns, so that a neighbour that wakes up meets all of them alike."""
+    """Time calls in turn, so that other processes affect all of them equally."""
     ways = [
         Implementation(name=name, kind="ours", prepare=functools.partial(_itself, call), run=_run)
         for name, call in calls.items()
@@ -93,7 +93,7 @@ def interleaved(calls: Mapping[str, Call], each_s: float) -> dict[str, Took]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch's operations take one thread each, as in a data worker, inside the block."""
+    """Make PyTorch use one thread inside the block, as in a data worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -103,7 +103,7 @@ def one_thread() -> Iterator[None]:
 
 
 def machine(device: torch.device) -> str:
-    """Write in one line what the figures were measured with; what is missing is named."""
+    """Describe in one line the software of the measurement, and name missing packages."""
     versions = {name: getattr(peer(name), "__version__", "missing")
                 for name in ("simplejpeg", "torchvision")}  # fmt: skip
     return where(device, cores=str(available_cores()), pillow=pillow_version, **versions)
@@ -123,7 +123,7 @@ def ours(
 
 
 def check(items: Sequence[Entry], wanted: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Raise ``AssertionError`` where ours computes other bits than those wanted, an item each."""
+    """Raise ``AssertionError`` if our result for an item is not the wanted one, bit for bit."""
     for threads in THREADS:
         got = ours(items, device, threads)
         different = sum(int((a.cpu() != b).sum()) for a, b in zip(got, wanted, strict=True))
@@ -132,7 +132,7 @@ def check(items: Sequence[Entry], wanted: Sequence[torch.Tensor], device: torch.
 
 
 def peer(name: str) -> ModuleType | None:
-    """Import a package that may be missing, or of another PyTorch: torchvision finds out late."""
+    """Import a package; None if it is missing or, like torchvision, made for another PyTorch."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError):
@@ -236,7 +236,7 @@ def stages(paths: Sequence[str]) -> dict[str, Ways]:
 
 
 def stage_times(each_s: float) -> dict[tuple[str, int, str], Took]:
-    """Time every stage of a photograph: by stage, number of threads, and way."""
+    """Time every stage of a photograph; by stage, number of threads, and way."""
     paths = photo_paths(IMAGES_A_PACK)
     entries: list[Entry] = [(path, 0) for path in paths]
     wanted = [ImageEntry(*entry) for entry in entries]
@@ -246,11 +246,11 @@ def stage_times(each_s: float) -> dict[tuple[str, int, str], Took]:
         (stage, threads, way): functools.partial(map_threads, by_stage[stage][way], paths, threads)
         for stage, threads, way in keys
     }
-    # Memory as PyTorch's pinned allocator hands it out: used before.
+    # Memory that was used before, as that of PyTorch's pinned allocator mostly was.
     warm: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def staged(threads: int) -> None:
-        """Do everything that comes before the copy to the device."""
+        """Do all that precedes the copy to the device."""
         options = ImageOptions(image_size=SIZE, patch_image_size=SIZE, threads=threads)
         to_pixels = functools.partial(stacks._staged, device=CPU, as_viewed=False)
         read = stacks._read(wanted, options, to_pixels=to_pixels, use=lambda one: one)
@@ -303,7 +303,7 @@ def wait_table(device: torch.device, steps: int) -> Table:
 
 
 def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
-    """Measure the wait of steps of 50 ms for their input: yields how it is prepared, and ms."""
+    """Measure how long steps of 50 ms wait for their input; yields the preparation, and ms."""
     tokens = torch.tensor([7, 1] * IMAGES_A_PACK)
     pack = {
         "tokens": tokens, "labels": tokens, "loss_masks": torch.ones(len(tokens)),
@@ -323,7 +323,7 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
             began = time.perf_counter()
             next(inputs)
             times.append(time.perf_counter() - began)
-            # The training step, which leaves the host idle.
+            # Stands for the training step, in which the host is idle.
             time.sleep(STEP_S)
         return 1e3 * statistics.median(times)
 
@@ -334,7 +334,7 @@ def waits(device: torch.device, steps: int) -> Iterator[tuple[str, float]]:
 
 
 def cores_table(times: Mapping[tuple[str, int, str], Took]) -> Table:
-    """Compute from µs a photograph when its work hides behind a step."""
+    """Make the table of how many cores hide the work behind a step, from µs a photograph."""
     packs = (8, 39, 150)
 
     def cores(stage: str, photographs: int) -> int:
@@ -372,7 +372,7 @@ def make_large_pictures(folder: Path, count: int) -> list[str]:
 
 
 def entries_in_crops(paths: Sequence[str], plan: CropPlan) -> list[Entry]:
-    """Items of the data package: the crops of each picture, and then all of it."""
+    """Make entries of the data package: the crops of each picture, then its full image."""
     result: list[Entry] = []
     for path in paths:
         result += [(path, 1, window) for window in plan.windows]
@@ -381,9 +381,9 @@ def entries_in_crops(paths: Sequence[str], plan: CropPlan) -> list[Entry]:
 
 
 def stock_in_crops(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
-    """Crops and full image of each picture in turn, bf16, with one thread.
+    """Make the crops and the full image of each picture as stock does, bf16, with one thread.
 
-    Every window is resized and normalised by itself.
+    Every window is resized and normalised separately.
     """
     images = []
     for path in paths:
@@ -394,7 +394,7 @@ def stock_in_crops(paths: Sequence[str], plan: CropPlan) -> list[torch.Tensor]:
 
 
 def thread_counts() -> list[int]:
-    """List numbers of threads: powers of two, and what the data package would take."""
+    """List numbers of threads to measure: powers of two, and the data package's default."""
     most = default_threads()
     return [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
 
@@ -423,7 +423,7 @@ def multicrop_calls(paths: Sequence[str], plan: CropPlan, device: torch.device) 
 
 
 def run_multicrop(settings: Settings) -> Iterator[Table]:
-    """Yield one table: a pack of large pictures in crops, stock's way beside ours."""
+    """Yield one table: a pack of large pictures in crops, by stock and by ours."""
     plan = large_plan(LARGE)
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         paths = make_large_pictures(Path(folder), LARGE_PICTURES)

@@ -1,4 +1,4 @@
-"""Subject ``plan``: times the step from token ids to the destination of every feature row."""
+"""Subject ``plan``: times computing the destination of every feature row from token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from step37_kernels.dispatch import Impl
 
 
 def locations(batch: Batch) -> Tensor:
-    """Find where features begin as stock does: their positions are read one by one."""
+    """Find where features begin as stock does, which reads their positions one by one."""
     found = []
     for token, _, _ in batch.groups:
         for location in (batch.input_ids == token).nonzero():
@@ -52,7 +52,7 @@ def run_shape(shape: Shape, settings: Settings) -> list[Row]:
     ]
     compared = [Implementation(name=n, kind=k, prepare=int, run=run) for n, k, run in ways]
     key = Key(subject="plan", operation="plan", shape=shape.name, dtype="int64")
-    # Ids are read; destinations and what each position receives are written, both int32.
+    # Ids are read; destinations and row_at are written, both int32.
     moved = batch.input_ids.nbytes + 4 * (shape.num_rows + shape.seq_len)
     work = Work(flops=0, bytes=moved, rows=shape.num_rows)
     return measure(key, work, compared, check=check, settings=settings)

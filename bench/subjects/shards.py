@@ -1,10 +1,10 @@
-"""Subject ``shards``: times drawing from shards, and its memory, beside a plain encoder.
+"""Subject ``shards``: measures time and memory of reading shards, compared with a plain encoder.
 
-It writes ``--samples`` samples (16 small pictures in turn, a caption of 1 to 40 words each) and
-draws them all, shuffled, from ``--workers`` worker processes: through ``Step37TaskEncoder``, and
-through the example of Energon's documentation, written anew: pictures decoded by Energon, captions
-tokenised, samples sorted by length and concatenated. The example has no chat template, no loss
-mask and no check of anything.
+It writes ``--samples`` samples (one of 16 small pictures, a caption of 1 to 40 words each) and
+reads them all, shuffled, with ``--workers`` worker processes: once through ``Step37TaskEncoder``,
+and once through an encoder like the example in Energon's documentation. That one lets Energon
+decode the pictures, tokenises captions, sorts samples by length and concatenates them. It has no
+chat template, no loss mask and no checks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cook(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 class ExampleEncoder(energon.TaskEncoder[Any, Any, Any, Any]):
-    """Packs as the example of Energon's documentation does, into packs as long as ours."""
+    """Packs like the example in Energon's documentation, with our length of packs."""
 
     cookers = (energon.Cooker(cook),)
     decoder = energon.SampleDecoder(image_decode="torchrgb")
@@ -105,7 +105,7 @@ class ExampleEncoder(energon.TaskEncoder[Any, Any, Any, Any]):
 
 
 def of_workers() -> tuple[list[int], float]:
-    """Look up the MiB that each worker has in memory, and the CPU seconds of all of them."""
+    """Return the MiB of memory of each worker, and the CPU seconds of all workers."""
     memory, ticks = [], 0
     for pid in sorted(child.pid or 0 for child in multiprocessing.active_children()):
         status = Path(f"/proc/{pid}/status").read_text()
@@ -117,7 +117,7 @@ def of_workers() -> tuple[list[int], float]:
 
 
 def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tuple[Any, ...]]:
-    """Draw the samples, and report ten times on the way.
+    """Read the samples, and report ten times meanwhile.
 
     Yields samples, packs, samples a second, packs a second, µs of CPU a sample, and the MiB of each
     worker.
@@ -143,7 +143,7 @@ def draw(folder: Path, encoder: Any, samples: int, workers: int) -> Iterator[tup
 
 
 def run(settings: Settings) -> Iterator[Table]:
-    """Yield one table: ten lines for each encoder, the more samples drawn the further down."""
+    """Yield one table: ten lines for each encoder, with a rising number of samples read."""
     samples, workers = settings.options["samples"], settings.options["workers"]
     figures = ("samples", "packs", "samples/s", "packs/s", "µs of CPU a sample")
     columns = (Column("encoder"), *(Column(name, "{:.0f}") for name in figures), Column("MiB"))

@@ -1,8 +1,8 @@
-"""Subject ``step``: times the front end of a training step, decoded pictures to fused embedding.
+"""Subject ``step``: times a training step up to the fused embedding, from decoded pictures.
 
-Decoded uint8 pictures in host memory → upload → resize, CLIP normalise → (the vision tower: its
-features are given, as the channels-first view that it returns) → word embedding → plan, project,
-insert. Stock does the pixels with Pillow and NumPy on the host, within the step.
+Decoded uint8 pictures in host memory → upload → resize, CLIP normalise → (the vision tower is not
+run: its features are given, as the channels-first view that it returns) → word embedding → plan,
+project, insert. Stock computes pixels with Pillow and NumPy on the host, within the step.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from step37_kernels import ImageForInsert, ImageInsertEmbedding, RaggedImages, r
 from step37_kernels.testing import InsertCase
 
 PIXELS_PER_ROW_SIDE = 56  # 13 rows a side of a 728-pixel image, 9 of a 504-pixel crop
-PICTURE = (333, 500)  # height and width of a decoded picture: what Flickr8k has most
+PICTURE = (333, 500)  # height and width of a decoded picture, the most frequent in Flickr8k
 
-Pictures = Sequence[Tensor]  # uint8 [h, w, 3] where decoding puts them: pinned, for CUDA
+Pictures = Sequence[Tensor]  # uint8 [h, w, 3] in host memory, pinned for CUDA
 
 
 class Inputs(NamedTuple):
-    """Pictures by group, with the side that they are resized to; the tower's features beside."""
+    """Pictures of each group, with the side to which they are resized, and the tower's features."""
 
     pictures: Sequence[tuple[Pictures, int]]
     case: InsertCase
@@ -51,7 +51,7 @@ def pillow_pixels(pictures: Pictures, side: int, like: Tensor) -> Tensor:
 def implementations(
     sets: list[Inputs], words: Tensor, batch: Batch, settings: Settings
 ) -> list[Implementation]:
-    """List what is compared: ours through the module that users have, and stock."""
+    """List the implementations: ours, through the module that users have, and stock."""
     weight = sets[0].case.weight
 
     def lookup(input_ids: Tensor, **_: object) -> Tensor:
@@ -122,7 +122,7 @@ def run_shape(shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Row]
     compared = implementations(sets, words, batch, settings)
 
     embeddings = F.embedding(batch.input_ids, words).transpose(0, 1)
-    # All sets share the first one's weight: a module has one.
+    # All input sets share the first one's weight, since the module has only one.
     oracle = Oracle(dataclasses.replace(sets[0].case, embeddings=embeddings), batch)
     wanted = [pillow_pixels(pictures, side, embeddings) for pictures, side in sets[0].pictures]
 

@@ -1,9 +1,9 @@
-"""Subject ``tune``: times the insert's product with other tiles than the table's, and cuBLAS.
+"""Subject ``tune``: times the insert's product with several tiles, and cuBLAS.
 
-Nothing is tuned at run time: this is run once for a kind of GPU, and a person changes the table in
-``ops/tiles.py`` by what it advises. Of all tiles that fit the chip those are tried that the model
-of ``predict`` ranks first. They are compiled in processes of their own, before; one that spills is
-left out. What enters the table has to pass ``tests/kernels/compiled/test_resources.py``.
+Nothing is tuned at run time: run this once for a kind of GPU, and change the table in
+``ops/tiles.py`` as it advises. Of all tiles that fit the chip it tries those that the model of
+``predict`` ranks first. They are compiled before, in separate processes, and left out if they
+spill. A tile in the table has to pass ``tests/kernels/compiled/test_resources.py``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from step37_kernels.ops import project
 from step37_kernels.ops.tiles import Tile, entry
 
 TRIED = 8
-GAIN = 0.02  # a tile has to be this much faster to take another's place
+GAIN = 0.02  # a tile has to be this much faster to replace another
 ACCUMULATORS = range(32, 193)
-"""Registers a thread for the sums: fewer starve the matrix unit, more leave none for addresses."""
+"""Registers of a thread for sums: with fewer the matrix unit idles, with more none are left."""
 ENTRY = "the table's "
 
 
 def family() -> Iterator[Tile]:
-    """Every tile that the kernel takes on Hopper."""
+    """Yield every tile that the kernel supports on Hopper."""
     blocks = itertools.product((64, 128, 192, 256), (64, 128, 256), (64, 128), (4, 8, 16))
     for block_m, block_n, block_k, warps in blocks:
         stages = min(6, SHARED_LIMIT["sm_90"] // (2 * (block_m + block_n) * block_k))
@@ -53,7 +53,7 @@ def describe(tile: Tile) -> str:
 
 
 def candidates(rows: int) -> list[Tile]:
-    """The tiles that the model ranks first for so many rows, one for each pair of blocks first."""
+    """List the tiles ranked first for so many rows; first one for each pair of block sizes."""
     ranked: dict[tuple[int, int], list[Tile]] = {}
     for _, tile in best(rows, "H100", family()):
         ranked.setdefault((tile.block_m, tile.block_n), []).append(tile)
@@ -91,7 +91,7 @@ def sound(tiles: Sequence[Tile]) -> list[Tile]:
 
 
 def run(settings: Settings) -> Iterator[list[Row] | Table]:
-    """Yield one group for each shape, and then what to do about the tile table."""
+    """Yield one group for each shape, and then advice on the tile table."""
     for shape in shapes_named(settings.shapes):
         tiles = sound(candidates(shape.num_rows))
         rows = run_shape(shape, tiles, settings)
@@ -102,7 +102,7 @@ def run(settings: Settings) -> Iterator[list[Row] | Table]:
 
 
 def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[Row]:
-    """Measure the kernel alone with each tile, the table's first, and cuBLAS."""
+    """Measure the kernel alone with each tile, that of the table first, and cuBLAS."""
     dtype = settings.dtypes[0]
     batch = make_batch(shape, settings.device)
     work = work_of("forward", shape, dtype.itemsize)
@@ -131,7 +131,7 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
     oracle = Oracle(cases[0], batch)
 
     def check(one: Implementation, results: dict[str, torch.Tensor]) -> str | None:
-        # All are ours, and held to fp32 accumulation; an error of one must not end the others.
+        # All are ours and must accumulate in fp32; an error of one must not end the others.
         return oracle.check(results, narrow_partial_sums=one.kind == "floor")
 
     short = dtype_name(dtype)
@@ -140,7 +140,7 @@ def run_shape(shape: Shape, tiles: Sequence[Tile], settings: Settings) -> list[R
 
 
 def advice(measured: Sequence[Row]) -> str:
-    """Say which tile the table should have, by the rows of one shape."""
+    """Say which tile the table should have, from the rows of one shape."""
     times = {row.implementation: row.median_us for row in measured if row.kind == "peer"}
     timed = {name: us for name, us in times.items() if us is not None}
     if not timed:

@@ -1,1 +1,1 @@
-"""What is kept on disk, and which rank fills it."""
+"""Keeps lengths and downloaded files on disk, and decides which rank fills these caches."""

@@ -1,4 +1,4 @@
-"""A local folder with files of a data set of the hub: fetch them, and tell which are damaged."""
+"""Downloads files of a data set from the hub into a local folder, and finds damaged ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from step37_data.common.threads import map_threads
 
 logger = logging.getLogger(__name__)
 
-# What the cache folder was filled from; huggingface_hub keeps its notes in .cache as well.
+# Records which data set the folder holds; huggingface_hub keeps its records in .cache too.
 _ORIGIN_FILE = ".cache/step37_origin.json"
 _NOTES = ".cache/huggingface/download"
 _HASHES = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-# Threads that look at files wait for the file system, not for a core; so many files at a time.
+# Threads that check files wait for the file system, not for a core; so many files at a time.
 _LOOKING_THREADS = 16
 _LOOKED_AT_ONCE = 1024
 # A listing costs two requests and one for every thousand files of the folder; it saves one a file.
@@ -49,7 +49,7 @@ class HubFolder:
         revision: branch, tag or commit; None is the default branch. A folder holds one data set at
             one revision.
         endpoint: URL of the hub; None is the one ``huggingface_hub`` is set to.
-        max_workers: files downloaded at a time.
+        max_workers: how many files are downloaded at a time.
         progress: show a progress bar while downloading.
 
     Raises:
@@ -72,16 +72,16 @@ class HubFolder:
         return Path(self.cache_dir).expanduser()
 
     def path_of(self, name: str) -> str:
-        """Where the file ``name`` of the data set is, or will be."""
+        """Return the path of the file ``name`` of the data set, whether or not it exists yet."""
         return path_inside(str(self.root), name)
 
     def is_own(self, name: str) -> bool:
-        """Whether ``name`` is there, whole, and did not come from the hub."""
+        """Whether the file exists, is undamaged, and was not downloaded from the hub."""
         path = self.path_of(name)
         return flaw_of(self.root, path) is None and not os.path.isfile(_note_of(self.root, path))
 
     def flaws(self, paths: Sequence[str]) -> dict[str, str]:
-        """What is wrong with files, by path; those without a flaw are left out."""
+        """Say what is wrong with files, by path; files without a flaw are left out."""
         noted = os.path.isdir(self.root / _NOTES)
 
         def look(some: Sequence[str]) -> dict[str, str]:
@@ -94,7 +94,7 @@ class HubFolder:
         return {path: flaw for part in looked for path, flaw in part.items()}
 
     def check_origin(self) -> None:
-        """Refuse a folder of another data set or revision; note down what an empty one will hold.
+        """Refuse a folder that holds another data set or revision; mark an empty one for this one.
 
         Raises:
             ValueError: the folder holds something else, or a link leads out of it.
@@ -105,10 +105,10 @@ class HubFolder:
     def fetch(self, name: str, listing: HubListing | None = None) -> str:
         """Path of the file ``name``, downloaded if it is missing or damaged.
 
-        The hub's client writes beside the final place and moves the whole file there. It waits
-        and asks again where the hub limits requests, breaks off or is down for a moment. A download
-        that fails otherwise (an error of the server half-way, a wrong length or hash) is made once
-        more.
+        The hub's client writes to a temporary file and moves it to its place when it is complete.
+        The client waits and asks again if the hub limits requests, breaks off or is down for a
+        moment. After another failure (a server error during the download, a wrong length or hash)
+        the download is repeated once.
 
         Args:
             name: path inside the data set, with forward slashes.
@@ -132,7 +132,7 @@ class HubFolder:
         return path
 
     def fetch_all(self, names: Sequence[str], what: str) -> None:
-        """Download files, several at a time; after a failure no other is begun.
+        """Download files, several at a time; after a failure no further download is started.
 
         Where there are many, their folder is listed first: then a file costs one request, not two.
 
@@ -140,7 +140,7 @@ class HubFolder:
         is raised as soon as the files before it in ``names`` are there.
 
         Args:
-            names: of the files.
+            names: names of the files.
             what: name of the work on the progress bar and in the log.
 
         Raises:
@@ -160,7 +160,7 @@ class HubFolder:
             if listing is not None:
                 get = functools.partial(self.fetch, listing=listing)
         with contextlib.ExitStack() as undo:
-            # huggingface_hub shows a bar for every file; our files together have one.
+            # huggingface_hub would show a bar for every file; we show one for all files.
             if not hub.are_progress_bars_disabled():
                 hub.disable_progress_bars()
                 undo.callback(hub.enable_progress_bars)
@@ -190,7 +190,7 @@ class HubFolder:
         refuse_links(self.root, Path(path), self.root / _NOTES)
         if os.path.exists(path):
             logger.warning("%s %s: downloading it again", path, flaw)
-        # The base class is that of the HTTP library below (requests or httpx, by version).
+        # The base class is that of its HTTP library (requests or httpx, depending on the version).
         failures: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
         try:
             with _put_aside(path):
@@ -206,7 +206,7 @@ class HubFolder:
                         endpoint=self.endpoint,
                     )
         except LocalEntryNotFoundError as error:
-            # The client has found out nothing about the file; the cause says why.
+            # The client could not find out anything about the file; the cause says why.
             raise self._failure(name, f"{path} {flaw}", error.__cause__ or error, True) from error
         except failures as error:
             status = _status_of(error)
@@ -215,7 +215,7 @@ class HubFolder:
             logger.warning("%s/%s: the download failed (%s)", self.repo_id, name, error)
 
     def _failure(self, name: str, flaw: str, error: BaseException, out_of_reach: bool) -> OSError:
-        """A built-in error, which every rank can raise."""
+        """Make a built-in error, which other ranks can raise too."""
         status = _status_of(error)
         told = f"{flaw}, and {self.repo_id}/{name} could not be downloaded"
         if status == 429:
@@ -223,19 +223,19 @@ class HubFolder:
                 f"{told}: the hub limits requests, for longer than its client waits ({error}); "
                 "start again later, or log in for a higher limit: what is there is kept"
             )
-        # The hub tells nobody of a private data set: it answers 401.
+        # The hub does not reveal that a private data set exists: it answers 401.
         missing = out_of_reach if status is None else status in (401, 404)
         return (FileNotFoundError if missing else OSError)(f"{told}: {error}")
 
 
 def _status_of(error: BaseException) -> int | None:
-    """The status of the HTTP response that an error is about; None if it is about none."""
+    """Return the status of the HTTP response behind an error; None if there is none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 @contextlib.contextmanager
 def _put_aside(path: str) -> Iterator[None]:
-    """Move a damaged file away, else the client takes it for a whole one; back after an error."""
+    """Move a damaged file away, so that the client downloads it anew; restore it after an error."""
     if not os.path.isfile(path):
         yield
         return
@@ -250,10 +250,10 @@ def _put_aside(path: str) -> Iterator[None]:
 
 
 def path_inside(folder: str, name: str) -> str:
-    """``folder/name``, provided that ``name`` stays inside.
+    """Return ``folder/name``, if that is inside ``folder``.
 
     Raises:
-        ValueError: it does not, or no file can have that name; the message says which.
+        ValueError: it is not inside, or no file can have that name; the message says which.
     """
     if "/" in name or name in ("", ".", ".."):
         inner = posixpath.normpath(name)
@@ -270,20 +270,20 @@ def path_inside(folder: str, name: str) -> str:
 
 
 def _note_of(root: str | Path, path: str | Path) -> str:
-    """Where huggingface_hub notes down commit, hash and time of a file that it has downloaded."""
+    """The file in which huggingface_hub records commit, hash and time of a download."""
     folder, path = str(root), str(path)
     within = path if folder == "." else path.removeprefix(f"{folder}/")
     return f"{folder}/{_NOTES}/{within}.metadata"
 
 
 def flaw_of(root: str | Path, path: str | Path, noted: bool = True) -> str | None:
-    """What is wrong with a file, as far as can be told without the hub; None if nothing is.
+    """Say what is wrong with a file, as far as it can be found out offline; None if nothing is.
 
     Args:
         root: the folder.
-        path: of a file in it.
-        noted: whether the hub's client may have noted down a hash for it. A hash is compared if it
-            is a SHA-256 or SHA-1 of the content, or git's of a blob; another proves nothing.
+        path: path of a file in the folder.
+        noted: whether the hub's client may have recorded a hash of it. The hash is compared if it
+            is a SHA-256 or SHA-1 of the content, or git's hash of it as a blob.
     """
     try:
         state = os.stat(path)
@@ -304,20 +304,20 @@ def flaw_of(root: str | Path, path: str | Path, noted: bool = True) -> str | Non
 
 
 def _noted_hash(root: str | Path, path: str | Path) -> str | None:
-    """The hash of a file in the note of huggingface_hub; None if there is none of a known kind."""
+    """The hash of a file that huggingface_hub recorded; None if there is none of a known kind."""
     try:
         with open(_note_of(root, path), encoding="utf-8") as note:
             lines = note.read().splitlines()
-    except (OSError, ValueError):  # no note, or none that can be read
+    except (OSError, ValueError):  # no record, or none that can be read
         return None
     expected = lines[1].strip().lower() if len(lines) > 1 else ""
     return expected if _HASHES.fullmatch(expected) else None
 
 
 def _hashes(path: str | Path, size: int, *, sha256: bool) -> list[str]:
-    """The SHA-256 of a file; or git's hash of it as a blob, and its SHA-1, which some mirrors give.
+    """Hash a file: its SHA-256, or else git's hash of it as a blob and its SHA-1.
 
-    The hub gives the former for a large file, and git's for a small one.
+    The hub gives the SHA-256 of a large file and git's hash of a small one; some mirrors the SHA-1.
     """
     digests: list[Any]
     if sha256:
@@ -333,14 +333,14 @@ def _hashes(path: str | Path, size: int, *, sha256: bool) -> list[str]:
 
 
 def refuse_links(root: Path, *paths: Path) -> None:
-    """Raise ``ValueError`` where writing to a path would write outside of ``root``."""
+    """Raise ``ValueError`` if a link leads a path out of ``root``."""
     for path in paths:
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path} leads by a link to {path.resolve()}, outside of {root}")
 
 
 def check_origin(root: Path, repo_id: str, revision: str | None) -> None:
-    """Refuse a cache of another data set or revision; note down what a new one will hold."""
+    """Refuse a cache that holds another data set or revision; mark a new cache for this one."""
     note = root / _ORIGIN_FILE
     wanted = json.dumps({"repo_id": repo_id, "revision": revision})
     if note.is_file():

@@ -1,8 +1,9 @@
-"""Measures how long every sample is, once, and keeps the lengths on disk.
+"""Measures the length of every sample once, in tokens, and keeps the lengths on disk.
 
-Packing needs the length of every sample before the first step, and a length costs a tokenisation.
-A data set that offers ``fingerprint()`` and ``sample_keys()`` has its lengths cached per sample: a
-changed caption is measured again, an interrupted run continues, another tokenizer starts over.
+Packing needs the length of every sample before the first step, and measuring means tokenising. If a
+data set has ``fingerprint()`` and ``sample_keys()``, its lengths are cached for each sample. So
+after a change of one caption only that sample is measured again, an interrupted measurement
+continues, and with another tokenizer all samples are measured.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class KeyedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Name of everything that decides lengths besides the samples: tokenizer, template."""
+        """A name for everything besides the samples that decides lengths: tokenizer, template."""
 
     def sample_keys(self) -> np.ndarray:
-        """uint64 ``[N, 2]``: 128 bits of every sample's content; equal keys, equal lengths."""
+        """uint64 ``[N, 2]``: 128 bits that identify each sample; equal keys mean equal lengths."""
 
 
 def probe_lengths(
@@ -57,19 +58,19 @@ def probe_lengths(
     together: bool = False,
     keys: np.ndarray | None = None,
 ) -> np.ndarray:
-    """``len(dataset[i])`` for every i.
+    """Return ``len(dataset[i])`` for every i, from the cache or measured.
 
     Args:
         dataset: map-style data set; with ``cache_dir`` a :class:`KeyedDataset`.
-        cache_dir: folder of cached lengths; None measures every sample. Safe to share: files are
-            replaced atomically, and two writers cost at most a second measurement.
-        workers: processes that measure; None is one per available core for large data sets, and
-            none (this process measures) for small ones. Several need a data set that can be
-            pickled where the platform spawns processes.
+        cache_dir: folder of cached lengths; None measures every sample. Several runs may share it:
+            files are replaced atomically, and at worst a sample is measured twice.
+        workers: processes that measure; None is one per available core for large data sets;
+            small ones are measured in this process. On platforms that spawn processes the data set
+            has to be picklable.
         progress: show a progress bar while measuring.
         description: name of the work on the bar and in the log.
-        together: every rank of a process group makes this call, with ``cache_dir``; one measures,
-            the others wait and read (see ``fill_cache_once``).
+        together: set it if every rank of a process group makes this call, with ``cache_dir``: one
+            rank measures, the others wait and then read (see ``fill_cache_once``).
         keys: ``dataset.sample_keys()``, where they are known already.
 
     Returns:
@@ -77,9 +78,9 @@ def probe_lengths(
 
     Raises:
         TypeError: ``cache_dir`` is given for a data set without keys.
-        ValueError: a sample is a mapping with ``tokens`` whose ``len()`` is another number, such as
-            that of its keys.
-        Exception: what the data set raises for a sample. What was measured until then is kept.
+        ValueError: a sample is a mapping with ``tokens``, and its ``len()`` is not their number; a
+            plain dictionary's ``len()`` counts keys.
+        Exception: any error of the data set. Lengths measured before it are kept.
     """
     total = len(dataset)
     measure = functools.partial(
@@ -113,11 +114,11 @@ def probe_lengths(
 
 
 class LengthCache:
-    """Lengths on disk, in the file ``cache_dir / {fingerprint}.npz``.
+    """Keeps lengths on disk, in the file ``cache_dir / {fingerprint}.npz``.
 
     It holds two arrays: ``keys``, K sorted keys of 16 bytes, and ``lengths``, int64 ``[K]``. NumPy
-    writes it as a ZIP archive, whose checksums tell a damaged file; that is reported, ignored and
-    overwritten by the next write.
+    writes it as a ZIP archive, whose checksums show if it is damaged. A damaged file is reported,
+    ignored, and overwritten by the next write.
 
     Args:
         cache_dir: folder that holds a file per fingerprint.
@@ -138,22 +139,22 @@ class LengthCache:
         keys = np.ascontiguousarray(dataset.sample_keys() if keys is None else keys, dtype="<u8")
         if keys.shape != (len(dataset), 2):
             raise ValueError(f"sample_keys: expected shape ({len(dataset)}, 2), got {keys.shape}")
-        # Sixteen bytes in one element: zeros at the end are no part of it, and no loss either.
+        # Sixteen bytes as one element. NumPy ignores zeros at the end, in both of two keys.
         self.keys = keys.view("S16").reshape(-1)
         self._lengths = np.full(len(keys), -1, dtype=np.int64)
         self._merged = np.empty(0, dtype=_RECORD)
 
     def is_writable(self) -> bool:
-        """Whether the file, or the folders above it, can be written, as far as one can tell."""
+        """Whether the file, or else the folder for it, appears to be writable."""
         folder = self._file.parent
         while not folder.exists():
             folder = folder.parent
         return os.access(folder, os.W_OK) and not self._file.is_dir()
 
     def look_up(self) -> np.ndarray:
-        """int64 ``[N]``: the known lengths, −1 for the others."""
+        """Return int64 ``[N]``: the known lengths, −1 for unknown ones."""
         if (missing := np.flatnonzero(self._lengths < 0)).size:
-            # Asked for in order, neighbouring keys are found in the cache of the processor.
+            # Looked up in sorted order, which is fast: neighbouring keys are in the CPU's cache.
             missing = missing[np.argsort(self.keys[missing])]
             records = self._records()
             keys = self.keys[missing]
@@ -165,7 +166,7 @@ class LengthCache:
         return self._lengths
 
     def record(self, measured: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Write ``(indices, lengths)`` as they come: twice a minute, at the end, on failure."""
+        """Store ``(indices, lengths)``; write them twice a minute, at the end, and on failure."""
         pending: list[np.ndarray] = []
         written = time.monotonic()
         try:
@@ -184,7 +185,7 @@ class LengthCache:
 
     def _write(self, more: list[np.ndarray]) -> None:
         records = np.concatenate([*more, self._merged, _read(self._file)])
-        # Kept: the file may be read-only, or become another writer's, who has not seen ours.
+        # Kept in memory too: the file may be read-only, or another process may replace it.
         self._merged = records[np.unique(records["key"], return_index=True)[1]]
         content = io.BytesIO()
         np.savez(content, keys=self._merged["key"], lengths=self._merged["length"])
@@ -196,7 +197,7 @@ class LengthCache:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside ``path`` and move there: a reader sees the old file or the whole new one."""
+    """Replace a file atomically: a reader sees the old content or all of the new one."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -216,7 +217,7 @@ def _measure(
     progress: bool,
     description: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``(indices, lengths)`` chunk by chunk, in order."""
+    """Measure samples; yields ``(indices, lengths)`` chunk by chunk, in order."""
     if workers is None:
         workers = available_cores() if len(indices) >= _PARALLEL_FROM else 0
     measured = torch.utils.data.DataLoader(
@@ -233,13 +234,13 @@ def _measure(
 
 
 class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
-    """Indices of samples and their lengths, for a DataLoader."""
+    """Yields the index and the length of samples, for the workers of a DataLoader."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        index = int(index)  # NumPy's, as it comes
+        index = int(index)  # a NumPy integer comes in
         sample = item_at(self._dataset, index, "sample")
         length = len(sample)
         if isinstance(sample, Mapping) and "tokens" in sample:
@@ -251,13 +252,13 @@ class _Lengths(torch.utils.data.Dataset[tuple[int, int]]):
 
 
 def _read(path: Path) -> np.ndarray:
-    """The records of a file, none where it cannot be used."""
+    """Read the records of a file; returns none if it cannot be used."""
     nothing = np.empty(0, dtype=_RECORD)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return nothing
-    except OSError as error:  # a folder, or links in a circle
+    except OSError as error:  # it is a folder, or a circle of links
         logger.warning("%s cannot be read (%s): its lengths will be measured again", path, error)
         return nothing
     try:
@@ -267,7 +268,7 @@ def _read(path: Path) -> np.ndarray:
             if keys.dtype != _RECORD["key"] or lengths.shape != records.shape:
                 raise ValueError("expected K keys of 16 bytes and as many lengths")
             records["key"], records["length"] = keys, lengths
-    # zipfile and numpy raise a dozen types for bytes that are no archive of arrays.
+    # For a damaged archive zipfile and numpy raise a dozen types of errors.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         logger.warning(

@@ -16,20 +16,20 @@ _WAIT = timedelta(hours=12)
 def fill_cache_once(fill: Callable[[], None], is_filled: Callable[[], bool], *, what: str) -> None:
     """Run ``fill`` on as few ranks as possible; return when every rank can read the result.
 
-    Global rank 0 fills first. Ranks that still miss something (a cache on a node's own disk) then
-    fill it one per node. Outside a process group this is ``fill()``.
+    Global rank 0 fills first. If ranks then still miss something, because their node has a cache on
+    its own disk, one rank of each such node fills it. Without a process group this is ``fill()``.
 
-    The ranks meet in a gloo group of their own: waiting takes no GPU, may last hours where the
-    default group's watchdog would give up after minutes, and ends at once when a process dies.
+    The ranks wait in a separate gloo group. That needs no GPU, may last hours (the watchdog of the
+    default group gives up after minutes), and ends at once if a process dies.
 
     Args:
-        fill: brings the cache up to date; leaves alone what is there.
-        is_filled: whether this rank finds everything in its cache.
-        what: names the work in error messages.
+        fill: completes the cache; does not change what it holds already.
+        is_filled: says whether this rank finds everything in its cache.
+        what: name of the work in error messages.
 
     Raises:
-        Exception: what ``fill`` or ``is_filled`` raised. Where it failed on another rank: the same
-            built-in type, or ``RuntimeError`` for any other type, with the rank and the message.
+        Exception: the error of ``fill`` or ``is_filled``. If that failed on another rank, an error
+            of the same built-in type, or else ``RuntimeError``, with that rank and its message.
         RuntimeError: a rank died, or a cache is still incomplete after it was filled.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -48,7 +48,7 @@ def fill_cache_once(fill: Callable[[], None], is_filled: Callable[[], bool], *, 
 
 
 def _ranks_to_fill(is_filled: Callable[[], bool], group: dist.ProcessGroup, what: str) -> set[int]:
-    """The lowest rank of every node where some rank misses something."""
+    """Find the lowest rank of every node on which a rank misses something."""
     lowest: dict[str, int] = {}
     looked = _run_and_agree(lambda: (socket.gethostname(), is_filled()), group, what)
     for rank, (node, complete) in enumerate(looked):
@@ -58,16 +58,16 @@ def _ranks_to_fill(is_filled: Callable[[], bool], group: dist.ProcessGroup, what
 
 
 def _run_and_agree(work: Callable[[], Any] | None, group: dist.ProcessGroup, what: str) -> list:
-    """Run ``work`` where there is some; raise on every rank if it raised on any.
+    """Run ``work`` on the ranks that have some; raise on every rank if it failed on any.
 
     Returns:
-        What it gave, by rank; None of ranks without work.
+        The result of each rank; None for ranks without work.
     """
     result = error = failure = None
     if work is not None:
         try:
             result = work()
-        except Exception as caught:  # raised again below, after the other ranks know of it
+        except Exception as caught:  # raised again below, when the other ranks have it too
             error, failure = caught, (type(caught).__name__, str(caught))
     outcomes: list = [None] * dist.get_world_size(group)
     try:
@@ -85,6 +85,6 @@ def _run_and_agree(work: Callable[[], Any] | None, group: dist.ProcessGroup, wha
 def _rebuilt(name: str, message: str) -> Exception:
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, (OSError, ValueError, RuntimeError)):
-        # A UnicodeError needs five arguments; its base says the same.
+        # UnicodeError takes five arguments, so its base class is raised.
         return ValueError(message) if issubclass(kind, UnicodeError) else kind(message)
     return RuntimeError(f"{message} ({name})")

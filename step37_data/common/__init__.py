@@ -1,1 +1,1 @@
-"""Argument checks, threads, install hints and the names that text and images share."""
+"""Helpers for text and images: argument checks, threads, install hints, image entries."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules make."""
+"""Checks arguments, with errors that name them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 
 def checked_int(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int.
+    """Return ``value`` as an int.
 
     Raises:
-        ValueError: it is no integer (2.0 is none), or below ``least``; the message has ``name``.
+        ValueError: it is no integer (2.0 is not one), or below ``least``; the message has ``name``.
     """
     try:
         number = operator.index(value)
@@ -23,10 +23,10 @@ def checked_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def checked_choice(name: str, value: Any, choices: Any) -> Any:
-    """``value`` itself, one of a ``Literal``.
+    """Return ``value`` if it is one of the values of a ``Literal``.
 
     Raises:
-        ValueError: it is another; the message has ``name``.
+        ValueError: it is another value; the message has ``name``.
     """
     if value not in get_args(choices):
         known = ", ".join(get_args(choices))
@@ -35,7 +35,7 @@ def checked_choice(name: str, value: Any, choices: Any) -> Any:
 
 
 def checked_state(state: Any, *keys: str) -> Mapping[str, Any]:
-    """``state`` itself, if it is a mapping with these keys, as a ``state_dict()`` gives it.
+    """Return ``state`` if it is a mapping with these keys, as ``state_dict()`` returns it.
 
     Raises:
         ValueError: it is no mapping, or lacks one of the keys.
@@ -47,11 +47,11 @@ def checked_state(state: Any, *keys: str) -> Mapping[str, Any]:
 
 
 def item_at(dataset: Any, index: int, name: str = "pack") -> Any:
-    """``dataset[index]``.
+    """Return ``dataset[index]``.
 
     Raises:
-        RuntimeError: in place of a ``StopIteration``, by which an iterator around this would end
-            without a word.
+        RuntimeError: the data set raised ``StopIteration``, which would silently end an iterator
+            that calls this.
     """
     try:
         return dataset[index]

@@ -1,4 +1,4 @@
-"""Tells which extra of this package to install for a module that is missing."""
+"""Says which extra of this package to install for a missing module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EXTRA_OF = {
 
 
 def how_to_get(error: ModuleNotFoundError) -> str:
-    """What to install for the module that ``error`` misses.
+    """Say what to install for the module that ``error`` names.
 
     Raises:
-        ModuleNotFoundError: ``error`` itself, where the module belongs to no extra.
+        ModuleNotFoundError: ``error`` itself, if the module belongs to no extra.
     """
     module = error.name or ""
     if module not in EXTRA_OF:

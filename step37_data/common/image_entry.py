@@ -16,9 +16,9 @@ IMAGE_ITEM_TYPE = 0
 PATCH_ITEM_TYPE = 1
 
 IMAGE_TOKEN_COUNT = 169
-"""Rows, and so tokens, of a full image."""
+"""Feature rows of a full image, which is also its number of ``<im_patch>`` tokens."""
 PATCH_TOKEN_COUNT = 81
-"""Rows, and so tokens, of a crop."""
+"""Feature rows of a crop, which is also its number of ``<im_patch>`` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class EncodedImage:
     """The bytes of an image file, accepted wherever a path is: in ``images`` and ``image_paths``.
 
     Attributes:
-        name: how messages refer to the picture.
+        name: the name of the picture in messages.
         data: the content of the image file, still encoded (JPEG, PNG, …).
     """
 
@@ -48,10 +48,10 @@ Entry = tuple[ImageFile, int] | tuple[ImageFile, int, Window]
 
 
 class ImageEntry(NamedTuple):
-    """An element of ``image_paths``, checked, with ``None`` where it has no window.
+    """A checked element of ``image_paths``; ``window`` is None if it has none.
 
     Attributes:
-        path: of the image file, or its content.
+        path: path of the image file, or its content.
         kind: ``IMAGE_ITEM_TYPE`` or ``PATCH_ITEM_TYPE``.
         window: with multicrop, the part of the picture that is shown: a crop's window lies on the
             canvas, a full image's is ``CropPlan.full_window``. None: the whole file, without

@@ -1,6 +1,6 @@
 """Runs functions in threads that the interpreter does not wait for when it ends.
 
-One of them may be stuck in a file or a connection, and would keep the process alive.
+A thread may be stuck in a file or a connection, and must not keep the process alive.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 Work = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-"""What a thread has to do, in order, each with the future that gets the result; None ends it."""
+"""The queue of a thread: functions, each with the future for its result; None ends the thread."""
 
 
 def start_thread(work: Work, name: str) -> threading.Thread:
-    """Start a thread that works off ``work``: a daemon, for which the interpreter does not wait."""
+    """Start a daemon thread that runs the functions in ``work`` one after the other."""
     thread = threading.Thread(target=_work_off, args=(work,), name=name, daemon=True)
     thread.start()
     return thread
@@ -35,20 +35,20 @@ def _work_off(work: Work) -> None:
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(make())
-            except BaseException as error:  # raised again where the result is asked for
+            except BaseException as error:  # raised again when the result is read
                 future.set_exception(error)
-        del item, future, make  # or they would keep its data alive until the next item comes
+        del item, future, make  # they would keep its data alive until the next item comes
 
 
 def available_cores() -> int:
-    """The cores this process may use."""
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def default_threads() -> int:
-    """How many threads decode by default: the cores this process may use, at most 8."""
+    """Count the threads that decode by default: as many as cores, at most 8."""
     return min(8, available_cores())
 
 
@@ -57,7 +57,7 @@ def map_threads(
 ) -> list[_Result]:
     """Return ``list(map(function, items))``, computed by ``threads`` threads.
 
-    One thread is the calling one. The first error is raised.
+    The calling thread is one of them. The first error is raised.
     """
     count = default_threads() if threads is None else checked_int("threads", threads)
     if count == 1:

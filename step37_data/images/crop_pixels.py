@@ -1,7 +1,7 @@
-"""Makes the full image and the canvas of a picture that is seen in crops, and cuts windows from it.
+"""Makes the full image and the crops of a picture in multicrop.
 
 There are two implementations, which give the same 8-bit pixels bit for bit: with Pillow, one
-picture at a time, for the decoding threads; and on a device, all pictures of a pack at once.
+picture at a time, for the decoding threads; and with our kernels, all pictures of a pack at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BILINEAR = Image.Resampling.BILINEAR
 
 
 def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
-    """Put the picture in the top left corner of a black one of ``plan.padded_size``."""
+    """Pad the picture with black at the right and below to ``plan.padded_size``."""
     if plan.padded_size == plan.size:
         return picture
     square = Image.new("RGB", plan.padded_size)
@@ -38,9 +38,9 @@ def padded_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
 
 
 def full_image(picture: Image.Image, plan: CropPlan) -> Image.Image:
-    """Pad and cap the picture as ``plan`` says: RGB of ``plan.full_size``."""
+    """Pad or shrink the picture to ``plan.full_size``; RGB."""
     picture = padded_image(picture, plan)
-    # A resize to the size it has copies the picture, which costs a pass over its memory.
+    # Pillow copies the picture even if the size does not change.
     return picture if picture.size == plan.full_size else picture.resize(plan.full_size, _BILINEAR)
 
 
@@ -50,7 +50,7 @@ def canvas_image(full: Image.Image, plan: CropPlan) -> Image.Image:
 
 
 def cut(canvas: Image.Image, window: Window) -> Image.Image:
-    """Cut a window from a canvas; it is black where it reaches beyond."""
+    """Cut a window from a canvas; the part outside the canvas is black."""
     x, y, width, height = window
     if window == (0, 0, *canvas.size):
         return canvas
@@ -65,11 +65,11 @@ def prepare_on_device(
     Args:
         pictures: each of its plan's ``padded_size``.
         plans: one for each picture.
-        impl: of the resize.
+        impl: implementation of the resize.
 
     Returns:
-        The full images; the canvases of pictures with crops, with room for windows that reach
-        beyond; and by picture the number of its canvas.
+        The full images; the canvases of pictures with crops, padded for windows that reach beyond
+        them; and the number of each picture's canvas.
     """
     full, shapes = pictures, [plan.full_size[::-1] for plan in plans]
     if shapes != list(pictures.shapes):
@@ -79,14 +79,14 @@ def prepare_on_device(
     canvases = RaggedImages(data=full.data, offsets=offsets, shapes=shapes)
     sizes = [plans[i].canvas_size[::-1] for i in cropped]
     padded_sizes = [plans[i].canvas_reach[::-1] for i in cropped]
-    # A file that is shown whole needs no canvas of its own.
+    # A file without crops needs no canvas.
     if not sizes == padded_sizes == shapes:
         canvases = resize_uint8(canvases, sizes, padded_sizes=padded_sizes, impl=impl)
     return full, canvases, {i: number for number, i in enumerate(cropped)}
 
 
 def rectangle(picture: int, window: Window) -> Crop:
-    """Describe a window of a picture as the kernels take it."""
+    """Make the :class:`Crop` of a window, as the kernels take it."""
     x, y, width, height = window
     return Crop(image=picture, left=x, top=y, right=x + width, bottom=y + height)
 
@@ -94,13 +94,13 @@ def rectangle(picture: int, window: Window) -> Crop:
 def normalize_into(place: torch.Tensor, pixels: npt.NDArray[np.uint8]) -> None:
     """Normalise a ``[h, w, 3]`` picture into ``place``, ``[3, h, w]``, like :func:`clip_normalize`.
 
-    The values are looked up in a table, in the thread that calls. PyTorch's operations would each
-    start as many threads as there are cores, beside all the threads that decode.
+    The values are looked up in a table, in the calling thread. PyTorch's operations would each use
+    as many threads as there are cores, in addition to the decoding threads.
     """
-    levels = _levels(place.dtype)  # comes first because it refuses other dtypes
+    levels = _levels(place.dtype)  # first, because it raises for other dtypes
     bits = place.view(_BITS[place.element_size()]).numpy()
     for channel, table in enumerate(levels):
-        # The table has all 256 values. Mode "raise" would check the indices, in a copy of them.
+        # Every uint8 is a valid index. Mode "raise" would make a copy of the indices to check them.
         table.take(pixels[..., channel], out=bits[channel], mode="wrap")
 
 
@@ -109,7 +109,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @functools.cache
 def _levels(dtype: torch.dtype) -> npt.NDArray[np.generic]:
-    """Normalise all 256 levels of each channel; their bits as integers, ``[3, 256]``."""
+    """Normalise all 256 levels of each channel; returns their bits as integers, ``[3, 256]``."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(-1, -1, -1, 3)
     normalized = clip_normalize(levels, dtype=dtype, impl="torch")[0, :, 0]
     bits: npt.NDArray[np.generic] = normalized.view(_BITS[normalized.element_size()]).numpy()

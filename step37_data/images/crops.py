@@ -1,4 +1,4 @@
-"""Plans, from the size of a picture alone, where its crops lie and how many tokens it takes.
+"""Plans where the crops of a picture are and how many tokens it takes, from its size alone.
 
 Step-3.7 sees a picture as one full image of 728×728 and, unless the picture is small and roughly
 square, a grid of crops of 504×504, cut from a *canvas*: the picture resized so that whole windows
@@ -11,7 +11,7 @@ A picture of 500×333 pixels is longer than 1.5 times its height, so its window 
 1.5 windows fit across, which becomes two: the canvas is 666×333, the windows begin at x = 0 and
 x = 333. Its text is two crops of 83 tokens and a full image of 171: 337 tokens.
 
-Nothing here looks at pixels; ``step37_data.images.crop_pixels`` does.
+This module reads no pixels; ``step37_data.images.crop_pixels`` cuts the crops.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _SMALL_LONG_SIDE = 728
 _SMALL_ELONGATED = 1.5
 _ELONGATED = 4
 _ROUND_UP_ABOVE = 0.2
-# Padding to a square turns a file of some hundred bytes into side² · 3: 768 MiB at this side.
+# Padding to a square takes side² · 3 bytes, even for a tiny file: 768 MiB at this side.
 _MAX_SQUARE_SIDE = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropPlan:
-    """How a picture of one size is seen. Sizes are (width, height) in pixels.
+    """The full image and the crops for a picture of one size. Sizes are (width, height) in pixels.
 
     Attributes:
-        size: of the picture.
-        padded_size: of the picture in the top left corner of a black square; ``size`` unless the
-            picture is thin and tiny.
-        full_size: of the full image before it is resized to 728×728: ``padded_size``, at most 3024
-            a side.
-        canvas_size: what ``full_size`` is resized to for the crops, if there are some.
-        windows: x, y, width, height of each crop on the canvas, row by row. A window that reaches
-            beyond the canvas is black there.
-        newline_mask: per crop, whether ``<patch_newline>`` follows it: after every row but the
-            last.
+        size: the picture's size.
+        padded_size: the size after padding with black to a square, which only thin and tiny
+            pictures need; else ``size``.
+        full_size: the size of the full image before it is resized to 728×728: ``padded_size``, but
+            at most 3024 a side.
+        canvas_size: the size to which the full image is resized before crops are cut.
+        windows: x, y, width, height of each crop on the canvas, row by row. A part of a window
+            outside the canvas is black.
+        newline_mask: for each crop, whether ``<patch_newline>`` follows it: at the end of every
+            row but the last.
     """
 
     size: tuple[int, int]
@@ -63,18 +63,18 @@ class CropPlan:
 
     @property
     def full_window(self) -> Window:
-        """The full image as a window of itself."""
+        """The window that covers the whole full image."""
         return (0, 0, *self.full_size)
 
     @property
     def canvas_reach(self) -> tuple[int, int]:
-        """The canvas, with what its windows reach beyond."""
+        """The size of the canvas together with the parts of windows outside it."""
         x, y, width, height = self.windows[-1] if self.windows else self.full_window
         return max(self.canvas_size[0], x + width), max(self.canvas_size[1], y + height)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that stand for the picture in the text, start and end tokens included."""
+        """The number of tokens of the picture in the text, including start and end tokens."""
         crops = len(self.windows) * (PATCH_TOKEN_COUNT + 2) + sum(self.newline_mask)
         return crops + IMAGE_TOKEN_COUNT + 2
 
@@ -82,12 +82,12 @@ class CropPlan:
 def plan_crops(width: int, height: int) -> CropPlan:
     """Plan the crops of a picture of ``width`` × ``height`` pixels, as the model was trained.
 
-    The comparisons are made in double precision on purpose: 330 / 150 - 2 exceeds 0.2 there, so
-    330 pixels are three windows of 150, though 30 / 150 does not exceed it.
+    Comparisons are made in double precision, as in the model's own code. There 330 / 150 - 2 is
+    above 0.2, so 330 pixels make three windows of 150, although 30 / 150 is not above 0.2.
 
     Raises:
-        ValueError: a side is below 1, or the picture is so thin that nothing of its shorter side
-            is left at 3024, or that the square around it would take more than 768 MiB.
+        ValueError: a side is below 1; or the picture is so thin that its shorter side vanishes when
+            the longer is reduced to 3024, or that padding it would take more than 768 MiB.
     """
     if width < 1 or height < 1:
         raise ValueError(f"picture: expected at least 1×1 pixels, got {width}×{height}")
@@ -116,7 +116,7 @@ def plan_crops(width: int, height: int) -> CropPlan:
 
 
 def plan_whole(width: int, height: int) -> CropPlan:
-    """The plan of a file that is taken as it is: a single window, all of it."""
+    """Make the plan of a file that is used without crops: one window that covers all of it."""
     size = (width, height)
     return CropPlan(
         size=size, padded_size=size, full_size=size, canvas_size=size, windows=((0, 0, *size),)
@@ -153,17 +153,17 @@ def _canvas_side(side: int, window: int) -> int:
 
 
 def picture_size(path: ImageFile, *, as_viewed: bool = False) -> tuple[int, int]:
-    """(width, height) of a picture, from the header of its file; no pixel is decoded.
+    """Read (width, height) of a picture from the header of its file; no pixel is decoded.
 
     Args:
         path: of the image file, or its content.
-        as_viewed: what the picture will be read with: a picture that EXIF turns on its side has
-            width and height the other way round.
+        as_viewed: ``ImageOptions.as_viewed`` with which the picture will be read: if EXIF turns it
+            by 90 degrees, width and height are exchanged.
 
     Raises:
         BrokenImageError: Pillow cannot read the header.
     """
-    # Imported here, so that planning needs no Pillow.
+    # Imported here, so that plan_crops works without Pillow.
     from step37_data.images.decode import open_image, shown_size
 
     with open_image(path) as image:
@@ -173,18 +173,18 @@ def picture_size(path: ImageFile, *, as_viewed: bool = False) -> tuple[int, int]
 def plan_file(path: ImageFile, *, as_viewed: bool = False) -> CropPlan:
     """Plan the crops of an image file from its header.
 
-    A file that is unreadable, or too thin to plan, is planned as the black picture that decoding
-    puts in its place; decoding also reports it.
+    For a file that is unreadable or too thin, it plans the black picture with which decoding
+    replaces it; decoding also reports it.
 
     Args:
         path: of the image file, or its content.
-        as_viewed: what the picture will be read with (``ImageOptions.as_viewed``): width and height
+        as_viewed: ``ImageOptions.as_viewed`` with which the picture will be read: width and height
             depend on it.
     """
     from step37_data.images.decode import BROKEN_SIZE
 
     try:
         return plan_crops(*picture_size(path, as_viewed=as_viewed))
-    except ValueError as error:  # a BrokenImageError among them
+    except ValueError as error:  # includes BrokenImageError
         logger.debug("image %s is planned as unreadable: %s", path, error)
         return plan_crops(*BROKEN_SIZE)

@@ -27,10 +27,10 @@ BROKEN_SIZE = (224, 224)
 
 _ORIENTATION = 0x0112
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_LONGEST_KEYWORD = 79  # of a text in a PNG
+_LONGEST_KEYWORD = 79  # bytes of the keyword of a text in a PNG
 
-# Pillow reads each of them by itself; for EPS it would start Ghostscript, an external program. It
-# tries them in this order: the common ones are first.
+# Formats that Pillow reads without help (for EPS it would start Ghostscript, an external program).
+# It tries them in this order, so common ones come first.
 _PICTURE_FORMATS = (
     "JPEG",
     "PNG",
@@ -54,7 +54,7 @@ _formats: tuple[str, ...] = ()
 
 
 def picture_formats() -> tuple[str, ...]:
-    """Return the formats that are read, as far as the installed Pillow knows them. Thread-safe.
+    """Return the formats that are read and that the installed Pillow supports. Thread-safe.
 
     Pillow loads its plugins when it first needs them, which is not thread-safe. So the first call
     loads all of them, and other threads wait for it.
@@ -83,8 +83,8 @@ class BrokenImages:
     """Counts unreadable image files, for a report at the end of an epoch. Thread-safe.
 
     Attributes:
-        seen: images asked for since the last report.
-        occurrences: unreadable ones among them; a file met twice counts twice.
+        seen: images read since the last report, or tried.
+        occurrences: how many of these were unreadable; a file tried twice counts twice.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class BrokenImages:
         self._lock = threading.Lock()
 
     def record(self, path: str, reason: str | None) -> None:
-        """Note that ``path`` was read, or was not for ``reason``."""
+        """Count ``path`` as read, or as unreadable for ``reason``."""
         with self._lock:
             self.seen += 1
             if reason is not None:
@@ -108,7 +108,7 @@ class BrokenImages:
             return dict(self._reasons)
 
     def report(self, shown: int = 10) -> str | None:
-        """Log how many images were unreadable, with the first ``shown`` paths, and count anew.
+        """Log how many images were unreadable, with ``shown`` paths, and reset the counts.
 
         Returns:
             The message logged, or None if every image could be read.
@@ -149,7 +149,7 @@ def open_image(path: ImageFile, max_pixels: int | None = None) -> Iterator[Image
     else:
         source = _fetched(path) if path.startswith("s3://") else path
     try:
-        # A pipe or a device can let its reader wait for ever.
+        # Reading from a pipe or a device may never end.
         if isinstance(source, str) and not os.path.isfile(source) and os.path.exists(source):
             raise OSError("expected a regular file")
         with _opened(source) as image:
@@ -200,11 +200,11 @@ def _fetched(path: str) -> io.BytesIO:
 def read_rgb(
     path: ImageFile, max_pixels: int | None = None, *, as_viewed: bool = False
 ) -> Image.Image:
-    """Read an image file: ``Image.open(path).convert("RGB")``, the file closed again.
+    """Read an image file as ``Image.open(path).convert("RGB")`` does, and close it.
 
     Args:
         path: of the file, or its content.
-        max_pixels: a picture of more is refused before it is decoded.
+        max_pixels: a picture with more pixels is refused before it is decoded.
         as_viewed: see :func:`rgb_image`.
 
     Raises:
@@ -215,7 +215,7 @@ def read_rgb(
 
 
 def why_broken(path: ImageFile) -> str | None:
-    """What is wrong with an image file; None if it can be read."""
+    """Say what is wrong with an image file; None if it can be read."""
     try:
         read_rgb(path)
     except BrokenImageError as error:
@@ -224,17 +224,17 @@ def why_broken(path: ImageFile) -> str | None:
 
 
 def rgb_image(image: Image.Image, *, as_viewed: bool = False) -> Image.Image:
-    """``image.convert("RGB")`` of a picture that :func:`open_image` has opened.
+    """Decode a picture that :func:`open_image` has opened, as ``image.convert("RGB")`` does.
 
-    Where simplejpeg is installed it decodes the JPEGs of three colours, or of grey, that have no
-    fault, which gives the same pixels in two thirds of the time.
+    If simplejpeg is installed, it decodes intact JPEGs of three colours or grey. The pixels are the
+    same, in two thirds of the time.
 
     Args:
         image: not decoded yet.
-        as_viewed: show it as image viewers do: turned by its EXIF orientation, transparent parts
-            on white, the upper 8 of 16 bits. False is what ``convert`` alone makes of it: turned as
-            the camera was held, with the colours that are hidden in transparent parts, and white
-            where a grey value of 16 bits exceeds 255.
+        as_viewed: decode as image viewers do: turned by the EXIF orientation, transparent parts on
+            white, the upper 8 of 16 bits. If False, ``convert`` decides: the picture is not turned,
+            transparent parts show the colours stored in them, and 16-bit grey values above 255
+            become white.
     """
     if as_viewed and (_orientation(image) != 1 or _has_16_bits(image) or _has_alpha(image)):
         return _viewed(image)
@@ -243,7 +243,7 @@ def rgb_image(image: Image.Image, *, as_viewed: bool = False) -> Image.Image:
 
 
 def shown_size(image: Image.Image, *, as_viewed: bool = False) -> tuple[int, int]:
-    """(width, height) of what :func:`rgb_image` gives, from the header of the file."""
+    """Return (width, height) of the result of :func:`rgb_image`, from the header of the file."""
     width, height = image.size
     return (height, width) if as_viewed and _orientation(image) >= 5 else (width, height)
 
@@ -253,28 +253,27 @@ def decode_into(
 ) -> None:
     """Write the pixels of :func:`rgb_image` to ``memory``, ``[height, width, 3]``.
 
-    simplejpeg decodes into it. Pillow keeps four bytes a pixel, so its pixels are copied.
+    simplejpeg decodes directly into it. Pillow's pixels take four bytes each and are copied.
     """
     if as_viewed or _by_simplejpeg(image, memory) is None:
         memory[...] = np.asarray(rgb_image(image, as_viewed=as_viewed))
 
 
 def viewed_otherwise(image: Image.Image) -> list[str]:
-    """What an image viewer shows otherwise than training does, by name; mostly nothing.
+    """List how an image viewer shows the picture differently from training; mostly empty.
 
     Args:
         image: opened by :func:`open_image`. Its pixels are decoded if it can have transparent
-            parts, or is a PNG whose EXIF stands behind its pixels.
+            parts, or is a PNG with EXIF after its pixels.
 
     Returns:
-        Those that hold, in this order. The first three go away with ``as_viewed``, the others do
-        not:
+        The differences that exist, in this order. With ``as_viewed`` the first three disappear:
 
         * ``"turned by EXIF"``;
-        * ``"transparent"``: a pixel of it at least;
-        * ``"16 bits"``: grey of 16 bits, of which values above 255 become white;
-        * ``"more than 16 bits"``: integers of 32 bits or fractions, where they do, too;
-        * ``"animated"``: it has several frames or pages, of which the first is used.
+        * ``"transparent"``: at least one pixel is;
+        * ``"16 bits"``: 16-bit grey, whose values above 255 become white;
+        * ``"more than 16 bits"``: 32-bit integers or fractions, whose values above 255 do so too;
+        * ``"animated"``: several frames or pages, of which only the first is used.
     """
     transparent = _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255
     found = {
@@ -288,25 +287,25 @@ def viewed_otherwise(image: Image.Image) -> list[str]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How a viewer turns the picture, 1 (not at all) to 8, as EXIF counts."""
+    """Return the EXIF orientation, by which viewers turn the picture: 1 (not at all) to 8."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these by itself, whoever asks.
+        return 1  # Pillow always turns these itself
     try:
-        # Pillow decodes a PNG that has no EXIF before its pixels, to look behind them.
+        # If a PNG has no EXIF before its pixels, Pillow decodes it to look after them.
         decodes = image.format == "PNG" and "exif" not in image.info
         in_vain = decodes and not _has_exif_behind_pixels(image)
         exif = Image.Image.getexif(image) if in_vain else image.getexif()
         orientation = exif.get(_ORIENTATION, 1)
-    except Exception as error:  # Pillow's readers raise errors of any kind on damaged EXIF
+    except Exception as error:  # Pillow raises errors of any kind on damaged EXIF
         logger.debug("the EXIF of a picture is unreadable, so it is not turned: %s", error)
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _has_exif_behind_pixels(image: Image.Image) -> bool:
-    """Whether a PNG has EXIF or XMP behind its pixels, by the headers of its chunks."""
+    """Whether a PNG has EXIF or XMP after its pixels; reads only the headers of its chunks."""
     file = image.fp
-    if file is None:  # decoded already, so Pillow knows all that the file says
+    if file is None:  # decoded already, so Pillow has read all of the file
         return True
     place = file.tell()
     try:
@@ -321,7 +320,7 @@ def _has_exif_behind_pixels(image: Image.Image) -> bool:
                 keyword = file.read(min(size, _LONGEST_KEYWORD + 1)).partition(b"\0")[0]
                 if keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif"):
                     return True
-            at += size + 12  # size and kind before the content, a checksum behind it
+            at += size + 12  # size and kind come before the content, a checksum after it
             file.seek(at)
         return False
     finally:
@@ -329,7 +328,7 @@ def _has_exif_behind_pixels(image: Image.Image) -> bool:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether it is grey of 16 bits; Pillow itself makes 8 bits of colours."""
+    """Whether it is 16-bit grey; Pillow itself reduces 16-bit colours to 8 bits."""
     of_16 = image.mode == "I" and image.format in ("PNG", "PPM")
     return of_16 or image.mode.startswith("I;16")
 
@@ -347,7 +346,7 @@ def _viewed(image: Image.Image) -> Image.Image:
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
     if of_16_bits:
-        # The upper byte, which is what Pillow takes of colours of 16 bits.
+        # The upper byte, which Pillow also uses of 16-bit colours.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not _has_alpha(image):
         return _in_rgb(image)
@@ -358,7 +357,7 @@ def _viewed(image: Image.Image) -> Image.Image:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """``image.convert("RGB")``, but for the copy of one that is in RGB already."""
+    """Do ``image.convert("RGB")``, without copying a picture that is in RGB already."""
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -366,14 +365,14 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 def _by_simplejpeg(
     image: Image.Image, memory: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8] | None:
-    """Decode by simplejpeg, into ``memory`` if given; None where Pillow has to read the file.
+    """Decode by simplejpeg, into ``memory`` if given; None if Pillow has to read the file.
 
-    ``memory`` may hold anything then.
+    If it returns None, ``memory`` may have been overwritten.
     """
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")
     if plain and (fast := _simplejpeg()):
         image.fp.seek(0)
-        with contextlib.suppress(ValueError):  # Pillow reads files that have any fault
+        with contextlib.suppress(ValueError):  # faulty files are left to Pillow
             pixels = fast.decode_jpeg(image.fp.read(), strict=True, buffer=memory)
             if pixels.shape == (image.height, image.width, 3):
                 return pixels
@@ -382,7 +381,7 @@ def _by_simplejpeg(
 
 @functools.cache
 def _simplejpeg() -> Any:
-    """The module simplejpeg if it is installed and decodes as Pillow does; compared once."""
+    """Return the module simplejpeg if installed and equal to Pillow; they are compared once."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -400,7 +399,7 @@ def _simplejpeg() -> Any:
 
 
 def pass_over(error: BrokenImageError, on_broken: OnBroken | None) -> str:
-    """Warn that black is used and return the reason; raise if ``on_broken`` is ``"raise"``."""
+    """Warn that a black picture is used and return the reason; raise with ``on_broken="raise"``."""
     if on_broken == "raise":
         raise error
     logger.warning("%s: black is used in its place", error)

@@ -25,13 +25,13 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def host_memory(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Allocate memory on the host, uninitialised, for what is then copied to ``device``.
+    """Allocate uninitialised memory on the host, for data that is then copied to ``device``.
 
-    For a CUDA device it is pinned, so that the copy runs while the host goes on. PyTorch's
-    allocator of pinned memory hands it out again once the copy is done.
+    For a CUDA device it is pinned, so that the host need not wait for the copy. PyTorch's allocator
+    of pinned memory reuses it when the copy is done.
 
     Raises:
-        MemoryError: in place of CUDA's error, which no picture is at fault for.
+        MemoryError: CUDA cannot allocate; the type shows that no image file is at fault.
     """
     pin = device.type == "cuda"
     try:

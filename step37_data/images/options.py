@@ -1,4 +1,4 @@
-"""Every option of reading image files, in one object."""
+"""Declares the options of reading image files, in one object."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from step37_data.images.device import Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageOptions:
-    """How image files become pixels.
+    """The options of turning image files into pixels.
 
     ``load_images``, ``preprocess_packed_batch`` and ``ForwardStep`` take the attributes as keywords
-    of the same names; the sizes of ``ForwardStep`` are those of the data set.
+    of the same names; ``ForwardStep`` takes the sizes from the data set.
 
     Attributes:
         image_size, patch_image_size: side in pixels of full images and of crops.
-        device: where the pixels go; None is the CUDA device, or the CPU where there is none.
+        device: where the pixels go; None is the CUDA device, or the CPU without one.
         dtype: of the pixels: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
         on_broken: what happens to an unreadable file. ``"zero"``: a black picture of 224×224 takes
             its place, with a warning. ``"skip-loss"``: the same, and ``preprocess_packed_batch``
-            takes the sample out of the loss. ``"raise"``:
-            :class:`~step37_data.images.decode.BrokenImageError`. None does what the ``on_broken``
-            of the pack says; without a pack, or where it says nothing, that is ``"zero"``.
-        broken: is told about every image, for the report at the end of the epoch.
-        threads: number of decoding threads; None takes the cores at hand, at most 8.
+            takes the sample out of the loss. ``"raise"``: raises
+            :class:`~step37_data.images.decode.BrokenImageError`. None: the ``on_broken`` of the
+            pack, or ``"zero"`` if there is no pack or it has none.
+        broken: counts every image, for the report at the end of the epoch.
+        threads: number of decoding threads; None is the number of available cores, at most 8.
         pixel_order: ``"pillow"``: resized in 8 bits, then normalised, as the stock loader does.
             ``"serving"``: the last resize as the model's own processor makes it, normalised first
             and then resized with antialiasing in fp32, one image at a time. Pillow rounds to 8
@@ -47,16 +47,15 @@ class ImageOptions:
         max_pixels: a picture of more pixels counts as unreadable, before it is decoded: decoding
             takes seven bytes a pixel in each thread. None is Pillow's own limit, twice
             ``Image.MAX_IMAGE_PIXELS``: 179 million pixels, 1.3 GB.
-        multicrop: whether pictures are seen in crops. None leaves that to the template, whose
-            ``image_paths`` then carry windows; True refuses pictures without a window, False those
-            with one.
+        multicrop: whether pictures are read in crops. None: if the template has made windows for
+            them in ``image_paths``. True refuses pictures without a window, False those with one.
         as_viewed: show pictures as image viewers do: turned by their EXIF orientation and with
             transparent parts on white, both as vLLM does when it serves the model, and with the
-            upper 8 of 16 bits. False is as stock trains: pictures of phones lie as the phone was
-            held, transparent parts show the colours hidden in them, grey of 16 bits is mostly
-            white. With crops, the windows have to be planned with the same value (``as_viewed`` of
-            the template, ``plan_file(path, as_viewed=...)``). Where it is not given,
-            ``preprocess_packed_batch`` and ``ForwardStep`` take what the pack says.
+            upper 8 of 16 bits. False is how stock trains: pictures of phones are not turned,
+            transparent parts show the colours stored in them, and 16-bit grey is mostly white. With
+            crops, the windows have to be planned with the same value (``as_viewed`` of the
+            template, ``plan_file(path, as_viewed=...)``). By default ``preprocess_packed_batch``
+            and ``ForwardStep`` use the value in the pack.
 
     Raises:
         ValueError: a size, ``threads`` or ``max_pixels`` is no integer of at least 1, or
@@ -88,14 +87,14 @@ class ImageOptions:
 
     @property
     def sides(self) -> dict[int, int]:
-        """The side in pixels by item type: crops first, as the groups of a pack are ordered."""
+        """The side in pixels for each item type, in the order of insertion groups: crops first."""
         return {PATCH_ITEM_TYPE: self.patch_image_size, IMAGE_ITEM_TYPE: self.image_size}
 
     def checked_entries(self, image_paths: Any) -> list[ImageEntry]:
         """Check the entries of ``image_paths`` and return them.
 
         Raises:
-            ValueError: an entry has another form, or is not what ``multicrop`` says.
+            ValueError: an entry has another form, or does not fit ``multicrop``.
         """
         entries = checked_entries("image_paths", image_paths)
         for entry in entries:
@@ -108,9 +107,7 @@ class ImageOptions:
 
 
 class ImageKeywords(TypedDict, total=False):
-    """The attributes of :class:`ImageOptions` but the sizes, as functions take them in
-    ``**options``.
-    """
+    """The keywords of functions that take :class:`ImageOptions` in ``**options``: all but sizes."""
 
     device: Device
     dtype: torch.dtype

@@ -1,13 +1,13 @@
 """Turns image files into stacks of normalised pixels on a device.
 
-Every picture of a pack is decoded once, however many windows of it are wanted; without multicrop a
-file has a single window, all of it.
+Every picture of a pack is decoded once, however many windows of it are needed. Without multicrop a
+file has one window, which covers all of it.
 
 On the CPU the decoding threads do everything: Pillow cuts and resizes, and a table of 256 levels
 normalises into the picture's place in the stacks. For CUDA the threads only decode, into pinned
-memory. The pictures are then copied into one buffer on the device, where two launches per image
-type build the stacks, and two to four more the canvases of pictures seen in crops. The values are
-the same either way.
+memory. The pictures are then copied into one buffer on the device. There two launches for each
+image type build the stacks; two to four more make the canvases for crops. The values are the same
+in both cases.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 def kernels_match_pillow() -> bool:
     """Whether our kernels resize as the installed Pillow does; compared once, at the first call.
 
-    A Pillow newer than this package may have changed the order of its two passes. Pillow itself
-    then resizes, on the host, so that the values stay the same.
+    A Pillow newer than this package may do its two passes in another order. If so, Pillow resizes
+    on the host, so that the values are still Pillow's.
     """
     rng = np.random.default_rng(0)
     for height, width in ((60, 20), (20, 60), (203, 2), (2, 203), (40, 37)):
@@ -63,10 +63,10 @@ class _Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-        pixels: RGB, a Pillow image for the host or a tensor for a device; a single black pixel
-            where the file is unreadable.
-        plan: how the picture is seen in crops.
-        windows: the part that each entry shows, by the number of the entry.
+        pixels: RGB, a Pillow image on the host or a tensor for a device; one black pixel if the
+            file is unreadable.
+        plan: the plan of the picture's crops.
+        windows: the window of each entry, by the number of the entry.
     """
 
     pixels: Any
@@ -75,15 +75,15 @@ class _Picture(NamedTuple):
 
 
 def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks:
-    """Read the files of all entries and stack their pixels by kind.
+    """Read the files of all entries and stack their pixels, one stack for each kind.
 
     Returns:
-        Per kind ``[N, 3, side, side]``, in the order of its entries; and per entry None, or what is
-        wrong with its file.
+        For each kind ``[N, 3, side, side]``, in the order of its entries; and for each entry None,
+        or what is wrong with its file.
 
     Raises:
-        BrokenImageError: a file is unreadable, or of another size than its windows were planned
-            for, and ``options.on_broken`` is ``"raise"``.
+        BrokenImageError: with ``options.on_broken="raise"``, a file is unreadable, or its windows
+            were planned for another size.
     """
     device = resolve_device(options.device)
     if device.type == "cuda" and kernels_match_pillow():
@@ -92,7 +92,7 @@ def load_stacks(entries: Sequence[ImageEntry], options: ImageOptions) -> _Stacks
 
 
 def find_broken(entries: Sequence[ImageEntry], options: ImageOptions) -> list[str | None]:
-    """Decode the files of all entries; say per entry what is wrong with its file, or None."""
+    """Decode the files of all entries; return for each what is wrong with its file, or None."""
     to_pixels = functools.partial(_as_picture, as_viewed=options.as_viewed)
     return _read(entries, options, to_pixels=to_pixels, use=lambda _: None)[1]
 
@@ -104,17 +104,18 @@ def _read(
     to_pixels: Callable[[Image.Image, CropPlan], Any],
     use: Callable[[_Picture], Any],
 ) -> tuple[list[Any], list[str | None]]:
-    """Decode every picture once and hand it to ``use``, both in the decoding threads.
+    """Decode every picture once and call ``use`` with it, both in the decoding threads.
 
     Args:
-        entries: what is shown of the pictures.
+        entries: the entries that are read.
         options: how they are read.
         to_pixels: makes ``_Picture.pixels`` of an opened file: :func:`_as_picture` on the host,
             :func:`_staged` for a device.
-        use: what to do with a picture.
+        use: called with each picture.
 
     Returns:
-        What ``use`` gave, per picture; and per entry None, or what is wrong with its file.
+        The result of ``use`` for each picture; and for each entry None, or what is wrong with its
+        file.
     """
     numbers_of: dict[tuple[decode.ImageFile, bool], list[int]] = {}
     for number, entry in enumerate(entries):
@@ -142,7 +143,7 @@ def _read(
     for ((path, in_crops), numbers), (_, reason) in zip(numbers_of.items(), done, strict=True):
         for number in numbers:
             reasons[number] = reason
-            # A picture seen in crops counts once, a file that is taken whole every time.
+            # A picture in crops is counted once, a file without crops each time it occurs.
             if options.broken is not None and not (in_crops and number > numbers[0]):
                 options.broken.record(str(path), reason)
     return [used for used, _ in done], reasons
@@ -221,7 +222,7 @@ def _stacks_of(
 
 
 def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan:
-    """Plan the crops of a picture and check that its ``entries`` show windows of that plan."""
+    """Plan the crops of a picture; check that the windows of its ``entries`` are in that plan."""
     try:
         plan = plan_crops(width, height)
         own = {PATCH_ITEM_TYPE: plan.windows, IMAGE_ITEM_TYPE: (plan.full_window,)}
@@ -238,7 +239,7 @@ def _plan_of(entries: Sequence[ImageEntry], width: int, height: int) -> CropPlan
 
 
 def _as_picture(image: Image.Image, plan: CropPlan, *, as_viewed: bool) -> Image.Image:
-    """Decode into an image of Pillow, for the host."""
+    """Decode into a Pillow image, for the host."""
     del plan  # the host pads later, with the other resizes
     return decode.rgb_image(image, as_viewed=as_viewed)
 
@@ -246,8 +247,9 @@ def _as_picture(image: Image.Image, plan: CropPlan, *, as_viewed: bool) -> Image
 def _staged(
     image: Image.Image, plan: CropPlan, *, device: torch.device, as_viewed: bool
 ) -> torch.Tensor:
-    """Decode into memory that ``device`` copies from: ``plan.padded_size``, so a thin and tiny
-    picture comes with the black square around it.
+    """Decode into memory from which pixels are copied to ``device``.
+
+    The result has ``plan.padded_size``: thin and tiny pictures are already padded with black.
     """
     width, height = plan.padded_size
     memory = host_memory((height, width, 3), dtype=torch.uint8, device=device)

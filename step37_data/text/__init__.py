@@ -1,1 +1,1 @@
-"""The text of a sample: its messages, and the tokens that stand for pictures in it."""
+"""Handles the text of a sample: its messages, and the tokens that represent pictures."""

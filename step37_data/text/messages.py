@@ -1,4 +1,4 @@
-"""The messages of a conversation: what each may hold, and what no text in it may spell."""
+"""Checks the messages of a conversation: their form, and that no text spells a reserved token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from step37_data.text.tokens import IMAGE_PLACEHOLDER
 
 CAPTION_PROMPT = "Describe this image in one sentence."
-"""What the user asks about a picture that comes with a caption, unless somebody says otherwise."""
+"""The default prompt: the user's question about a picture that has a caption."""
 
 
 def caption_dialogue(caption: str, prompt: str) -> list[dict[str, str]]:
-    """A caption as a conversation: the user shows a picture and asks, the assistant answers.
+    """Make a conversation of a caption: the user shows a picture and asks, the assistant answers.
 
     Args:
         caption: the answer.
@@ -26,11 +26,11 @@ def caption_dialogue(caption: str, prompt: str) -> list[dict[str, str]]:
 
 
 def checked_role(number: int, message: Any) -> str:
-    """The role of message ``number``.
+    """Check message ``number``; returns its role.
 
     Raises:
-        ValueError: it is no mapping, has no role, a ``loss_mask`` other than 0 and 1, or a
-            ``reasoning_effort`` that is no text.
+        ValueError: it is no mapping, has no role, has a ``loss_mask`` other than 0 and 1, or a
+            ``reasoning_effort`` that is no string.
     """
     where = f"conversations[{number}]"
     if not isinstance(message, Mapping):
@@ -46,12 +46,13 @@ def checked_role(number: int, message: Any) -> str:
 
 
 def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> tuple[Any, list[str]]:
-    """``content`` with ``change`` applied to its texts, and the texts as they were.
+    """Apply ``change`` to the texts of ``content``; returns the new content and the old texts.
 
-    The text is a string, or the text parts of a list.
+    Texts are ``content`` itself, if it is a string, or the text parts of a list.
 
     Raises:
-        ValueError: it is neither of the two, and not None; or a part is no string and no mapping.
+        ValueError: ``content`` is no string, no list and not None, or a part is no string and no
+            mapping.
     """
     if isinstance(content, str):
         return change(content, where), [content]
@@ -77,7 +78,7 @@ def map_texts(content: Any, change: Callable[[str, str], str], where: str) -> tu
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string inside nested lists and dictionaries, keys included."""
+    """Yield every string inside nested lists and dictionaries, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -88,12 +89,12 @@ def strings(value: Any) -> Iterator[str]:
 
 
 class ReservedTokens:
-    """Finds reserved tokens in texts and in their ids: those that delimit turns and pictures.
+    """Refuses texts that spell reserved tokens: those that delimit turns and pictures.
 
     Args:
         reserved: the tokens as text.
-        vocabulary: ids of the tokenizer.
-        encode: text → ids.
+        vocabulary: ids of the tokenizer, by token.
+        encode: turns a text into ids.
     """
 
     def __init__(
@@ -105,9 +106,9 @@ class ReservedTokens:
         self._encode = encode
 
     def refuse(self, text: str, where: str, allowed: frozenset[str] = frozenset()) -> str:
-        """``text`` itself, if the only reserved tokens it spells are the ``allowed`` ones."""
+        """Return ``text``; raise if it spells a reserved token that is not ``allowed``."""
         try:
-            text.encode()  # No tokenizer takes what UTF-8 cannot hold.
+            text.encode()  # Raises if UTF-8 cannot encode the text; no tokenizer takes it then.
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{where}: character {error.start} is half a surrogate pair: {text[error.start]!r}"
@@ -122,7 +123,7 @@ class ReservedTokens:
         return text
 
     def refuse_joined(self, texts: Sequence[str], where: str) -> None:
-        """Raise ``ValueError`` where parts that will be joined spell more together than apart."""
+        """Raise ``ValueError`` if parts spell a reserved token only when they are joined."""
         apart = [token for text in texts for token in self._pattern.findall(text)]
         if len(texts) > 1 and (joined := self._pattern.findall("".join(texts))) != apart:
             raise ValueError(
@@ -133,8 +134,10 @@ class ReservedTokens:
     def refuse_made(
         self, messages: Sequence[Mapping[str, Any]], text: str, ids: Sequence[int]
     ) -> None:
-        """Raise ``ValueError`` where ``ids`` hold a reserved token that their ``text`` does not
-        spell, as a normaliser that knows of full-width letters makes it."""
+        """Raise ``ValueError`` if ``ids`` hold a reserved token that ``text`` does not spell.
+
+        A normaliser can make one, for example from full-width letters.
+        """
         if not self._made(text, ids):
             return
         where = [

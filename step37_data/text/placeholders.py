@@ -1,4 +1,4 @@
-"""Which file each placeholder in the text of a sample shows."""
+"""Assigns image files to the placeholders in the text of a sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from step37_data.images.crops import plan_file
 
 
 class SampleImages:
-    """The images of a sample, dealt out to its placeholders in their order.
+    """Assigns the images of a sample to its placeholders, in order.
 
     Args:
         given: ``(path, item type)`` of the sample.
-        as_viewed: the pictures will be read with this ``ImageOptions.as_viewed``, on which the
-            windows of crops depend.
+        as_viewed: ``ImageOptions.as_viewed`` with which the pictures will be read; the windows of
+            crops depend on it.
 
     Attributes:
         given: as above.
@@ -32,19 +32,19 @@ class SampleImages:
         self._dealt: list[Entry] = []
 
     def seen(self) -> list[Entry]:
-        """What the placeholders show, then the images for which there was no placeholder."""
+        """The entries of the placeholders so far, then the images that have no placeholder."""
         surplus = ((path, kind) for kind, paths in self._left.items() for path in paths)
         return [*self._dealt, *surplus]
 
     def see(self, kind: int, in_crops: bool = False) -> tuple[bool, ...]:
-        """Give the next placeholder its file of ``kind``, if one is left.
+        """Assign the next file of ``kind`` to a placeholder, if one is left.
 
         Args:
             kind: item type of the placeholder.
-            in_crops: the placeholder shows the windows of the file's crops and of the full image.
+            in_crops: whether the placeholder stands for the file's crops and its full image.
 
         Returns:
-            The mask of the crops' newlines, empty without crops.
+            For each crop, whether a newline follows it; empty without crops.
         """
         path = next(self._left[kind], None)
         if in_crops and path is not None:

@@ -1,4 +1,4 @@
-"""The tokens that stand for pictures in the text of Step-3.7, and the tokenizer that has them."""
+"""Names the tokens that represent pictures in texts of Step-3.7, and loads the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 @dataclass(kw_only=True)
 class ImageTokens:
-    """Names and counts of the tokens.
+    """The names of the image tokens, and how many each picture takes.
 
     Attributes:
         image_token_count: rows of a full image.
         patch_token_count: rows of a crop.
-        image_token: stands for each row of an image or a crop.
-        image_start_token, image_end_token: around a full image.
-        patch_start_token, patch_end_token: around a crop.
+        image_token: the token for each row of an image or a crop.
+        image_start_token, image_end_token: the tokens before and after a full image.
+        patch_start_token, patch_end_token: the tokens before and after a crop.
     """
 
     image_token_count: int = IMAGE_TOKEN_COUNT
@@ -43,10 +43,10 @@ class ImageTokens:
     patch_end_token: str = PATCH_END_TOKEN
 
     def token_runs(self, newline_mask: Sequence[bool]) -> list[tuple[str, int]]:
-        """What stands for a picture in the text: its crops row by row, then the full image.
+        """Return the tokens of a picture: those of its crops row by row, then of the full image.
 
         Args:
-            newline_mask: of the picture's plan.
+            newline_mask: for each crop, whether a newline follows it (``CropPlan``).
 
         Returns:
             ``(token, how often in a row)``; two crops side by side, without the end, are
@@ -65,25 +65,25 @@ class ImageTokens:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of ``path``, with a chat template; its remote code is never run.
+    """Load a tokenizer that has a chat template; its remote code is never run.
 
     Args:
         path: a folder, or the id of a model on the hub.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no chat template. A path that is no folder is
-            told at once; the hub is asked for names such as ``owner/model`` only.
+        ValueError: there is no tokenizer, or it has no chat template. The hub is asked only for
+            names such as ``owner/model``; any other path that is no folder is an error at once.
     """
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise ValueError(
             f"tokenizer_path: there is no folder {path!r}; expected one with {list(_FILES)}"
         )
-    # Imported here: transformers takes seconds, and reading packs needs none of it.
+    # Imported here: it takes seconds, and reading packs does not need it.
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # OSError, ValueError, KeyError, and of tokenizers Exception itself
+    except Exception as error:  # of many types: tokenizers raises Exception itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         missing = [name for name in _FILES if not Path(path, name).is_file()]
         here = f"it lacks {missing}" if Path(path).is_dir() else "there is no folder; tried the hub"

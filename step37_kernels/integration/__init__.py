@@ -1,1 +1,1 @@
-"""What the frameworks around the kernels do, and what the kernels have to match."""
+"""Fits the kernels into training frameworks: options, parallelism, ``main_grad``, patches."""

@@ -1,4 +1,4 @@
-"""Megatron's fused weight gradient (``gradient_accumulation_fusion``), by its conventions."""
+"""Adds gradients to Megatron's ``main_grad``, as its ``gradient_accumulation_fusion`` does."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def check_has_main_grad(weight: Tensor, name: str = "weight") -> None:
 
 
 def into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tensor | None:
-    """Put a gradient into ``weight.main_grad``; what autograd is given in its place.
+    """Put a gradient into ``weight.main_grad``; returns what autograd gets in its place.
 
-    ``put`` gets ``main_grad`` and whether to add to it: not under Megatron-FSDP, which hands out a
-    new buffer, and not for a weight marked ``overwrite_main_grad``. Where the weight has
-    ``grad_added_to_main_grad``, that becomes True and a gradient without meaning is returned, so
-    that the hooks of data parallelism run; zeros if the weight is marked ``zero_out_wgrad``.
+    ``put`` is called with ``main_grad`` and whether to add to it. It has to store instead under
+    Megatron-FSDP, which provides a new buffer, and for a weight marked ``overwrite_main_grad``. If
+    the weight has ``grad_added_to_main_grad``, that becomes True and a gradient of arbitrary values
+    is returned, so that the hooks of data parallelism run; it is zeros if the weight is marked
+    ``zero_out_wgrad``.
 
     Raises:
         ValueError: ``main_grad`` is None or freed, has another shape than the weight, or is not
@@ -54,14 +55,14 @@ def into_main_grad(weight: Tensor, put: Callable[[Tensor, bool], None]) -> Tenso
 
 
 def rows_into_main_grad(table: Tensor, put: Callable[[Tensor], None]) -> Tensor | None:
-    """Add a gradient to some rows of ``table.main_grad``; what autograd is given in its place.
+    """Add a gradient to some rows of ``table.main_grad``; returns what autograd gets in its place.
 
-    ``put`` gets ``main_grad`` and adds to the rows that it has a gradient for. Nothing of the
-    table's size is made: autograd gets a sparse gradient without an entry, since Megatron's hook
-    with ``overlap_grad_reduce`` wants some gradient, or None where no hook of Megatron's waits for
-    one. ``grad_added_to_main_grad`` stays as it is, so that the hook adds what autograd has
-    collected from another use of the table (tied output weights, a second lookup): a sum with a
-    sparse gradient without an entry loses nothing.
+    ``put`` is called with ``main_grad`` and adds to the rows that it has a gradient for. Nothing of
+    the table's size is allocated: autograd gets an empty sparse gradient, because Megatron's hook
+    with ``overlap_grad_reduce`` needs some gradient, or None if there is no such hook.
+    ``grad_added_to_main_grad`` is not changed, so that the hook also adds the gradient of another
+    use of the table (tied output weights, a second lookup); adding an empty sparse gradient to that
+    does not change it.
 
     Raises:
         ValueError: ``main_grad`` is None or freed, has another shape than the table, or is not
@@ -102,11 +103,11 @@ def _checked_main_grad(weight: Tensor, name: str) -> Tensor:
 
 
 class MainGrad(torch.autograd.Function):
-    """Identity on a weight whose gradient goes to its ``main_grad``; for the PyTorch path."""
+    """Returns the weight, and sends its gradient to ``main_grad``; used by ``impl="torch"``."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, fused_into: tuple[Tensor]) -> Tensor:
-        # In a tuple: the parameter itself, not an input that a gradient is returned for.
+        # In a tuple, so that autograd does not take the parameter for a second input.
         ctx.fused_into = fused_into
         return weight.view_as(weight)
 

@@ -16,7 +16,7 @@ Lookup = Literal["auto", "call"]
 
 
 class InsertKeywords(TypedDict, total=False):
-    """The fields of :class:`InsertOptions`, for type checkers, which cannot derive keywords."""
+    """The keywords of :class:`InsertOptions` again, for type checkers, which cannot derive them."""
 
     impl: Impl
     strict: bool
@@ -43,18 +43,19 @@ class InsertOptions:
     strict: bool = False
     """Raise ``ValueError`` at once where start tokens and features differ in number, a span is cut
     off at the end of its sequence, or spans overlap. It waits for the device in every forward, so
-    ``torch.compile`` breaks its graph there, and refuses to under ``fullgraph=True``. Off,
-    differing numbers are paired up to the smaller one and logged as a warning (on CUDA by a later
-    forward, once the counts have arrived), and cut or overlapping spans are taken as they are."""
+    ``torch.compile`` breaks its graph there, and raises under ``fullgraph=True``. If False,
+    tokens and features are paired up to the smaller number and a warning is logged (on CUDA by a
+    later forward, once the counts have arrived); cut and overlapping spans are not reported."""
     layout: Layout = "auto"
-    """Which rows of the sequence this rank holds; ``forward`` takes the whole ``input_ids`` all the
-    same. ``"auto"`` follows Megatron's sequence parallelism, in each forward anew
-    (:func:`.auto_layout`); under context parallelism it is an error, because packed sequences are
-    cut one by one: pass :func:`.sequence_layout` of the batch. A function is called with the
-    language embedding and returns a layout or None. None: every rank holds the whole sequence."""
+    """Which rows of the sequence this rank holds; ``forward`` always takes the whole ``input_ids``.
+    ``"auto"`` follows Megatron's sequence parallelism and is evaluated in each forward
+    (:func:`.auto_layout`). Under context parallelism ``"auto"`` is an error, because each packed
+    sequence is cut by itself: pass the batch's :func:`.sequence_layout`. A function is called with
+    the language embedding and returns a layout or None. None: every rank holds the whole
+    sequence."""
     lookup: Lookup = "auto"
-    """``"auto"`` looks words up in the launch that writes the output, where the language embedding
-    is nothing but a lookup: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` on one
+    """How words are looked up. ``"auto"``: in the launch that writes the output, if the language
+    embedding only looks up: an ``nn.Embedding``, or Megatron's ``LanguageModelEmbedding`` on one
     tensor-parallel rank. The gradient of its table is then summed by rows; with
     ``gradient_accumulation_fusion`` only the rows of the words that were there are touched. The
     embedding is called, and the log (INFO) says once why, if it has position or token-type
@@ -64,16 +65,16 @@ class InsertOptions:
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add the gradient of the projector's weight, and of the table that words are looked up in, to
     its ``main_grad`` in fp32, by Megatron-Core's conventions, instead of handing it to autograd. Of
-    the table only the rows of the words that were there are read and written. ``"auto"`` does so
+    the table only the rows of words in the batch are read and written. ``"auto"`` does so
     where the configuration of the language embedding says ``gradient_accumulation_fusion``, as the
     other linear layers of that model do, and the parameter has a ``main_grad``. True is an error
     where it has none."""
     text_only_gradient: bool | Literal["auto"] = "auto"
-    """Give the projector a gradient of zeros where a forward has no image rows. Without it such a
-    microbatch gives no gradient at all, and data-parallel reduction that overlaps with backward
-    waits for it in vain. ``"auto"`` does so where ``torch.distributed`` is initialised. It costs
-    one write of the weight's size in backward; a frozen projector costs nothing. A vision tower
-    that is trained has the same need, which this option cannot meet."""
+    """Give the projector a gradient of zeros if a forward has no image rows. Without it such a
+    microbatch makes no gradient for the projector, and data-parallel reduction that overlaps with
+    backward hangs. ``"auto"`` does so if ``torch.distributed`` is initialised. It costs one write
+    of the weight's size in backward, and nothing if the projector is frozen. A vision tower that is
+    trained has the same problem, which this option does not solve."""
 
     def __post_init__(self) -> None:
         check_impl(self.impl)
@@ -86,8 +87,7 @@ class InsertOptions:
                 raise ValueError(f"{name}: expected True, False or 'auto', got {value!r}")
 
     def fuses_gradients(self, config: Any) -> bool:
-        """Whether gradients are added to ``main_grad`` in a model of this configuration (or
-        None)."""
+        """Whether gradients are added to ``main_grad`` in a model with this configuration."""
         if self.gradient_accumulation_fusion != "auto":
             return self.gradient_accumulation_fusion
         return bool(getattr(config, "gradient_accumulation_fusion", False))

@@ -1,11 +1,11 @@
-"""Sequence and context parallelism: which rows of the sequence a rank holds.
+"""Finds which rows of the sequence a rank holds under sequence and context parallelism.
 
-One mechanism serves both: the positions, in the whole sequence, of the rows that this rank has. The
-plan is made for the whole sequence, on every rank alike, and :meth:`InsertPlan.shard` keeps what
-lands on the rank, so each projects only rows of its own shard.
+Both are described by the positions, in the whole sequence, of the rows that this rank holds. Every
+rank makes the plan for the whole sequence; :meth:`InsertPlan.shard` keeps the rows that land on
+this rank, so each rank projects only rows of its own shard.
 
-Plain ``torch.distributed``; :func:`sequence_layout` and :func:`auto_layout` read Megatron's groups,
-and alone import it.
+This module uses ``torch.distributed``. Only :func:`sequence_layout` and :func:`auto_layout` import
+Megatron, to read its process groups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class _Slice(torch.autograd.Function):
-    """This rank's ``[S / n, B, H]`` of a tensor that all ranks hold; backward gathers all."""
+    """Takes this rank's ``[S / n, B, H]`` of a tensor that all ranks hold; backward gathers all."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -37,7 +37,7 @@ class _Slice(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """Identity; backward sums the gradient over the group."""
+    """Returns its input; backward sums the gradient over the group."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,7 +46,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # grad_output belongs to autograd.
+        # A copy, since autograd owns grad_output.
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -60,17 +60,17 @@ def context_parallel_positions(
     *,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Positions of a context-parallel rank's rows: Megatron's balanced halves.
+    """The positions that a context-parallel rank holds, divided as Megatron divides them.
 
     A sequence is cut into ``2 · size`` equal chunks, and rank r holds chunks r and
-    ``2 · size − 1 − r``. Packed sequences (``thd``) are cut one by one.
+    ``2 · size − 1 − r``. Packed sequences (``thd``) are each cut by themselves.
 
     Args:
         seq_len: S of the whole sequence.
         size, rank: of the context-parallel group.
         cu_seqlens: ``[n + 1]`` bounds of the packed sequences, from 0 to S; each length a multiple
-            of ``2 · size``. On its own device, never read on the host. None: one sequence.
-        device: of the result where there is no ``cu_seqlens``.
+            of ``2 · size``. The host does not read them. None: one sequence.
+        device: of the result if ``cu_seqlens`` is None.
 
     Returns:
         int64 ``[S / size]``, rising within each chunk.
@@ -100,13 +100,13 @@ def context_parallel_positions(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceLayout:
-    """How this rank's shard of the sequence relates to the whole.
+    """Describes how the sequence is divided among ranks.
 
     With a context-parallel group, only the ids of this rank's positions are looked up. With a
-    sequence-parallel group (Megatron's tensor-parallel ranks), the looked-up rows are divided once
-    more among its ranks, unless the embedding has done so already; the gradient of the features is
-    then summed over the group, so that it is complete on each rank, and the projector's parameters
-    carry ``sequence_parallel = True``, by which Megatron sums their gradients. Over a
+    sequence-parallel group (Megatron's tensor-parallel ranks), the looked-up rows are divided again
+    among its ranks, unless the embedding has done so already. The gradient of the features is then
+    summed over the group, so that it is complete on each rank, and the projector's parameters are
+    marked ``sequence_parallel = True``, so that Megatron sums their gradients. Over a
     context-parallel group Megatron reduces all gradients itself, together with data parallelism.
 
     Attributes:
@@ -120,7 +120,7 @@ class SequenceLayout:
     cu_seqlens: Tensor | None = None
 
     def positions_looked_up(self, seq_len: int, device: torch.device) -> Tensor | None:
-        """Positions whose ids this rank looks up; None for all."""
+        """The positions whose ids this rank looks up; None if it looks up all."""
         group = self.context_parallel_group
         if group is None or dist.get_world_size(group) == 1:
             return None
@@ -135,11 +135,11 @@ class SequenceLayout:
     def shard(
         self, embeddings: Tensor, seq_len: int, looked_up: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """This rank's rows, and their positions in the whole sequence.
+        """Return this rank's rows, and their positions in the whole sequence.
 
         Args:
-            embeddings: what the embedding returned: ``[S', B, H]`` for the S' rows looked up, or
-                its sequence-parallel part.
+            embeddings: returned by the language embedding: ``[S', B, H]`` for the S' positions
+                looked up, or this rank's sequence-parallel part of them.
             seq_len: S.
             looked_up: from :meth:`positions_looked_up`.
 
@@ -192,11 +192,11 @@ class SequenceLayout:
 
 
 LayoutRule = Callable[[Any], SequenceLayout | None]
-"""Gives the layout of this rank from the borrowed language embedding, in every forward anew."""
+"""A function that returns this rank's layout; called in every forward, with the embedding."""
 
 Layout = SequenceLayout | LayoutRule | Literal["auto"] | None
-"""Which rows of the sequence a rank holds: all (None), or what it says; ``"auto"`` is
-:func:`auto_layout`."""
+"""Which rows of the sequence a rank holds: all (None), a layout, or a rule that returns one of
+these; ``"auto"`` is the rule :func:`auto_layout`."""
 
 
 def check_layout(layout: Layout) -> None:
@@ -212,14 +212,14 @@ def sequence_layout(
     cu_seqlens: Tensor | None = None,
     pg_collection: Any = None,
 ) -> SequenceLayout | None:
-    """The layout of this rank by Megatron's process groups.
+    """Make the layout of this rank from Megatron's process groups.
 
     Args:
         sequence_parallel: ``config.sequence_parallel``.
         cu_seqlens: bounds of packed sequences, which context parallelism cuts one by one.
-        pg_collection: Megatron's ``ProcessGroupCollection`` that the model was built with: its
-            ``cp`` is read, and with ``sequence_parallel`` its ``tp``. Without it the groups of
-            Megatron's global ``parallel_state`` are read, which has to be initialised then.
+        pg_collection: Megatron's ``ProcessGroupCollection`` that the model was built with. Its
+            ``cp`` is read, and with ``sequence_parallel`` its ``tp``. If None, the groups of
+            Megatron's global ``parallel_state`` are read, which must be initialised.
 
     Returns:
         None where every rank holds the whole sequence.
@@ -263,26 +263,25 @@ def _has_several_ranks(group: dist.ProcessGroup | None) -> bool:
 
 
 def auto_layout(language_embedding: Any) -> SequenceLayout | None:
-    """The layout of this rank under sequence parallelism, as the language embedding has it.
+    """Find the layout of this rank under sequence parallelism; this is ``layout="auto"``.
 
-    What ``layout="auto"`` stands for. Asked in every forward, because a model may be built before
-    Megatron's groups are.
+    It is called in every forward, because a model may be built before Megatron's groups exist.
 
     Args:
         language_embedding: Megatron-Core's ``LanguageModelEmbedding``, or any other. Its
-            ``config.sequence_parallel`` decides, its tensor-parallel group (Megatron's default one
-            if it has none) says what this rank's rows are. Whether it scatters its rows itself
-            makes no difference: they are divided once.
+            ``config.sequence_parallel`` decides whether rows are divided, its tensor-parallel group
+            (Megatron's default one if it has none) which rows are this rank's. It may scatter its
+            rows itself; they are divided only once.
 
     Returns:
-        None without sequence parallelism, and where nobody has imported Megatron-Core: every rank
-        holds the whole sequence. None too for an embedding without ``config`` where Megatron's
-        groups are not initialised, or hold one tensor- and one context-parallel rank.
+        None if every rank holds the whole sequence: without sequence parallelism, and if
+        Megatron-Core has not been imported. Also None for an embedding without ``config`` if
+        Megatron's groups are not initialised or have one rank each.
 
     Raises:
-        ValueError: under context parallelism, where it cannot be known whether ``input_ids`` are
-            whole, nor how packed sequences are cut; or the embedding has no ``config`` and several
-            ranks share the model.
+        ValueError: under context parallelism, because it cannot be found out whether ``input_ids``
+            are whole and how packed sequences are cut; or if the embedding has no ``config`` and
+            several ranks share the model.
     """
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     tensor_ranks = context_ranks = 1

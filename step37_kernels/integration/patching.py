@@ -1,6 +1,6 @@
-"""A class of ours under a framework's name, in the modules that look the name up; and back.
+"""Replaces a framework's class by ours, in the modules that look it up by name, and undoes that.
 
-Also what every class of ours that is made of a framework's has in common: see :func:`with_mixin`.
+Our classes derive from the framework's: see :func:`with_mixin`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassPatch:
-    """One replaced class."""
+    """A class of a framework that can be replaced by ours."""
 
     caller: str
-    """Function that patches, for messages."""
+    """The name of the function that patches, for messages."""
     remedy: str
-    """What to call on models that exist already."""
+    """What a user should call for models that exist already, for messages."""
     modules: tuple[str, ...]
-    """Where the class is looked up."""
+    """The modules in which the class is looked up by name."""
     name: str
     distribution: str
-    """Of the framework, on the package index."""
+    """The framework's name on the package index."""
     known: str
-    """Releases in which the class was found there."""
+    """Releases of the framework that have the class in these modules, for messages."""
     methods: tuple[tuple[str, ...], ...] = ()
-    """What our class needs of it: of each entry one method."""
+    """Methods that our class needs: at least one of each entry."""
     _stock: dict[str, type[nn.Module]] = field(default_factory=dict)
-    # The replaced class by module name; empty while nothing is patched.
+    # The stock class by module name; empty while nothing is patched.
     _put: dict[str, type[nn.Module]] = field(default_factory=dict)
 
     def apply(
         self, make: Callable[[type[nn.Module]], type[nn.Module]], base: type
     ) -> tuple[str, ...]:
-        """Replace the class where it is not one of ours yet; all modules or none.
+        """Replace the class in all modules, except where ours is already; in none if that fails.
 
         Args:
-            make: gives our class for the stock one.
-            base: what all classes of ours have.
+            make: returns our class for the stock one.
+            base: a base that all our classes have.
 
         Returns:
             The dotted names that hold our class now.
@@ -76,7 +76,7 @@ class ClassPatch:
         return {name: self._look_up(module) for name, module in modules.items()}
 
     def undo(self) -> tuple[str, ...]:
-        """Put the stock class back where ours still is; the dotted names of those places."""
+        """Put the stock class back where ours still is; returns the dotted names that hold it."""
         restored = []
         for name, cls in self._stock.items():
             module = sys.modules.get(name)
@@ -99,7 +99,7 @@ class ClassPatch:
         return tuple(restored)
 
     def refuse_without_methods(self, name: str, module: nn.Module) -> None:
-        """Raise ``ValueError`` where a built module has not all :attr:`methods`.
+        """Raise ``ValueError`` if an existing module lacks one of :attr:`methods`.
 
         Args:
             name: of the module in its model, for the message.
@@ -126,7 +126,7 @@ class ClassPatch:
         except ModuleNotFoundError as error:
             missing = error.name or name
             if not f"{name}.".startswith(f"{missing}."):
-                # The framework is there, and lacks something itself: that is the better message.
+                # The framework is installed but lacks a dependency: its own error says which.
                 raise
             message = self._missing(f"module {name}", f"no module {missing}")
             raise ImportError(message, name=name) from error
@@ -221,19 +221,19 @@ class AfterBuilding:
 
 
 class Mixin:
-    """Base of what :func:`with_mixin` puts before a framework's class.
+    """Base of the classes that :func:`with_mixin` puts before a framework's class.
 
-    A class that is made so lies in no module, where pickle would look for it. Its instances are
-    therefore pickled and copied by the two classes that it was made of.
+    Pickle cannot find a class that is made at run time, since it is in no module. So its instances
+    are pickled and copied by way of the two classes that it was made of.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         cls = type(self)
         if _made.get(cls.__bases__) is not cls:
-            # A class derived from ours, such as the one that fully_shard makes: its own affair.
+            # A class derived from ours, such as the one that fully_shard makes, does this itself.
             return super().__reduce_ex__(protocol)
         mixin, stock = cls.__bases__
-        # While it is patched in, our class is what the stock class's name stands for.
+        # While the patch is active, the stock class's name leads to our class.
         module = sys.modules.get(cls.__module__)
         named = cls if getattr(module, cls.__name__, None) is cls else stock
         default: Any = super().__reduce_ex__(2)
@@ -241,7 +241,7 @@ class Mixin:
 
 
 def with_mixin(mixin: type[Mixin], stock: type[nn.Module]) -> type[nn.Module]:
-    """The class with ``mixin`` before ``stock``, under the name of ``stock``; one for each pair."""
+    """Make the subclass of ``mixin`` and ``stock``, under stock's name; one for each pair."""
     if issubclass(stock, mixin):
         return stock
     if (mixin, stock) not in _made:
@@ -251,7 +251,7 @@ def with_mixin(mixin: type[Mixin], stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
-    """The stock class that :func:`with_mixin` has made ``cls`` of; any other class as it is."""
+    """Return the stock class that :func:`with_mixin` made ``cls`` from; any other class itself."""
     stock: type[nn.Module] = cls.__bases__[1] if _made.get(cls.__bases__) is cls else cls
     return stock
 
@@ -265,7 +265,7 @@ def _new(mixin: type[Mixin], stock: type[nn.Module]) -> nn.Module:
 
 
 def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """A model, or the chunks of one, with the prefix of their modules' names."""
+    """List the chunks of a model, each with the prefix of its modules' names."""
     if isinstance(model, nn.Module):
         return [("", model)]
     return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
@@ -274,7 +274,7 @@ def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Modu
 def is_fsdp_unit(module: nn.Module) -> bool:
     """Whether ``fully_shard`` has changed the module's class, to gather its parameters in a call.
 
-    PyTorch's does, and that of Megatron-FSDP's ``experimental`` package, which need not be there.
+    Either PyTorch's, or the one in Megatron-FSDP's ``experimental`` package, if that is installed.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -285,10 +285,10 @@ def is_fsdp_unit(module: nn.Module) -> bool:
 
 
 def refuse_own_methods(name: str, module: nn.Module, methods: Sequence[str]) -> None:
-    """Raise ``ValueError`` where the instance itself has one of the methods.
+    """Raise ``ValueError`` if the instance itself, not its class, has one of the methods.
 
-    Python takes such a method before that of any class, so a change of the class would not
-    replace it. Hooks of accelerate and patches by method put one there.
+    Python prefers a method of the instance to that of its class, so a change of the class would not
+    replace it. The hooks of accelerate, and patches of single methods, set such a method.
 
     Args:
         name: of the module in its model, for the message.
@@ -317,6 +317,6 @@ def origin_of(function: Any) -> str:
 def _instances(classes: set[type[nn.Module]]) -> Iterator[object]:
     bases = tuple(classes)
     for candidate in gc.get_objects():
-        # type(), not isinstance: that asks proxies for their __class__, which may run anything.
+        # type() and not isinstance(), which reads __class__ of proxies: that may run any code.
         if issubclass(type(candidate), bases):
             yield candidate

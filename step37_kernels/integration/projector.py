@@ -1,4 +1,4 @@
-"""What calling a projector means: its weight and bias and nothing else, or more than that."""
+"""Decides whether a projector's weight and bias can stand in for calling it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _COMPUTED_IN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ZeroGradient(torch.autograd.Function):
-    """The embeddings as they are, and in backward zeros for everything else that comes in."""
+    """Returns the embeddings; backward gives zeros to all other inputs."""
 
-    # In the two parts that torch.func asks for.
+    # Forward and setup_context apart, as torch.func requires.
     @staticmethod
     def forward(embeddings: Tensor, *parameters: Tensor) -> Tensor:
         del parameters
-        # Not the tensor itself: autograd would make that a view, which no later layer may change.
+        # Not the tensor itself: autograd would make it a view, which no layer may change in place.
         return embeddings.detach()
 
     @staticmethod
@@ -45,10 +45,10 @@ class ZeroGradient(torch.autograd.Function):
 
 
 def run_forward_pre_hooks(module: nn.Module) -> None:
-    """What calling ``module`` would do first, where :func:`is_plain` allows it.
+    """Run the forward pre-hooks of a module that is not called, if :func:`is_plain` allows that.
 
-    Megatron's wrappers see to a module's own parameters there: DDP with ``overlap_param_gather``
-    waits for those still on their way, Megatron-FSDP gathers them.
+    Megatron's wrappers prepare a module's parameters in them: DDP with ``overlap_param_gather``
+    waits until they have arrived, Megatron-FSDP gathers them.
     """
     for key, hook in tuple(module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
@@ -60,8 +60,9 @@ def run_forward_pre_hooks(module: nn.Module) -> None:
 def more_than_a_product(projector: nn.Module) -> str | None:
     """What calling the projector means besides its weight and bias; None: nothing.
 
-    Forward pre-hooks may read the input, or make the weight; Megatron's do neither. A weight of
-    another class than PyTorch's own (quantised, distributed) has a product of its own.
+    Forward pre-hooks are allowed if they are Megatron's: others may read the input or make the
+    weight. A weight of another class than PyTorch's own (quantised, distributed) may define its own
+    product, and is not allowed.
     """
     if type(projector) is not nn.Linear:
         return f"it is a {type(projector).__name__}"
@@ -95,15 +96,15 @@ def hooks_are_of_megatron(module: nn.Module) -> bool:
 
 
 def _is_of_megatron(hook: Callable[..., Any]) -> bool:
-    function = getattr(hook, "func", hook)  # of a functools.partial
+    function = getattr(hook, "func", hook)  # for a functools.partial
     return getattr(function, "__module__", "").split(".")[0] in ("megatron", "megatron_fsdp")
 
 
 def tensors_of(projector: nn.Module) -> list[Tensor]:
-    """The projector's parameters; where it has none, its ``weight`` and ``bias`` that are tensors.
+    """List the projector's parameters; if it has none, tensors named ``weight`` and ``bias``.
 
-    A wrapper may keep the parameters elsewhere and set plain tensors in their place: FSDP 1 with
-    ``use_orig_params=False``, a replica of ``DataParallel``.
+    A wrapper may keep the parameters elsewhere and set plain tensors in their place, as FSDP 1 does
+    with ``use_orig_params=False``, and ``DataParallel`` in its replicas.
     """
     parameters: list[Tensor] = list(projector.parameters())
     if parameters:
@@ -113,11 +114,11 @@ def tensors_of(projector: nn.Module) -> list[Tensor]:
 
 
 def input_like(projector: nn.Module, embeddings: Tensor) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype in which a projector that is called takes features.
+    """Find the device and dtype in which a projector that is called takes features.
 
-    The dtype is that of its first tensor of a floating dtype of 16, 32 or 64 bits. A weight that
-    is stored in another form (4 bits in uint8, int8, float8) does not say what its product takes;
-    where there are only such, or none, it is the embeddings' dtype.
+    The dtype is that of its first tensor with a floating dtype of 16, 32 or 64 bits. If there is
+    none, it is the embeddings' dtype: a weight that is stored in another form (4 bits in uint8,
+    int8, float8) does not show which dtype its product takes.
     """
     tensors = tensors_of(projector)
     dtypes = [tensor.dtype for tensor in tensors if tensor.dtype in _COMPUTED_IN]
@@ -126,7 +127,7 @@ def input_like(projector: nn.Module, embeddings: Tensor) -> tuple[torch.device, 
 
 
 def input_width(projector: nn.Module) -> int | None:
-    """``in_features`` of the projector or of a module in it; None where nothing has any."""
+    """Find ``in_features`` of the projector or of a module in it; None if there is none."""
     widths = (getattr(module, "in_features", None) for module in projector.modules())
     return next((width for width in widths if isinstance(width, int)), None)
 
@@ -137,8 +138,10 @@ def devices_of_plain(projector: nn.Module) -> set[torch.device]:
 
 
 def check_has_values(projector: nn.Module, name: str) -> None:
-    """Raise ``ValueError`` where a parameter of the projector is on the meta device, as offloading
-    leaves it, so that features that are moved to it lose their values."""
+    """Raise ``ValueError`` if a parameter of the projector is on the meta device.
+
+    Offloading leaves parameters there; features that are moved to it lose their values.
+    """
     for parameter_name, parameter in projector.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(

@@ -13,28 +13,28 @@ from step37_kernels.integration.projector import hooks_are_of_megatron, run_forw
 
 
 class PlainTable(NamedTuple):
-    """The table of an embedding that does nothing but look up."""
+    """The table of an embedding that only looks up."""
 
     weight: Tensor
     """``[V, H]``"""
     modules: Sequence[nn.Module]
-    """Those that calling the embedding would call, for their hooks of Megatron's."""
+    """The modules that a call of the embedding would call; Megatron's hooks on them still run."""
 
     def run_hooks(self) -> None:
-        """Run what calling these modules would run first: Megatron's waits for parameters."""
+        """Run the forward pre-hooks of these modules; Megatron's wait for parameters."""
         for module in self.modules:
             run_forward_pre_hooks(module)
 
 
 def call_embedding(embedding: Any, input_ids: Tensor, position_ids: Tensor | None) -> Any:
-    """``[S, B, H]`` of ``input_ids [B, S]``, as Megatron calls it, or of an ``nn.Embedding``."""
+    """Call a language embedding as Megatron does, or an ``nn.Embedding``; returns ``[S, B, H]``."""
     if isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward:
         return embedding(input_ids).transpose(0, 1)
     return embedding(input_ids=input_ids, position_ids=position_ids)
 
 
 def plain_table(embedding: Any) -> PlainTable | str:
-    """The table of a language embedding that is nothing but a lookup; or why it must be called.
+    """Return the table of a language embedding that only looks up, or say why it must be called.
 
     That is an ``nn.Embedding``, or Megatron-Core's ``LanguageModelEmbedding`` with one
     tensor-parallel rank, without position and token-type embeddings, dropout in effect, fp32

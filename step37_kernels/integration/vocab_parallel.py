@@ -1,7 +1,7 @@
-"""Megatron's ``VocabParallelEmbedding`` with a gradient that touches only the rows it looked up.
+"""Gives Megatron's ``VocabParallelEmbedding`` a gradient that touches only looked-up rows.
 
-For where the embedding has to be called: under tensor parallelism, with dropout, and in the second
-lookup of multi-token prediction.
+This is used if the embedding has to be called: under tensor parallelism, with dropout, and in the
+second lookup of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _changed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class RowGradient(Mixin):
-    """What goes before ``VocabParallelEmbedding`` among a class's bases.
+    """Adds the gradient of a ``VocabParallelEmbedding`` row by row; its subclass's first base.
 
-    Where the weight has a ``main_grad``, its gradient is added to the rows that were looked up;
-    ids of other tensor-parallel ranks belong to no row. Elsewhere stock runs.
+    If the weight has a ``main_grad``, gradients are added to the rows that were looked up; ids of
+    other tensor-parallel ranks have no row here. If it has none, stock's forward runs.
     """
 
     weight: Tensor
@@ -33,7 +33,7 @@ class RowGradient(Mixin):
     reduce_scatter_embeddings: bool
 
     def forward(self, input_: Tensor) -> Tensor:
-        """``[B, S]`` ids to ``[B, S, H]``, or ``[S / ranks, B, H]`` under sequence parallelism."""
+        """Look ``[B, S]`` ids up: ``[B, S, H]``, or ``[S / ranks, B, H]`` if sequence-parallel."""
         weight = self.weight
         if why_dense(weight) is not None or not torch.is_grad_enabled():
             stock: Tensor = super().forward(input_)  # type: ignore[misc]
@@ -56,7 +56,7 @@ class RowGradient(Mixin):
         return result
 
     def __setstate__(self, state: Any) -> None:
-        """A copy, or what was read from a file, is undone by ``unpatch_step37`` too."""
+        """Register a copy or an unpickled module, so that ``unpatch_step37`` undoes it too."""
         super().__setstate__(state)  # type: ignore[misc]
         _changed.add(self)  # type: ignore[arg-type]
 
@@ -73,7 +73,7 @@ def why_dense(weight: Tensor) -> str | None:
 
 
 def use_row_gradient(model: nn.Module) -> None:
-    """Give every ``VocabParallelEmbedding`` in ``model`` the gradient by rows."""
+    """Give every ``VocabParallelEmbedding`` in ``model`` the row-by-row gradient."""
     for module in model.modules():
         kind = type(module)
         if kind.__name__ == "VocabParallelEmbedding" and kind.__module__.startswith("megatron."):
@@ -83,10 +83,10 @@ def use_row_gradient(model: nn.Module) -> None:
 
 
 def restore_dense_gradient(model: nn.Module | None = None) -> None:
-    """Undo :func:`use_row_gradient` in ``model``, or wherever it was done.
+    """Undo :func:`use_row_gradient` in ``model``, or everywhere if that is None.
 
-    A module whose class a wrapper derived from ours since (FSDP2's) keeps it: stock runs there, as
-    FSDP2 sets no ``main_grad``.
+    A module whose class was derived from ours meanwhile, by FSDP2, keeps its class. Stock's forward
+    runs in it, because FSDP2 sets no ``main_grad``.
     """
     for module in list(_changed if model is None else model.modules()):
         kind = type(module)

@@ -25,7 +25,7 @@ COPY_BLOCK_C = 64
 
 @triton.jit
 def choose(index, a_0, a_1, a_2, a_3, SOURCES: tl.constexpr):
-    """``a_<index>``, for an index below SOURCES."""
+    """Select ``a_<index>``, for an index below SOURCES."""
     a = a_0
     if SOURCES > 1:  # noqa: SIM102 (one is known when this is compiled)
         if index >= 1:
@@ -41,14 +41,14 @@ def choose(index, a_0, a_1, a_2, a_3, SOURCES: tl.constexpr):
 
 @triton.jit
 def _choose_wide(index, a_0, a_1, a_2, a_3, SOURCES: tl.constexpr):
-    """The same of numbers that may or may not fit into 32 bits, each for itself."""
+    """Select ``a_<index>``, of numbers of which some fit into 32 bits and some do not."""
     a_2 = a_2.to(tl.int64)
     a_3 = a_3.to(tl.int64)
     return choose(index, a_0.to(tl.int64), a_1.to(tl.int64), a_2, a_3, SOURCES)
 
 
 def _numbered(*names: str) -> list[str]:
-    """``name_0`` … of each name, for each source."""
+    """List ``name_0``, ``name_1``, … for each name, one for each source."""
     return [f"{name}_{i}" for name in names for i in range(MAX_SOURCES)]
 
 
@@ -99,7 +99,7 @@ def copy_rows_kernel(
 
 
 def copy_rows(features: Sequence[Tensor]) -> Tensor:
-    """Non-empty ``[N, L, C]`` tensors of any strides as one contiguous ``[R, C]``."""
+    """Copy non-empty ``[N, L, C]`` tensors of any strides into one contiguous ``[R, C]``."""
     width = features[0].shape[2]
     num_rows = sum(each.shape[:2].numel() for each in features)
     copied = torch.empty(num_rows, width, dtype=features[0].dtype, device=features[0].device)
@@ -113,7 +113,7 @@ def copy_rows(features: Sequence[Tensor]) -> Tensor:
             values.append((rows_each, *each.stride(), row, programs))
             row += n * rows_each
             programs += n * ceil_div(rows_each, COPY_BLOCK_L)
-        # Sources that are not there begin after the last program.
+        # The first programs of unused sources are set past the last program.
         values += [(*values[0][:-1], programs)] * (MAX_SOURCES - len(some))
         unit = [all(each.stride(axis) == 1 for each in some) for axis in (1, 2)]
         with device_of(copied):

@@ -1,12 +1,12 @@
-"""Backward before the matrix products: the gradient is read once, and each row goes where it must.
+"""Separates the rows of the output's gradient, before the matrix products of backward.
 
-A row of ``grad_output [S, B, H]`` belongs to the embedding that is text there, or to the feature
-row that was written over it. So one grid has two families of programs, and either may be empty:
+A row of ``grad_output [S, B, H]`` belongs either to a text row or to the feature row that was
+written over it. The grid has two kinds of programs; there may be none of either:
 
-1. blocks of positions, for the embeddings' gradient: text rows pass, overwritten rows are zero and
-   are not read;
-2. blocks of feature rows, gathered from their destinations for the products of features and
-   weight, and summed for the bias.
+1. for blocks of positions they write the embeddings' gradient: text rows are copied, overwritten
+   rows are set to zero without being read;
+2. for blocks of feature rows they gather the rows at their destinations, for the gradients of
+   features and weight, and sum them for the gradient of the bias.
 
 Shape letters as in :mod:`step37_kernels.ops.project`.
 """
@@ -28,7 +28,7 @@ from step37_kernels.ops.common import (
 )
 from step37_kernels.ops.launch import launch
 
-# Positions or rows, and columns, of a program: whole vectors for every thread either way.
+# Positions or rows of a program, and its columns. Every thread has whole vectors in both.
 POSITION_BLOCK = (8, 512)
 ROW_BLOCK = (32, 128)
 
@@ -57,7 +57,7 @@ def _embedding_gradient(
     grad_ptrs = _gradient_pointers(
         grad_ptr, positions, cols, batch_size, stride_s, stride_b, stride_h, ALIGNED
     )
-    # Overwritten rows are not even read.
+    # Overwritten rows are not read.
     values = tl.load(grad_ptrs, mask=inside & (row_at < 0)[:, None], other=0.0)
     out_ptrs = out_ptr + positions.to(tl.int64)[:, None] * H + cols[None, :]
     tl.store(out_ptrs, values, mask=inside)
@@ -141,7 +141,7 @@ def gradient_rows(
     rows: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three gradients that no matrix product is needed for, in one launch.
+    """Compute the three gradients that need no matrix product, in one launch.
 
     Args:
         grad_output: ``[S, B, H]``, any strides; only read, each element at most once.
@@ -149,12 +149,13 @@ def gradient_rows(
         destinations: ``[R]`` int32: the position of each feature row, −1 for rows that did not
             survive and for the unused entries of a shard.
         dtype: the projector's.
-        embeddings, rows, bias: what is wanted. The rest costs nothing and comes back as ``[0]``.
+        embeddings, rows, bias: which gradients to compute. The others come back as ``[0]``.
 
     Returns:
-        the embeddings' gradient, ``[S, B, H]`` contiguous: ``grad_output`` with the overwritten
-        rows zeroed; the gradient of the projected rows, ``[R, H]`` in ``dtype``, zeros for dropped
-        ones; their sum ``[H]``, taken in fp32 over blocks of rows in a fixed order, in ``dtype``.
+        The embeddings' gradient, ``[S, B, H]`` contiguous: ``grad_output`` with the overwritten
+        rows zeroed. The gradient of the projected rows, ``[R, H]`` in ``dtype``, zeros for dropped
+        rows. The sum of these rows, ``[H]`` in ``dtype``: fp32 sums of blocks of rows, added in a
+        fixed order.
     """
     seq_len, batch_size, hidden = grad_output.shape
     num_positions, num_rows = seq_len * batch_size, destinations.shape[0]

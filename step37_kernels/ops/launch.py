@@ -1,4 +1,4 @@
-"""The one way to a kernel: Triton's own launch, and a clear error where it cannot work."""
+"""Launches kernels, with a clear error where a CUDA graph capture makes that impossible."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from step37_kernels.ops.common import INTERPRETED
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """``kernel[grid](*arguments, **options)`` on the current device and stream.
+    """Launch ``kernel[grid](*arguments, **options)`` on the current device and stream.
 
     Args:
         kernel: a ``@triton.jit`` function.
         grid: programs along each axis.
-        arguments, options: of the kernel; compile and launch options among the latter.
+        arguments, options: of the kernel; the options include compile and launch options.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the kernel was never launched with such
-            arguments. The driver would have to load it, which it does not while it captures.
+            arguments. The driver would have to load it, which it cannot do in a capture.
     """
     if not INTERPRETED and _capturing():
-        binary = kernel.warmup(*arguments, grid=grid, **options)  # compiled or found, not loaded
+        binary = kernel.warmup(*arguments, grid=grid, **options)  # compiled, not loaded
         if binary is not None and binary.module is None:
             raise RuntimeError(
                 f"{kernel.__name__} would be launched for the first time inside a CUDA graph "

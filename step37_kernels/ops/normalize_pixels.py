@@ -23,14 +23,14 @@ from step37_kernels.ops.common import (
 from step37_kernels.ops.launch import launch
 
 Constants = tuple[bool, tuple[float, ...]]
-"""Whether MULTIPLY_ADD, and scale and offset of red, green and blue: see :func:`normalized`."""
+"""MULTIPLY_ADD of :func:`normalized`, then scale and offset of red, of green and of blue."""
 
 BLOCK_PIXELS = 1024
 
 
 @triton.jit
 def channel_of_words(word0, word1, word2, channel: tl.constexpr):
-    """One channel of groups of four pixels, from the three words that hold them.
+    """Extract one channel of groups of four pixels from the three words that hold each group.
 
     The words hold ``rgbr gbrg brgb`` (little-endian), so channel c of pixel i is byte ``3i + c``.
 
@@ -46,7 +46,7 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
         pixel0, pixel1, pixel2, pixel3 = word0 >> 8, word1, word1 >> 24, word2 >> 16
     else:
         pixel0, pixel1, pixel2, pixel3 = word0 >> 16, word1 >> 8, word2, word2 >> 24
-    # The last dimension of a join tells its operands apart: [group, even or later, odd].
+    # A join adds a last dimension, the index of the operand: [group, pixel // 2, pixel % 2].
     pixels = tl.join(tl.join(pixel0, pixel2), tl.join(pixel1, pixel3))
     return pixels.reshape(pixels.numel) & 255
 
@@ -55,8 +55,11 @@ def channel_of_words(word0, word1, word2, channel: tl.constexpr):
 def normalized(
     value, scale, offset, dtype: tl.constexpr, MULTIPLY_ADD: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """int32 0…255 → normalised: ``value * scale + offset`` if MULTIPLY_ADD, else by two divisions,
-    with the deviation as scale and the mean as offset."""
+    """Normalise an int32 value of 0…255.
+
+    If MULTIPLY_ADD, as ``value * scale + offset``; else by two divisions, with the standard
+    deviation as scale and the mean as offset.
+    """
     value = value.to(tl.float32)
     if MULTIPLY_ADD:
         result = value * scale + offset
@@ -98,12 +101,12 @@ def normalize_kernel(
 ):
     """``out[n, c, r, x] = normalized(pixels[n, r, x, c])`` for one block of one row.
 
-    ``WORDS``: interleaved pixels without gaps, rows that start at a multiple of four bytes and
-    hold whole vectors of them. They are read in words and written in vectors; byte by byte,
-    the threads of a warp would each touch another cache line.
+    ``WORDS`` is set for interleaved pixels without gaps, in rows that start at a multiple of four
+    bytes and hold whole vectors of pixels. They are read in words and written in vectors; if they
+    were read byte by byte, each thread of a warp would touch another cache line.
     """
     columns = in_vectors(columns, WORDS)
-    # No more than there are programs, so 32 bits hold them: a 64-bit division is a call.
+    # At most the number of programs, which fits into 32 bits; a 64-bit division is a function call.
     blocks = tl.cdiv(columns, BLOCK).to(tl.int32)
     pid = tl.program_id(0)
     block = (pid % blocks).to(tl.int64)
@@ -140,7 +143,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
 
     Args:
         pixels: uint8 ``[N, H, W, 3]``, any strides.
-        constants: of the normalisation to ``dtype``.
+        constants: constants of the normalisation to ``dtype``.
         dtype: of the result.
 
     Returns:
@@ -152,7 +155,7 @@ def normalize(pixels: torch.Tensor, constants: Constants, dtype: torch.dtype) ->
         return out
     multiply_add, numbers = constants
     image_stride, row_stride, column_stride, channel_stride = pixels.stride()
-    # Rows that follow on from one another are one long row: fewer half-filled blocks.
+    # Adjacent rows are treated as one long row, which makes fewer half-filled blocks.
     rows, columns = height, width
     if height == 1 or row_stride == width * column_stride:
         rows, columns = 1, height * width

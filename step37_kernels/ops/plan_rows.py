@@ -1,24 +1,26 @@
-"""From token ids to destination rows: one launch of one program, no host synchronisation.
+"""Computes the plan from token ids: one launch of one program, no host synchronisation.
 
 It finds the start tokens of every group, numbers them in row-major order, and finds, for every
-position, the latest feature row that claims it: the largest row number, since rows are numbered in
-insertion order. No atomics; nothing depends on the order of threads.
+position, the last feature row that is written there: the one with the largest number, since rows
+are numbered in insertion order. It uses no atomics, and no result depends on the order of threads.
 
-One program, because nobody has to wait for another within a launch then, and because the product
-that follows may start beside it: its tiles fill 128 of 132 multiprocessors, and more programs here
-would take theirs away for as long as they last. Chunk by chunk it counts the start tokens before
-each position and writes the starts down. Features of a run are equally long, so only the last one
-to have begun can win a position from its run: the work grows with positions, groups and runs, never
-with features. A chunk's dependent steps are a running sum, the starts' way to the L2 cache and
-back, and the claims: some 350 instructions a warp, 16 warps, about 1.1 µs, while the ids of the
-next chunk are on the way. Predicted on an H100, one group, the launch's 2.3 µs included: 3.4 µs for
-2048 positions, 7 for 8192, 20 for 32768; behind the product's first tiles, none of it shows.
+There is one program for two reasons. Programs would have to wait for each other within the launch.
+And the product that follows may start beside it: the product's tiles fill 128 of 132
+multiprocessors, and more programs here would keep some of these busy. Chunk by chunk, the program
+counts the start tokens before each position and writes the starts. Features of a run are equally
+long, so of each run only the feature that began last can cover a position: the work grows with
+positions, groups and runs, not with features. For each chunk it computes a running sum, writes the
+starts and reads them back through the L2 cache, and compares rows: some 350 instructions a warp, 16
+warps, about 1.1 µs; meanwhile the ids of the next chunk are loaded. Predicted on an H100, one
+group, with the 2.3 µs of the launch: 3.4 µs for 2048 positions, 7 for 8192, 20 for 32768; all of it
+is hidden behind the product's first tiles.
 
-A placeholder is a token whose feature is one row that lands on it, not after it; of ``[B, S, H]``
-positions are numbered otherwise. Both are numbers of the launch, so one binary serves them all.
+A placeholder is a start token whose feature has one row, written at the token and not after it. In
+``[B, S, H]`` positions are numbered in another order. Both are run-time arguments, so one binary
+serves all cases.
 
-What the host knows of the layout (tokens, counts) travels in the launch itself where it is small,
-as it nearly always is, and in a table in device memory where it is not.
+The layout (tokens, counts) is passed as arguments of the launch if it is small, as it nearly always
+is, and otherwise as a table in device memory.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from step37_kernels.runs import FlatRuns
 PLAN_BLOCK = 2048
 PLAN_WARPS = 16
 MAX_INLINE = 4
-"""Groups, and runs of features with equal row counts, that fit into the arguments of a launch."""
+"""The most groups, and the most runs, that are passed as arguments of the launch."""
 
 _SIZES = ["batch_size", "seq_len", "stride_b", "stride_s", "num_positions", "num_rows"]
 _GROUPS = ["token_0", "token_1", "token_2", "token_3", "first_1", "first_2", "first_3"]
@@ -60,7 +62,7 @@ def _load_ids(ids_ptr, index, end, seq_len, stride_b, stride_s, CONTIGUOUS: tl.c
 
 @triton.jit
 def _position(index, seq_len, batch_size):
-    """Where the id with this row-major ``index`` is in ``[S, B]``; without dividing if B is 1."""
+    """The position in ``[S, B]`` of the id with this row-major ``index``; no division if B is 1."""
     position = index
     if batch_size > 1:
         position = index % seq_len * batch_size + index // seq_len
@@ -69,7 +71,7 @@ def _position(index, seq_len, batch_size):
 
 @triton.jit
 def _entry(table_ptr, index, at_0, at_1, at_2, at_3, TABLE: tl.constexpr):
-    """A number of the layout: of the table, or of the four that came with the launch."""
+    """Read a number of the layout: from the table, or from the four arguments of the launch."""
     if TABLE:
         value = tl.load(table_ptr + index)
     else:
@@ -80,7 +82,7 @@ def _entry(table_ptr, index, at_0, at_1, at_2, at_3, TABLE: tl.constexpr):
 
 @triton.jit
 def _at(few, index):
-    """``few[index]`` of a handful of numbers."""
+    """Select ``few[index]`` from a small vector."""
     lane = tl.arange(0, few.shape[0])
     return tl.sum(tl.where(lane == index, few, 0), axis=0)
 
@@ -133,7 +135,7 @@ def plan_kernel(
     nothing = tl.full([BLOCK], -1, tl.int32)
     for offset in range(0, num_rows, BLOCK):
         tl.store(destinations_ptr + offset + lane, nothing, mask=offset + lane < num_rows)
-    tl.debug_barrier()  # the rows that land are written over it, by other threads
+    tl.debug_barrier()  # other threads write the rows over this
 
     firsts_ptr = table_ptr + num_groups
     runs_ptr = firsts_ptr + num_groups + 1
@@ -159,7 +161,7 @@ def plan_kernel(
             end = _entry(firsts_ptr + 1, group, first_1, first_2, first_3, num_features, TABLE)
             first, end = first.to(tl.int32), end.to(tl.int32)
             match = ((ids == token.to(tl.int64)) & inside).to(tl.int32)
-            # Features up to this one have begun, at or before this position.
+            # So many features have begun at or before this position.
             begun = first + _at(counts, group) + tl.cumsum(match, axis=0) - match
             first_row = position + shift * batch_size
             tl.store(starts_ptr + begun, first_row, mask=(match != 0) & (begun < end))
@@ -176,7 +178,7 @@ def plan_kernel(
                         begins_ptr + num_runs + 1, run, row_1 * 0, row_1, row_2, row_3, TABLE
                     )
                     rows, row = rows.to(tl.int32), row.to(tl.int32)
-                    feature = tl.minimum(begun, stop) - 1  # the last of the run to have begun
+                    feature = tl.minimum(begun, stop) - 1  # the feature of this run that began last
                     exists = inside & (feature >= begin)
                     start = tl.load(starts_ptr + feature, mask=exists, other=-1)
                     distance = position - start
@@ -208,7 +210,7 @@ def plan_kernel(
 
 
 def fits_into_a_launch(runs: FlatRuns) -> bool:
-    """Whether the numbers fit into the arguments of a launch: no table is needed."""
+    """Whether the layout fits into the arguments of the launch, so that no table is needed."""
     return max(len(runs.tokens), len(runs.features)) <= MAX_INLINE
 
 
@@ -221,14 +223,14 @@ def plan_rows(
     batch_first: bool = False,
     vocabulary: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernel.
+    """Launch the kernel that makes the plan.
 
     Args:
         input_ids: ``[B, S]`` int32 or int64, B·S > 0.
-        runs: of all groups; none at all where only ids are counted.
-        table: the same on the device unless it :func:`fits_into_a_launch`, flat int64:
-            start token of each group; first feature of each, then N; rows of each feature
-            of each run; first feature of each run, then N; first row of each run.
+        runs: of all groups; empty if only ids outside the vocabulary are counted.
+        table: None if the runs :func:`fits_into_a_launch`; else the same numbers on the device,
+            flat int64: start token of each group; first feature of each, then N; rows of each
+            feature of each run; first feature of each run, then N; first row of each run.
         shift: positions from a token to its feature's first row: 1, or 0 of placeholders.
         batch_first: number positions ``b * S + s``.
         vocabulary: count the ids at text positions that are negative or not below this; 0 counts
@@ -291,7 +293,7 @@ def _layout_of(runs: FlatRuns, inline: bool) -> _Layout:
 
 
 def _ends(counts: Sequence[int]) -> list[int]:
-    """Running totals without the last."""
+    """Return the running totals, without the last one."""
     return list(itertools.accumulate(counts))[:-1]
 
 

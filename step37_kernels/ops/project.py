@@ -1,11 +1,11 @@
-"""Forward: project feature rows and put each at its position, text rows at theirs, in one launch.
+"""Projects feature rows and writes feature and text rows to their positions, in one launch.
 
-Text rows are those of embeddings ``[S, B, H]``, or are looked up in the table ``[V, H]``.
+Text rows come from embeddings ``[S, B, H]``, or are looked up in the table ``[V, H]``.
 
 ``project_insert`` writes every row of a new ``[S, B, H]`` once: programs with a tile of the product
-write feature rows, further programs of the same launch copy text rows. Where the last wave of tiles
-is split along the reduction, a second launch adds its parts, in order. Where nobody tuned tiles,
-the library multiplies, and one kernel places its rows and the text rows.
+write feature rows, further programs of the same launch copy text rows. If the last wave of tiles
+is split along the reduction, a second launch adds the parts, in order. Without tuned tiles for the
+GPU or the operands, the library multiplies, and one kernel writes its rows and the text rows.
 
 Shape letters: ``R`` feature rows of all sources, ``C`` encoder output width, ``H`` hidden size,
 ``P = S · B`` positions of the ``[S, B, H]`` output.
@@ -47,14 +47,18 @@ def _tile_place(
     tile, H, rows_0, rows_1, rows_2, rows_3,
     SOURCES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile is: its source and first row there; that source's first row among the rows of
-    all, and the one past its last; the tile's first column."""
+    """Find where a tile is.
+
+    Returns:
+        Its source; its first row in that source; the source's first row among the rows of all
+        sources, and the one past its last; the tile's first column.
+    """
     num_n = tl.cdiv(H, BLOCK_N)
     m = tile // num_n
     m_1 = tl.cdiv(rows_0, BLOCK_M)
     m_2 = m_1 + tl.cdiv(rows_1, BLOCK_M)
     m_3 = m_2 + tl.cdiv(rows_2, BLOCK_M)
-    # Sources that are not there have no rows, hence no tiles.
+    # Unused sources have no rows, hence no tiles.
     source = (m >= m_1).to(tl.int32) + (m >= m_2).to(tl.int32) + (m >= m_3).to(tl.int32)
     row = (m - choose(source, m_1 * 0, m_1, m_2, m_3, SOURCES)) * BLOCK_M
     end_1 = rows_0 + rows_1
@@ -69,15 +73,15 @@ def _mma(a, b, acc, INTERPRET: tl.constexpr):
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")  # fp32: in the interpreter alone
+    return tl.dot(a, b, acc, input_precision="ieee")  # fp32 comes here only in the interpreter
 
 
 @triton.jit
 def _store_rows(
     acc, dtype_ptr, destinations_ptr, out_ptr, rows, end, cols, H, INTERPRET: tl.constexpr
 ):
-    """Round, and write each row before ``end`` to its destination, if it has one."""
-    # To the weight's dtype first, as a projector on its own would, then to the output's.
+    """Round the rows before ``end`` and write each to its destination, if it has one."""
+    # Round to the weight's dtype first, as nn.Linear would, then to the output's.
     values = round_to(acc, dtype_ptr.dtype.element_ty, INTERPRET).to(tl.float32)
     values = round_to(values, out_ptr.dtype.element_ty, INTERPRET)
     targets = tl.load(destinations_ptr + rows, mask=rows < end, other=-1).to(tl.int64)
@@ -90,7 +94,7 @@ def _text_rows(
     text_ptr, ids_ptr, positions, is_text, H, batch_size, stride_s, stride_b, vocabulary,
     LOOKUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Where the text row of each position begins, and whether there is one."""
+    """Find the address of each position's text row, and whether it has one."""
     s = (positions // batch_size).to(tl.int64) * in_vectors(stride_s, ALIGNED)
     b = (positions % batch_size).to(tl.int64) * in_vectors(stride_b, ALIGNED)
     exists = is_text
@@ -109,7 +113,7 @@ def _place_rows(
     stride_s, stride_b, vocabulary, LOOKUP: tl.constexpr, ALIGNED: tl.constexpr,
     PROJECTED: tl.constexpr, INTERPRET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows of a block of positions: text, and if PROJECTED those of ``rows_ptr``.
+    """Write a block of positions: text rows, and if PROJECTED the feature rows of ``rows_ptr``.
 
     A text row whose id is outside the table is NaN.
     """
@@ -208,24 +212,24 @@ def project_insert_kernel(
             acc = tl.zeros((TOP, BLOCK_N), dtype=tl.float32)
             if REST:
                 rest = tl.zeros((REST, BLOCK_N), dtype=tl.float32)
-            if HAS_BIAS:  # the sum begins with it: no registers are left for it at the end
+            if HAS_BIAS:  # start the sum with the bias: at the end no registers are left for it
                 mask = cols < tl.where(first == 0, H, 0)
                 bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
                 acc += bias[None, :]
                 if REST:
                     rest += bias[None, :]
-            # Rows and columns past the end, which the copy engine fills with zeros, are not stored.
+            # The copy engine fills rows and columns past the end with zeros; they are not stored.
             for k in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
                 w = weight.load([col, k]).T
                 acc = _mma(x.load([row, k]), w, acc, INTERPRET)
                 if REST:
                     rest = _mma(y.load([row + TOP, k]), w, rest, INTERPRET)
             if PDL and not HAS_LIVE:
-                # Not before: nothing above is the plan's. Not later: nothing is written earlier.
+                # Wait for the plan here: nothing above reads it or writes the output.
                 tl.extra.cuda.gdc_wait()
             rows = base + row + tl.arange(0, TOP)
             if part < 0:
-                if REST:  # first, which frees its registers
+                if REST:  # stored first, which frees its registers
                     _store_rows(
                         rest, bias_ptr, destinations_ptr, out_ptr,
                         base + row + TOP + tl.arange(0, REST), end, cols, H, INTERPRET,
@@ -258,7 +262,7 @@ def sum_parts_kernel(
     ROWS: tl.constexpr,
     MOST: tl.constexpr,
 ):  # fmt: skip
-    """The parts of the tail's tiles are added in order, so two runs agree."""
+    """Add the parts of the split tiles in a fixed order, so that two runs agree."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     STRIPS: tl.constexpr = BLOCK_M // ROWS
@@ -271,7 +275,7 @@ def sum_parts_kernel(
     part_ptrs = partial_ptr + (number * parts).to(tl.int64) * (BLOCK_M * BLOCK_N)
     part_ptrs += inner[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(part_ptrs, mask=(rows < end)[:, None], other=0.0)
-    for part in tl.static_range(1, MOST):  # unrolled: all are on their way at once
+    for part in tl.static_range(1, MOST):  # unrolled, so that all loads are issued at once
         part_ptrs += BLOCK_M * BLOCK_N
         here = rows < tl.where(part < parts, end, 0)
         acc += tl.load(part_ptrs, mask=here[:, None], other=0.0)
@@ -291,7 +295,7 @@ def place_rows_kernel(
     BLOCK_H: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Feature rows that the library projected, if any, and text rows, each to its position."""
+    """Write text rows, and the feature rows that the library projected, to their positions."""
     _place_rows(
         tl.program_id(0), rows_ptr, text_ptr, ids_ptr, row_at_ptr, out_ptr, H, stride_h,
         num_positions, batch_size, stride_s, stride_b, vocabulary, LOOKUP, ALIGNED, PROJECTED,
@@ -311,28 +315,28 @@ def project_insert(
     input_ids: Tensor | None = None,
     after_plan: bool = False,
 ) -> Tensor:
-    """A new ``[S, B, H]``: feature rows ``x @ weightᵀ + bias`` at their positions, else text rows.
+    """Make ``[S, B, H]`` with ``x @ weightᵀ + bias`` at the destinations and text rows elsewhere.
 
-    One launch, or two if the last wave of tiles is split. Where the library multiplies: one product
-    for each source, and one launch that places the rows. Deterministic: parts are added in a fixed
-    order.
+    It takes one launch, or two if the last wave of tiles is split. If the library multiplies, it
+    takes one product for each source and one launch that writes the rows. Two runs are bit-equal:
+    parts are added in a fixed order.
 
     Args:
-        text: ``[S, B, H]``, any strides, or with ``input_ids`` the table ``[V, H]``, contiguous; of
-            any floating dtype: that of the output, to which feature rows are rounded from the
-            weight's. Only text rows are read.
+        text: ``[S, B, H]``, any strides, or with ``input_ids`` the table ``[V, H]``, contiguous.
+            Its floating dtype is that of the output; feature rows are rounded to the weight's dtype
+            and then to this one. Only text rows are read.
         sources: one to :data:`MAX_SOURCES` contiguous ``[R_i, C]``, R_i > 0, in the weight's dtype
-            (:func:`contiguous_rows`). Their rows are numbered through, 0 … R − 1.
+            (:func:`contiguous_rows`). Their rows are numbered 0 … R − 1 in this order.
         weight: ``[H, C]`` contiguous.
         bias: ``[H]`` contiguous, in the weight's dtype, or None.
         destinations: ``[R]`` int32: position ``s * B + b`` of each row, or −1.
-        row_at: ``[S, B]`` int32 contiguous: the row of each position, or −1: its text row.
-        live_rows: ``[1]`` int32, how many rows from the first on have a destination at all; None
-            where they may be anywhere.
+        row_at: ``[S, B]`` int32 contiguous: the feature row of each position; −1 for text.
+        live_rows: ``[1]`` int32: no row from this one on has a destination. None: any row may have
+            one.
         input_ids: ``[S, B]`` int32 or int64, any strides: text rows are looked up by these ids. A
             row whose id is outside the table is NaN.
-        after_plan: the last launch on this stream made the plan, and what it wrote may be waited
-            for as late as it is needed, by GPUs of capability 90 and later.
+        after_plan: whether the last launch on this stream made the plan. GPUs of capability 90 and
+            later then start this launch beside it, and wait for it only before they read it.
     """
     placing = _placing(text, input_ids, row_at)
     tile = insert_tile(sources, weight)
@@ -346,12 +350,12 @@ def project_insert(
 
 
 def look_up(table: Tensor, input_ids: Tensor, row_at: Tensor) -> Tensor:
-    """A new ``[S, B, H]`` of the table's rows; NaN where an id is outside the table.
+    """Look up ``[S, B, H]`` rows of the table; a row whose id is outside the table is NaN.
 
     Args:
         table: ``[V, H]`` contiguous.
         input_ids: ``[S, B]`` int32 or int64, any strides.
-        row_at: ``[S, B]`` int32 contiguous, negative everywhere: no feature row is placed.
+        row_at: ``[S, B]`` int32 contiguous, −1 everywhere: there are no feature rows.
     """
     placing = _placing(table, input_ids, row_at)
     with device_of(table):
@@ -409,7 +413,7 @@ def _place(rows: Tensor, placing: _Placing, *, projected: bool) -> None:
 
 
 def _by_library(sources: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The projected rows of all sources, ``[R, H]``."""
+    """Project the rows of all sources by the library, ``[R, H]``."""
     counts = [len(x) for x in sources]
     projected = torch.empty(sum(counts), weight.shape[0], dtype=weight.dtype, device=weight.device)
     for x, rows in zip(sources, projected.split(counts), strict=True):
@@ -440,7 +444,7 @@ def _by_tiles(
     absent = MAX_SOURCES - len(sources)
 
     def blocks(matrix: Tensor, height: int) -> TensorDescriptor:
-        # Not the tensor's own strides: that of an only row may be anything, and is never used.
+        # Not the tensor's own strides: the stride of a single row may have any value.
         return TensorDescriptor(matrix, matrix.shape, (width, 1), [height, tile.block_k])
 
     any_bias = weight if bias is None else bias

@@ -1,10 +1,10 @@
-"""Pillow's BILINEAR on a ragged batch: a launch for each of the two passes.
+"""Resizes pictures of different sizes as Pillow's BILINEAR does, one launch for each pass.
 
-The passes of a picture are integer arithmetic with a rounding to 8 bits between them. So is this:
-the first filters one axis of interleaved pixels into 8-bit planes, whose rows are padded so that
-whole vectors can be read from them; the second filters the other axis, and either interleaves again
-or normalises. Which axis comes first is decided per picture. Everything that varies with the
-pictures' sizes is a run-time value.
+As in Pillow, both passes are integer arithmetic, and results are rounded to 8 bits between them.
+The first pass filters one axis of interleaved pixels and writes 8-bit planes, whose rows are padded
+so that the second can read whole vectors. The second pass filters the other axis, and either
+interleaves the pixels again or normalises them. Which axis comes first is decided for each picture.
+All values that depend on the pictures' sizes are run-time values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from step37_kernels.ops.normalize_pixels import Constants, normalized
 
 Table = npt.NDArray[np.int32]
 
-# Rows and columns of a program's tile, and how many rows it works on at a time in either pass: the
-# more, the more loads are on the way together. In the second pass of two warps each stores whole
-# 16-byte vectors of 16-bit values, and its 256 columns leave little room to spare in the usual
-# sizes; values that are divided, fp32 nearly always, need the registers of four.
+# Rows and columns of a program's tile, and how many rows it works on at a time in each pass. With
+# more rows more loads are issued together. In the second pass two warps are enough to store whole
+# 16-byte vectors of 16-bit values, and 256 columns waste little at the usual sizes. Values that are
+# divided, nearly always fp32, need the registers of four warps.
 TILE = (16, 256)
 ROWS_AT_ONCE = (4, 2)
 WARPS, MULTIPLY_ADD_WARPS = 4, 2
@@ -53,7 +53,7 @@ TARGET_PITCH = tl.constexpr(4)
 TARGET_CHANNEL = tl.constexpr(5)
 HEIGHT = tl.constexpr(6)  # of the result of the pass
 WIDTH = tl.constexpr(7)
-VERTICAL = tl.constexpr(8)  # whether rows are made from rows
+VERTICAL = tl.constexpr(8)  # whether the pass filters along the height
 TABLE = tl.constexpr(9)  # offset of the coefficients
 TAPS = tl.constexpr(10)
 LAST = tl.constexpr(11)  # last position of the source along the axis that is filtered
@@ -68,8 +68,8 @@ class ResizeJob:
         source: offset of the first pixel and bytes from one row to the next.
         height, width: of the source, in pixels.
         target: offset of the first element, and elements from one row and channel to the next.
-        passes: in their order, whether rows are made from rows, and the coefficients, int32
-            ``[1 + taps, n]``, taps even. The same array object is uploaded once.
+        passes: the two passes in order: whether it filters along the height, and its coefficients,
+            int32 ``[1 + taps, n]``, taps even. An array object that occurs twice is uploaded once.
     """
 
     source: tuple[int, int]
@@ -83,8 +83,8 @@ class ResizeJob:
 def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
     if MASKED:
         return tl.load(source_ptr + place + channel, mask=inside, other=0).to(tl.int32)
-    # For gathered addresses Triton 3.6 cannot see which axis is contiguous in memory, and lays the
-    # threads of a warp along the rows, many cache lines apart. Flattened, they lie along a row.
+    # Triton 3.6 cannot see which axis of gathered addresses is contiguous in memory, and would put
+    # the threads of a warp on different rows, many cache lines apart. Flattened, they are on one.
     flat = tl.reshape(place, (place.shape[0] * place.shape[1],))
     return tl.reshape(tl.load(source_ptr + flat + channel), place.shape).to(tl.int32)
 
@@ -93,7 +93,7 @@ def _load(source_ptr, place, channel, inside, MASKED: tl.constexpr):
 def _add_taps(
     red, green, blue, source_ptr, start, pair, channel_stride, inside, MASKED: tl.constexpr
 ):  # fmt: skip
-    """The sums of the three channels with two more taps, whose loads are on the way together."""
+    """Add two taps to the sums of the three channels; the loads of both are issued together."""
     offset_0, weight_0, offset_1, weight_1 = pair
     place_0 = start + offset_0
     place_1 = start + offset_1
@@ -108,11 +108,11 @@ def _add_taps(
 
 @triton.jit
 def _two_taps(table_ptr, first, at, step, last, size, stride):
-    """Where the taps ``step`` and ``step + 1`` read, and their coefficients."""
+    """Return the offsets that the taps ``step`` and ``step + 1`` read, and their coefficients."""
     weight_0 = tl.load(table_ptr + (1 + step) * size + at)
     weight_1 = tl.load(table_ptr + (2 + step) * size + at)
-    # Past the last one the coefficient is zero. Clamping the position, where a mask would do,
-    # keeps the load there from waiting for this one.
+    # Past the last tap the coefficient is zero. The position is clamped, not masked, so that the
+    # load of the pixel does not wait for this one.
     offset_0 = tl.minimum(first + step, last).to(tl.int64) * stride
     offset_1 = tl.minimum(first + step + 1, last).to(tl.int64) * stride
     return offset_0, weight_0, offset_1, weight_1
@@ -125,13 +125,13 @@ def _filter_tile(
     INTERPRET: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS_AT_ONCE: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one picture, filtered along one axis, ROWS_AT_ONCE rows at a time.
+    """Filter one tile of one picture along one axis, ROWS_AT_ONCE rows at a time.
 
-    The channels go together: coefficients and addresses are the same for all.
+    All channels are done together: they have the same coefficients and addresses.
     """
     dtype: tl.constexpr = target_ptr.dtype.element_ty
     NORMALIZE: tl.constexpr = dtype != tl.uint8
-    # Planes are read in vectors along their rows, if these can be written as they were read.
+    # Planes are read in vectors along their rows if the result can be written in the same order.
     MASKED: tl.constexpr = NORMALIZE and VERTICAL_PASS
     source = source_ptr + tl.load(job + SOURCE)
     source_pitch = in_vectors(tl.load(job + SOURCE_PITCH).to(tl.int32), NORMALIZE)
@@ -153,13 +153,13 @@ def _filter_tile(
     begin = (tile // tiles_across) * ROWS
     end = tl.minimum(begin + ROWS, height)
     column = ((tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    # Nobody stores what is read past the last row or column: reading that one again needs no mask.
+    # Past the last row or column, read that one again: it needs no mask, and is not stored.
     last_column = tl.minimum(column, width - 1)
     if VERTICAL_PASS:
         size, stride = height, source_pitch
         start = (column if MASKED else last_column) * SOURCE_STEP
     else:
-        # Every row takes the same: enlarging needs no more than these, and no turn of the loop.
+        # The first two taps, the same for all rows. Enlarging needs no others: no loop runs.
         size, stride, at = width, SOURCE_STEP, last_column
         first = tl.load(table + at)
         pair = _two_taps(table, first, at, 0, last, size, stride)
@@ -173,7 +173,7 @@ def _filter_tile(
             pair = _two_taps(table, first, at, 0, last, size, stride)
         else:
             start = last_row.to(tl.int64) * source_pitch
-        # Up to the padding: a mask that ends inside a vector would split the loads.
+        # Including the padding: a mask that ends inside a vector would split it.
         padded = (row < height) & (column < source_pitch)
         half = tl.full(inside.shape, HALF, tl.int32)
         sums = _add_taps(half, half, half, source, start, pair, source_channel, padded, MASKED)
@@ -215,15 +215,14 @@ def resize_pass_kernel(
     ROWS_AT_ONCE: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """One pass over many pictures, one program a tile; ``tiles_ptr`` says of which, and which one.
+    """Do one pass over many pictures; ``tiles_ptr`` holds each program's picture and tile.
 
-    ``VERTICAL_PASS``: whether rows are made from rows; None where that differs among the pictures.
-    ``SOURCE_STEP``, ``TARGET_STEP``: elements from one pixel to the next, 3 interleaved, 1 in
-    planes. ``ALIGNED``: rows of the result are whole vectors, and written in them. The planes
-    between the passes are deliberately not marked as whole vectors: that would give each thread
-    adjacent columns and make the byte loads of a warp uncoalesced (many cache lines instead of one
-    or two).
-    ``CLAMP``: see :func:`needs_clamp`.
+    ``VERTICAL_PASS``: whether it filters along the height; None if pictures differ in that.
+    ``SOURCE_STEP``, ``TARGET_STEP``: elements from one pixel to the next: 3 if interleaved, 1 in
+    planes. ``ALIGNED``: rows of the result consist of whole vectors, and are written in them. The
+    planes between the passes are deliberately not marked as whole vectors: that would give each
+    thread adjacent columns and make the byte loads of a warp uncoalesced (many cache lines instead
+    of one or two). ``CLAMP``: see :func:`needs_clamp`.
     """
     job = jobs_ptr + tl.load(tiles_ptr + 2 * tl.program_id(0)).to(tl.int64) * FIELDS
     tile = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
@@ -249,13 +248,15 @@ def resize(
     out: torch.Tensor,
     constants: Constants | None = None,
 ) -> None:
-    """Launch both passes; the second once for each order of them that occurs, if it normalises.
+    """Launch both passes.
+
+    If the second pass normalises, it is launched once for each order of the passes that occurs.
 
     Args:
         pixels: uint8, flat: the buffer that the jobs read.
         jobs: what to resize, at least one.
         out: what they write: flat uint8, for interleaved pixels, or ``[N, 3, size, size]``.
-        constants: of the normalisation, if any.
+        constants: constants of the normalisation; None leaves 8-bit pixels.
     """
     tables = {id(table): table for job in jobs for _, table in job.passes}
     sizes = (table.size for table in tables.values())
@@ -323,7 +324,7 @@ def resize(
 
 
 def needs_clamp(tables: Iterable[Table]) -> bool:
-    """Whether a filtered value can pass 255, as Pillow's clip allows for.
+    """Whether a filtered value can be above 255, so that it has to be clipped as Pillow clips it.
 
     Each coefficient is its weight, times 2²², plus at most ½; the weights of a position add up to
     1. So a sum is at most 255 · (2²² + taps / 2) + 2²¹, which is less than 256 · 2²² for up to
@@ -333,7 +334,7 @@ def needs_clamp(tables: Iterable[Table]) -> bool:
 
 
 def _tiles(records: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> Table:
-    """``[programs, 2]``: which picture each program of a launch works on, and which tile of it."""
+    """Make ``[programs, 2]``: the picture of each program of a launch, and its tile."""
     height, width = records[members, HEIGHT.value], records[members, WIDTH.value]
     counts = -(-height // TILE[0]) * -(-width // TILE[1])
     pictures = np.repeat(members, counts)
@@ -345,7 +346,7 @@ def _upload(
     arrays: Sequence[npt.NDArray[np.int64] | Table], device: torch.device
 ) -> list[torch.Tensor]:
     """Copy arrays to ``device`` in one transfer that the host does not wait for."""
-    # Every array starts as aligned as an allocation of its own.
+    # Every array is aligned as an allocation of its own would be.
     lengths = [ceil_div(array.nbytes, 256) * 256 for array in arrays]
     pinned = device.type == "cuda"
     staging = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu", pin_memory=pinned)

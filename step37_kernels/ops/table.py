@@ -1,17 +1,20 @@
-"""The gradient of the word embedding's table: for each row that was looked up, the sum of the
-gradients at its positions. Rows that were not looked up are neither read nor written.
+"""Computes the gradient of the word embedding's table, row by row.
 
 The positions are put in order by id, so that those of one id, a *segment*, are neighbours: by
 ``order_kernel``, which counts for each position those that come before it, or, where there are
 many, by the library's sort. Then
 
-1. ``sum_segments_kernel`` takes a block of neighbours a program and sums each segment in it. A
-   segment that lies inside the block goes to its row of the table; of one that goes on before or
-   after the block, the sum is kept;
-2. ``join_segments_kernel`` adds these kept sums, for each segment that spans blocks.
+The caller sorts the positions by id. Those of one id, a *segment*, are then adjacent. Two launches
+follow:
 
-So no program does more than a block, or than a column of kept sums, however often an id occurs, and
-each row is written by one program: nothing is atomic, and two runs agree. Sums are fp32.
+1. in ``sum_segments_kernel`` each program takes a block of sorted positions and sums each segment
+   in it. If the whole segment is in the block, the sum is written to its row of the table. If the
+   segment begins before the block or ends after it, the sum is kept in a buffer;
+2. ``join_segments_kernel`` adds the kept sums of each segment that spans several blocks.
+
+So the work of a program is bounded however often an id occurs: one block, or one column of kept
+sums. Each row is written by one program, so no atomics are needed and two runs are bit-equal. Sums
+are fp32.
 
 Shape letters: ``P`` positions, ``H`` hidden size, ``V`` rows of the table.
 """
@@ -86,7 +89,7 @@ def order_kernel(
 
 @triton.jit
 def _put(out_ptrs, values, mask, ADD: tl.constexpr, INTERPRET: tl.constexpr):
-    """Store sums, or add them to what is there, rounded once."""
+    """Store sums, or add them to the values that are there; round once."""
     if ADD:
         values += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptrs, round_to(values, out_ptrs.dtype.element_ty, INTERPRET), mask=mask)
@@ -97,8 +100,10 @@ def _end_segment(
     sums, ids_ptr, index, end, num_positions, num_rows, first, goes_back, out_ptr, kept_ptr,
     cols, H, ADD: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Put a running sum where it belongs if this is the last row of its segment here; what the next
-    row is added to."""
+    """Write the running sum if its segment ends at this row, or if the block does.
+
+    Returns the sum to which the next row is added: zeros after the end of a segment.
+    """
     row = tl.load(ids_ptr + index, mask=index < end, other=-1).to(tl.int64)
     after = tl.load(ids_ptr + index + 1, mask=index + 1 < num_positions, other=-1).to(tl.int64)
     if (row >= 0) & (row < num_rows):
@@ -120,10 +125,10 @@ _NUMBERS = ["num_positions", "num_rows", "batch_size", "stride_s", "stride_b"]
 @triton.jit(do_not_specialize=_NUMBERS)
 def sum_segments_kernel(
     grad_ptr,  # [S, B, H], any strides
-    ids_ptr,  # [P] int32 or int64, sorted: id of a text position; outside 0 … V − 1: none
+    ids_ptr,  # [P] int32 or int64, sorted: id of each text position; outside 0 … V − 1 elsewhere
     order_ptr,  # [P] int64: position of each of these ids
     out_ptr,  # [V, H] contiguous: rows are written, or added to if ADD
-    kept_ptr,  # [blocks, 2, H] fp32, out: sums of a block's first and last segment, if they go on
+    kept_ptr,  # [blocks, 2, H] fp32, out: sums of a block's first and last segment that span blocks
     H,
     stride_h,
     num_positions,
@@ -135,7 +140,7 @@ def sum_segments_kernel(
     ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
     INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,  # on their way at a time
+    ROWS: tl.constexpr,  # rows loaded at a time
     BLOCK_H: tl.constexpr,
 ):
     across = tl.cdiv(H, BLOCK_H)
@@ -183,7 +188,7 @@ def join_segments_kernel(
     BLOCKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The program of the block in which a segment begins adds what later blocks kept of it."""
+    """Add the kept sums of a segment; the program of the block in which it begins does that."""
     across = tl.cdiv(H, BLOCK_H)
     block = tl.program_id(0) // across
     begin = block * BLOCK_P
@@ -254,11 +259,11 @@ def put_table_gradient(
 
     Args:
         grad_output: ``[S, B, H]``, any strides; only rows of text positions are read.
-        ids: ``[P]`` int32 or int64, P = S · B, sorted: the id that was looked up at a position;
-            negative, or not below V, where none was.
-        order: ``[P]`` int64: the position ``s * B + b`` of each of them.
+        ids: ``[P]`` int32 or int64, P = S · B, sorted: the ids of all positions; negative, or not
+            below V, if nothing was looked up there.
+        order: ``[P]`` int64: the position ``s * B + b`` of each of these ids.
         out: ``[V, H]`` contiguous.
-        add: to the rows of ``out``, instead of in their place. Rows of other ids stay.
+        add: add to the rows of ``out`` instead of replacing them. Rows of other ids stay.
     """
     seq_len, batch_size, hidden = grad_output.shape
     num_positions, num_rows = seq_len * batch_size, out.shape[0]

@@ -1,9 +1,8 @@
-"""The tile table of the insert's product: which tile multiplies how many feature rows, and how the
-programs of a launch share the tiles.
+"""Chooses the tile of the insert's product by the number of feature rows, and divides the work.
 
-Looked up in Python at launch; nothing is searched or tuned at run time, so every rank of a job runs
-the same kernel, and a new packed length compiles nothing. The table is made for the projection of
-the model (C = 6144, H = 4096), whose width does not vary.
+The tile is looked up in a table, in Python, at launch. Nothing is searched or tuned at run time, so
+every rank of a job runs the same kernel, and a new packed length compiles nothing. The table is
+made for the projection of the model (C = 6144, H = 4096), whose width does not vary.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from step37_kernels.ops.common import INTERPRETED, ceil_div
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's share of ``[R, H] = [R, C] · [C, H]``, and how it is compiled."""
+    """The block of ``[R, H] = [R, C] · [C, H]`` of one program, and how it is compiled."""
 
     block_m: int
-    """Feature rows: a power of two, or a sum of two, which is two products."""
+    """Feature rows of a block: a power of two, or the sum of two, which makes two products."""
     block_n: int
-    """Columns of H."""
+    """Columns of H in a block."""
     block_k: int
-    """Of C, in each step."""
+    """Columns of C in each step of the reduction."""
     num_warps: int
     num_stages: int
-    """Steps whose blocks the copy engine (TMA) brings ahead."""
+    """Steps for which the copy engine (TMA) loads blocks ahead."""
     library: bool = False
-    """Not a tile: the library multiplies (cuBLAS, hipBLAS), one more kernel places the rows."""
+    """No tile is used: the library multiplies (cuBLAS, hipBLAS), and a kernel writes the rows."""
 
     def __str__(self) -> str:
-        """As tables show it: ``192×256×64``."""
+        """Write the tile as tables show it: ``192×256×64``."""
         return "library" if self.library else f"{self.block_m}×{self.block_n}×{self.block_k}"
 
 
@@ -43,8 +42,9 @@ LIBRARY = Tile(0, 0, 0, 0, 0, library=True)
 MAX_PARTS = 8
 """The most programs that share one tile's reduction."""
 
-# 16-bit operands on Hopper, by the model of ``bench predict`` for 132 multiprocessors: a wave that
-# fits beats a tile that is large. 192 rows are two products, 128 + 64, on one block of the weight.
+# For 16-bit operands on Hopper, chosen by the model of ``bench predict`` for 132 multiprocessors: a
+# tile that fills the last wave is faster than a larger one that does not. 192 rows are two
+# products, of 128 and 64 rows, with the same block of the weight.
 _192x256 = Tile(192, 256, 64, 8, 4)
 _128x256 = Tile(128, 256, 64, 8, 4)
 _192x128 = Tile(192, 128, 64, 8, 5)
@@ -72,7 +72,7 @@ _HOPPER: tuple[tuple[int, Tile], ...] = (
     (7296, _128x256),  # 11 and 66 crops: seven waves but for 12
     (2**31, _192x256),
 )
-# The interpreter checks arithmetic, not speed: small tiles, so that small shapes have several.
+# In the interpreter speed does not matter. Tiles are small, so that small shapes have several.
 _INTERPRETER = Tile(48, 32, 32, 4, 2)
 
 
@@ -83,26 +83,26 @@ def _capability(device: torch.device) -> int:
 
 
 def takes_tma(matrix: Tensor) -> bool:
-    """Whether the copy engine can read a contiguous matrix: 16-byte-aligned base and rows."""
+    """Whether the copy engine can read a contiguous matrix: base and rows are 16-byte-aligned."""
     row_bytes = matrix.shape[1] * matrix.itemsize
     return matrix.data_ptr() % 16 == 0 and row_bytes > 0 and row_bytes % 16 == 0
 
 
 @functools.lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors."""
+    """Count the multiprocessors of a GPU."""
     if device.type != "cuda":
-        return 3  # where kernels are interpreted: so few that small shapes have waves
+        return 3  # in the interpreter: so few that small shapes have several waves
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
-    """The table's entry for ``rows`` feature rows of ``dtype``; needs no GPU.
+    """Look up the table's entry for ``rows`` feature rows of ``dtype``; needs no GPU.
 
     Args:
-        rows: of all sources together.
+        rows: feature rows of all sources together.
         dtype: of features and weight.
-        capability: 90 for Hopper, 0 for Triton's interpreter; of AMD what PyTorch says.
+        capability: 90 for Hopper, 0 for Triton's interpreter; on AMD the one PyTorch reports.
     """
     if capability == 0:
         return _INTERPRETER
@@ -126,8 +126,11 @@ def tile_of(rows: int, weight: Tensor, *sources: Tensor) -> Tile:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Which programs of a launch have which tile: first one for each of ``whole`` tiles, then
-    ``parts`` for each of ``tail`` more, which share its reduction."""
+    """Divides the tiles of a launch among its programs.
+
+    The first ``whole`` programs compute one tile each. Then come ``tail`` tiles with ``parts``
+    programs each, which share the reduction of their tile.
+    """
 
     whole: int
     tail: int
@@ -139,20 +142,24 @@ class Schedule:
 
     @property
     def partials(self) -> int:
-        """Programs that leave ``block_m × block_n`` fp32 values to a second launch, which adds
-        the parts of each tile in order."""
+        """Count the programs that write ``block_m × block_n`` fp32 values for a second launch.
+
+        That launch adds the parts of each tile in order.
+        """
         return self.tail * self.parts
 
 
 def schedule(
     tile: Tile, row_counts: Sequence[int], hidden: int, width: int, processors: int
 ) -> Schedule:
-    """One program to a multiprocessor: full waves of whole tiles; those of the last wave, if they
-    would leave more than half of the multiprocessors idle, in as many parts as these can take.
+    """Divide the tiles among programs; each multiprocessor runs one program at a time.
+
+    All waves but the last consist of whole tiles. If the tiles of the last wave would leave more
+    than half of the multiprocessors idle, each is split into as many parts as fill them.
 
     Args:
-        tile: not the library's.
-        row_counts: rows of each source; no tile spans two of them.
+        tile: a tile that is not the library's entry.
+        row_counts: rows of each source; no tile spans two sources.
         hidden, width: H and C.
         processors: multiprocessors of the GPU.
     """

@@ -1,1 +1,1 @@
-"""From 8-bit pictures to the vision tower's input: normalise, resize as Pillow does, or both."""
+"""Turns 8-bit pictures into the vision tower's input: normalises, and resizes as Pillow does."""

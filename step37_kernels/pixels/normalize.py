@@ -1,4 +1,4 @@
-"""The CLIP normalisation: 8-bit pixels to what the vision tower takes, bit for bit."""
+"""Normalises 8-bit pixels with CLIP's constants for the vision tower, bit for bit."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ def clip_normalize(
 
 
 def check_uint8(name: str, pixels: object, expected: str = "a tensor of torch.uint8") -> None:
-    """Raise ``TypeError`` unless it is a uint8 tensor, with the way from other kinds of pictures to
-    one."""
+    """Raise ``TypeError`` unless ``pixels`` is a uint8 tensor.
+
+    For other kinds of pictures the message says how to make one.
+    """
     if isinstance(pixels, torch.Tensor):
         if pixels.dtype != torch.uint8:
             raise TypeError(f"{name}: expected torch.uint8, got {pixels.dtype}")
@@ -77,7 +79,7 @@ def check_uint8(name: str, pixels: object, expected: str = "a tensor of torch.ui
 def check_constants(
     mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> tuple[RGB, RGB]:
-    """The constants as :func:`clip_normalize` describes them, or an error that names the one."""
+    """Check the arguments of :func:`clip_normalize`; return mean and std as floats."""
     if dtype not in DTYPES:
         names = ", ".join(str(allowed) for allowed in DTYPES)
         raise TypeError(f"dtype: expected one of {names}, got {dtype}")
@@ -98,12 +100,12 @@ def _three(name: str, values: Sequence[float]) -> RGB:
 
 
 def normalize_torch(pixels: torch.Tensor, mean: RGB, std: RGB, dtype: torch.dtype) -> torch.Tensor:
-    """:func:`clip_normalize` in PyTorch, plane by plane, which a processor's cache holds."""
+    """Do :func:`clip_normalize` in PyTorch, one plane at a time: a plane fits into the cache."""
     n, height, width, _ = pixels.shape
     out = torch.empty((n, 3, height, width), dtype=dtype, device=pixels.device)
 
     def constant(number: float) -> torch.Tensor:
-        # CUDA would multiply by the reciprocal of a number or of a tensor on the CPU.
+        # A tensor on the device: by a number or a CPU tensor CUDA would multiply by its reciprocal.
         return torch.full((), number, dtype=torch.float32, device=pixels.device)
 
     levels = constant(255)
@@ -116,7 +118,7 @@ def normalize_torch(pixels: torch.Tensor, mean: RGB, std: RGB, dtype: torch.dtyp
 
 
 def kernel_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[bool, RGB]:
-    """The normalisation as the kernels take it: one product and one sum where that is exact."""
+    """Return the constants for the kernels: of one product and one sum if that is exact."""
     numbers = multiply_add_constants(mean, std, dtype)
     if numbers is not None:
         return True, numbers
@@ -125,8 +127,11 @@ def kernel_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[bool, RGB
 
 @functools.lru_cache(maxsize=64)
 def multiply_add_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[float, ...] | None:
-    """Scale and offset of each channel, if ``value * scale + offset`` in fp32, rounded to
-    ``dtype``, is the reference's result for all 256 values, fused or not; else None."""
+    """Return scale and offset of each channel if one product and one sum are exact, else None.
+
+    Exact: ``value * scale + offset`` in fp32, fused or not, rounded to ``dtype``, equals the
+    reference for all 256 values.
+    """
     levels = torch.arange(256, dtype=torch.uint8, device="cpu")
     wanted = normalize_torch(levels.view(1, 1, 256, 1).expand(-1, -1, -1, 3), mean, std, dtype)
     value = levels.double()
@@ -135,7 +140,7 @@ def multiply_add_constants(mean: RGB, std: RGB, dtype: torch.dtype) -> tuple[flo
     for channel in range(3):
         exact = (1 / (255 * std[channel]), -mean[channel] / std[channel])
         scale, offset = torch.tensor(exact, dtype=torch.float32, device="cpu")
-        # In fp64 the product and the sum are exact: one rounding, as in a fused instruction.
+        # In fp64 product and sum are exact, so this rounds once, as a fused instruction does.
         fused = (value * scale.double() + offset.double()).float()
         separate = value.float() * scale + offset
         for result in (fused, separate):

@@ -1,8 +1,8 @@
-"""Pillow's BILINEAR in fixed point: coefficient tables, order of the passes, PyTorch passes.
+"""Pillow's BILINEAR resize in fixed point: coefficients, order of the passes, and PyTorch code.
 
 Per axis Pillow filters with a triangle as wide as the reduction, in int32 with 22 fractional bits,
-and rounds to 8 bits after each of the two passes (``src/libImaging/Resample.c``). Whoever copies
-coefficients, rounding and order gets Pillow's pixels.
+and rounds to 8 bits after each of the two passes (``src/libImaging/Resample.c``). The same
+coefficients, rounding and order of passes give the same pixels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NEWEST_KNOWN_PILLOW = (13, 0)
 
 @functools.cache
 def installed_pillow() -> tuple[int, int]:
-    """``(major, minor)`` of the installed Pillow; where there is none, the newest one known.
+    """Return ``(major, minor)`` of the installed Pillow; if there is none, of the newest known.
 
-    Read from the package's metadata: nothing here needs Pillow itself.
+    It is read from the package's metadata, so Pillow is not imported.
     """
     try:
         version = importlib.metadata.version("pillow")
@@ -38,13 +38,13 @@ def installed_pillow() -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=2048)
 def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
-    """Fixed-point coefficients of one axis, read-only, cached.
+    """Return the fixed-point coefficients of one axis, read-only and cached.
 
     Returns:
         int32 ``[1 + taps, out_size]``, taps even. Row 0 holds the first input position that counts
         for each output position; row ``1 + j`` the coefficient of the j-th position from there,
-        zero beyond the last. An axis that keeps its size has the coefficient 2**22 and otherwise
-        zeros: its pass changes nothing, as if it were not made.
+        zero beyond the last. If the size does not change, the first coefficient is 2**22 and the
+        others are zero, so that the pass changes nothing. Pillow has no pass then.
     """
     scale = in_size / out_size
     support = max(scale, 1.0)
@@ -55,10 +55,10 @@ def axis_table(in_size: int, out_size: int) -> npt.NDArray[np.int32]:
     taps = int((end - first).max())
     taps += taps % 2
     position = first[:, None] + np.arange(taps)
-    # Pillow's order of operations: the last bit of a weight can decide how it rounds.
+    # The operations are in Pillow's order, because it can change the last bit of a weight.
     weight = 1.0 - np.abs((position - center[:, None] + 0.5) * (1.0 / support))
     weight[(weight < 0) | (position >= end[:, None])] = 0.0
-    # One after the other, where np.sum would add pairwise.
+    # Added one after the other, as Pillow does; np.sum adds pairwise.
     total = np.add.accumulate(weight, axis=1)[:, -1:]
     fixed = (0.5 + weight / total * (1 << PRECISION_BITS)).astype(np.int32)
     table = np.concatenate([first.astype(np.int32)[None], fixed.T])
@@ -73,8 +73,8 @@ def vertical_pass_first(
 
     Sizes are ``(height, width)``.
 
-    The picture is rounded to 8 bits between the passes, so the order shows in the result. Pillow
-    12.2 began to turn it round for very tall pictures, and 13.0 wherever that is less work.
+    The picture is rounded to 8 bits between the passes, so their order changes the result. Since
+    12.2 very tall pictures have the columns first, since 13.0 all for which that is less work.
     """
     (in_height, in_width), (out_height, out_width) = in_size, out_size
     if pillow >= (13, 0):
@@ -111,7 +111,7 @@ def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
         host = host.pin_memory()
     table = host.to(pixels.device, non_blocking=True)
     first, coefficients = table[0], table[1:].view(-1, out_size, 1)
-    # The filtered axis in front: positions are whole rows, which copy and multiply fast.
+    # The filtered axis comes first: whole rows are fast to copy and multiply.
     lines = pixels.movedim(dim, 0)
     flat = lines.reshape(in_size, -1).to(torch.int32)
     total = torch.full(
@@ -122,7 +122,7 @@ def _filter_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
     )
     tapped = torch.empty_like(total)
     for tap, coefficient in enumerate(coefficients):
-        # Past the last position the coefficient is zero, the index need only be valid.
+        # Past the last position the coefficient is zero; the index only has to be valid.
         position = (first + tap).clamp_(max=in_size - 1)
         total.addcmul_(torch.index_select(flat, 0, position, out=tapped), coefficient)
     result = total.bitwise_right_shift_(PRECISION_BITS).clamp_(0, 255).to(torch.uint8)

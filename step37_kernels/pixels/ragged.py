@@ -1,4 +1,4 @@
-"""Pictures of any sizes in one buffer, and rectangles of them."""
+"""Holds pictures of any sizes in one buffer, and rectangles of them."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ class RaggedImages:
         )
 
     def image(self, i: int) -> torch.Tensor:
-        """Picture ``i`` as ``[height, width, 3]``, a view."""
+        """Return picture ``i`` as ``[height, width, 3]``, a view."""
         height, width = self.shapes[i]
         start = self.offsets[i]
         return self.data[start : start + height * width * 3].view(height, width, 3)
 
     def cut(self, crop: Crop) -> torch.Tensor:
-        """The pixels of a crop, a view."""
+        """Return the pixels of a crop, a view."""
         return self.image(crop.image)[crop.top : crop.bottom, crop.left : crop.right]
 
     def whole(self) -> list[Crop]:
-        """Every picture as a crop."""
+        """Return one crop for each picture, which covers all of it."""
         return [
             Crop(image=i, left=0, top=0, right=width, bottom=height)
             for i, (height, width) in enumerate(self.shapes)

@@ -1,4 +1,4 @@
-"""Pixels in plain PyTorch, written for reading: the oracle of the tests.
+"""Defines normalising and resizing of pixels in plain PyTorch; tests compare the kernels with it.
 
 ``clip_normalize`` is the definition of the normalisation. ``resize_bilinear`` is Pillow's
 ``Image.resize(size, BILINEAR)`` for 8-bit RGB, spelled out: coefficients in float64, rounded to
@@ -25,8 +25,8 @@ def clip_normalize(
 ) -> torch.Tensor:
     """``((pixels / 255 - mean) / std)`` in fp32, in this order, then rounded to ``dtype``.
 
-    Computed on the CPU whatever the device of ``pixels``: there PyTorch divides, while on CUDA it
-    multiplies by the rounded reciprocal of a scalar, which is another number.
+    It is computed on the CPU, whatever the device of ``pixels``, because PyTorch divides there. On
+    CUDA it multiplies by the rounded reciprocal of a scalar, which gives other results.
 
     Args:
         pixels: uint8 ``[N, H, W, 3]``.
@@ -44,7 +44,7 @@ def clip_normalize(
 
 
 def bilinear_coefficients(in_size: int, out_size: int) -> list[tuple[int, list[int]]]:
-    """Pillow's fixed-point triangle filter along one axis.
+    """Compute the coefficients of Pillow's fixed-point triangle filter along one axis.
 
     Returns:
         For each of the ``out_size`` positions ``(first, coefficients)``: the first input position
@@ -71,7 +71,7 @@ def bilinear_coefficients(in_size: int, out_size: int) -> list[tuple[int, list[i
 
 
 def resize_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
-    """One pass: filter uint8 ``pixels`` along ``dim`` to ``out_size``; uint8 comes out."""
+    """Do one pass: filter uint8 ``pixels`` along ``dim`` to ``out_size``; returns uint8."""
     if pixels.shape[dim] == out_size:
         return pixels
     lines = pixels.movedim(dim, 0).to(torch.int32)
@@ -87,12 +87,12 @@ def resize_axis(pixels: torch.Tensor, out_size: int, dim: int) -> torch.Tensor:
 def passes_of(
     old: tuple[int, int], new: tuple[int, int], pillow: tuple[int, int]
 ) -> tuple[int, int]:
-    """Dimensions in the order in which Pillow of version ``pillow`` (major, minor) filters them.
+    """Return the dimensions in the order in which Pillow ``pillow`` (major, minor) filters them.
 
     0 is the height, 1 the width; sizes are (height, width). Pillow rounds to 8 bits between the
-    passes, so their order shows. Every version up to 12.1 does the width first. 12.2 does the
-    height first if a picture more than 100 times as tall as wide loses height; 13.0 if it loses
-    height, and of that more than twice as much as of the width.
+    passes, so their order changes the result. Versions up to 12.1 filter along the width first.
+    12.2 filters along the height first if the height shrinks and the picture is more than 100 times
+    as tall as wide; 13.0 if the height shrinks by more than twice as many pixels as the width.
     """
     width_first, height_first = (1, 0), (0, 1)
     lost_height, lost_width = old[0] - new[0], old[1] - new[1]
@@ -106,7 +106,7 @@ def passes_of(
 def resize_bilinear(
     image: torch.Tensor, size: tuple[int, int], pillow: tuple[int, int]
 ) -> torch.Tensor:
-    """``Image.resize(size, BILINEAR)`` of Pillow version ``pillow`` (major, minor).
+    """Resize as ``Image.resize(size, BILINEAR)`` of Pillow version ``pillow`` (major, minor) does.
 
     Args:
         image: uint8 ``[h, w, 3]`` on the CPU.

@@ -1,4 +1,4 @@
-"""Pillow's BILINEAR: to 8-bit pictures of any sizes, or to a square and normalised."""
+"""Resizes pictures as Pillow's BILINEAR does: to 8-bit pictures, or to normalised squares."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def resize_clip_normalize(  # noqa: PLR0913 - the public signature
 ) -> torch.Tensor:
     """Resize 8-bit pictures to a square as Pillow does, then :func:`clip_normalize`.
 
-    Bit for bit ``Image.resize((size, size), BILINEAR)``, pixels outside a crop never looked at
-    (``image.crop(box).resize(...)``). The order of Pillow's two passes, which shows in the
-    result, differs between its versions: the installed one's is taken.
+    The resized pixels equal ``Image.resize((size, size), BILINEAR)`` bit for bit; for a crop,
+    ``image.crop(box).resize(...)``. The order of Pillow's two passes changes the result, and
+    differs between its versions: by default that of the installed version is used.
 
     Args:
-        images: uint8 ``[h_i, w_i, 3]`` each, on one device; or one buffer that holds them all,
-            which saves the copy into one.
+        images: uint8 ``[h_i, w_i, 3]`` each, on one device; or :class:`RaggedImages`, one buffer
+            that holds them all, which saves the copy into one.
         size: side of the results in pixels.
         crops: one result for each of these rectangles instead of one for each picture.
         mean, std, dtype, impl: as :func:`clip_normalize`.
@@ -124,20 +124,20 @@ def resize_uint8(
 
     Args:
         images: what to resize.
-        sizes: ``(height, width)`` of each result; the present one copies the picture.
-        padded_sizes: ``(height, width)`` of each picture that is returned: the result in the top
-            left corner, black beside and below it. None pads nothing.
+        sizes: ``(height, width)`` of each result. A picture that has this size is copied.
+        padded_sizes: ``(height, width)`` of each returned picture: the result is in its top left
+            corner, and the rest is black. None: no padding.
         pillow: (major, minor) of the Pillow to agree with; None is the installed one, and where
             there is none, the newest whose order of passes is known.
         impl: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        As many pictures, in a buffer of their own on the device of ``images``.
+        The resized pictures, in a new buffer on the device of ``images``.
 
     Raises:
         TypeError: ``images`` are no :class:`RaggedImages`.
-        ValueError: a number of sizes other than that of the pictures, a size below 1×1, a padded
-            size smaller than its result, or ``impl`` cannot run on this device.
+        ValueError: the numbers of sizes and pictures differ, a size is below 1×1, a padded size is
+            smaller than its result, or ``impl`` cannot run on this device.
     """
     if not isinstance(images, RaggedImages):
         raise TypeError(

@@ -47,7 +47,7 @@ class CountWatch:
         # Two threads may run forwards: one could take the entry that the other has just looked at.
         self._polling = threading.Lock()
 
-    def watch(self, runs: FlatRuns, counts: Tensor, vocabulary: int = 0) -> None:
+    def watch(self, runs: FlatRuns, counts: Tensor, vocabulary: int) -> None:
         """Warn now (CPU), or queue a copy of the counts that a later :meth:`poll` reads (CUDA).
 
         Args:

@@ -31,6 +31,7 @@ NOT_RUN = {
     "make": "sets up an environment for minutes: the target exists",
     "torchrun": "needs GPUs, Megatron-Bridge and weights: our part of the line is parsed",
     "srun": "needs Slurm, too: our part of the line is parsed",
+    "nsys profile": "needs Nsight Systems and GPUs: our part of the line is parsed",
     "python -m bench": "measures for minutes: tests/bench/test_docs_commands.py parses it",
     ".venv-real/bin/python -m pytest": "needs the frameworks: make real runs the file",
 }
@@ -179,11 +180,14 @@ def test_the_file_that_make_real_runs_is_there(command: Command) -> None:
         assert (ROOT / word).is_file()
 
 
-@pytest.mark.parametrize("command", starting("torchrun", "srun"))
+@pytest.mark.parametrize("command", starting("torchrun", "srun", "nsys profile"))
 def test_our_part_of_a_line_that_starts_a_job_is_understood(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = command.words
+    if "-m" not in words:
+        assert words[-1] == "train.py"  # a script of the reader's
+        return
     at = words.index("-m")
     module, arguments = words[at + 1], words[at + 2 :]
     monkeypatch.setattr(sys, "argv", [module, *arguments])

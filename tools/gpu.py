@@ -191,7 +191,12 @@ def phases(out: Path) -> list[Phase]:
             bench(f"insert {shape}", 40, "insert", f"--shapes={shape}", "--no-compile")
             for shape in ("one-image", "long", "huge", "multicrop")
         ),
-        bench("embedding", 40, "embedding", "--shapes=flickr8k,long", "--no-compile"),
+        bench(
+            "embedding",
+            40,
+            *("embedding", "--shapes=flickr8k,long", "--no-compile"),
+            rehearsal=small(SMALL_BENCH, "triton", "embedding"),
+        ),
         bench("tune", 60, "tune", rehearsal=Phase("", ("-c", SMALL_TUNE), REHEARSAL_S)),
         bench(
             "pixels", 60, *pixels, "--no-compile", rehearsal=small(SMALL_BENCH, "torch", *pixels)

@@ -192,7 +192,12 @@ def phases(out: Path) -> list[Phase]:
             bench(f"insert {shape}", 40, "insert", f"--shapes={shape}", "--no-compile")
             for shape in ("one-image", "long", "huge", "multicrop")
         ),
-        bench("embedding", 40, "embedding", "--shapes=flickr8k,long", "--no-compile"),
+        bench(
+            "embedding",
+            40,
+            *("embedding", "--shapes=flickr8k,long", "--no-compile"),
+            rehearsal=small(SMALL_BENCH, "triton", "embedding"),
+        ),
         bench("tune", 60, "tune", rehearsal=Phase("", ("-c", SMALL_TUNE), REHEARSAL_S)),
         bench(
             "pixels", 60, *pixels, "--no-compile", rehearsal=small(SMALL_BENCH, "torch", *pixels)
@@ -202,12 +207,13 @@ def phases(out: Path) -> list[Phase]:
 
 
 def rehearsals(out: Path) -> list[Phase]:
-    """List the phases of a rehearsal: what needs no GPU, and compiling all kernels."""
+    """List what a rehearsal runs: of each phase what needs no GPU, then, with the time that is
+    left, the compilation of the other kernels."""
     found = [
-        Phase("compile for Hopper", ("-m", "bench.resources", "--arch", "sm_90"), 2 * REHEARSAL_S)
+        dataclasses.replace(phase.rehearsal or phase, name=phase.name) for phase in phases(out)
     ]
-    for phase in phases(out):
-        found.append(dataclasses.replace(phase.rehearsal or phase, name=phase.name))
+    compiling = ("-m", "bench.resources", "--arch", "sm_90", "--dtypes", "bf16", "fp32")
+    found.append(Phase("compile for Hopper", compiling, LIMIT))
     return [
         dataclasses.replace(each, variables={**each.variables, **WITHOUT_GPU}) for each in found
     ]

@@ -34,6 +34,10 @@ STUBS = {
         "is a service for logs. The recipe of Automodel's main branch of August 2026 imports it at "
         "the top, that of 0.7.0 where it is installed; nothing here logs to it",
     ),
+    "wandb": (
+        "nemo_automodel",
+        "as above: a service for logs, imported at the top by the recipe of its main branch",
+    ),
     "nemo_automodel.components._peft.lora_kernel": (
         "nemo_automodel",
         "names an argument for its autotuner that the kernel has not, which Triton 3.9 refuses. "

@@ -82,9 +82,9 @@ def commands(page: Path) -> list[Command]:
 COMMANDS = [command for page in PAGES for command in commands(page)]
 
 
-def starting(*starts: str) -> list[object]:
-    """The commands that begin so, as parameters of a test."""
-    found = [c for c in COMMANDS if c.text.startswith(starts)]
+def starting(*starts: str, holding: str = "") -> list[object]:
+    """The commands that begin so and hold a text, as parameters of a test."""
+    found = [c for c in COMMANDS if c.text.startswith(starts) and holding in c.text]
     assert found, starts
     return [pytest.param(command, id=command.id) for command in found]
 
@@ -180,7 +180,9 @@ def test_the_file_that_make_real_runs_is_there(command: Command) -> None:
         assert (ROOT / word).is_file()
 
 
-@pytest.mark.parametrize("command", starting("torchrun", "srun", "nsys profile"))
+@pytest.mark.parametrize(
+    "command", starting("torchrun", "srun", "nsys profile", holding="-m step37_bridge")
+)
 def test_our_part_of_a_line_that_starts_a_job_is_understood(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,3 +269,17 @@ def test_the_place_of_an_unknown_id_is_that_in_the_callers_ids(batch_first):
             plan,
             impl="torch",
         )
+
+
+@pytest.mark.parametrize("option", [True, False, "auto"])
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_gradient_is_fused_where_option_configuration_and_main_grad_say_so(
+    option, configured, present
+):
+    weight, embedding = torch.zeros(2, 2), nn.Module()
+    if present:
+        weight.main_grad = torch.zeros(2, 2)  # type: ignore[attr-defined]
+    embedding.config = SimpleNamespace(gradient_accumulation_fusion=configured)
+    fused = InsertOptions(gradient_accumulation_fusion=option).fuses_gradient_of(weight, embedding)
+    assert fused == (configured and present if option == "auto" else option)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,3 +308,18 @@ def test_megatrons_own_marks_for_nvtx_are_no_reason_to_call_and_anybody_elses_wr
     for replacement in (mark(doubled), around_the_mark, mark(mark(stock))):
         monkeypatch.setattr(nn.Embedding, "forward", replacement)
         assert plain_table(words) == "the forward of Embedding was replaced"
+
+
+@pytest.mark.parametrize("option", [True, False, "auto"])
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_gradient_is_fused_where_option_configuration_and_main_grad_say_so(
+    option, configured, present
+):
+    weight, embedding = torch.zeros(2, 2), nn.Module()
+    if present:
+        weight.main_grad = torch.zeros(2, 2)  # type: ignore[attr-defined]
+    embedding.config = SimpleNamespace(gradient_accumulation_fusion=configured)
+    options = InsertOptions(gradient_accumulation_fusion=option)
+    fused = options.why_not_fused(weight, embedding) is None
+    assert fused == (configured and present if option == "auto" else option)

@@ -274,8 +274,8 @@ def prepare_flickr8k_samples(
     if not samples:
         with metadata.open(encoding="utf-8-sig", newline="") as file:
             columns = next(csv.reader(file), [])
-        told = f"no row of {metadata} has a file_name and a {caption_key}; its columns: {columns}"
-        raise RuntimeError(f"no sample prepared: {told}")
+        told = f"no row of {metadata} has a file_name and a {caption_key} (caption_key)"
+        raise RuntimeError(f"no sample prepared: {told}; its columns: {columns}")
     return samples
 
 

@@ -13,14 +13,14 @@ def add_to(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command; ``command`` makes its parser, as ``add_parser`` of argparse does."""
     parser = command(
         "shard",
-        help="write a cache folder as WebDataset shards for Megatron-Energon",
+        help="write a folder as WebDataset shards for Megatron-Energon",
         description="Write every split of FOLDER as shards into OUT, the pictures as they are, "
         "with Energon's metadata. A run that was interrupted goes on where it stopped. Shards "
         "whose pictures have changed, in size or time, are written again.",
     )
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    add("folder", type=Path, help="folder in the layout of the data set")
+    add("folder", type=Path, help="folder with SPLIT/metadata.csv and pictures")
     add("out", type=Path, help="folder for the shards")
     count = "samples in a shard (%(default)s)"
     add("--samples-per-shard", type=int, default=1000, metavar="N", help=count)

@@ -108,7 +108,8 @@ def write_shards(
         ValueError: no split has samples; ``samples_per_shard`` is no integer of at least 1;
             pictures are missing, are no regular files, lie outside of their split by a link or have
             a suffix that is not among :data:`PICTURE_SUFFIXES`; ``out`` holds shards of other
-            samples, or a link in it leads outside; or ``metadata.csv`` cannot be read.
+            samples, is ``folder`` itself, or a link in it leads outside; or ``metadata.csv`` cannot
+            be read.
         OSError: a picture cannot be read, or a shard cannot be written.
     """
     checked_int("samples_per_shard", samples_per_shard)
@@ -116,6 +117,8 @@ def write_shards(
     written: dict[str, dict[str, int]] = {}
     for name, split in splits.items():
         target = out / name
+        if target.resolve() == split.root.resolve():
+            raise ValueError(f"{out}: holds the pictures; use another folder for the shards")
         refuse_links(out, target, target / _ORIGIN_FILE, target / _WRITTEN_FILE)
         target.mkdir(parents=True, exist_ok=True)
         _check_origin(target, split, samples_per_shard)
@@ -162,6 +165,11 @@ def columns_of(metadata: Path) -> list[str]:
 
 def _read_splits(folder: Path, caption_key: str, sample_count: int | None) -> dict[str, _Split]:
     splits, problems, columns = {}, [], ""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
+    if (folder / "metadata.csv").is_file():
+        above = folder.resolve().parent
+        raise ValueError(f"{folder} is a split; give the folder above it: {above}")
     for metadata in sorted(folder.glob("*/metadata.csv")):
         if not metadata.is_file():  # reading from a pipe may never end
             raise ValueError(f"{metadata}: expected a regular file")
@@ -180,7 +188,9 @@ def _read_splits(folder: Path, caption_key: str, sample_count: int | None) -> di
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"{folder}: nothing is written: {'; '.join(problems[:_SHOWN])}{more}")
     if not splits:
-        raise ValueError(f"{folder}: no {caption_key} and file_name in any */metadata.csv{columns}")
+        raise ValueError(
+            f"{folder}: no {caption_key} (caption_key) and file_name in any */metadata.csv{columns}"
+        )
     return splits
 
 

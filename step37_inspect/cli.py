@@ -84,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = functools.partial(commands.add_parser, parents=[common])
-    inspect = command("inspect", help="show the packs of a cache folder", description=_INSPECT)
+    inspect = command("inspect", help="show the packs of a folder", description=_INSPECT)
     inspect.set_defaults(run=_describe)
     add = inspect.add_argument
-    add("cache_dir", type=Path, nargs="?", help="folder in the layout of the data set")
+    add("cache_dir", type=Path, nargs="?", help="folder with SPLIT/metadata.csv and pictures")
     subject = inspect.add_mutually_exclusive_group().add_argument
     subject("--picture", metavar="FILE", help="show how multicrop sees this image file")
     subject("--pack", type=int, metavar="N", help="show this pack instead of the data set")
@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe(options: argparse.Namespace) -> Iterator[str]:
+    if options.out is not None or options.html is not None:
+        import matplotlib  # noqa: F401 - if it is missing, say so before pictures are read
     if options.picture is not None:
         from step37_inspect.crop_picture import describe_picture, draw_crops
 
@@ -129,8 +131,9 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
         draw = functools.partial(draw_crops, as_viewed=options.as_viewed)
         yield from _save(options.out, draw, options.picture)
         return
-    if options.cache_dir is None or options.tokenizer_path is None:
-        raise ValueError("expected a cache folder and --tokenizer, or --picture FILE")
+    if options.cache_dir is None:
+        raise ValueError("expected the folder of a data set and --tokenizer, or --picture FILE")
+    _check_tokenizer(options.tokenizer_path)
     checked_int("--max-length", options.max_packing_seqlen)
     checked_int("--divisible-by", options.seqlen_divisible_by)
     checked_int("--html-packs", options.html_packs, least=0)
@@ -139,6 +142,17 @@ def _describe(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as measured_once:
         options.lengths_cache_dir = options.lengths_cache_dir or measured_once
         yield from _describe_data_set(options) if options.pack is None else _describe_pack(options)
+
+
+def _check_tokenizer(folder: str | None) -> None:
+    """Raise ``ValueError`` if no folder is given. A name on the hub would be downloaded."""
+    from step37_data.text.tokens import TOKENIZER_FILES
+
+    expected = "the folder of the model's tokenizer, with " + ", ".join(TOKENIZER_FILES)
+    if folder is None:
+        raise ValueError(f"--tokenizer is missing: {expected}")
+    if not Path(folder).is_dir():
+        raise ValueError(f"--tokenizer: there is no folder {folder!r}; expected {expected}")
 
 
 def _describe_pack(options: argparse.Namespace) -> Iterator[str]:

@@ -19,7 +19,8 @@ PATCH_START_TOKEN = "<patch_start>"
 PATCH_NEWLINE_TOKEN = "<patch_newline>"
 PATCH_END_TOKEN = "<patch_end>"
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""The files of a tokenizer's folder."""
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,8 @@ def load_tokenizer(path: str) -> Any:
     """
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise ValueError(
-            f"tokenizer_path: there is no folder {path!r}; expected one with {list(_FILES)}"
+            f"tokenizer_path: there is no folder {path!r}; expected one with "
+            f"{list(TOKENIZER_FILES)}"
         )
     # Imported here: it takes seconds, and reading packs does not need it.
     from transformers import AutoTokenizer
@@ -85,7 +87,7 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many types: tokenizers raises Exception itself
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        missing = [name for name in _FILES if not Path(path, name).is_file()]
+        missing = [name for name in TOKENIZER_FILES if not Path(path, name).is_file()]
         here = f"it lacks {missing}" if Path(path).is_dir() else "there is no folder; tried the hub"
         told = f"no tokenizer could be read from {path!r} ({here}; {reason})"
         raise ValueError(f"tokenizer_path: {told}") from error

@@ -95,7 +95,10 @@ def test_every_split_keeps_its_name_and_an_odd_picture_or_an_empty_folder_is_ref
     (tmp_path / "data" / "val" / "metadata.csv").write_text("file_name,caption_0\na.svg,A.\n")
     with pytest.raises(ValueError, match=r"a\.svg: expected a picture named \.jpg"):
         write_shards(tmp_path / "data", tmp_path / "other", progress=False)
-    told = r"no caption_9 and file_name .*train/metadata.csv has the columns file_name, caption_0;"
+    told = (
+        r"no caption_9 \(caption_key\) and file_name .*"
+        "train/metadata.csv has the columns file_name, caption_0;"
+    )
     with pytest.raises(ValueError, match=told):
         write_shards(tmp_path / "data", tmp_path / "none", caption_key="caption_9")
 
@@ -161,6 +164,21 @@ def test_every_picture_that_is_read_is_taken_and_found_again(
         *("bmp", "gif", "tiff", "jp2", "ppm")
     ]
     assert all(read_rgb(picture).size == (8, 6) for picture in pictures)
+
+
+def test_a_wrong_folder_is_told_by_what_is_wrong_with_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: there is no such folder"):
+        write_shards(tmp_path / "none", tmp_path / "out")
+    folder = make_folder(tmp_path / "data", {"a.png": small("PNG")})
+    with pytest.raises(ValueError, match=f"train is a split; give the folder above it: {folder}"):
+        write_shards(folder / "train", tmp_path / "out")
+
+
+def test_shards_are_not_written_among_the_pictures(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "data", {"a.png": small("PNG")})
+    with pytest.raises(ValueError, match=f"{folder}: holds the pictures; use another folder"):
+        write_shards(folder, folder, progress=False)
+    assert not list(folder.glob("**/*.tar"))
 
 
 def test_what_cannot_be_taken_is_told_all_at_once_before_anything_is_written(

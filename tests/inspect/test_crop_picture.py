@@ -108,8 +108,8 @@ def test_pictures_of_any_size_are_drawn_with_legible_labels(tmp_path, size):
 def test_what_cannot_be_shown_is_an_error_of_one_line(capsys, tmp_path):
     assert main(["inspect", "--picture", str(tmp_path / "missing.jpg")]) == 1
     assert "missing.jpg could not be read: " in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path)]) == 1
-    assert "a cache folder and --tokenizer, or --picture FILE" in capsys.readouterr().err
+    assert main(["inspect"]) == 1
+    assert "the folder of a data set and --tokenizer, or --picture FILE" in capsys.readouterr().err
 
 
 def test_a_data_set_and_a_pack_can_be_looked_at_in_crops(capsys, tmp_path):

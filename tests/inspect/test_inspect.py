@@ -303,6 +303,9 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     told = error_of("--tokenizer", str(tmp_path / "none"))
     assert told.startswith("step37-data: --tokenizer")
     assert "there is no folder" in told
+    told = error_of("--tokenizer", "a_name_that_the_hub_may_have")
+    assert "there is no folder 'a_name_that_the_hub_may_have'; expected the folder of" in told
+    assert "--tokenizer is missing: the folder of the model's tokenizer, with " in error_of()
     good = ("--tokenizer", TOKENIZER)
     for count in ("0", "-3"):
         message = f"--sample-count: expected at least 1, got {count}"
@@ -312,6 +315,22 @@ def test_what_cannot_be_read_is_an_error_of_one_line(
     assert f"{metadata}: expected text in UTF-8" in error_of(*good)
     metadata.write_bytes(b"file_name,caption_0\na.jpg," + b"x" * 200_000)
     assert f"{metadata}, line 2: field larger than" in error_of(*good)
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_matplotlib_is_missed_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    tmp_path: Path,
+    option: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER, "--quiet"]
+    assert main([*command, option, str(tmp_path / "file")]) == 1
+    told = capsys.readouterr()
+    assert told.err == "step37-data: inspect needs matplotlib: pip install 'step37[plots]'\n"
+    assert not told.out
 
 
 @pytest.mark.parametrize(

@@ -499,6 +499,7 @@ def replace_in(
         of models the index comes before the name.
 
     Raises:
+        TypeError: the model is neither a module nor a sequence of them.
         ValueError: ``impl`` is none of the three, an instance has its own version of a method that
             our class replaces, or its class lacks a method that ours needs. (An instance may have
             its own ``forward``, since ours does not replace that method.)

@@ -250,6 +250,7 @@ def replace_in(
         stages, which have no such module.
 
     Raises:
+        TypeError: the model is neither a module nor a sequence of them.
         ValueError: an option is none of the values that it may be, the module is an FSDP unit of
             its own, or its instance has a ``forward`` of its own.
     """

@@ -1,7 +1,8 @@
 """A hook of mkdocs that inserts the public names of modules into the API pages.
 
 A line ``<!-- api: package.module -->`` is replaced by the reference of each name in the module's
-``__all__``, from the place of its definition. Roles of reStructuredText in docstrings become code.
+``__all__``, from the place of its definition. Roles of reStructuredText in docstrings become code,
+without the dot or tilde that a path may begin with.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from types import ModuleType
 from typing import Any
 
-_ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc|obj):<code>~?([^<]*)</code>")
+_ROLE = re.compile(r":(?:func|class|meth|mod|data|attr|exc|obj):<code>[~.]*([^<]*)</code>")
 
 
 def public_names(module: str) -> dict[str, str]:

@@ -265,9 +265,19 @@ def _new(mixin: type[Mixin], stock: type[nn.Module]) -> nn.Module:
 
 
 def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """List the chunks of a model, each with the prefix of its modules' names."""
+    """List the chunks of a model, each with the prefix of its modules' names.
+
+    Raises:
+        TypeError: the model is neither a module nor a sequence of them.
+    """
     if isinstance(model, nn.Module):
         return [("", model)]
+    if (
+        not isinstance(model, Sequence)
+        or isinstance(model, str)
+        or not all(isinstance(chunk, nn.Module) for chunk in model)
+    ):
+        raise TypeError(f"model: expected a module or a list of modules, got {type(model)}")
     return [(f"{i}.", chunk) for i, chunk in enumerate(model)]
 
 

@@ -109,7 +109,7 @@ def report(model: nn.Module | Sequence[nn.Module], *, rows: int = ROWS) -> Repor
     """
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
-    chunks = _checked_chunks(model)
+    chunks = chunks_of(model)
     modules: list[ModuleReport] = []
     for prefix, chunk in chunks:
         asked = _Asked(_gathered_in_forward(chunk), rows)
@@ -120,15 +120,6 @@ def report(model: nn.Module | Sequence[nn.Module], *, rows: int = ROWS) -> Repor
     if any(getattr(m, "pre_process", None) is False for _, c in chunks for m in c.modules()):
         why += ": not the first pipeline stage"
     return Report(modules=tuple(modules), why="" if modules else why)
-
-
-def _checked_chunks(model: Any) -> list[tuple[str, nn.Module]]:
-    is_sequence = isinstance(model, Sequence) and not isinstance(model, str)
-    if not isinstance(model, nn.Module) and not (
-        is_sequence and all(isinstance(chunk, nn.Module) for chunk in model)
-    ):
-        raise TypeError(f"model: expected a module or a list of modules, got {type(model)}")
-    return chunks_of(model)
 
 
 _Gathered = dict[tuple[int, str], Callable[[], Tensor]]

@@ -571,6 +571,9 @@ def test_another_argument_is_refused_by_name():
     for given in (None, "model", [nn.Linear(1, 1), None]):
         with pytest.raises(TypeError, match="model: expected a module or a list of modules"):
             report(given)  # type: ignore[arg-type]
+        for replace_in in (megatron.replace_in, automodel.replace_in):
+            with pytest.raises(TypeError, match="model: expected a module or a list of modules"):
+                replace_in(given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
         report(Model(), rows=0)
 

@@ -19,8 +19,8 @@ class Treatment(NamedTuple):
 
 
 TREATMENTS = {
-    "turned by EXIF": Treatment("as the camera was held", "turned upright"),
-    "transparent": Treatment("with the colours that are hidden there", "on white"),
+    "turned by EXIF": Treatment("not turned", "turned upright"),
+    "transparent": Treatment("with the colours stored there", "on white"),
     "16 bits": Treatment("with values above 255 as white", "with the upper 8 bits"),
     "more than 16 bits": Treatment(*["with values above 255 as white"] * 2),
     "animated": Treatment(*["as their first frame"] * 2),

@@ -302,7 +302,7 @@ def test_inspect_names_the_pictures_that_a_viewer_shows_otherwise(
     assert lines[at + 1 :] == [f"          {path}: {told}" for path, told in expected.items()]
     kinds = [told for kind in KINDS.values() for told in kind.told]
     turned = f"turned by EXIF: {kinds.count('turned by EXIF')} files, used"
-    instead = "as the camera was held; with --as-viewed turned upright"
+    instead = "not turned; with --as-viewed turned upright"
     assert f"viewer    {turned} {instead}" in lines
     told = "more than 16 bits: 1 file, used with values above 255 as white; also with --as-viewed"
     assert f"viewer    {told}" in lines
@@ -315,7 +315,7 @@ def test_inspect_names_the_pictures_that_a_viewer_shows_otherwise(
     }
     at = lines.index(f"pixels    {len(left)} of {total} are not used as a viewer shows them")
     assert lines[at + 1 :] == [f"          {path}: {told}" for path, told in left.items()]
-    instead = "turned upright; without --as-viewed as the camera was held"
+    instead = "turned upright; without --as-viewed not turned"
     assert f"viewer    {turned} {instead}" in lines
 
 

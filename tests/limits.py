@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 
-HANGS_AFTER_S = 600
+HANGS_AFTER_S = 1800
 
 
 def end_with_parent() -> None:

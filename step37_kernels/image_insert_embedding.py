@@ -124,7 +124,8 @@ def _costs_graphs(features: Any) -> bool:
     """
     return (
         torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
+        # What is_exporting() reads: Dynamo of torch 2.11 takes that function for True in any graph.
+        and not torch.compiler._is_exporting_flag
         and isinstance(features, (list, tuple))
         and (len(features) > 1 or any(getattr(item, "ndim", 3) == 2 for item in features))
     )

@@ -577,6 +577,8 @@ def test_an_outlier_is_named_and_leaves_the_others_their_room(
     )  # fmt: skip
     histogram = data.histogram
     assert sum(histogram.counts(sizes)) == len(sizes)
+    assert histogram.bins[0].start == min(sizes)
+    assert max(sizes) in histogram.bins[-1]
     assert len(histogram.bins) == 15 + len(low) + bool(high)
     assert sum(count > 100 for count in histogram.counts(sizes)) == 15
     assert [size for _, size in data.far_off] == high + low

@@ -257,11 +257,12 @@ def test_unknown_ids_that_the_plan_has_looked_for_are_not_looked_for_again(
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_the_place_of_an_unknown_id_is_that_in_the_callers_ids(batch_first):
+def test_the_place_of_the_first_unknown_id_is_that_in_the_callers_ids(batch_first):
     ids, _ = batch("cpu")
     ids[1, 2] = -3
+    ids[1, 3] = VOCABULARY
     plan = plan_insert(ids, [(IM_START, [3, 3])], batch_first=batch_first, impl="torch")
-    with pytest.raises(IndexError, match=r"got -3 at \(1, 2\) of \(2, 20\), and 0 more"):
+    with pytest.raises(IndexError, match=r"got -3 at \(1, 2\) of \(2, 20\), and 1 more"):
         embed_project_and_insert(
             ids,
             torch.randn(VOCABULARY, HIDDEN),

@@ -168,9 +168,9 @@ def test_the_forward_step_reads_a_pack_as_it_was_planned(folder, turned):
         "megatron.core.rerun_state_machine", reason="megatron-core is not installed"
     )
     one = SimpleNamespace(size=lambda: 1)
-    model = SimpleNamespace(
-        pg_collection=SimpleNamespace(tp=one, cp=one), pre_process=True, post_process=True
-    )
+    model: Any = torch.nn.Module()
+    model.pg_collection = SimpleNamespace(tp=one, cp=one)
+    model.pre_process = model.post_process = True
 
     def inputs(provider: Step37Flickr8kSFTDataProvider, **options: Any) -> dict[str, Any]:
         packs = rerun.RerunDataIterator(iter([pack_of(provider)]))

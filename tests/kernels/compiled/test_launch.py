@@ -121,8 +121,9 @@ print(json.dumps(names))
     assert run(script) == [[2, 1], [2, 1], [2 + split_product, 1]]
 
 
-def test_the_whole_embedding_is_two_launches_forward_and_three_backward():
-    # The sort of the ids and the matrix products are the library's.
+def test_the_whole_embedding_is_two_launches_forward_and_four_backward():
+    # The matrix products are the library's. The table's gradient is three launches: the order of
+    # the ids, the sums, and what joins sums of one id; the gather of the features' rows is one.
     script = """
 project.processors = lambda _: 8
 words = torch.nn.Embedding(16, H, dtype=torch.bfloat16)
@@ -137,7 +138,7 @@ forward = len(launched)
 out.backward(torch.zeros_like(out))
 backward = len(launched) - forward
 kernels = [plan.plan_kernel, gradient.gradient_rows_kernel]
-kernels += [table.sum_segments_kernel, table.join_segments_kernel]
+kernels += [table.order_kernel, table.sum_segments_kernel, table.join_segments_kernel]
 before = [len(compiled(kernel)) for kernel in kernels]
 for rows, seq_len, images in ((169, 100, 1), (81, 2049, 3), (16, 17, 1)):
     step(fused, rows, seq_len, images).sum().backward()
@@ -148,7 +149,7 @@ print(json.dumps([forward, backward, len(launched), before, after]))
 """
     text_alone = 2
     forward, backward, launches, before, after = run(script)
-    assert (forward, backward, launches) == (2, 3, text_alone)
+    assert (forward, backward, launches) == (2, 4, text_alone)
     assert before == after
 
 

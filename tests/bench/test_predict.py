@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ CANDIDATES = [
     for rows, hidden in itertools.product((64, 128, 192, 256), (64, 128, 256))
     if rows * hidden <= 192 * 256
 ]
+
+
+def test_the_table_of_the_readme_has_the_figures_of_the_page():
+    readme = (PAGE.parents[1] / "README.md").read_text()
+    shapes = ("one-image", "flickr8k", "long", "huge", "multicrop")
+    page = PAGE.read_text().partition("## H200")[0]
+    for shape in shapes:
+        # Of the H100, forward, then with backward: rows, µs, the library's µs, the ratio.
+        figures = r"([\d.]+) \[.*?\] \| [\d.]+ \| ([\d.]+) \[.*?\] \|"
+        lines = re.findall(rf"^\| {shape} \| (\d+) \| {figures}", page, re.MULTILINE)
+        (rows, forward, ratio), (_, both, ratio_of_both) = lines[:2]
+        shown = f"| {rows} | {float(forward):.0f} µs | {ratio} × | {float(both):.0f} µs |"
+        assert f"{shown} {ratio_of_both} × |" in readme
 
 
 def test_the_page_of_the_docs_is_what_the_command_prints(

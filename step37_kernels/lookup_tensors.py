@@ -1,4 +1,4 @@
-"""Sums the gradients of looked-up rows by the row of the table that they came from."""
+"""Puts positions in order by id, and sums gradients by the row of the table they belong to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from step37_kernels.plan_tensors import is_outside
-
 
 InOrder = tuple[Tensor, Tensor]
 """Positions in order by the id that was looked up there, those of one id as they come: the ids,

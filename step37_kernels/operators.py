@@ -180,13 +180,13 @@ def _fake_gradient_rows(
     del vocabulary
     hidden = grad_output.shape[2]
     nothing = grad_output.new_empty(0, dtype=dtype)
-    ids = row_at.new_empty(0) if input_ids is None else input_ids.new_empty(row_at.numel())
+    num_positions, of = (0, torch.int64) if input_ids is None else (row_at.numel(), input_ids.dtype)
     return (
         grad_output.new_empty(grad_output.shape if embeddings else 0),
         nothing.new_empty(destinations.shape[0], hidden) if rows else nothing,
         nothing.new_empty(hidden) if bias else nothing.new_empty(0),
-        ids,
-        torch.empty_like(ids, dtype=torch.int64),
+        row_at.new_empty(num_positions, dtype=of),
+        row_at.new_empty(num_positions, dtype=torch.int64),
     )
 
 

@@ -225,7 +225,7 @@ def gradient_rows(
     grad_embeddings = empty(embeddings, (seq_len, batch_size, hidden), grad_output.dtype)
     grad_rows = empty(rows, (num_rows, hidden), dtype)
     partial = empty(bias, (blocks, hidden), torch.float32)
-    in_order = (empty(False, (), torch.int64),) * 2
+    in_order = empty(False, (), torch.int64), empty(False, (), torch.int64)
     counting: tuple[Tensor | None, ...] = (None, None, None)
     if input_ids is not None and is_counted(num_positions, vocabulary):
         position_programs = ceil_div(num_positions, COUNT_BLOCK)

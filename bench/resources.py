@@ -159,7 +159,7 @@ def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
         launch = functools.partial(
             gradient.gradient_rows, grad, numbers.view(ROWS, 1), numbers, dtype,
             embeddings=ids is None, rows=rows, bias=bias,
-            input_ids=ids and torch.empty(ROWS, 1, dtype=ids), vocabulary=ROWS,
+            input_ids=None if ids is None else numbers.view(ROWS, 1).to(ids), vocabulary=ROWS,
         )  # fmt: skip
         variant = f"{short}{' rows' * rows}{' bias' * bias}"
         if ids is not None:

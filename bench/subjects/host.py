@@ -26,6 +26,7 @@ from bench.report import Column, Table
 from step37_kernels import (
     ImageForInsert,
     ImageInsertEmbedding,
+    embed_project_and_insert,
     image_insert_embedding,
     insert,
     operators,
@@ -59,13 +60,19 @@ def operations() -> dict[str, Call]:
     input_ids = torch.tensor([[START] + [0] * (ROWS + 1)])
     words, gradient = zeros(ROWS + 2, 1, HIDDEN), zeros(ROWS + 2, 1, HIDDEN)
     features, view = zeros(1, ROWS, WIDTH), zeros(1, WIDTH, ROWS).transpose(1, 2)
-    weight = zeros(HIDDEN, WIDTH)
+    weight, table = zeros(HIDDEN, WIDTH), zeros(16, HIDDEN)
     make_plan = functools.partial(plan_insert, input_ids, [(START, [ROWS])], impl="triton")
     plan = make_plan()
     words.requires_grad_()
+    table.requires_grad_()
 
     def put(features: Tensor) -> Tensor:
         return project_and_insert(words, features, weight, None, plan, impl="triton")
+
+    def look_up_and_put() -> Tensor:
+        return embed_project_and_insert(
+            input_ids, table, features, weight, None, plan, impl="triton"
+        )
 
     found: dict[str, Call] = {}
     for pictures in PICTURES:
@@ -79,6 +86,9 @@ def operations() -> dict[str, Call]:
         # To the weight and the features, the library would multiply on the host.
         "project and insert, and backward to the embeddings": lambda: torch.autograd.grad(
             put(features), words, gradient
+        ),
+        "embed, project and insert, and backward to the table": lambda: torch.autograd.grad(
+            look_up_and_put(), table, gradient
         ),
     }
 
@@ -203,6 +213,7 @@ def run(settings: Settings) -> Iterator[Table]:
     tiles._capability = lambda _: H100  # type: ignore[assignment]
     project.processors = lambda _: MULTIPROCESSORS  # type: ignore[assignment]
     image_insert_embedding.check_ids = nothing  # type: ignore[assignment]
+    insert.check_ids = nothing  # type: ignore[assignment]
     count_watch.watch = nothing  # type: ignore[method-assign, assignment]
     calls = operations()
     gc.disable()

@@ -26,6 +26,7 @@ def test_launches_and_tensor_maps_are_counted_and_a_forward_is_taken_apart(tmp_p
         ("project and insert", 2, 3),
         ("project and insert, channels-first", 3, 3),
         ("project and insert, and backward to the embeddings", 3, 3),
+        ("embed, project and insert, and backward to the table", 5, 3),
     ]
     assert all(float(host_us) > 0 for *_, host_us in found)
     layers = {name: float(us) for name, us, _ in rows(parts.splitlines())}

@@ -392,11 +392,15 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     operators = torch.ops.step37
     for how in itertools.product((0, 1), (True, False), (0, 9), [triton], (True, False)):
         torch.library.opcheck(operators.plan.default, (*arguments, *how))
-    looked_up = (case.grad_output, case.input_ids.t())
-    torch.library.opcheck(operators.table_gradient.default, (*looked_up, 9, torch.float16, triton))
+    by_id = (case.input_ids.t(), 9, triton)
+    torch.library.opcheck(operators.order_by_id.default, by_id)
+    in_order = operators.order_by_id(*by_id)
+    torch.library.opcheck(
+        operators.table_gradient.default, (case.grad_output, *in_order, 9, torch.float16, triton)
+    )
     torch.library.opcheck(
         operators.add_table_gradient.default,
-        (*looked_up, torch.zeros(9, HIDDEN, device=device), triton),
+        (case.grad_output, *in_order, torch.zeros(9, HIDDEN, device=device), triton),
     )
     if not triton:
         return
@@ -420,10 +424,12 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     for wanted in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             operators.gradient_rows.default,
-            (case.grad_output, row_at, destinations, torch.float16, *wanted),
+            (case.grad_output, row_at, destinations, torch.float16, *wanted, None, 0),
         )
     asked = (case.grad_output, row_at, destinations, torch.float32, False, True, False)
-    _, grad_rows, _ = operators.gradient_rows(*asked)
+    for vocabulary in (9, 2**31):  # whose ids are counted, and sorted by the library
+        torch.library.opcheck(operators.gradient_rows.default, (*asked, turned, vocabulary))
+    _, grad_rows, *_ = operators.gradient_rows(*asked, None, 0)
     for add in (True, False):
         torch.library.opcheck(
             operators.add_weight_gradient.default,

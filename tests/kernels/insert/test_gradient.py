@@ -75,7 +75,7 @@ def test_every_gradient_is_the_references_and_what_nobody_wants_is_empty(device,
     options = dict(zip(ALL, wanted, strict=True))
     found = gradient_rows(grad, row_at, destinations, dtype, **options)
     for want, actual, exact in zip(
-        wanted, found, expected(grad, row_at, destinations, dtype), strict=True
+        wanted, found[:3], expected(grad, row_at, destinations, dtype), strict=True
     ):
         assert actual.dtype == exact.dtype
         assert actual.is_contiguous()
@@ -143,7 +143,7 @@ def test_no_rows_at_all_sum_to_zero(device):
     row_at = torch.full((4, 2), -1, dtype=torch.int32, device=device)
     none = torch.empty(0, dtype=torch.int32, device=device)
     grad = torch.ones(4, 2, 8, device=device)
-    embeddings, rows, bias = gradient_rows(grad, row_at, none, torch.bfloat16, **ALL)
+    embeddings, rows, bias, *_ = gradient_rows(grad, row_at, none, torch.bfloat16, **ALL)
     assert torch.equal(embeddings, grad)
     assert rows.shape == (0, 8)
     assert torch.equal(bias, torch.zeros(8, dtype=torch.bfloat16, device=device))

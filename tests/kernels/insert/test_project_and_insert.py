@@ -188,9 +188,9 @@ def test_only_what_needs_a_gradient_is_computed(device, needed, monkeypatch):
     taken: list[tuple[bool, bool, bool]] = []
     real = gradient.gradient_rows
 
-    def spy(*arguments, embeddings, rows, bias):
+    def spy(*arguments, embeddings, rows, bias, **order):
         taken.append((embeddings, rows, bias))
-        return real(*arguments, embeddings=embeddings, rows=rows, bias=bias)
+        return real(*arguments, embeddings=embeddings, rows=rows, bias=bias, **order)
 
     monkeypatch.setattr(gradient, "gradient_rows", spy)
     case = small_case(device)

@@ -18,6 +18,7 @@ from step37_bridge import recipe
 from step37_bridge.callbacks import CompareWithStock
 from step37_bridge.ranks import ParallelSizes
 from step37_bridge.recipe import RECIPES, SMOKE_RECIPES, RecipeOptions, make_config
+from step37_bridge.replacing import RECIPE_MODULES
 from step37_data.forward_step import ForwardStep
 from step37_data.provider import Step37Flickr8kSFTDataProvider
 from tests.real.bridge.bridge_model import MODEL
@@ -138,6 +139,14 @@ def test_so_many_stages_that_the_last_is_empty_are_refused(stages):
     options = RecipeOptions(sizes=ParallelSizes(pipeline=stages))
     with pytest.raises(ValueError, match=rf"pipeline: {stages} stages of \d layers"):
         make_config(options)
+
+
+@pytest.mark.parametrize(("smoke", "stages"), [(False, 8), (True, 4)], ids=["full", "smoke"])
+def test_a_recipe_is_found_where_older_releases_of_bridge_have_it(smoke, stages, monkeypatch):
+    newer, older = RECIPE_MODULES
+    importlib.import_module(older)  # It has the recipe from the newer place.
+    monkeypatch.setitem(sys.modules, newer, None)
+    assert recipe.bridge_recipe(smoke=smoke).model.pipeline_model_parallel_size == stages
 
 
 @pytest.mark.parametrize("smoke", [[], ["--smoke"]], ids=["full", "smoke"])

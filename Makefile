@@ -23,6 +23,10 @@ JOBS ?= auto
 ARCH ?= sm_90
 FUZZ_S ?= 180
 
+# Python is to keep the byte code that it compiles, whatever the caller's environment says: pip
+# compiles none here, and importing torch from source takes a process twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup-demo demo test ptx lanes lane-newest lane-gpu real real-main fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:

@@ -106,14 +106,26 @@ def module_forward(pictures: int) -> Call:
 class Counts:
     """What launches hand to the driver."""
 
-    launches = 0
-    tensor_maps = 0
-    """Descriptors of tensors: the driver encodes a map of each, in every launch."""
+    def __init__(self) -> None:
+        self.launches = 0
+        self.tensor_maps = 0
+        """Descriptors of tensors: the driver encodes a map of each, in every launch."""
+        self._counting = False
 
     def launch(self, *arguments: object) -> None:
-        """Stand for the driver's launch."""
-        self.launches += 1
-        self.tensor_maps += sum(isinstance(each, TensorDescriptor) for each in arguments)
+        """Stand for the driver's launch. It counts only within :meth:`of`, because looking at all
+        arguments takes some microseconds, which are not ours."""
+        if self._counting:
+            self.launches += 1
+            self.tensor_maps += sum(isinstance(each, TensorDescriptor) for each in arguments)
+
+    def of(self, call: Call) -> tuple[int, int]:
+        """Count the launches and tensor maps of one call."""
+        self.launches = self.tensor_maps = 0
+        self._counting = True
+        call()
+        self._counting = False
+        return self.launches, self.tensor_maps
 
 
 def median_us(call: Call, rounds: int) -> float:
@@ -131,10 +143,8 @@ def measure(calls: dict[str, Call], counts: Counts, rounds: int) -> Iterator[tup
     """Yield of each call its name, launches, tensor maps, and µs of the host."""
     for name, call in calls.items():
         call()
-        before = counts.launches, counts.tensor_maps
-        call()
-        after = counts.launches, counts.tensor_maps
-        yield name, after[0] - before[0], after[1] - before[1], median_us(call, rounds)
+        launches, tensor_maps = counts.of(call)
+        yield name, launches, tensor_maps, median_us(call, rounds)
 
 
 class Layer(NamedTuple):

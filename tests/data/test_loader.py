@@ -289,10 +289,12 @@ def test_several_files_are_downloaded_at_a_time(hub: Hub, tmp_path: Path) -> Non
     assert hub.most_at_once == 4
 
 
-def test_a_progress_bar_counts_the_files(
+def test_a_progress_bar_counts_the_files_unless_it_is_switched_off(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(hub, tmp_path, progress=True)
+    prepare(hub, tmp_path / "quiet", progress=False)
+    assert "Downloading" not in capsys.readouterr().err
+    prepare_flickr8k_samples(cache_dir=tmp_path / "told", endpoint=hub.url)
     shown = capsys.readouterr().err
     assert "Downloading intro/flickr8k/train: 100%" in shown
     assert "8/8" in shown

@@ -8,12 +8,15 @@ import multiprocessing
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.energon.conftest import SAMPLES, TOKENIZER
+from tests.megatron.processes import run
 
 energon = pytest.importorskip("megatron.energon", reason="the extra energon is not installed")
 
@@ -62,6 +65,30 @@ def test_it_shuffles_without_end_and_the_start_tokens_come_from_the_tokenizer(
     assert max(drawn.values()) - min(drawn.values()) <= 20
     first_keys = keys(packs_of(shards), 3)
     assert first_keys != sorted(first_keys)
+
+
+def drawn_with_and_without_groups(_rank: int, path: str) -> list[list[list[str]]]:
+    """Keys of packs of a provider that is given no groups, and of one that is given all ranks."""
+    everyone = SimpleNamespace(pg_collection=SimpleNamespace(dp=dist.group.WORLD))
+    drawn = []
+    for context in (None, everyone):
+        provider = Step37EnergonSFTDataProvider(
+            path=path, tokenizer_path=TOKENIZER, max_packing_seqlen=500, num_workers=0
+        )
+        packs, _, _ = provider.build_datasets(context)
+        drawn.append(keys(packs, 4))
+    return drawn
+
+
+def test_ranks_that_share_the_model_draw_the_same_unless_other_groups_are_given(
+    shards: Path,
+) -> None:
+    pytest.importorskip("megatron.core", reason="the extra megatron is not installed")
+    first, second = run(
+        drawn_with_and_without_groups, str(shards), world=2, tensor_model_parallel_size=2
+    )
+    assert first[0] == second[0]
+    assert first[1] != second[1]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

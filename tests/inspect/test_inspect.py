@@ -135,13 +135,15 @@ def test_broken_images_are_named_and_nothing_is_downloaded(
 
 
 def test_long_work_shows_its_progress_unless_it_is_to_be_quiet(
-    capsys: pytest.CaptureFixture[str], folder: Path
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:
-    command = ["inspect", str(folder), "--tokenizer", TOKENIZER]
+    page = ["--html", str(tmp_path / "page.html"), "--html-packs", "1"]
+    command = ["inspect", str(folder), "--tokenizer", TOKENIZER, *page]
     main(command)
     shown = capsys.readouterr().err
     assert "Probing data set 0: 100%" in shown
     assert "Reading images: 100%" in shown
+    assert "Drawing packs: 100%" in shown
     main([*command, "--quiet"])
     assert capsys.readouterr().err == ""
 

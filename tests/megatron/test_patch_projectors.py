@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -196,6 +197,30 @@ def test_forward_pre_hooks_of_a_plain_projector_run_before_its_weight_is_used(im
     assert torch.equal(projector.weight, arriving)
     if images is not None:
         torch.testing.assert_close(output, called(words, projector))
+
+
+@pytest.mark.parametrize(
+    "place", ["megatron.core.distributed.distributed_data_parallel", "megatron_fsdp.megatron_fsdp"]
+)
+def test_pre_hooks_of_megatron_run_and_leave_the_product_to_the_kernel(place):
+    projector = nn.Linear(WIDTH, HIDDEN)
+    words, module = make(projector, impl="triton")
+    arriving = torch.randn_like(projector.weight)
+
+    def gather(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        assert arguments == ()  # the projector is not called
+        with torch.no_grad():
+            projector.weight.copy_(arriving)
+
+    gather.__module__ = place
+    hook = projector.register_forward_pre_hook(functools.partial(gather))
+    output = module(IDS, groups())
+    assert torch.equal(projector.weight, arriving)
+    gather.__module__ = "accelerate.hooks"
+    with pytest.raises(ValueError, match=r"impl='triton': align_projector \(Linear\) is more"):
+        module(IDS, groups())
+    hook.remove()
+    torch.testing.assert_close(output, called(words, projector))
 
 
 def test_what_a_hooked_projector_gets_and_gives_is_of_the_right_dtype():

@@ -11,6 +11,7 @@ import pytest
 from step37_bridge import __main__ as launcher
 from step37_bridge import recipe
 from step37_bridge.ranks import ParallelSizes
+from step37_bridge.replacing import find
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,3 +118,16 @@ def test_under_torchrun_every_rank_runs_the_script_with_its_arguments(tmp_path):
     for rank in ("0", "1"):
         assert (tmp_path / rank).read_text() == "__main__ --recipe any train.x=1"
     assert done.stderr.count("step37_bridge: --stock: nothing is replaced") == 1
+
+
+def test_a_place_that_is_not_there_is_passed_over_and_one_that_lacks_a_package_is_not(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "place_that_imports.py").write_text("import package_nobody_has\n")
+    (tmp_path / "place_that_has_it.py").write_text("name = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    last = ("place_that_has_it", "name")
+    module, name = find([("place_that_is_not_there", "name"), last])
+    assert (module.__name__, name) == last
+    with pytest.raises(ModuleNotFoundError, match="package_nobody_has"):
+        find([("place_that_imports", "name"), last])

@@ -215,6 +215,18 @@ def test_as_many_flat_crops_as_samples_are_still_cut_by_the_counts() -> None:
     assert [len(chunk) for chunk in chunks["pixel_values"]] == [3, 1]
 
 
+def test_flat_counts_that_fit_samples_and_images_alike_are_those_of_the_samples() -> None:
+    chunks = chunk_step3_media(
+        torch.zeros(4, 3, 2, 2),
+        batch_size=4,
+        n_microbatches=2,
+        num_patches=[1, 2, 0, 1],
+        n_images_per_sample=[2, 1, 1, 0],
+    )
+    assert [len(chunk) for chunk in chunks["pixel_values"]] == [3, 1]
+    assert [chunk.tolist() for chunk in chunks["num_patches"]] == [[1, 2], [0, 1]]
+
+
 def test_as_many_images_as_crops_beside_the_crops_are_refused_and_not_cut_like_them() -> None:
     # Cut like the crops, sample 0 would get the images of samples 0 and 1.
     images, crops = torch.zeros(3, 3, 4, 4), torch.zeros(3, 3, 2, 2)
@@ -256,6 +268,21 @@ def test_media_that_fit_no_layout_are_refused_with_all_shapes(
     for part in (f"pixel_values={pixels}", f"image_grid={grid}", f"batch_size={batch_size}"):
         assert part in str(caught.value)
     assert f"n_images_per_sample={counts}" in str(caught.value)
+
+
+def test_what_is_refused_shows_the_values_of_counts_and_the_shapes_of_the_rest() -> None:
+    with pytest.raises(ValueError, match=r"got .*") as caught:
+        chunk_vlm_media(
+            torch.zeros(5, 3, 4, 4),
+            torch.full((5, 2), 2),
+            4,
+            2,
+            n_images_per_sample=torch.tensor([2, 1, 1, 0]),
+        )
+    told = str(caught.value)
+    assert "n_images_per_sample=(4,) [2, 1, 1, 0]" in told
+    assert "image_grid=(5, 2)," in told
+    assert "pixel_values=(5, 3, 4, 4)," in told
 
 
 @pytest.mark.parametrize(

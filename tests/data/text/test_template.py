@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from examples import make_tokenizer
 from step37_data.pack_transform import pack_samples
+from step37_data.provider import Step37Flickr8kSFTDataProvider
 from step37_data.template import (
     IMAGE_TOKEN_COUNT,
     PATCH_TOKEN_COUNT,
@@ -555,6 +556,12 @@ def test_a_sample_longer_than_a_pack_is_logged_once(caplog: pytest.LogCaptureFix
             template({"conversations": flickr(), "images": ["a.jpg"]})
     assert len(caplog.records) == 1
     assert "longer than max_sequence_length + 1 = 101" in caplog.text
+
+
+def test_the_length_that_is_logged_is_by_default_that_of_a_providers_packs() -> None:
+    template = Step37MultimodalTemplate(tokenizer_path=str(TOKENIZER))
+    packs = Step37Flickr8kSFTDataProvider(tokenizer_path=str(TOKENIZER)).max_packing_seqlen
+    assert template.max_sequence_length == packs
 
 
 def test_a_template_survives_pickling(template: Step37MultimodalTemplate) -> None:

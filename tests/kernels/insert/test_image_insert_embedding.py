@@ -61,6 +61,19 @@ def images_of(groups: list[tuple[int, list[Tensor]]]) -> list[ImageForInsert]:
     ]
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+def test_pytorch_looks_up_and_projects_a_dtype_that_no_kernel_takes(device, text_only):
+    table = nn.Embedding(9, 16, dtype=torch.float64, device=device)
+    module = ImageInsertEmbedding(table, 24, 16, impl="torch").to(device, torch.float64)
+    ids = torch.tensor([[1, 7, 2, 3, 8]], device=device)
+    features = torch.randn(1, 2, 24, dtype=torch.float64, device=device)
+    output = module(ids, [] if text_only else images_of([(7, [features])]))
+    wanted = table(ids.T)
+    if not text_only:
+        wanted[2:4, 0] = module.align_projector(features[0])
+    torch.testing.assert_close(output, wanted)
+
+
 @settings(max_examples=2 * settings.default.max_examples)
 @given(
     input_ids=token_ids(max_batch=2, max_seq=24),

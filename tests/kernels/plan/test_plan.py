@@ -106,6 +106,19 @@ def test_a_feature_longer_than_a_block_of_rows_is_planned_whole(device, impl):
     assert_same_plan(plan, reference.plan_insert(input_ids, groups))
 
 
+@pytest.mark.usefixtures("by_table")
+@LAUNCHES
+@pytest.mark.parametrize("held", [0, 4])
+def test_what_the_memory_of_the_plan_held_before_is_never_read(device, impl, held, monkeypatch):
+    stock = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: stock(*size, **options).fill_(held))
+    input_ids = torch.tensor([[5, 5, 7, 5, 5, 5, 8, 5, 5, 5]])
+    groups = [(7, [2, 2, 3]), (8, [2, 2])]  # of the three and the two, one each has a token
+    plan = plan_insert(input_ids.to(device), groups, impl=impl)
+    monkeypatch.undo()
+    assert_same_plan(plan, reference.plan_insert(input_ids, groups))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("view", ["transposed", "every other", "expanded"])
 def test_ids_may_have_any_strides(device, impl, view):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from step37_kernels import InsertPlan, plan_insert, reference
 from step37_kernels.ops import plan_rows as plan_ops
@@ -111,7 +113,11 @@ def test_a_feature_longer_than_a_block_of_rows_is_planned_whole(device, impl):
 @pytest.mark.parametrize("held", [0, 4])
 def test_what_the_memory_of_the_plan_held_before_is_never_read(device, impl, held, monkeypatch):
     stock = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: stock(*size, **options).fill_(held))
+
+    def empty(*size: int, **options: Any) -> Tensor:
+        return stock(*size, **options).fill_(held)
+
+    monkeypatch.setattr(torch, "empty", empty)
     input_ids = torch.tensor([[5, 5, 7, 5, 5, 5, 8, 5, 5, 5]])
     groups = [(7, [2, 2, 3]), (8, [2, 2])]  # of the three and the two, one each has a token
     plan = plan_insert(input_ids.to(device), groups, impl=impl)

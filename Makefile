@@ -39,10 +39,10 @@ demo: setup-demo
 	@$(RUN) -m examples.demo
 
 test: setup
-	@$(RUN) -m pytest -n $(JOBS) -m "not slow"
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 ptx: setup
-	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels
+	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/kernels
 
 lanes: lane-newest lane-gpu
 

@@ -49,6 +49,7 @@ def test_forward_and_gradients_are_the_references(device, dtype, arguments):
     assert_gradients(case, output, case.grad_output)
 
 
+@pytest.mark.no_launch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(arguments=cases)
 def test_the_pytorch_implementation_is_the_references_too(dtype, arguments):

@@ -57,7 +57,7 @@ from step37_kernels.integration.ways import (
 from step37_kernels.lookup import TextRows, check_ids
 from step37_kernels.plan import InsertPlan, plan_runs
 from step37_kernels.ranges import profiled
-from step37_kernels.runs import FlatRuns, Runs
+from step37_kernels.runs import Runs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -528,7 +528,7 @@ class ImageInsertEmbedding(nn.Module):
                 else:
                     result = self._without_image_rows(embeddings)
         if not (options.strict or compiling):
-            count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
+            count_watch.watch(whole.flat_runs, whole.counts, whole.vocabulary)
         return result
 
     @staticmethod

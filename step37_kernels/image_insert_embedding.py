@@ -32,15 +32,15 @@ from step37_kernels.insert import (
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
+    PlainProjector,
     ZeroGradient,
     allow_called,
     check_has_values,
     input_like,
     input_width,
+    plain_beside,
     refuse_called,
-    run_forward_pre_hooks,
     tensors_of,
-    why_called,
 )
 from step37_kernels.integration.table import PlainTable, call_embedding, plain_table
 from step37_kernels.integration.vocab_parallel import RowGradient, why_dense
@@ -57,7 +57,7 @@ from step37_kernels.integration.ways import (
 from step37_kernels.lookup import TextRows, check_ids
 from step37_kernels.plan import InsertPlan, plan_runs
 from step37_kernels.ranges import profiled
-from step37_kernels.runs import FlatRuns, Runs
+from step37_kernels.runs import Runs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -432,7 +432,7 @@ class ImageInsertEmbedding(nn.Module):
         return plain_table(self._language_embedding)
 
     def _take_features(
-        self, images: Sequence[ImageForInsert], plain: nn.Linear | None, embeddings: Tensor
+        self, images: Sequence[ImageForInsert], plain: PlainProjector | None, embeddings: Tensor
     ) -> tuple[Runs, list[Tensor]]:
         """Return the runs of all groups, and their non-empty tensors, moved to the projector."""
         if not isinstance(images, Sequence):
@@ -441,7 +441,7 @@ class ImageInsertEmbedding(nn.Module):
             )
         width = None
         if plain is not None:
-            width = plain.in_features
+            width = plain.module.in_features
             device, dtype = embeddings.device, plain.weight.dtype
         else:
             device, dtype = input_like(self.align_projector, embeddings)
@@ -472,7 +472,7 @@ class ImageInsertEmbedding(nn.Module):
         runs: Runs,
         features: list[Tensor],
         positions: Tensor | None,
-        plain: nn.Linear | None,
+        plain: PlainProjector | None,
         config: Any,
     ) -> Tensor:
         """Plan, project and insert.
@@ -483,7 +483,7 @@ class ImageInsertEmbedding(nn.Module):
         options, device = self.options, text.rows.device
         sources = None
         if plain is not None and features:
-            run_forward_pre_hooks(plain)
+            plain = plain.after_hooks()
             if use_triton(options.impl, device):
                 sources = contiguous_rows(features)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
@@ -505,16 +505,14 @@ class ImageInsertEmbedding(nn.Module):
             plan.check()
         if positions is not None:
             plan = plan.shard(positions.to(device))
-        self._check_text(text, plan, None if plain is None else plain.out_features)
+        self._check_text(text, plan, None if plain is None else plain.module.out_features)
         with profiled("insert"):
             if plain is not None and features:
-                # Read after the hooks, which may put other parameters there.
-                weight = plain.weight
-                fused = options.why_not_fused(weight, config) is None
+                fused = options.why_not_fused(plain.weight, config) is None
                 result = insert_projected(
                     text,
                     FeatureRows(features, sources),
-                    Projector(weight=weight, bias=plain.bias, fused=fused),
+                    Projector(weight=plain.weight, bias=plain.bias, fused=fused),
                     plan,
                     after_plan=plan is whole and not (options.strict or compiling),
                 )
@@ -530,7 +528,7 @@ class ImageInsertEmbedding(nn.Module):
                 else:
                     result = self._without_image_rows(embeddings)
         if not (options.strict or compiling):
-            count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
+            count_watch.watch(whole.flat_runs, whole.counts, whole.vocabulary)
         return result
 
     @staticmethod
@@ -585,15 +583,16 @@ class ImageInsertEmbedding(nn.Module):
             elif marked and not parted:
                 del parameter.sequence_parallel  # type: ignore[attr-defined]
 
-    def _plain_projector(self, device: torch.device) -> nn.Linear | None:
-        """Return the projector if its weight and bias are used, None if it is called.
+    def _plain_projector(self, device: torch.device) -> PlainProjector | None:
+        """Return the projector's weight and bias if these are used, None if it is called.
 
         Raises:
             ValueError: it has to be called, and ``impl="triton"`` requires its weight.
         """
         projector = self.align_projector
-        if why_called(projector, device) is None:
-            return projector
+        plain = plain_beside(projector, device)
+        if not isinstance(plain, str):
+            return plain
         allow_called(projector, "align_projector", self.options.impl, device)
         return None
 
@@ -664,20 +663,21 @@ class ImageInsertEmbedding(nn.Module):
 
     def _way_of_projection(self, device: torch.device, rows: int) -> Way:
         projector, impl = self.align_projector, self.options.impl
-        reason = why_called(projector, device)
-        if reason is None:
-            return way_of_product(projector.weight, impl, rows)
+        plain = plain_beside(projector, device)
+        if not isinstance(plain, str):
+            return way_of_product(plain.weight, impl, rows)
         refuse_called(projector, "align_projector", impl, device)
-        return Way("called", reason)
+        return Way("called", plain)
 
     def _way_of_projector_gradient(self, device: torch.device) -> Way:
         projector = self.align_projector
         if not any(tensor.requires_grad for tensor in tensors_of(projector)):
             return Way("none", "it is frozen")
-        if why_called(projector, device) is not None:
+        plain = plain_beside(projector, device)
+        if isinstance(plain, str):
             return Way("its own", "it is called")
-        reason = self.options.why_not_fused(projector.weight, self._config())
-        return way_of_gradient(projector.weight, "weight", reason)
+        reason = self.options.why_not_fused(plain.weight, self._config())
+        return way_of_gradient(plain.weight, "weight", reason)
 
     def _way_of_words_gradient(self, layout: SequenceLayout | None) -> Way:
         words = self._language_embedding
@@ -708,7 +708,8 @@ class ImageInsertEmbedding(nn.Module):
         if self._why_no_zeros() is not None or not torch.is_grad_enabled():
             return embeddings
         result: Tensor
-        if self._plain_projector(embeddings.device) is None:
+        plain = self._plain_projector(embeddings.device)
+        if plain is None:
             if embeddings.device.type != "meta":
                 check_has_values(self.align_projector, "align_projector")
             device, dtype = input_like(self.align_projector, embeddings)
@@ -722,8 +723,7 @@ class ImageInsertEmbedding(nn.Module):
                 trained_through = [tensor for tensor in tensors if tensor.requires_grad]
             result = ZeroGradient.apply(embeddings, *trained_through)
             return result
-        run_forward_pre_hooks(self.align_projector)
-        weight, bias = self.align_projector.weight, self.align_projector.bias
+        _, weight, bias = plain.after_hooks()
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         # The gradients must come in the order of a forward with images: ranks reduce buckets in the
         # order in which gradients come, and must all reduce the same buckets together.

@@ -50,7 +50,7 @@ def counting_us(positions: int, rates: Rates) -> float:
     square = positions**2
     computing = square * INSTRUCTIONS / (PROCESSORS * LANES * CLOCK)
     reading = (8 + 4) * square / COUNT_BLOCK / rates["L2"] / 1e6
-    # Of the parts that are loaded together, as compiled, half wait for the other half.
+    # In a turn of the loop, as compiled, half of the ids are loaded when the other half is there.
     trips = 2 * -(-positions // (COUNT_LANES * COUNT_PARTS)) * rates["fill"] / 4
     return rates["fill"] + max(computing, reading, trips)
 
@@ -120,8 +120,8 @@ def temporary_bytes(shape: Shape) -> tuple[int, int]:
     """Count the bytes that a step allocates besides its output and the features' gradient.
 
     The first number is for ``lookup="call"``: embeddings, their gradient, and the dense gradient of
-    the table. The second is ours: kept sums of segments, and sorted ids. Both include gathered
-    rows.
+    the table. The second is ours: kept sums of segments; ids of text, sorted, and
+    their positions. Both include gathered rows.
     """
     rows = 2 * shape.num_rows * shape.hidden
     whole = 2 * shape.seq_len * shape.hidden

@@ -125,7 +125,8 @@ class _ProjectAndInsert(torch.autograd.Function):
 
     Saved for backward: the sources (if the weight needs a gradient), the weight (if a feature
     does), the ids (if the table does), and the plan. Backward computes only the gradients that are
-    needed: one launch separates the rows of ``grad_output``, then the library multiplies.
+    needed: one launch separates the rows of ``grad_output`` and puts looked-up ids in order, two
+    more sum the gradient of the table, and the library multiplies.
     """
 
     @staticmethod
@@ -183,8 +184,9 @@ class _ProjectAndInsert(torch.autograd.Function):
         need_text, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[_FIRST_SOURCE + ctx.num_sources :]
         row_at, destinations, input_ids, local_rows, weight, *sources = ctx.saved_tensors
+        (text_rows, *_), _ = ctx.text  # of the table, if the words were looked up
         grad_text: Tensor | None
-        grad_text, rows, grad_bias, *in_order = operators.gradient_rows(
+        grad_text, rows, grad_bias, ids, order = operators.gradient_rows(
             grad_output,
             row_at,
             destinations,
@@ -193,12 +195,12 @@ class _ProjectAndInsert(torch.autograd.Function):
             ctx.need_rows,
             need_bias,
             input_ids,
-            ctx.text[0][0],
+            text_rows,
         )
         if input_ids is not None:
             grad_text = table_gradient(
                 grad_output,
-                (in_order[0], in_order[1]),
+                (ids, order),
                 table=ctx.text,
                 fused_into=ctx.text_fused_into,
                 triton=True,

@@ -26,8 +26,9 @@ MOST_COUNTED = 8192
 COUNT_BLOCK = 8
 """Positions of a program."""
 COUNT_LANES, COUNT_PARTS = 128, 4
-"""Positions that a program compares its own with at once, one for each thread of four warps, and
-how many times as many it loads together."""
+"""How many positions a program compares its own with at once, one for each thread of four warps,
+and how many times it does so in a turn of its loop, so that their loads need not wait for another.
+"""
 
 
 @triton.jit

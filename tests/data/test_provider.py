@@ -135,9 +135,9 @@ def test_the_start_token_ids_come_from_the_tokenizer_unless_set(folder: Path) ->
     tokenizer = Step37MultimodalTemplate(tokenizer_path=TOKENIZER).tokenizer
     assert provider.img_start_token_id == tokenizer.convert_tokens_to_ids("<im_start>")
     assert provider.patch_start_token_id == tokenizer.convert_tokens_to_ids("<patch_start>")
-    chosen = provider_of(folder, img_start_token_id=128000, patch_start_token_id=128003)
+    chosen = provider_of(folder, img_start_token_id=128000, patch_start_token_id=0)
     chosen.build_datasets(None)
-    assert (chosen.img_start_token_id, chosen.patch_start_token_id) == (128000, 128003)
+    assert (chosen.img_start_token_id, chosen.patch_start_token_id) == (128000, 0)
 
 
 def test_a_fixed_pack_is_given_for_every_index_behind_a_length_of_ten_million(

@@ -204,7 +204,7 @@ def test_a_black_picture_is_normalised_black(tmp_path):
     assert torch.equal(got, clip_normalize(black, dtype=torch.float32)[0])
 
 
-def test_the_report_counts_and_begins_anew(tmp_path, caplog):
+def test_the_report_counts_names_ten_files_and_begins_anew(tmp_path, caplog):
     good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
     READABLE["colour.jpg"](good)
     truncated(bad)
@@ -221,6 +221,11 @@ def test_the_report_counts_and_begins_anew(tmp_path, caplog):
     assert caplog.messages == [message]
     assert broken.report() is None
     assert (broken.seen, broken.occurrences, broken.reasons) == (0, 0, {})
+    items = [(str(tmp_path / f"missing_{number}.jpg"), 0) for number in range(13)]
+    load_images(items, image_size=8, patch_image_size=4, broken=broken, threads=2)
+    message = broken.report()
+    assert len(message.splitlines()) == 1 + 10 + 1
+    assert message.endswith("and 3 more")
 
 
 def test_unknown_modes_are_named():

@@ -120,8 +120,8 @@ def temporary_bytes(shape: Shape) -> tuple[int, int]:
     """Count the bytes that a step allocates besides its output and the features' gradient.
 
     The first number is for ``lookup="call"``: embeddings, their gradient, and the dense gradient of
-    the table. The second is ours: kept sums of segments; ids of text, sorted, and
-    their positions. Both include gathered rows.
+    the table. The second is ours: kept sums of segments; the ids of text, sorted, and their
+    positions. Both include gathered rows.
     """
     rows = 2 * shape.num_rows * shape.hidden
     whole = 2 * shape.seq_len * shape.hidden

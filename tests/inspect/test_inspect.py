@@ -350,7 +350,13 @@ def test_characters_that_steer_a_terminal_are_shown_as_text(
     shown = capsys.readouterr().out
     assert steering[0] not in shown
     assert repr(steering)[1:-1] in shown
-    # An error names what cannot be read.
+    # A list names what cannot be read, and so does an error.
+    with metadata.open("a") as file:
+        file.write(f'"no{steering}picture.jpg",A cat.\n')
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"no{repr(steering)[1:-1]}picture.jpg: " in shown
+    assert steering[0] not in shown
     assert main(["inspect", "--picture", str(folder / f"no{steering}picture.jpg")]) == 1
     message = capsys.readouterr().err
     assert f"no{repr(steering)[1:-1]}picture.jpg" in message

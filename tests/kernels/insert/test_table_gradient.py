@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding
+from step37_kernels.lookup_tensors import put_table_gradient
 
 IM_START = 5
 HIDDEN, WIDTH, VOCABULARY = 1100, 16, 9
@@ -34,3 +35,19 @@ def test_every_row_and_column_of_a_wide_table_gets_its_gradient(device, text_onl
         return words.weight.grad
 
     torch.testing.assert_close(gradient("triton"), gradient("torch"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize("add", [True, False])
+def test_ids_outside_the_table_touch_nothing_beside_it(device, triton, add):
+    memory = torch.full((VOCABULARY + 2, 8), 3.0, device=device)
+    table = memory[1:-1]
+    held = 3.0 if add else 0.0
+    table.fill_(held)
+    ids = torch.tensor([[-1] * 40 + [2] * 40 + [VOCABULARY] * 40 + [VOCABULARY + 1] * 40])
+    grad_output = torch.ones(160, 1, 8, device=device)
+    put_table_gradient(grad_output, ids.to(device), table, add=add, triton=triton)
+    wanted = torch.full((VOCABULARY + 2, 8), 3.0)
+    wanted[1:-1] = held
+    wanted[1 + 2] = held + 40.0
+    assert torch.equal(memory.cpu(), wanted)

@@ -1,6 +1,6 @@
 # make demo   set up what it needs, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
-# make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
+# make ptx    set up, then the tests that launch kernels, on what Triton compiles for ARCH, interpreted
 # make lanes  the tests in two environments of their own: lane-newest (torch 2.15, Triton 3.9,
 #             Python 3.13) and lane-gpu (torch 2.11, Triton 3.6, Python 3.12; with the PTX)
 # make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's

@@ -10,12 +10,8 @@ from triton.runtime import interpreter
 from step37_kernels import plan_insert
 from step37_kernels.ops.common import INTERPRETED
 
-pytestmark = [
-    pytest.mark.no_launch,
-    pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here"),
-]
 
-
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
 def test_names_of_triton_are_replaced_once_a_launch_and_restored_behind_it(monkeypatch):
     ids = torch.tensor([[5, 7, 5, 7, 5, 5, 7, 5]])
     plan_insert(ids, [(7, [3, 2, 4])], impl="triton")

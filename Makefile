@@ -1,6 +1,6 @@
 # make demo   set up what it needs, then train a small model end to end with the fused embedding (CPU or GPU)
 # make test   set up, then run the tests          (HYPOTHESIS_PROFILE=deep for longer runs)
-# make ptx    set up, then the tests of the kernels on what Triton compiles for ARCH, interpreted
+# make ptx    set up, then the tests that launch kernels, on what Triton compiles for ARCH, interpreted
 # make lanes  the tests in two environments of their own: lane-newest (torch 2.15, Triton 3.9,
 #             Python 3.13) and lane-gpu (torch 2.11, Triton 3.6, Python 3.12; with the PTX)
 # make real   set up another environment, then the tests on Megatron-Bridge's and NeMo Automodel's
@@ -23,6 +23,10 @@ JOBS ?= auto
 ARCH ?= sm_90
 FUZZ_S ?= 180
 
+# Python is to keep the byte code that it compiles, whatever the caller's environment says: pip
+# compiles none here, and importing torch from source takes a process twice as long.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup-demo demo test ptx lanes lane-newest lane-gpu real real-main fuzz lint docs pictures package kernel-hub bench gpu resources setup clean
 
 setup:
@@ -35,10 +39,10 @@ demo: setup-demo
 	@$(RUN) -m examples.demo
 
 test: setup
-	@$(RUN) -m pytest -n $(JOBS) -m "not slow"
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 ptx: setup
-	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) -m "not slow" tests/kernels
+	@STEP37_TEST_PTX=$(ARCH) $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/kernels
 
 lanes: lane-newest lane-gpu
 

@@ -59,6 +59,7 @@ RATES: dict[str, tuple[float, float, float, str, str]] = {
     "counts": (3.0, 4.0, 5.0, "µs", "assumed: some bytes to the host, behind a launch"),
     "plan": (2.0, 3.0, 5.0, "µs", "assumed: the plan of up to 1024 positions"),
     "sort": (10.0, 20.0, 40.0, "µs", "assumed: torch.sort of the ids, and what selects them"),
+    "hidden": (0, 1, 1, "of the shorter", "assumed: counting beside gathering, in one launch"),
     "wait": (10.0, 15.0, 25.0, "µs", "assumed: the host waits for one number of the device"),
     "scan": (0.1, 0.2, 0.4, "µs", "assumed: each further 1024 positions of it"),
 }

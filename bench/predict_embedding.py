@@ -12,12 +12,14 @@ from bench.predict import PROCESSORS, Range, Rates, moved, ranged, row
 from bench.report import Column, Table
 from bench.shapes import Shape
 from bench.subjects.embedding import VOCABULARY
-from step37_kernels.ops.table import BLOCK_P, ORDER_BLOCK, ORDER_CHUNK, is_counted
+from step37_kernels.ops.order import COUNT_BLOCK, COUNT_LANES, COUNT_PARTS, is_counted
+from step37_kernels.ops.table import BLOCK_P
 
 LANES, CLOCK = 128, 1.83e3
 """Integer instructions a multiprocessor does in a clock, and clocks in a µs (data sheet)."""
-INSTRUCTIONS = 3
-"""Of one comparison where positions are counted: compare, select, add, as compiled."""
+INSTRUCTIONS = 5.4
+"""Of one comparison where positions are counted, with its share of the ids' loading: 172 in the
+loop over 32 comparisons of a thread, as compiled for sm_90."""
 
 
 def base(shape: Shape, chip: str) -> Range:
@@ -38,26 +40,39 @@ def dense_us(shape: Shape, rates: Rates) -> float:
     return launches + sum(moved(rates, size) for size in (lookup, fill, scatter, add))
 
 
-def order_us(positions: int, rates: Rates) -> float:
-    """Time the launches that put the positions in order by id, without the gaps between them.
+def counting_us(positions: int, rates: Rates) -> float:
+    """Time the counting of positions, without the start of its launch.
 
-    Where they are counted, a launch picks the ids of text, and one compares each position with all.
-    That one is bound by its instructions, by the ids (int64) that every program reads through L2,
-    or by the trips to L2, one behind another, each taken as a quarter of two trips to memory.
+    It is bound by its instructions, by the ids (int64) and feature rows (int32) that every program
+    reads through L2, or by the trips to L2, one behind another, each taken as a quarter of two
+    trips to memory.
     """
-    if not is_counted(positions, VOCABULARY):
-        return rates["sort"]
     square = positions**2
     computing = square * INSTRUCTIONS / (PROCESSORS * LANES * CLOCK)
-    reading = 8 * square / ORDER_BLOCK / rates["L2"] / 1e6
-    trips = -(-positions // ORDER_CHUNK) * rates["fill"] / 4
-    counting = rates["start"] + rates["fill"] + max(computing, reading, trips)
-    return moved(rates, 20 * positions) + rates["dependent"] + counting
+    reading = (8 + 4) * square / COUNT_BLOCK / rates["L2"] / 1e6
+    # In a turn of the loop, as compiled, half of the ids are loaded when the other half is there.
+    trips = 2 * -(-positions // (COUNT_LANES * COUNT_PARTS)) * rates["fill"] / 4
+    return rates["fill"] + max(computing, reading, trips)
+
+
+def order_us(shape: Shape, rates: Rates) -> float:
+    """Time what the order of the positions by id adds to the launch of the gradient's rows.
+
+    Where positions are counted, the same launch counts and gathers. It takes as long as the longer
+    of the two, and a part of the shorter that the longer does not hide. Otherwise the library picks
+    the ids of text and sorts them.
+    """
+    if not is_counted(shape.seq_len, VOCABULARY):
+        return rates["dependent"] + rates["sort"]
+    counting = counting_us(shape.seq_len, rates)
+    gathering = 4 * shape.num_rows * shape.hidden / rates["memory"] / 1e6
+    longer, shorter = max(counting, gathering), min(counting, gathering)
+    return longer + (1 - rates["hidden"]) * shorter - gathering
 
 
 def by_rows_us(shape: Shape, rates: Rates) -> float:
-    """Time what takes the place of that: the positions in order, and two launches over the rows of
-    text.
+    """Time what takes the place of that: the order of the positions, and two launches over the rows
+    of text.
 
     Each word is assumed to occur once, which is the most that can be read and written. The gradient
     of the embeddings is not computed then, so its reading and writing is subtracted.
@@ -65,8 +80,7 @@ def by_rows_us(shape: Shape, rates: Rates) -> float:
     text = (shape.seq_len - shape.num_rows) * shape.hidden
     sums = moved(rates, 2 * text + 8 * text)
     not_made = 2 * (text + shape.seq_len * shape.hidden) / rates["memory"] / 1e6
-    in_order = order_us(shape.seq_len, rates)
-    return in_order + sums + rates["start"] + 3 * rates["dependent"] - not_made
+    return order_us(shape, rates) + sums + rates["start"] + 2 * rates["dependent"] - not_made
 
 
 def stock_us(shape: Shape, rates: Rates) -> float:
@@ -106,8 +120,8 @@ def temporary_bytes(shape: Shape) -> tuple[int, int]:
     """Count the bytes that a step allocates besides its output and the features' gradient.
 
     The first number is for ``lookup="call"``: embeddings, their gradient, and the dense gradient of
-    the table. The second is ours: kept sums of segments, and sorted ids. Both include gathered
-    rows.
+    the table. The second is ours: kept sums of segments; the ids of text, sorted, and their
+    positions. Both include gathered rows.
     """
     rows = 2 * shape.num_rows * shape.hidden
     whole = 2 * shape.seq_len * shape.hidden

@@ -35,6 +35,7 @@ from step37_kernels import RaggedImages, clip_normalize, resize_clip_normalize
 from step37_kernels.ops import copy_rows as copy_ops
 from step37_kernels.ops import gradient, project, tiles
 from step37_kernels.ops import normalize_pixels as pixel_ops
+from step37_kernels.ops import order as order_ops
 from step37_kernels.ops import plan_rows as plan_ops
 from step37_kernels.ops import resize_pass as resize_ops
 from step37_kernels.ops import table as table_ops
@@ -87,7 +88,7 @@ def _launches(arch: str, dtypes: Iterable[str]) -> Iterator[Launch]:
     for words in (torch.empty(ROWS, dtype=dtype) for dtype in (torch.int32, torch.int64)):
         yield (
             str(words.dtype).removeprefix("torch."),
-            functools.partial(table_ops.order_by_id, words, ROWS),
+            functools.partial(order_ops.order_by_id, words, ROWS),
         )
     yield from _pixels(dtypes)
 
@@ -151,12 +152,19 @@ def _inserts(capability: int, dtype: torch.dtype, short: str) -> Iterator[Launch
 def _gradients(dtype: torch.dtype, short: str) -> Iterator[Launch]:
     grad = torch.empty(ROWS, 1, HIDDEN, dtype=dtype)
     numbers = torch.empty(ROWS, dtype=torch.int32)
-    for rows, bias in ((True, False), (True, True), (False, True)):
+    wanted: list[tuple[torch.dtype | None, bool, bool]]
+    wanted = [(None, True, False), (None, True, True), (None, False, True)]
+    wanted += [(ids, True, bias) for ids in (torch.int64, torch.int32) for bias in (False, True)]
+    for ids, rows, bias in wanted:
         launch = functools.partial(
-            gradient.gradient_rows, grad, numbers, numbers, dtype,
-            embeddings=True, rows=rows, bias=bias,
+            gradient.gradient_rows, grad, numbers.view(ROWS, 1), numbers, dtype,
+            embeddings=ids is None, rows=rows, bias=bias,
+            input_ids=None if ids is None else numbers.view(ROWS, 1).to(ids), vocabulary=ROWS,
         )  # fmt: skip
-        yield f"{short}{' rows' * rows}{' bias' * bias}", launch
+        variant = f"{short}{' rows' * rows}{' bias' * bias}"
+        if ids is not None:
+            variant += f" order of {str(ids).removeprefix('torch.')} ids"
+        yield variant, launch
 
 
 def _tables(dtype: torch.dtype, short: str) -> Iterator[Launch]:
@@ -191,7 +199,7 @@ def _pixels(dtypes: Iterable[str]) -> Iterator[Launch]:
 
 KERNELS = (
     plan_ops.plan_kernel, gradient.gradient_rows_kernel,
-    table_ops.order_kernel, table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
+    order_ops.order_kernel, table_ops.sum_segments_kernel, table_ops.join_segments_kernel,
     copy_ops.copy_rows_kernel, project.project_insert_kernel, project.sum_parts_kernel,
     project.place_rows_kernel, pixel_ops.normalize_kernel, resize_ops.resize_pass_kernel,
 )  # fmt: skip

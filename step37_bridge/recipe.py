@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,8 @@ class RecipeOptions:
     tokenizer: str = MODEL
     """A folder with the model's tokenizer, or a name on the Hugging Face hub."""
     checkpoint: str | None = None
-    """A folder with weights converted to Megatron's format; None starts from random ones."""
+    """A folder with weights, a checkpoint of Megatron or of Hugging Face as Bridge loads them; None
+    starts from random ones."""
     data_dir: str | None = None
     """The folder that holds Flickr8k, or into which it is downloaded; None: as in the recipe."""
     sample_count: int | None = None
@@ -92,8 +94,11 @@ def make_config(options: RecipeOptions) -> Any:
 
     Raises:
         ImportError: Megatron-Bridge has no recipe for Step-3.7.
-        ValueError: the model's layers cannot be split into so many pipeline stages.
+        ValueError: the model's layers cannot be split into so many pipeline stages, or the
+            checkpoint's folder is missing or holds none.
     """
+    if options.checkpoint is not None:
+        check_checkpoint(options.checkpoint)
     cfg = bridge_recipe(smoke=options.smoke)
     cfg.train.train_iters = options.train_iters
     cfg.train.micro_batch_size = 1
@@ -115,6 +120,32 @@ def make_config(options: RecipeOptions) -> Any:
         # Without this the training would end with an error after one pass over the packs.
         cfg.dataset.dataloader_type = "cyclic"
     return cfg
+
+
+def check_checkpoint(path: str) -> None:
+    """Check that Bridge would load this folder.
+
+    Bridge itself asks only whether the path exists, minutes later, and starts from random weights
+    if it holds no checkpoint.
+
+    Args:
+        path: a folder with a checkpoint of Megatron or of Hugging Face, or one of its iterations.
+
+    Raises:
+        ValueError: it is missing, or holds neither.
+        ImportError: Bridge has no such checks.
+    """
+    checks = "megatron.bridge.training.utils.checkpoint_utils"
+    names = ("checkpoint_exists", "is_hf_checkpoint_dir")
+    if any(getattr(*find([(checks, name)]))(path) for name in names):
+        return
+    if not os.path.isdir(path):
+        raise ValueError(f"checkpoint: there is no folder {path}")
+    raise ValueError(
+        f"checkpoint: {path} holds neither a checkpoint of Megatron (nor is it one of its "
+        "iterations) nor one of Hugging Face (config.json and weights); Bridge would start from "
+        "random weights. Convert the weights first, or leave the checkpoint out"
+    )
 
 
 def set_parallel_sizes(model: Any, sizes: ParallelSizes) -> None:
@@ -165,7 +196,7 @@ def main() -> None:
             callbacks.append(CompareWithStock(steps=compared_steps))
         pretrain_module, _ = find([("megatron.bridge.training.pretrain", "pretrain")])
         cfg = make_config(options)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         sys.exit(f"step37_bridge.recipe: {error}")
     with contextlib.closing(ForwardStep(prefetch_depth=2)) as forward_step:  # 3
         pretrain_module.pretrain(cfg, forward_step, callbacks=callbacks)
@@ -186,7 +217,7 @@ def _parse() -> tuple[RecipeOptions, int | None]:
     number: dict[str, Any] = {"type": at_least_one, "metavar": "N"}
     add("--smoke", action="store_true", help="Bridge's smoke configuration: one pack, 4 GPUs")
     add("--tokenizer", default=default.tokenizer, help="folder, or name on the hub: %(default)s")
-    add("--checkpoint", help="folder with weights converted to Megatron's format; random without")
+    add("--checkpoint", help="folder with weights (Megatron's or Hugging Face's); random without")
     add("--data-dir", help="folder that holds Flickr8k, or into which it is downloaded")
     add("--samples", **number, help="the first N; without it all, in --smoke 8")
     add("--steps", **number, default=default.train_iters, help="default: %(default)s")

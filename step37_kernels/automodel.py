@@ -30,7 +30,7 @@ from step37_kernels.integration.patching import (
 )
 from step37_kernels.integration.projector import (
     allow_called,
-    more_than_a_product,
+    plain_projector,
     refuse_called,
     run_forward_pre_hooks,
     tensors_of,
@@ -352,10 +352,12 @@ class FusedMerge(Mixin):
 def _why_called(projector: nn.Module, dtype: torch.dtype) -> tuple[str | None, bool]:
     """Why the projector is called, None where its weight and bias stand for it; and whether these
     are read within a call of it, for FSDP's sake."""
-    reason = more_than_a_product(projector)
-    if reason is not None and _is_plain_unit_of_fsdp(projector, dtype):
+    plain = plain_projector(projector)
+    if not isinstance(plain, str):
+        return None, False
+    if _is_plain_unit_of_fsdp(projector, dtype):
         return None, True
-    return reason, False
+    return plain, False
 
 
 def ends_of_crops(counts: Tensor, crops: Tensor) -> Tensor:

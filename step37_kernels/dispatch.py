@@ -57,14 +57,15 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
         ImportError: Triton is to run but is not installed.
     """
     check_impl(impl)
-    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+    kind = device.type
+    if impl == "torch" or (impl == "auto" and kind != "cuda"):
         return False
     if not _TRITON_INSTALLED:
         raise ImportError(
             f"impl={impl!r} on {device} needs Triton, which is not installed; "
             "install 'triton', or pass impl='torch'"
         )
-    if device.type != "cuda" and not (device.type == "cpu" and kernels_run_on_cpu()):
+    if kind != "cuda" and not (kind == "cpu" and kernels_run_on_cpu()):
         raise ValueError(
             f"impl='triton': Triton kernels need CUDA tensors, got {device}; pass impl='torch', "
             "or set TRITON_INTERPRET=1 before importing to run them in Triton's interpreter"

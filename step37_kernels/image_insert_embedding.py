@@ -32,15 +32,15 @@ from step37_kernels.insert import (
 from step37_kernels.integration.options import InsertOptions
 from step37_kernels.integration.parallel import Layout, SequenceLayout, auto_layout
 from step37_kernels.integration.projector import (
+    PlainProjector,
     ZeroGradient,
     allow_called,
     check_has_values,
     input_like,
     input_width,
+    plain_beside,
     refuse_called,
-    run_forward_pre_hooks,
     tensors_of,
-    why_called,
 )
 from step37_kernels.integration.table import PlainTable, call_embedding, plain_table
 from step37_kernels.integration.vocab_parallel import RowGradient, why_dense
@@ -57,7 +57,7 @@ from step37_kernels.integration.ways import (
 from step37_kernels.lookup import TextRows, check_ids
 from step37_kernels.plan import InsertPlan, plan_runs
 from step37_kernels.ranges import profiled
-from step37_kernels.runs import FlatRuns, Runs
+from step37_kernels.runs import Runs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,15 +131,23 @@ def _costs_graphs(features: Any) -> bool:
     )
 
 
-def _has_rows(tensor: Tensor) -> bool:
-    return tensor.shape[0] * tensor.shape[1] > 0
+def _with_rows(
+    tensors: Sequence[Tensor], name: str, width: int | None = None, whose: str = ""
+) -> list[Tensor]:
+    """Return the tensors that have rows.
 
-
-def _check_widths(tensors: Sequence[Tensor], width: int, name: str, whose: str) -> None:
-    """Raise ``ValueError`` unless all tensors with rows are ``[N, L, width]``."""
+    Raises:
+        ValueError: one of them is not ``[N, L, width]``; None: any width is right.
+    """
+    found = []
     for tensor in tensors:
-        if _has_rows(tensor) and tensor.shape[2] != width:
+        count, rows_each, columns = tensor.shape
+        if count * rows_each == 0:
+            continue
+        if width is not None and columns != width:
             raise ValueError(f"{name}: expected C = {width} ({whose}), got {tuple(tensor.shape)}")
+        found.append(tensor)
+    return found
 
 
 def _moved(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -164,7 +172,7 @@ def _run(
         number = operator.index(token)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {token!r}") from None
-    return number, tuple((tensor.shape[0], tensor.shape[1]) for tensor in tensors)
+    return number, tuple([(tensor.shape[0], tensor.shape[1]) for tensor in tensors])
 
 
 def _layout_name(layout: Layout) -> str:
@@ -308,8 +316,8 @@ class ImageInsertEmbedding(nn.Module):
         plan = plan_runs(input_ids.to(device), runs, watch=True)
         check_embeddings(input_embeddings, plan, "input_embeddings")
         hidden = input_embeddings.shape[-1]
-        _check_widths(tensors, hidden, "image_features", "the embeddings'")
-        rows = [_moved(t, "image_features", device, dtype) for t in tensors if _has_rows(t)]
+        tensors = _with_rows(tensors, "image_features", hidden, "the embeddings'")
+        rows = [_moved(tensor, "image_features", device, dtype) for tensor in tensors]
         return insert_rows(input_embeddings, join_rows(rows), plan) if rows else input_embeddings
 
     def forward(
@@ -354,21 +362,40 @@ class ImageInsertEmbedding(nn.Module):
         _check_input_ids(input_ids)
         count_watch.poll()
         layout = self._layout_now()
-        text, positions = self._look_up(layout, input_ids, position_ids)
+        config = self._config()
+        text, positions = self._look_up(input_ids, position_ids, layout=layout, config=config)
         if not images and text.input_ids is None:
             self._tell_ways(text, (), layout)
             return self._without_image_rows(text.rows)
-        plain = self._is_projector_fused(text.rows.device)
+        plain = self._plain_projector(text.rows.device)
         runs, features = self._take_features(images or (), plain, text.rows)
         self._tell_ways(text, features, layout)
         if layout is not None and positions is not None:
             features = [layout.complete_gradient(tensor) for tensor in features]
         return self._insert(
-            text, input_ids, runs=runs, features=features, positions=positions, plain=plain
+            text,
+            input_ids,
+            runs=runs,
+            features=features,
+            positions=positions,
+            plain=plain,
+            config=config,
         )
 
+    def _config(self) -> Any:
+        """The configuration of the language embedding; None if it has none.
+
+        A forward asks once: a module looks for long for what it has not.
+        """
+        return getattr(self._language_embedding, "config", None)
+
     def _look_up(
-        self, layout: SequenceLayout | None, input_ids: Tensor, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        *,
+        layout: SequenceLayout | None,
+        config: Any,
     ) -> tuple[TextRows, Tensor | None]:
         """Return this rank's text rows, and their positions in the whole sequence (None: all)."""
         seq_len = input_ids.shape[1]
@@ -387,7 +414,7 @@ class ImageInsertEmbedding(nn.Module):
                     f"input_ids: expected the device of the table of words, {weight.device}, "
                     f"got {input_ids.device}"
                 )
-            fused = self.options.why_not_fused(weight, self._language_embedding) is None
+            fused = self.options.why_not_fused(weight, config) is None
             table.run_hooks()
             return TextRows(rows=weight, input_ids=input_ids.t(), fused=fused), looked_up
         embeddings = call_embedding(self._language_embedding, input_ids, position_ids)
@@ -405,21 +432,21 @@ class ImageInsertEmbedding(nn.Module):
         return plain_table(self._language_embedding)
 
     def _take_features(
-        self, images: Sequence[ImageForInsert], plain: bool, embeddings: Tensor
+        self, images: Sequence[ImageForInsert], plain: PlainProjector | None, embeddings: Tensor
     ) -> tuple[Runs, list[Tensor]]:
         """Return the runs of all groups, and their non-empty tensors, moved to the projector."""
         if not isinstance(images, Sequence):
             raise TypeError(
                 f"images: expected a list of ImageForInsert, got {type(images).__name__}"
             )
-        projector = self.align_projector
-        if plain:
-            weight = projector.weight
-            device, dtype = weight.device, weight.dtype
+        width = None
+        if plain is not None:
+            width = plain.module.in_features
+            device, dtype = embeddings.device, plain.weight.dtype
         else:
-            device, dtype = input_like(projector, embeddings)
+            device, dtype = input_like(self.align_projector, embeddings)
             if images and embeddings.device.type != "meta":
-                check_has_values(projector, "align_projector")
+                check_has_values(self.align_projector, "align_projector")
         runs: list[tuple[int, tuple[tuple[int, int], ...]]] = []
         features: list[Tensor] = []
         for i, image in enumerate(images):
@@ -432,10 +459,9 @@ class ImageInsertEmbedding(nn.Module):
                     " run the vision tower first"
                 )
             tensors = _feature_tensors(image.image_features, name)
-            if plain:
-                _check_widths(tensors, projector.in_features, name, "the projector's")
             runs.append(_run(image.insert_start_token, f"images[{i}].insert_start_token", tensors))
-            features += [_moved(t, name, device, dtype) for t in tensors if _has_rows(t)]
+            for tensor in _with_rows(tensors, name, width, "the projector's"):
+                features.append(_moved(tensor, name, device, dtype))
         return tuple(runs), features
 
     def _insert(
@@ -446,30 +472,31 @@ class ImageInsertEmbedding(nn.Module):
         runs: Runs,
         features: list[Tensor],
         positions: Tensor | None,
-        plain: bool,
+        plain: PlainProjector | None,
+        config: Any,
     ) -> Tensor:
         """Plan, project and insert.
 
         Nothing is launched between the plan and the product, so that the product may start before
         the plan has ended. Copies are made before both, and the counts go to the host after both.
         """
-        projector = self.align_projector
-        rows = FeatureRows(features, None)
-        if plain and features:
-            run_forward_pre_hooks(projector)
-            triton = use_triton(self.options.impl, features[0].device)
-            rows = FeatureRows(features, contiguous_rows(features) if triton else None)
+        options, device = self.options, text.rows.device
+        sources = None
+        if plain is not None and features:
+            plain = plain.after_hooks()
+            if use_triton(options.impl, device):
+                sources = contiguous_rows(features)
         # Under torch.compile the counts are checked inside the plan's operator; a separate copy
         # would be removed as dead code.
         compiling = torch.compiler.is_compiling()
         plan = whole = plan_runs(
-            input_ids.to(text.rows.device),
+            input_ids.to(device),
             runs,
             vocabulary=0 if text.input_ids is None else text.rows.shape[0],
-            impl=self.options.impl,
-            watch=compiling and not self.options.strict,
+            impl=options.impl,
+            watch=compiling and not options.strict,
         )
-        if self.options.strict:
+        if options.strict:
             if compiling:
                 torch._dynamo.graph_break(
                     msg="strict=True of ImageInsertEmbedding waits for the device, which no graph "
@@ -477,39 +504,32 @@ class ImageInsertEmbedding(nn.Module):
                 )
             plan.check()
         if positions is not None:
-            plan = plan.shard(positions.to(text.rows.device))
-        self._check_text(text, plan, projector.out_features if plain else None)
+            plan = plan.shard(positions.to(device))
+        self._check_text(text, plan, None if plain is None else plain.module.out_features)
         with profiled("insert"):
-            if plain and features:
+            if plain is not None and features:
+                fused = options.why_not_fused(plain.weight, config) is None
                 result = insert_projected(
                     text,
-                    rows,
-                    Projector(
-                        weight=projector.weight,
-                        bias=projector.bias,
-                        fused=self._fuses_projector(),
-                    ),
+                    FeatureRows(features, sources),
+                    Projector(weight=plain.weight, bias=plain.bias, fused=fused),
                     plan,
-                    after_plan=plan is whole and not (self.options.strict or compiling),
+                    after_plan=plan is whole and not (options.strict or compiling),
                 )
             else:
-                triton = not features and use_triton(self.options.impl, text.rows.device)
+                triton = not features and use_triton(options.impl, device)
                 embeddings = text.embeddings(plan.row_at, triton=triton)
                 if features:
                     local_rows = plan.local_rows
                     if local_rows is not None:
                         local_rows = local_rows.to(features[0].device)
-                    projected = projector(pick_rows(join_rows(features), local_rows))
+                    projected = self.align_projector(pick_rows(join_rows(features), local_rows))
                     result = insert_rows(embeddings, projected.to(embeddings), plan)
                 else:
                     result = self._without_image_rows(embeddings)
-        if not (self.options.strict or compiling):
-            count_watch.watch(FlatRuns.of(whole.runs), whole.counts, whole.vocabulary)
+        if not (options.strict or compiling):
+            count_watch.watch(whole.flat_runs, whole.counts, whole.vocabulary)
         return result
-
-    def _fuses_projector(self) -> bool:
-        weight = self.align_projector.weight
-        return self.options.why_not_fused(weight, self._language_embedding) is None
 
     @staticmethod
     def _check_text(text: TextRows, plan: InsertPlan, hidden: int | None) -> None:
@@ -539,7 +559,7 @@ class ImageInsertEmbedding(nn.Module):
         return layout
 
     def _layout_in_force(self) -> SequenceLayout | None:
-        layout = self.layout
+        layout = self.options.layout
         if layout is None or isinstance(layout, SequenceLayout):
             return layout
         rule = auto_layout if layout == "auto" else layout
@@ -563,16 +583,18 @@ class ImageInsertEmbedding(nn.Module):
             elif marked and not parted:
                 del parameter.sequence_parallel  # type: ignore[attr-defined]
 
-    def _is_projector_fused(self, device: torch.device) -> bool:
-        """Whether the projector's weight and bias are used instead of calling it.
+    def _plain_projector(self, device: torch.device) -> PlainProjector | None:
+        """Return the projector's weight and bias if these are used, None if it is called.
 
         Raises:
-            ValueError: they cannot be, and ``impl="triton"`` requires it.
+            ValueError: it has to be called, and ``impl="triton"`` requires its weight.
         """
-        if why_called(self.align_projector, device) is None:
-            return True
-        allow_called(self.align_projector, "align_projector", self.options.impl, device)
-        return False
+        projector = self.align_projector
+        plain = plain_beside(projector, device)
+        if not isinstance(plain, str):
+            return plain
+        allow_called(projector, "align_projector", self.options.impl, device)
+        return None
 
     def _why_no_zeros(self) -> str | None:
         """Why the projector gets no gradient in a forward without image rows; None: it gets
@@ -641,26 +663,27 @@ class ImageInsertEmbedding(nn.Module):
 
     def _way_of_projection(self, device: torch.device, rows: int) -> Way:
         projector, impl = self.align_projector, self.options.impl
-        reason = why_called(projector, device)
-        if reason is None:
-            return way_of_product(projector.weight, impl, rows)
+        plain = plain_beside(projector, device)
+        if not isinstance(plain, str):
+            return way_of_product(plain.weight, impl, rows)
         refuse_called(projector, "align_projector", impl, device)
-        return Way("called", reason)
+        return Way("called", plain)
 
     def _way_of_projector_gradient(self, device: torch.device) -> Way:
         projector = self.align_projector
         if not any(tensor.requires_grad for tensor in tensors_of(projector)):
             return Way("none", "it is frozen")
-        if why_called(projector, device) is not None:
+        plain = plain_beside(projector, device)
+        if isinstance(plain, str):
             return Way("its own", "it is called")
-        reason = self.options.why_not_fused(projector.weight, self._language_embedding)
-        return way_of_gradient(projector.weight, "weight", reason)
+        reason = self.options.why_not_fused(plain.weight, self._config())
+        return way_of_gradient(plain.weight, "weight", reason)
 
     def _way_of_words_gradient(self, layout: SequenceLayout | None) -> Way:
         words = self._language_embedding
         table = self._table(layout)
         if isinstance(table, PlainTable):
-            reason = self.options.why_not_fused(table.weight, words)
+            reason = self.options.why_not_fused(table.weight, self._config())
             way = way_of_gradient(table.weight, "table", reason)
             return Way(way.how, _BY_ROWS) if way.how == "main_grad" else way
         if not isinstance(words, nn.Module):
@@ -685,7 +708,8 @@ class ImageInsertEmbedding(nn.Module):
         if self._why_no_zeros() is not None or not torch.is_grad_enabled():
             return embeddings
         result: Tensor
-        if not self._is_projector_fused(embeddings.device):
+        plain = self._plain_projector(embeddings.device)
+        if plain is None:
             if embeddings.device.type != "meta":
                 check_has_values(self.align_projector, "align_projector")
             device, dtype = input_like(self.align_projector, embeddings)
@@ -699,8 +723,7 @@ class ImageInsertEmbedding(nn.Module):
                 trained_through = [tensor for tensor in tensors if tensor.requires_grad]
             result = ZeroGradient.apply(embeddings, *trained_through)
             return result
-        run_forward_pre_hooks(self.align_projector)
-        weight, bias = self.align_projector.weight, self.align_projector.bias
+        _, weight, bias = plain.after_hooks()
         parameters: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         # The gradients must come in the order of a forward with images: ranks reduce buckets in the
         # order in which gradients come, and must all reduce the same buckets together.

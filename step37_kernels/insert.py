@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from step37_kernels import operators
 from step37_kernels.dispatch import Impl, check_kernel_dtype, use_triton
 from step37_kernels.integration.main_grad import MainGrad, into_main_grad
-from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient, text_ids
+from step37_kernels.lookup import TextRows, check_ids, fusion_target, table_gradient
 from step37_kernels.plan import InsertPlan
 from step37_kernels.ranges import profiled
 
@@ -125,7 +125,8 @@ class _ProjectAndInsert(torch.autograd.Function):
 
     Saved for backward: the sources (if the weight needs a gradient), the weight (if a feature
     does), the ids (if the table does), and the plan. Backward computes only the gradients that are
-    needed: one launch separates the rows of ``grad_output``, then the library multiplies.
+    needed: one launch separates the rows of ``grad_output`` and puts looked-up ids in order, two
+    more sum the gradient of the table, and the library multiplies.
     """
 
     @staticmethod
@@ -183,15 +184,26 @@ class _ProjectAndInsert(torch.autograd.Function):
         need_text, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_features = ctx.needs_input_grad[_FIRST_SOURCE + ctx.num_sources :]
         row_at, destinations, input_ids, local_rows, weight, *sources = ctx.saved_tensors
-        need_embeddings = need_text and input_ids is None
+        (text_rows, *_), _ = ctx.text  # of the table, if the words were looked up
         grad_text: Tensor | None
-        grad_text, rows, grad_bias = operators.gradient_rows(
-            grad_output, row_at, destinations, ctx.dtype, need_embeddings, ctx.need_rows, need_bias
+        grad_text, rows, grad_bias, ids, order = operators.gradient_rows(
+            grad_output,
+            row_at,
+            destinations,
+            ctx.dtype,
+            need_text and input_ids is None,
+            ctx.need_rows,
+            need_bias,
+            input_ids,
+            text_rows,
         )
-        if need_text and input_ids is not None:
-            ids = text_ids(input_ids, row_at)
+        if input_ids is not None:
             grad_text = table_gradient(
-                grad_output, ids, table=ctx.text, fused_into=ctx.text_fused_into, triton=True
+                grad_output,
+                (ids, order),
+                table=ctx.text,
+                fused_into=ctx.text_fused_into,
+                triton=True,
             )
         grad_weight = None
         if need_weight:

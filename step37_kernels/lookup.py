@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from step37_kernels import operators
 from step37_kernels.dispatch import check_kernel_dtype
 from step37_kernels.integration.main_grad import check_has_main_grad, rows_into_main_grad
+from step37_kernels.lookup_tensors import InOrder
 from step37_kernels.plan_tensors import is_outside
 from step37_kernels.ranges import profiled
 
@@ -58,17 +59,14 @@ class TextRows:
             return self.rows
         if triton:
             check_kernel_dtype(self.rows, "table")
-        ids = text_ids(self.input_ids, row_at)
+        ids = self.input_ids
+        if row_at is not None and not triton:
+            ids = torch.where(row_at < 0, ids, -1)
         fused_into = fusion_target(self.rows, "table", self.fused)
         result: Tensor = LookUp.apply(
             self.rows, ids, row_at if triton else None, fused_into, triton, float("nan")
         )
         return result
-
-
-def text_ids(input_ids: Tensor, row_at: Tensor | None) -> Tensor:
-    """The ids at text positions, −1 under feature rows."""
-    return input_ids if row_at is None else torch.where(row_at < 0, input_ids, -1)
 
 
 def fusion_target(parameter: Tensor, name: str, fused: bool) -> tuple[Tensor] | None:
@@ -121,7 +119,7 @@ def check_ids(input_ids: Tensor, plan: InsertPlan | None, num_rows: int) -> None
 
 def table_gradient(
     grad_output: Tensor,
-    input_ids: Tensor,
+    in_order: InOrder,
     *,
     table: tuple[torch.Size, torch.dtype],
     fused_into: tuple[Tensor] | None,
@@ -131,17 +129,17 @@ def table_gradient(
 
     Args:
         grad_output: ``[S, B, H]``.
-        input_ids: ``[S, B]``, outside the table where no row was looked up.
+        in_order: its positions in order by id.
         table: shape and dtype of the table.
         fused_into: from :func:`fusion_target`.
         triton: by the kernels.
     """
     if fused_into is None:
         (num_rows, _), dtype = table
-        return operators.table_gradient(grad_output, input_ids, num_rows, dtype, triton)
+        return operators.table_gradient(grad_output, *in_order, num_rows, dtype, triton)
 
     def put(main_grad: Tensor) -> None:
-        operators.add_table_gradient(grad_output, input_ids, main_grad, triton)
+        operators.add_table_gradient(grad_output, *in_order, main_grad, triton)
 
     return rows_into_main_grad(fused_into[0], put)
 
@@ -191,9 +189,10 @@ class LookUp(torch.autograd.Function):
 
 @once_differentiable
 def _table_gradient_once(ctx: Any, grad_output: Tensor, input_ids: Tensor) -> Tensor | None:
+    num_rows = ctx.table[0][0]
     return table_gradient(
         grad_output,
-        input_ids,
+        operators.order_by_id(input_ids, num_rows, ctx.triton),
         table=ctx.table,
         fused_into=ctx.fused_into,
         triton=ctx.triton,
@@ -212,8 +211,9 @@ class _SumByRow(torch.autograd.Function):
         table: tuple[torch.Size, torch.dtype],
         triton: bool,
     ) -> Tensor:
+        in_order = operators.order_by_id(input_ids, table[0][0], triton)
         gradient = table_gradient(
-            grad_output, input_ids, table=table, fused_into=None, triton=triton
+            grad_output, in_order, table=table, fused_into=None, triton=triton
         )
         return cast(Tensor, gradient)
 

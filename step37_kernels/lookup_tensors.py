@@ -1,4 +1,4 @@
-"""Sums the gradients of looked-up rows by the row of the table that they came from."""
+"""Puts positions in order by id, and sums gradients by the row of the table they belong to."""
 
 from __future__ import annotations
 
@@ -7,39 +7,55 @@ from torch import Tensor
 
 from step37_kernels.plan_tensors import is_outside
 
+InOrder = tuple[Tensor, Tensor]
+"""Positions in order by the id that was looked up there, those of one id as they come: the ids,
+``[P]``, negative or not below V where no row was looked up; and the position of each, int64."""
+
+
+def order_by_id(input_ids: Tensor, num_rows: int, *, triton: bool) -> InOrder:
+    """Put positions in order by id.
+
+    This is done in backward: in forward it would take as long, would run twice under recomputation,
+    and for nothing where no gradient is wanted. Nothing waits for the device.
+
+    Args:
+        input_ids: the id looked up at each position, of any shape; negative or not below V for
+            none.
+        num_rows: V.
+        triton: by the kernels, else by PyTorch operations.
+    """
+    if triton:
+        from step37_kernels.ops import order
+
+        return order.order_by_id(input_ids, num_rows)
+    ids, positions = torch.sort(input_ids.reshape(-1), stable=True)
+    return ids, positions
+
 
 def put_table_gradient(
-    grad_output: Tensor, input_ids: Tensor, out: Tensor, *, add: bool, triton: bool
+    grad_output: Tensor, in_order: InOrder, out: Tensor, *, add: bool, triton: bool
 ) -> None:
     """Sum the gradients at all positions of each id into its row of ``out``.
 
-    The positions are put in order by id here, in backward: in forward that would take as long,
-    would run twice under recomputation, and for nothing where no gradient is wanted. The sums are
-    in fp32 at least, in a fixed order, so that two runs are bit-equal. Nothing waits for the
-    device.
+    The sums are in fp32 at least, in a fixed order, so that two runs are bit-equal. Nothing waits
+    for the device.
 
     Args:
         grad_output: ``[S, B, H]``, or ``[…, H]``, any strides.
-        input_ids: ``[S, B]``, or ``[…]``: the id looked up at each position; negative or not below
-            V for none.
+        in_order: all positions, in order by id.
         out: ``[V, H]`` contiguous.
         add: add to the rows of ``out``. Otherwise store them; ``out`` is zero then.
         triton: by the kernels, else by PyTorch operations.
     """
     num_rows, hidden = out.shape
-    flat_ids = input_ids.reshape(-1)
-    if grad_output.ndim != 3:
-        grad_output = grad_output.reshape(-1, 1, hidden)
+    ids, order = in_order
     if triton:
         from step37_kernels.ops import table
 
-        if table.is_counted(flat_ids.numel(), num_rows):
-            ids, order = table.order_by_id(flat_ids.contiguous(), num_rows)
-        else:
-            ids, order = torch.sort(flat_ids, stable=True)
+        if grad_output.ndim != 3:
+            grad_output = grad_output.reshape(-1, 1, hidden)
         table.put_table_gradient(grad_output, ids, order, out, add=add)
         return
-    ids, order = torch.sort(flat_ids, stable=True)
     if not ids.numel():
         return
     # Segment k holds the positions of the k-th smallest id; there are at most P segments.

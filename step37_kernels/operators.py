@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from step37_kernels import lookup_tensors
 from step37_kernels.count_watch import count_watch
-from step37_kernels.lookup_tensors import put_table_gradient
 from step37_kernels.plan_tensors import make_plan
 from step37_kernels.runs import FlatRuns
 
@@ -174,14 +174,19 @@ def _fake_gradient_rows(
     embeddings: bool,
     rows: bool,
     bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    del row_at
+    input_ids: Tensor | None,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del vocabulary
     hidden = grad_output.shape[2]
     nothing = grad_output.new_empty(0, dtype=dtype)
+    num_positions, of = (0, torch.int64) if input_ids is None else (row_at.numel(), input_ids.dtype)
     return (
         grad_output.new_empty(grad_output.shape if embeddings else 0),
         nothing.new_empty(destinations.shape[0], hidden) if rows else nothing,
         nothing.new_empty(hidden) if bias else nothing.new_empty(0),
+        row_at.new_empty(num_positions, dtype=of),
+        row_at.new_empty(num_positions, dtype=torch.int64),
     )
 
 
@@ -194,15 +199,27 @@ def gradient_rows(
     embeddings: bool,
     rows: bool,
     bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    input_ids: Tensor | None,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the embeddings, of the projected rows (in ``dtype``) and of the bias.
 
-    One that is not wanted comes back empty.
+    One that is not wanted comes back empty. With ``input_ids [S, B]``, which were looked up in a
+    table of ``vocabulary`` rows, two more tensors are the text positions in order by id
+    (:data:`step37_kernels.lookup_tensors.InOrder`).
     """
     from step37_kernels.ops import gradient
 
     return gradient.gradient_rows(
-        grad_output, row_at, destinations, dtype, embeddings=embeddings, rows=rows, bias=bias
+        grad_output,
+        row_at,
+        destinations,
+        dtype,
+        embeddings=embeddings,
+        rows=rows,
+        bias=bias,
+        input_ids=input_ids,
+        vocabulary=vocabulary,
     )
 
 
@@ -226,26 +243,37 @@ def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -
         main_grad.copy_(main_grad + product if add else product)
 
 
+@_operator(
+    lambda input_ids, *_: (
+        input_ids.new_empty(input_ids.numel()),
+        input_ids.new_empty(input_ids.numel(), dtype=torch.int64),
+    )
+)
+def order_by_id(input_ids: Tensor, num_rows: int, triton: bool) -> tuple[Tensor, Tensor]:
+    """:func:`step37_kernels.lookup_tensors.order_by_id`."""
+    return lookup_tensors.order_by_id(input_ids, num_rows, triton=triton)
+
+
 def _fake_table_gradient(
-    grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
+    grad_output: Tensor, ids: Tensor, order: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
 ) -> Tensor:
-    del input_ids, triton
+    del ids, order, triton
     return grad_output.new_empty(num_rows, grad_output.shape[-1], dtype=dtype)
 
 
 @_operator(_fake_table_gradient)
 def table_gradient(
-    grad_output: Tensor, input_ids: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
+    grad_output: Tensor, ids: Tensor, order: Tensor, num_rows: int, dtype: torch.dtype, triton: bool
 ) -> Tensor:
-    """The dense gradient ``[V, H]`` of the table that ``input_ids [S, B]`` were looked up in."""
+    """The dense gradient ``[V, H]`` of a table, from positions in order by id."""
     gradient = grad_output.new_zeros(num_rows, grad_output.shape[-1], dtype=dtype)
-    put_table_gradient(grad_output, input_ids, gradient, add=False, triton=triton)
+    lookup_tensors.put_table_gradient(grad_output, (ids, order), gradient, add=False, triton=triton)
     return gradient
 
 
 @_operator(lambda *_: None, mutates=("main_grad",))
 def add_table_gradient(
-    grad_output: Tensor, input_ids: Tensor, main_grad: Tensor, triton: bool
+    grad_output: Tensor, ids: Tensor, order: Tensor, main_grad: Tensor, triton: bool
 ) -> None:
     """Add the gradient of the table to ``main_grad [V, H]``, only in rows that were looked up."""
-    put_table_gradient(grad_output, input_ids, main_grad, add=True, triton=triton)
+    lookup_tensors.put_table_gradient(grad_output, (ids, order), main_grad, add=True, triton=triton)

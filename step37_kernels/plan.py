@@ -64,6 +64,8 @@ class InsertPlan:
     """``[G + 1]`` int32: :attr:`start_counts`, then :attr:`unknown_ids`."""
     runs: Runs
     """``(start_token, ((features, rows of each), …))`` of each group; known on the host."""
+    flat_runs: FlatRuns
+    """The same numbers in flat tuples."""
     local_rows: Tensor | None = None
     """Only in a plan from :meth:`shard`: ``[M]`` int32, the feature row that each entry of
     ``destinations`` (then ``[M]``) belongs to; −1 in unused entries. None in a whole plan."""
@@ -88,7 +90,7 @@ class InsertPlan:
     @property
     def num_rows(self) -> int:
         """R, the rows of all features of all groups."""
-        return FlatRuns.of(self.runs).num_rows
+        return self.flat_runs.num_rows
 
     @property
     def seq_len(self) -> int:
@@ -151,7 +153,7 @@ class InsertPlan:
                 its sequence; two spans overlap; ids at text positions are outside the table. The
                 message names group, feature and position.
         """
-        problems = count_mismatches(FlatRuns.of(self.runs), self.start_counts.tolist())
+        problems = count_mismatches(self.flat_runs, self.start_counts.tolist())
         if self.local_rows is not None:
             raise ValueError("plan: check the plan of the whole sequence, not that of a shard")
         starts = iter(self.starts.tolist())
@@ -312,6 +314,7 @@ def plan_runs(
         starts=starts,
         counts=counts,
         runs=runs,
+        flat_runs=flat,
         batch_first=batch_first,
         vocabulary=vocabulary,
     )
@@ -327,8 +330,9 @@ def _check_ids(input_ids: Tensor, runs: FlatRuns) -> None:
         if not -limit <= token < limit:
             raise ValueError(f"start token: expected a value of {input_ids.dtype}, got {token}")
     batch_size, seq_len = input_ids.shape
-    if max(runs.num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
+    num_rows = runs.num_rows
+    if max(num_rows, (seq_len + 1) * batch_size) > _INT32_MAX:
         raise ValueError(
             f"input_ids, groups: at most {_INT32_MAX} positions and feature rows, "
-            f"got {tuple(input_ids.shape)} ids and {runs.num_rows} rows"
+            f"got {tuple(input_ids.shape)} ids and {num_rows} rows"
         )

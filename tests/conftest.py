@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests import ptx
+from tests.interpreter import replace_names_once_a_launch
 
 if ptx.ARCHITECTURE:
     os.environ["TRITON_INTERPRET"] = "0"
@@ -33,3 +34,5 @@ settings.register_profile("deep", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ptx.install_if_asked()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    replace_names_once_a_launch()

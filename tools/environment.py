@@ -68,7 +68,8 @@ class Environment:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def _pip(self, arguments: tuple[str, ...]) -> None:
-        command = [str(self.executable), "-m", "pip", "install", "--quiet"]
+        # Byte code is compiled as it is imported: most of it never is.
+        command = [str(self.executable), "-m", "pip", "install", "--quiet", "--no-compile"]
         command += ["--disable-pip-version-check", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         # Requirements that are left unmet on purpose are warned of at length: told on failure only.

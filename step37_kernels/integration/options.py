@@ -92,9 +92,10 @@ class InsertOptions:
             return self.gradient_accumulation_fusion
         return bool(getattr(config, "gradient_accumulation_fusion", False))
 
-    def why_not_fused(self, weight: Tensor, language_embedding: Any) -> str | None:
-        """Why the gradient of ``weight`` goes to autograd; None: to its ``main_grad``."""
-        if not self.fuses_gradients(getattr(language_embedding, "config", None)):
+    def why_not_fused(self, weight: Tensor, config: Any) -> str | None:
+        """Why the gradient of ``weight`` goes to autograd in a model with this configuration; None:
+        to its ``main_grad``."""
+        if not self.fuses_gradients(config):
             if self.gradient_accumulation_fusion == "auto":
                 return "the configuration has no gradient_accumulation_fusion"
             return "gradient_accumulation_fusion=False"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class ZeroGradient(torch.autograd.Function):
 
 
 def run_forward_pre_hooks(module: nn.Module) -> None:
-    """Run the forward pre-hooks of a module that is not called, if :func:`is_plain` allows that.
+    """Run the forward pre-hooks of a module that is not called, if :func:`plain_projector` allows
+    that.
 
     Megatron's wrappers prepare a module's parameters in them: DDP with ``overlap_param_gather``
     waits until they have arrived, Megatron-FSDP gathers them.
@@ -57,8 +58,25 @@ def run_forward_pre_hooks(module: nn.Module) -> None:
             hook(module, ())
 
 
-def more_than_a_product(projector: nn.Module) -> str | None:
-    """What calling the projector means besides its weight and bias; None: nothing.
+class PlainProjector(NamedTuple):
+    """A projector whose weight and bias stand for calling it."""
+
+    module: nn.Linear
+    weight: Tensor
+    """``[H, C]``"""
+    bias: Tensor | None
+    """``[H]``"""
+
+    def after_hooks(self) -> PlainProjector:
+        """Run the module's forward pre-hooks, which may put another weight and bias there."""
+        if not self.module._forward_pre_hooks:
+            return self
+        run_forward_pre_hooks(self.module)
+        return PlainProjector(self.module, self.module.weight, self.module.bias)
+
+
+def plain_projector(projector: nn.Module) -> PlainProjector | str:
+    """Return the projector's weight and bias, or what calling it means besides them.
 
     Forward pre-hooks are allowed if they are Megatron's: others may read the input or make the
     weight. A weight of another class than PyTorch's own (quantised, distributed) may define its own
@@ -68,23 +86,26 @@ def more_than_a_product(projector: nn.Module) -> str | None:
         return f"it is a {type(projector).__name__}"
     if "forward" in vars(projector):
         return "the instance has a forward of its own"
-    if type(projector.weight) not in (nn.Parameter, Tensor, FakeTensor):
-        return f"its weight is a {type(projector.weight).__name__} (quantised or distributed)"
-    return None if hooks_are_of_megatron(projector) else "it has hooks"
+    weight = projector.weight
+    if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
+        return f"its weight is a {type(weight).__name__} (quantised or distributed)"
+    if not hooks_are_of_megatron(projector):
+        return "it has hooks"
+    return PlainProjector(projector, weight, projector.bias)
 
 
-def is_plain(projector: nn.Module) -> bool:
-    """Whether calling the projector means its weight and bias and nothing else."""
-    return more_than_a_product(projector) is None
+def plain_beside(projector: nn.Module, device: torch.device) -> PlainProjector | str:
+    """Return the projector's weight and bias, or why it is called beside text rows on ``device``.
 
-
-def why_called(projector: nn.Module, device: torch.device) -> str | None:
-    """Why the projector is called as a module beside text rows on ``device``; None: its weight and
-    bias stand for it."""
-    reason = more_than_a_product(projector)
-    if reason is None and (devices := devices_of_plain(projector)) != {device}:
-        reason = f"it is on {_listed(devices)}, the word embeddings are on {device}"
-    return reason
+    They stand for it if :func:`plain_projector` says so and they are on that device.
+    """
+    plain = plain_projector(projector)
+    if isinstance(plain, str):
+        return plain
+    devices = devices_of_plain(plain)
+    if devices != {device}:
+        return f"it is on {_listed(devices)}, the word embeddings are on {device}"
+    return plain
 
 
 def hooks_are_of_megatron(module: nn.Module) -> bool:
@@ -132,9 +153,12 @@ def input_width(projector: nn.Module) -> int | None:
     return next((width for width in widths if isinstance(width, int)), None)
 
 
-def devices_of_plain(projector: nn.Module) -> set[torch.device]:
-    """Where the weight and the bias of a projector are that :func:`is_plain` allows."""
-    return {t.device for t in (projector.weight, projector.bias) if isinstance(t, Tensor)}
+def devices_of_plain(plain: PlainProjector) -> set[torch.device]:
+    """Where the weight and the bias are."""
+    devices = {plain.weight.device}
+    if plain.bias is not None:
+        devices.add(plain.bias.device)
+    return devices
 
 
 def check_has_values(projector: nn.Module, name: str) -> None:
@@ -153,16 +177,17 @@ def check_has_values(projector: nn.Module, name: str) -> None:
 
 
 def refuse_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
-    """Raise ``ValueError`` where :func:`why_called` has a reason and ``impl="triton"`` asks for a
+    """Raise ``ValueError`` where :func:`plain_beside` has a reason and ``impl="triton"`` asks for a
     kernel, which multiplies by a weight that is beside the text rows, and can call no module."""
     if impl != "triton":
         return
-    if not is_plain(projector):
+    plain = plain_projector(projector)
+    if isinstance(plain, str):
         raise ValueError(
             f"impl='triton': {name} ({type(projector).__name__}) is more than a weight and a bias; "
             "pass impl='auto' or 'torch' to have it called"
         )
-    devices = _listed(devices_of_plain(projector))
+    devices = _listed(devices_of_plain(plain))
     raise ValueError(
         f"impl='triton': {name} is on {devices}, the word embeddings are on {device}; put both "
         "on one device, or pass impl='auto' or 'torch' to have the projector called on its own"
@@ -170,8 +195,8 @@ def refuse_called(projector: nn.Module, name: str, impl: Impl, device: torch.dev
 
 
 def allow_called(projector: nn.Module, name: str, impl: Impl, device: torch.device) -> None:
-    """See to it that a projector that :func:`why_called` has a reason for may be called, and say so
-    in the log once.
+    """See to it that a projector that :func:`plain_beside` has a reason for may be called, and say
+    so in the log once.
 
     Raises:
         ValueError: see :func:`refuse_called`.
@@ -179,10 +204,11 @@ def allow_called(projector: nn.Module, name: str, impl: Impl, device: torch.devi
     refuse_called(projector, name, impl, device)
     if torch.compiler.is_compiling():
         return
-    if is_plain(projector):
-        warn_elsewhere(name, _listed(devices_of_plain(projector)), str(device))
-    else:
+    plain = plain_projector(projector)
+    if isinstance(plain, str):
         warn_unfused(name, type(projector).__name__)
+    else:
+        warn_elsewhere(name, _listed(devices_of_plain(plain)), str(device))
 
 
 def _listed(devices: set[torch.device]) -> str:

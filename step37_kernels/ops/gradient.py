@@ -3,15 +3,19 @@
 A row of ``grad_output [S, B, H]`` belongs either to a text row or to the feature row that was
 written over it. The grid has two kinds of programs; there may be none of either:
 
-1. for blocks of positions they write the embeddings' gradient: text rows are copied, overwritten
-   rows are set to zero without being read;
-2. for blocks of feature rows they gather the rows at their destinations, for the gradients of
+1. for blocks of positions. If the text rows came from embeddings, these programs write the gradient
+   of the embeddings: text rows are copied, overwritten rows are set to zero without being read. If
+   the text rows were looked up in a table, they put the positions in order by id instead
+   (:mod:`step37_kernels.ops.order`), for :mod:`step37_kernels.ops.table`;
+2. for blocks of feature rows: they gather the rows at their destinations, for the gradients of
    features and weight, and sum them for the gradient of the bias.
 
 Shape letters as in :mod:`step37_kernels.ops.project`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +31,15 @@ from step37_kernels.ops.common import (
     whole_vectors,
 )
 from step37_kernels.ops.launch import launch
+from step37_kernels.ops.order import (
+    COUNT_BLOCK,
+    COUNT_LANES,
+    COUNT_PARTS,
+    count_positions,
+    is_counted,
+    order_by_id,
+    room_for_order,
+)
 
 # Positions or rows of a program, and its columns. Every thread has whole vectors in both.
 POSITION_BLOCK = (8, 512)
@@ -90,24 +103,30 @@ def _gather_rows(
 
 @triton.jit(
     do_not_specialize=[
-        *["position_programs", "num_positions", "num_rows", "batch_size", "stride_s", "stride_b"],
+        *["position_programs", "apart", "num_positions", "num_rows", "batch_size", "stride_s"],
+        *["stride_b", "vocabulary"],
     ]
 )
 def gradient_rows_kernel(
     grad_ptr,  # [S, B, H] grad_output, any strides
     row_at_ptr,  # [S * B] int32: ≥ 0 where a feature row overwrote the embedding
     destinations_ptr,  # [R] int32: position of each row, or −1
-    embeddings_ptr,  # [S * B, H] contiguous, out: by the first position_programs programs
+    embeddings_ptr,  # [S * B, H] contiguous, out by the programs of positions, if ids_ptr is None
     rows_ptr,  # [R, H] contiguous, out if ROWS; in any case of the projector's dtype
     partial_ptr,  # [cdiv(R, BLOCK_R), H] fp32, out if BIAS: sums of a block's rounded rows
+    ids_ptr,  # [S * B] int32 or int64, or None if the text rows came from embeddings
+    sorted_ptr,  # [S * B] in the dtype of the ids, out by the programs of positions, or None
+    order_ptr,  # [S * B] int64, out by the programs of positions, or None
     H,
     stride_h,
     position_programs,
+    apart,  # programs 0, apart, 2 * apart, … are those of positions
     num_positions,
     num_rows,
     batch_size,
     stride_s,
     stride_b,
+    vocabulary,
     ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     ALIGNED: tl.constexpr,  # stride_s and stride_b are whole vectors
@@ -116,19 +135,46 @@ def gradient_rows_kernel(
     WIDTH_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDTH_R: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+    COUNT_LANES: tl.constexpr,
+    COUNT_PARTS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    if program < position_programs:
-        _embedding_gradient(
-            program, grad_ptr, row_at_ptr, embeddings_ptr, H, stride_h, num_positions, batch_size,
-            stride_s, stride_b, ALIGNED, BLOCK_P, WIDTH_P,
-        )  # fmt: skip
+    number = program // apart  # among the programs of positions
+    if (program % apart == 0) & (number < position_programs):
+        if ids_ptr is None:
+            _embedding_gradient(
+                number, grad_ptr, row_at_ptr, embeddings_ptr, H, stride_h, num_positions,
+                batch_size, stride_s, stride_b, ALIGNED, BLOCK_P, WIDTH_P,
+            )  # fmt: skip
+        else:
+            count_positions(
+                number, ids_ptr, row_at_ptr, sorted_ptr, order_ptr, num_positions, vocabulary,
+                COUNT_BLOCK, COUNT_LANES, COUNT_PARTS,
+            )  # fmt: skip
     else:
         _gather_rows(
-            program - position_programs, grad_ptr, destinations_ptr, rows_ptr, partial_ptr, H,
-            stride_h, num_rows, batch_size, stride_s, stride_b, ROWS, BIAS, ALIGNED, INTERPRET,
-            BLOCK_R, WIDTH_R,
+            program - tl.minimum(number + 1, position_programs), grad_ptr, destinations_ptr,
+            rows_ptr, partial_ptr, H, stride_h, num_rows, batch_size, stride_s, stride_b, ROWS,
+            BIAS, ALIGNED, INTERPRET, BLOCK_R, WIDTH_R,
         )  # fmt: skip
+
+
+class RowGradients(NamedTuple):
+    """What :func:`gradient_rows` computes. A tensor that is not wanted has the shape ``[0]``."""
+
+    embeddings: Tensor
+    """``[S, B, H]`` contiguous: ``grad_output`` with the overwritten rows zeroed."""
+    rows: Tensor
+    """``[R, H]`` in the projector's dtype: the gradient of the projected rows, zeros for dropped
+    rows."""
+    bias: Tensor
+    """``[H]`` in that dtype: the sum of these rows, fp32 sums of blocks added in a fixed order."""
+    ids: Tensor
+    """``[S * B]`` in the dtype of the ids: those of all positions, sorted; −1 under feature rows;
+    negative or not below ``vocabulary`` where no row of the table was looked up."""
+    order: Tensor
+    """``[S * B]`` int64: the position of each of these ids; positions of one id as they come."""
 
 
 def gradient_rows(
@@ -140,8 +186,10 @@ def gradient_rows(
     embeddings: bool,
     rows: bool,
     bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the three gradients that need no matrix product, in one launch.
+    input_ids: Tensor | None = None,
+    vocabulary: int = 0,
+) -> RowGradients:
+    """Compute the gradients that need no matrix product, and the order of the ids, in one launch.
 
     Args:
         grad_output: ``[S, B, H]``, any strides; only read, each element at most once.
@@ -149,18 +197,21 @@ def gradient_rows(
         destinations: ``[R]`` int32: the position of each feature row, −1 for rows that did not
             survive and for the unused entries of a shard.
         dtype: the projector's.
-        embeddings, rows, bias: which gradients to compute. The others come back as ``[0]``.
+        embeddings, rows, bias: which gradients to compute. The first is for text rows that came
+            from embeddings, so not with ``input_ids``.
+        input_ids: ``[S, B]`` int32 or int64: put the positions in order by these ids. They are read
+            in place where they are contiguous, as those of one sequence or of a batch-first plan
+            are, and copied first otherwise. None: not wanted.
+        vocabulary: the rows of the table in which they were looked up.
 
-    Returns:
-        The embeddings' gradient, ``[S, B, H]`` contiguous: ``grad_output`` with the overwritten
-        rows zeroed. The gradient of the projected rows, ``[R, H]`` in ``dtype``, zeros for dropped
-        rows. The sum of these rows, ``[H]`` in ``dtype``: fp32 sums of blocks of rows, added in a
-        fixed order.
+    Two more library operations, which pick the ids of text and sort them, take the place of
+    counting where there are more positions than :func:`is_counted` allows.
     """
     seq_len, batch_size, hidden = grad_output.shape
     num_positions, num_rows = seq_len * batch_size, destinations.shape[0]
     stride_s, stride_b, stride_h = grad_output.stride()
     position_programs = row_programs = blocks = 0
+    apart = 1
     if embeddings:
         position_programs = ceil_div(num_positions, POSITION_BLOCK[0])
         position_programs *= ceil_div(hidden, POSITION_BLOCK[1])
@@ -174,16 +225,31 @@ def gradient_rows(
     grad_embeddings = empty(embeddings, (seq_len, batch_size, hidden), grad_output.dtype)
     grad_rows = empty(rows, (num_rows, hidden), dtype)
     partial = empty(bias, (blocks, hidden), torch.float32)
-    if position_programs + row_programs:
+    in_order = empty(False, (), torch.int64), empty(False, (), torch.int64)
+    counting: tuple[Tensor | None, ...] = (None, None, None)
+    if input_ids is not None and is_counted(num_positions, vocabulary):
+        position_programs = ceil_div(num_positions, COUNT_BLOCK)
+        # A program counts for longer than another gathers, so none should be the last; and while
+        # all multiprocessors count, none reads the gradient. So they lie in the grid's first half.
+        apart = max(1, (position_programs + row_programs) // max(1, 2 * position_programs))
+        in_order = room_for_order(input_ids)
+        counting = (input_ids.contiguous(), *in_order)
+    elif input_ids is not None:
+        in_order = order_by_id(torch.where(row_at < 0, input_ids, -1), vocabulary)
+    programs = position_programs + row_programs
+    if programs:
         with device_of(grad_output):
             launch(
                 gradient_rows_kernel,
-                (position_programs + row_programs,),
+                (programs,),
                 *(grad_output, row_at, destinations, grad_embeddings, grad_rows, partial),
-                *(hidden, stride_h, position_programs, num_positions, num_rows),
-                *(batch_size, stride_s, stride_b),
+                *counting,
+                *(hidden, stride_h, position_programs, apart, num_positions, num_rows),
+                *(batch_size, stride_s, stride_b, vocabulary),
                 rows or not bias,  # without either there are no programs that ask
                 bias,
                 *(whole_vectors(stride_s, stride_b), INTERPRETED, *POSITION_BLOCK, *ROW_BLOCK),
+                *(COUNT_BLOCK, COUNT_LANES, COUNT_PARTS),
             )
-    return grad_embeddings, grad_rows, partial.sum(0).to(dtype) if bias else empty(False, (), dtype)
+    grad_bias = partial.sum(0).to(dtype) if bias else empty(False, (), dtype)
+    return RowGradients(grad_embeddings, grad_rows, grad_bias, *in_order)

@@ -435,7 +435,7 @@ def _by_tiles(
     pdl: bool,
 ) -> None:
     hidden, width = weight.shape
-    counts = [len(x) for x in sources]
+    counts = [x.shape[0] for x in sources]
     split = schedule(tile, counts, hidden, width, processors(weight.device))
     size = split.partials * tile.block_m * tile.block_n
     top = 1 << tile.block_m.bit_length() - 1

@@ -1,15 +1,11 @@
 """Computes the gradient of the word embedding's table, row by row.
 
-The positions are put in order by id, so that those of one id, a *segment*, are neighbours: by
-``order_kernel``, which counts for each position those that come before it, or, where there are
-many, by the library's sort. Then
+The positions come in order by id (:mod:`step37_kernels.ops.order`), so those of one id, a
+*segment*, are neighbours. Two launches sum them:
 
-The caller sorts the positions by id. Those of one id, a *segment*, are then adjacent. Two launches
-follow:
-
-1. in ``sum_segments_kernel`` each program takes a block of sorted positions and sums each segment
-   in it. If the whole segment is in the block, the sum is written to its row of the table. If the
-   segment begins before the block or ends after it, the sum is kept in a buffer;
+1. in ``sum_segments_kernel`` each program takes a block of positions and sums each segment in it.
+   If the whole segment is in the block, the sum is written to its row of the table. If the segment
+   begins before the block or ends after it, the sum is kept in a buffer;
 2. ``join_segments_kernel`` adds the kept sums of each segment that spans several blocks.
 
 So the work of a program is bounded however often an id occurs: one block, or one column of kept
@@ -36,12 +32,6 @@ from step37_kernels.ops.common import (
 )
 from step37_kernels.ops.launch import launch
 
-# Positions of a program that counts, how many positions it compares them with at a time, and up to
-# how many in all its work, which grows with their square, is less than that of the library's sort.
-ORDER_BLOCK = 8
-ORDER_CHUNK = 512
-ORDER_WARPS = 8
-MOST_COUNTED = 8192
 # Positions of a program, how many of their rows are on the way at a time, and columns: 8 for each
 # thread, one vector of a 16-bit type.
 BLOCK_P = 16
@@ -51,40 +41,6 @@ SUM_WARPS = 2
 JOIN_BLOCKS = 8
 JOIN_COLUMNS = 256
 JOIN_WARPS = 4
-
-
-@triton.jit
-def _keys(ids_ptr, positions, num_positions, num_rows):
-    """One number for id and position, in whose order both are; ids outside the table count as −1
-    or as V. Past the end the largest number."""
-    inside = positions < num_positions
-    ids = tl.load(ids_ptr + positions, mask=inside, other=0).to(tl.int64)
-    ids = tl.minimum(tl.maximum(ids, -1), num_rows).to(tl.int32)
-    return tl.where(inside, (ids + 1) * num_positions + positions, 0x7FFFFFFF)
-
-
-@triton.jit(do_not_specialize=["num_positions", "num_rows"])
-def order_kernel(
-    ids_ptr,  # [P] int32 or int64
-    sorted_ptr,  # [P] of that dtype, out: the ids in order, −1 or V for those outside 0 … V − 1
-    order_ptr,  # [P] int64, out: position of each of these
-    num_positions,
-    num_rows,  # V
-    BLOCK_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """A position's place is the number of positions of a smaller id, or of its id and before it."""
-    mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    keys = _keys(ids_ptr, mine, num_positions, num_rows)
-    before = tl.zeros((BLOCK_P, CHUNK), tl.int32)
-    for begin in range(0, num_positions, CHUNK):
-        others = _keys(ids_ptr, begin + tl.arange(0, CHUNK), num_positions, num_rows)
-        before += (others[None, :] < keys[:, None]).to(tl.int32)
-    places = tl.sum(before, axis=1)
-    inside = mine < num_positions
-    ids = (keys // num_positions - 1).to(sorted_ptr.dtype.element_ty)
-    tl.store(sorted_ptr + places, ids, mask=inside)
-    tl.store(order_ptr + places, mine.to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -216,40 +172,6 @@ def join_segments_kernel(
             number += BLOCKS
         out_ptrs = out_ptr + row * H + cols
         _put(out_ptrs, tl.sum(sums, axis=0), cols < H, ADD, INTERPRET)
-
-
-def is_counted(num_positions: int, num_rows: int) -> bool:
-    """Whether :func:`order_by_id` takes so many positions, of ids in a table of so many rows.
-
-    It numbers pairs of id and position in 32 bits.
-    """
-    return num_positions <= MOST_COUNTED and (num_rows + 2) * num_positions < 2**31
-
-
-def order_by_id(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Put positions in order by id, those of one id as they come, in one launch.
-
-    Args:
-        ids: ``[P]`` int32 or int64, contiguous, as :func:`is_counted` allows.
-        num_rows: V. Ids that are negative, or not below V, count as −1, or as V.
-
-    Returns:
-        the ids in order, in their dtype; the position of each, int64.
-    """
-    (num_positions,) = ids.shape
-    in_order = torch.empty_like(ids)
-    order = torch.empty(num_positions, dtype=torch.int64, device=ids.device)
-    if num_positions:
-        with device_of(ids):
-            launch(
-                order_kernel,
-                (ceil_div(num_positions, ORDER_BLOCK),),
-                *(ids, in_order, order, num_positions, num_rows),
-                BLOCK_P=ORDER_BLOCK,
-                CHUNK=ORDER_CHUNK,
-                num_warps=ORDER_WARPS,
-            )
-    return in_order, order
 
 
 def put_table_gradient(

@@ -7,9 +7,12 @@ made for the projection of the model (C = 6144, H = 4096), whose width does not 
 
 from __future__ import annotations
 
+import bisect
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,12 +111,12 @@ def entry(rows: int, dtype: torch.dtype, capability: int) -> Tile:
         return _INTERPRETER
     if capability != 90 or dtype.itemsize != 2:
         return LIBRARY
-    return next(tile for most, tile in _HOPPER if rows <= most)
+    return _HOPPER[bisect.bisect_left(_HOPPER, rows, key=operator.itemgetter(0))][1]
 
 
 def insert_tile(sources: Sequence[Tensor], weight: Tensor) -> Tile:
     """The entry for contiguous sources ``[R_i, C]``; the library's where TMA cannot read them."""
-    return tile_of(sum(map(len, sources)), weight, *sources)
+    return tile_of(sum(source.shape[0] for source in sources), weight, *sources)
 
 
 def tile_of(rows: int, weight: Tensor, *sources: Tensor) -> Tile:
@@ -124,8 +127,7 @@ def tile_of(rows: int, weight: Tensor, *sources: Tensor) -> Tile:
     return tile if all(map(takes_tma, (*sources, weight))) else LIBRARY
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(NamedTuple):
     """Divides the tiles of a launch among its programs.
 
     The first ``whole`` programs compute one tile each. Then come ``tail`` tiles with ``parts``

@@ -350,3 +350,17 @@ def test_the_whole_embedding_is_predicted_to_cost_little_beside_stock_and_alloca
     called, ours = predict_embedding.temporary_bytes(shape)
     assert ours < 60e6 < 1e9 < called
     assert predict_embedding.predicted(shape, "H100")["ours"][0] <= 400
+
+
+def test_counting_hides_behind_the_gather_but_for_the_part_that_is_assumed_not_to() -> None:
+    (shape,) = shapes_named(["flickr8k"])
+    rates = predict.rates_of("H100", "nominal")
+    counting = predict_embedding.counting_us(shape.seq_len, rates)
+    assert 0 < counting < 4 * shape.num_rows * shape.hidden / rates["memory"] / 1e6
+    for hidden in (1, 0.5, 0):
+        added = predict_embedding.order_us(shape, {**rates, "hidden": hidden})
+        assert added == pytest.approx((1 - hidden) * counting)
+    (alone,) = shapes_named(["one-image"])
+    assert predict_embedding.order_us(alone, rates) > 0  # counting is the longer of the two
+    (sorted_by_the_library,) = shapes_named(["huge"])
+    assert predict_embedding.order_us(sorted_by_the_library, rates) == 1 + rates["sort"]

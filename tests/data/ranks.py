@@ -9,20 +9,17 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.fork_server import fork_server
 from tests.limits import HANGS_AFTER_S
 
 
 def in_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``work(rank, *arguments)`` returns or raises on each rank; None for one that died.
 
-    ``work`` is a function of a module: the ranks are forked from a server that has no threads.
-    Forks of the test process itself would inherit whatever lock another thread holds at that
-    moment, and now and then wait for it for ever. What a test patches does not reach them.
+    ``work`` is a function of a module; what a test patches does not reach it.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fork_server()
     results = context.SimpleQueue()
     port = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [

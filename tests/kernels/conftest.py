@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,10 +14,27 @@ if ptx.ARCHITECTURE:  # these run in processes of their own, or launch nothing: 
     collect_ignore = [
         "test_imports.py",
         "compiled/test_launch.py",
+        "pixels/test_pixels_compile.py",
         "pixels/test_pixels_pillow_versions.py",
         "test_reference.py",
         "compiled/test_resources.py",
     ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On interpreted PTX leave out tests that launch no kernel in their process: as without it."""
+    if not ptx.ARCHITECTURE:
+        return
+    left_out = [item for item in items if launches_nothing(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def launches_nothing(item: Any) -> bool:
+    """Whether a test is marked so, or has a parameter by which PyTorch computes everything."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    by_pytorch = parameters.get("impl") == "torch" or parameters.get("triton") is False
+    return by_pytorch or item.get_closest_marker("no_launch") is not None
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,7 @@ def python(value: str, script: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.no_launch
 def test_the_switch_is_read_once_from_the_environment():
     script = (
         "torch.cuda.nvtx.mark = print\n"
@@ -147,6 +148,7 @@ def test_the_switch_is_read_once_from_the_environment():
     assert python("0", script)[1] == python("", script)[1] == "False\n"
 
 
+@pytest.mark.no_launch
 def test_another_value_of_the_switch_and_a_pytorch_without_nvtx_are_refused():
     _, _, error = python("yes", "import step37_kernels.ranges")
     assert "ValueError: STEP37_NVTX: expected 0 or 1, got 'yes'" in error

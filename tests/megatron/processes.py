@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing as mp
 import tempfile
 import traceback
 import warnings
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from tests import ptx
+from tests.fork_server import fork_server
 from tests.limits import HANGS_AFTER_S, end_with_parent
 
 
@@ -79,7 +79,7 @@ def run(work: Callable[..., Any], *arguments: Any, world: int = 2, **parallel: A
     Raises:
         AssertionError: a process failed (with its traceback) or did not come to an end.
     """
-    context = mp.get_context("spawn")
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         pipes, processes = [], []

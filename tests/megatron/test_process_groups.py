@@ -89,7 +89,7 @@ def one_rank(rank: int, kind: str, layout: str) -> dict[str, Tensor]:
     ids, features, grad_output = make_batch(1)
     features.requires_grad_()
     output = module(ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
-    _, positions = module._look_up(found, ids, None)
+    _, positions = module._look_up(ids, None, layout=found, config=None)
     output.backward(grad_output[positions])
     if kind == "context":
         dist.all_reduce(features.grad)  # as Megatron does, for all gradients

@@ -113,7 +113,7 @@ def one_rank(
     features.requires_grad_()
     output = module(ids, [ImageForInsert(insert_start_token=IM_START, image_features=features)])
     with torch.no_grad():
-        _, positions = module._look_up(layout, ids, None)
+        _, positions = module._look_up(ids, None, layout=layout, config=None)
     output.backward(grad_output[positions])
     projector = module.align_projector
     for parameter in projector.parameters():

@@ -26,7 +26,7 @@ elif sys.argv[-1] == "missing":
     sys.exit("no such release")
 else:
     with open(here.parents[1] / "installed", "a") as notes:
-        print(*sys.argv[6:], file=notes)
+        print(*sys.argv[7:], file=notes)
 """
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from tests.fork_server import fork_server
 from tests.limits import HANGS_AFTER_S, end_with_parent
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def stay() -> None:
 
 def start() -> None:
     """What a test run does that starts a rank and waits for it."""
-    rank = multiprocessing.get_context("spawn").Process(target=stay)
+    rank = fork_server().Process(target=stay)
     rank.start()
     rank.join()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +126,16 @@ def test_the_demo_asks_for_less_than_the_tests() -> None:
     assert "demo: setup-demo\n" in makefile
     assert "tools/bootstrap.py demo\n" in makefile
     assert "\ntest: setup\n" in makefile
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_byte_code_is_kept_though_the_callers_environment_says_otherwise() -> None:
+    """pip compiles none: else every process would compile what it imports."""
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-f", "Makefile", "-f", "-", "told"],
+        cwd=ROOT, input="told:\n\t@env\n", capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "KEPT": "1"},
+    )  # fmt: skip
+    told = [line.partition("=")[0] for line in done.stdout.splitlines()]
+    assert "KEPT" in told
+    assert "PYTHONDONTWRITEBYTECODE" not in told

@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.limits import HANGS_AFTER_S
+from step37_data.preprocess import preprocess_packed_batch
+from tests.megatron.processes import run
 
-SCRIPT = Path(__file__).with_name("preprocess_pipeline.py")
-ROOT = SCRIPT.parents[3]
-PHOTO = ROOT / "examples" / "flickr8k_mini" / "train" / "coffee.jpg"
+PHOTO = Path(__file__).parents[3] / "examples" / "flickr8k_mini" / "train" / "coffee.jpg"
 WHOLE, WITHOUT_SECOND = [1.0] * 6, [1.0] * 3 + [0.0] * 3
+Stage = dict[tuple[bool, str], list[Any]]
+
+
+def load(rank: int, missing: str) -> Stage:
+    """The number of images and the loss mask on this rank's stage.
+
+    By ``only_pp_first_stage`` and ``on_broken``.
+    """
+    del rank
+    tokens = torch.tensor([7, 1, 1, 7, 1, 1])
+    batch = {
+        "tokens": tokens,
+        "labels": tokens,
+        "loss_masks": torch.ones(6),
+        "cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32),
+        "position_id": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "image_paths": [(str(PHOTO), 0), (missing, 0)],
+    }
+    result: Stage = {}
+    for only_first in (True, False):
+        for on_broken in ("zero", "skip-loss"):
+            out = preprocess_packed_batch(
+                batch,
+                img_start_token_id=7,
+                patch_start_token_id=8,
+                image_size=28,
+                patch_image_size=14,
+                encoder_patch_size=14,
+                only_pp_first_stage=only_first,
+                device="cpu",
+                on_broken=on_broken,
+            )
+            images = sum(len(group.images) for group in out["images"])
+            result[only_first, on_broken] = [images, out["loss_masks"][0].tolist()]
+    return result
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def stages(tmp_path_factory: pytest.TempPathFactory) -> list[Stage]:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    folder = tmp_path_factory.mktemp("stages")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(folder), str(PHOTO)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=HANGS_AFTER_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    missing = str(tmp_path_factory.mktemp("stages") / "missing.jpg")
+    return run(load, missing, pipeline_model_parallel_size=2)
 
 
 def test_only_the_first_stage_loads_images(stages):
-    assert [stage["True zero"] for stage in stages] == [[2, WHOLE], [0, WHOLE]]
+    assert [stage[True, "zero"] for stage in stages] == [[2, WHOLE], [0, WHOLE]]
 
 
 def test_every_stage_loads_them_if_asked_to(stages):
-    assert [stage["False zero"] for stage in stages] == [[2, WHOLE], [2, WHOLE]]
+    assert [stage[False, "zero"] for stage in stages] == [[2, WHOLE], [2, WHOLE]]
 
 
 def test_every_stage_knows_whose_loss_to_skip(stages):
-    assert [stage["True skip-loss"] for stage in stages] == [
+    assert [stage[True, "skip-loss"] for stage in stages] == [
         [2, WITHOUT_SECOND],
         [0, WITHOUT_SECOND],
     ]

@@ -154,6 +154,7 @@ class Embedded(nn.Module):
         return self.embedding(ids, groups_of(pictures, crops))
 
 
+@pytest.mark.no_launch
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_module_is_exported_with_dynamic_sizes(device, strict):
     module = Embedded(device)
@@ -203,6 +204,7 @@ def test_a_count_mismatch_is_reported_out_of_a_compiled_graph(device, impl, layo
     assert first.endswith(sentence)
 
 
+@pytest.mark.no_launch
 def test_insert_features_reports_it_too(device, caplog):
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -311,6 +313,7 @@ def test_graphs_do_not_grow_with_the_number_of_pictures_in_a_list(device, impl, 
     assert ["pass one tensor [N, L, C]" in r.getMessage() for r in ours] == [True]
 
 
+@pytest.mark.no_launch
 @pytest.mark.parametrize("kind", ["[L, C]", "[1, L, C]", "ragged"])
 @pytest.mark.parametrize("of", ["module", "insert_features"])
 def test_a_list_of_pictures_is_an_error_that_says_what_to_pass_where_the_graph_may_not_break(
@@ -332,6 +335,7 @@ def test_a_list_of_pictures_is_an_error_that_says_what_to_pass_where_the_graph_m
     torch.testing.assert_close(broken(*arguments), function(*arguments))
 
 
+@pytest.mark.no_launch
 def test_a_list_of_one_tensor_is_traced_whole(device):
     module, _ = make_module(device, "torch")
     ids, features = list_batch(device, 4, "[L, C]")
@@ -341,6 +345,7 @@ def test_a_list_of_one_tensor_is_traced_whole(device):
     assert torch.equal(compiled(ids, groups), module(ids, groups))
 
 
+@pytest.mark.no_launch
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_list_is_exported_with_its_number_of_tensors(device, strict):
     class Pair(Embedded):
@@ -354,6 +359,7 @@ def test_a_list_is_exported_with_its_number_of_tensors(device, strict):
     assert torch.equal(exported.module()(*example), module(*example))
 
 
+@pytest.mark.no_launch
 def test_strict_breaks_the_graph_and_says_so_where_it_may_not(device):
     module, _ = make_module(device, "torch")
     module.configure(strict=True)
@@ -392,11 +398,15 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     operators = torch.ops.step37
     for how in itertools.product((0, 1), (True, False), (0, 9), [triton], (True, False)):
         torch.library.opcheck(operators.plan.default, (*arguments, *how))
-    looked_up = (case.grad_output, case.input_ids.t())
-    torch.library.opcheck(operators.table_gradient.default, (*looked_up, 9, torch.float16, triton))
+    by_id = (case.input_ids.t(), 9, triton)
+    torch.library.opcheck(operators.order_by_id.default, by_id)
+    in_order = operators.order_by_id(*by_id)
+    torch.library.opcheck(
+        operators.table_gradient.default, (case.grad_output, *in_order, 9, torch.float16, triton)
+    )
     torch.library.opcheck(
         operators.add_table_gradient.default,
-        (*looked_up, torch.zeros(9, HIDDEN, device=device), triton),
+        (case.grad_output, *in_order, torch.zeros(9, HIDDEN, device=device), triton),
     )
     if not triton:
         return
@@ -420,10 +430,12 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
     for wanted in itertools.product((True, False), repeat=3):
         torch.library.opcheck(
             operators.gradient_rows.default,
-            (case.grad_output, row_at, destinations, torch.float16, *wanted),
+            (case.grad_output, row_at, destinations, torch.float16, *wanted, None, 0),
         )
     asked = (case.grad_output, row_at, destinations, torch.float32, False, True, False)
-    _, grad_rows, _ = operators.gradient_rows(*asked)
+    for vocabulary in (9, 2**31):  # whose ids are counted, and sorted by the library
+        torch.library.opcheck(operators.gradient_rows.default, (*asked, turned, vocabulary))
+    _, grad_rows, *_ = operators.gradient_rows(*asked, None, 0)
     for add in (True, False):
         torch.library.opcheck(
             operators.add_weight_gradient.default,
@@ -431,6 +443,7 @@ def test_the_operators_keep_what_their_schemas_say(device, triton):
         )
 
 
+@pytest.mark.no_launch
 @pytest.mark.parametrize("placeholders", [False, True])
 def test_plan_and_insertion_compile_whole_as_functions(device, placeholders):
     projector = nn.Linear(WIDTH, HIDDEN).to(device)
@@ -485,6 +498,7 @@ def test_the_whole_embedding_is_one_graph_for_all_lengths(device, impl):
     assert len(graphs) == 1
 
 
+@pytest.mark.no_launch
 def test_embed_project_and_insert_compiles_whole_as_a_function(device):
     table = torch.randn(16, HIDDEN, device=device, requires_grad=True)
     weight = torch.randn(HIDDEN, WIDTH, device=device)

@@ -121,36 +121,76 @@ print(json.dumps(names))
     assert run(script) == [[2, 1], [2, 1], [2 + split_product, 1]]
 
 
-def test_the_whole_embedding_is_two_launches_forward_and_four_backward():
-    # The matrix products are the library's. The table's gradient is three launches: the order of
-    # the ids, the sums, and what joins sums of one id; the gather of the features' rows is one.
+def test_the_whole_embedding_is_two_launches_forward_and_three_backward():
+    # The matrix products are the library's. One launch gathers the gradients of the features' rows
+    # and puts the positions in order by id; two sum the gradients of each id.
     script = """
+from torch.utils._python_dispatch import TorchDispatchMode
+from step37_kernels.ops import table
+
+class Library(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        called.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def backward_of(out):
+    launched.clear()
+    with torch.autograd.set_multithreading_enabled(False), Library():
+        out.backward(torch.zeros_like(out))
+    return len(launched)
+
+
+called = set()
 project.processors = lambda _: 8
 words = torch.nn.Embedding(16, H, dtype=torch.bfloat16)
 fused = ImageInsertEmbedding(words, C, H, impl="triton").bfloat16()
-from step37_kernels.ops import table
-
 step(fused, 169, 2048, 9).sum().backward()
 out = step(fused, 169, 2048, 9)
 launched.clear()
 step(fused, 169, 2048, 9)
 forward = len(launched)
-out.backward(torch.zeros_like(out))
-backward = len(launched) - forward
+backward = backward_of(out)
 kernels = [plan.plan_kernel, gradient.gradient_rows_kernel]
-kernels += [table.order_kernel, table.sum_segments_kernel, table.join_segments_kernel]
+kernels += [table.sum_segments_kernel, table.join_segments_kernel]
 before = [len(compiled(kernel)) for kernel in kernels]
 for rows, seq_len, images in ((169, 100, 1), (81, 2049, 3), (16, 17, 1)):
     step(fused, rows, seq_len, images).sum().backward()
 after = [len(compiled(kernel)) for kernel in kernels]
 launched.clear()
 step(fused, 1, 64, 0)  # text alone: the ids are counted, the rows looked up
-print(json.dumps([forward, backward, len(launched), before, after]))
+text_alone = len(launched)
+frozen = fused.requires_grad_(False)
+words.requires_grad_(True)
+features = torch.zeros(9, 169, C, dtype=torch.bfloat16)
+ids = torch.zeros(1, 2048, dtype=torch.int64)
+group = ImageForInsert(insert_start_token=7, image_features=features)
+words_alone = backward_of(frozen(ids, [group]))
+print(json.dumps([forward, backward, text_alone, words_alone, before, after, sorted(called)]))
 """
-    text_alone = 2
-    forward, backward, launches, before, after = run(script)
-    assert (forward, backward, launches) == (2, 4, text_alone)
+    forward, backward, text_alone, words_alone, before, after, called = run(script)
+    assert (forward, backward, text_alone, words_alone) == (2, 3, 2, 3)
     assert before == after
+    assert "mm" in called
+    assert not {"where", "sort", "clone", "copy_"} & set(called)
+
+
+def test_an_order_of_ids_is_another_binary_for_each_dtype_alone():
+    script = """
+from itertools import product
+
+for positions, rows in ((1, 1), (16, 3), (169, 2048), (5000, 5001), (8192, 3)):
+    grad = torch.zeros(positions, 1, H, dtype=torch.bfloat16)
+    row_at = torch.zeros(positions, 1, dtype=torch.int32)
+    destinations = torch.zeros(rows, dtype=torch.int32)
+    for dtype, vocabulary in product((torch.int32, torch.int64), (1, 16, 1009)):
+        gradient.gradient_rows(
+            grad, row_at, destinations, torch.bfloat16, embeddings=False, rows=True, bias=False,
+            input_ids=torch.zeros(positions, 1, dtype=dtype), vocabulary=vocabulary,
+        )
+print(json.dumps([len(launched), len(compiled(gradient.gradient_rows_kernel))]))
+"""
+    assert run(script) == [5 * 6, 2]
 
 
 def test_launches_of_one_binary_differ_in_what_a_batch_brings():

@@ -13,6 +13,7 @@ import torch
 
 from step37_kernels.ops import copy_rows as copy_ops
 from step37_kernels.ops import gradient as gradient_ops
+from step37_kernels.ops import order as order_ops
 from step37_kernels.ops import project
 from step37_kernels.ops import table as table_ops
 from step37_kernels.pixels.normalize import clip_normalize
@@ -160,3 +161,37 @@ def test_a_row_of_the_table_is_read_once_and_a_row_of_main_grad_read_and_written
     assert sum(size * kind.requests for size, kind in joined.stores.items()) * 32 == (
         spanning * HIDDEN * 4
     )
+
+
+@pytest.mark.parametrize("num_positions", [240, 600])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_every_program_that_counts_reads_all_ids_once_and_writes_those_of_its_block(
+    dtype, num_positions
+):
+    ids = torch.arange(num_positions, dtype=dtype).view(-1, 1) % 7
+    row_at = torch.full((num_positions, 1), -1, dtype=torch.int32)
+    row_at[3:9, 0] = torch.arange(6, dtype=torch.int32)
+    gradient = torch.zeros(num_positions, 1, HIDDEN, dtype=torch.bfloat16)
+    with recorded() as launches:
+        counted = gradient_ops.gradient_rows(
+            gradient, row_at, row_at[:0, 0], torch.bfloat16,
+            embeddings=False, rows=False, bias=False, input_ids=ids, vocabulary=7,
+        )  # fmt: skip
+        order_ops.order_by_id(ids, 7)
+    ids[3:9] = -1
+    wanted, positions = ids.flatten().sort(stable=True)
+    assert torch.equal(counted.ids, wanted)
+    assert torch.equal(counted.order, positions)
+    programs = num_positions // order_ops.COUNT_BLOCK
+    # All ids, 32 a request; of its own eight, each of four warps asks for one after the other to
+    # compare them, and for all at once to store them.
+    reads = programs * (-(-num_positions // 32) + 4 * (order_ops.COUNT_BLOCK + 1))
+    for launch, with_row_at in zip(launches, (True, False), strict=True):
+        requests = {size: kind.requests for size, kind in launch.loads.items()}
+        if dtype == torch.int64:
+            assert requests == ({8: reads, 4: reads} if with_row_at else {8: reads})
+        else:
+            assert requests == {4: reads + with_row_at * reads}
+        written = {size: kind.requests for size, kind in launch.stores.items()}
+        both = {8: 2 * programs} if dtype == torch.int64 else {8: programs, 4: programs}
+        assert written == both  # ids, and int64 positions

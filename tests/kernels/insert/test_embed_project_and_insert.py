@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from step37_kernels import embed_project_and_insert, plan_insert, project_and_insert, reference
 from step37_kernels.lookup import LookUp
+from step37_kernels.ops import order as order_ops
 from step37_kernels.ops import project
 from step37_kernels.ops import table as table_ops
 from step37_kernels.ops.launch import launch
@@ -176,27 +177,27 @@ def test_positions_are_put_in_order_as_by_a_stable_sort(device, count, kind, dty
         "outside": torch.randint(-4, VOCABULARY + 4, (count,), generator=generator) * 10**8,
     }[kind].to(device, dtype)
     num_rows = count if kind == "distinct" else VOCABULARY
-    in_order, order = table_ops.order_by_id(ids, num_rows)
+    in_order, order = order_ops.order_by_id(ids, num_rows)
     wanted, positions = ids.clamp(-1, num_rows).sort(stable=True)
     assert torch.equal(in_order, wanted)
     assert torch.equal(order, positions)
 
 
 def test_many_positions_and_huge_tables_are_left_to_the_librarys_sort():
-    assert table_ops.is_counted(8192, 128_896)
-    assert not table_ops.is_counted(8193, 8)
+    assert order_ops.is_counted(8192, 128_896)
+    assert not order_ops.is_counted(8193, 8)
     largest = 2**31 // 8192 - 3
-    assert table_ops.is_counted(8192, largest)
-    assert not table_ops.is_counted(8192, largest + 1)
+    assert order_ops.is_counted(8192, largest)
+    assert not order_ops.is_counted(8192, largest + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_the_largest_number_that_is_counted_with_does_not_overflow(device, dtype):
     ids = torch.tensor([2**31 - 1, -(2**31), 0, 2**31 - 1, 5], device=device, dtype=dtype)
     num_rows = (2**31 - 1) // len(ids) - 2
-    assert table_ops.is_counted(len(ids), num_rows)
-    assert not table_ops.is_counted(len(ids), num_rows + 1)
-    in_order, order = table_ops.order_by_id(ids, num_rows)
+    assert order_ops.is_counted(len(ids), num_rows)
+    assert not order_ops.is_counted(len(ids), num_rows + 1)
+    in_order, order = order_ops.order_by_id(ids, num_rows)
     assert in_order.tolist() == [-1, 0, 5, num_rows, num_rows]
     assert order.tolist() == [1, 2, 4, 0, 3]
 
@@ -207,7 +208,7 @@ def test_a_word_that_spans_more_blocks_than_are_added_at_a_time_counts_each_once
 ):
     """Padding: 3 words, of which one fills 20 blocks; whichever way they are put in order."""
     if not counted:
-        monkeypatch.setattr(table_ops, "MOST_COUNTED", 0)
+        monkeypatch.setattr(order_ops, "MOST_COUNTED", 0)
     assert 2 * table_ops.JOIN_BLOCKS < 20
     ids = torch.tensor([1] * 7 + [4] * 20 * table_ops.BLOCK_P + [5] * 9, device=device)
     grad_output = torch.randn(len(ids), 8, device=device)

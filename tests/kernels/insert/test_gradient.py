@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from step37_kernels.ops import gradient
+from step37_kernels.ops import gradient, order
 from step37_kernels.ops.gradient import gradient_rows
 from tests import ptx
 
@@ -75,7 +75,7 @@ def test_every_gradient_is_the_references_and_what_nobody_wants_is_empty(device,
     options = dict(zip(ALL, wanted, strict=True))
     found = gradient_rows(grad, row_at, destinations, dtype, **options)
     for want, actual, exact in zip(
-        wanted, found, expected(grad, row_at, destinations, dtype), strict=True
+        wanted, found[:3], expected(grad, row_at, destinations, dtype), strict=True
     ):
         assert actual.dtype == exact.dtype
         assert actual.is_contiguous()
@@ -139,11 +139,50 @@ def test_one_launch_has_programs_for_what_is_wanted_alone(
     assert grids == ([(programs,)] if programs else [])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    # From programs that only count to ones that count between several that gather each.
+    [((8, 1), 0), ((11, 3), 1), ((45, 2), 200), ((16, 1), 200), ((1, 600), 40)],
+    ids=str,
+)
+def test_the_launch_that_gathers_puts_the_text_in_order_by_id(
+    device, monkeypatch, shape, rows, counted, dtype
+):
+    if not counted:
+        monkeypatch.setattr(order, "MOST_COUNTED", 0)
+    seq_len, batch_size = shape
+    num_positions, vocabulary = seq_len * batch_size, 9
+    numbers = torch.Generator().manual_seed(num_positions)
+    kept = min(rows, num_positions // 2)
+    destinations = torch.full((rows,), -1, dtype=torch.int32)
+    destinations[:kept] = torch.randperm(num_positions, generator=numbers)[:kept]
+    row_at = torch.full((num_positions,), -1, dtype=torch.int32)
+    row_at[destinations[:kept].long()] = torch.arange(kept, dtype=torch.int32)
+    row_at = row_at.view(shape).to(device)
+    # As the ids of [B, S] lie in memory, which have to be copied where B is not 1.
+    ids = torch.randint(-2, vocabulary + 2, shape[::-1], generator=numbers).to(device, dtype).t()
+    grad = torch.randint(-8, 9, (*shape, 520), generator=numbers).to(device, torch.float32)
+    destinations = destinations.to(device)
+    found = gradient_rows(
+        grad, row_at, destinations, torch.bfloat16,
+        embeddings=False, rows=True, bias=True, input_ids=ids, vocabulary=vocabulary,
+    )  # fmt: skip
+    text = torch.where(row_at < 0, ids, -1).flatten()
+    wanted, positions = (text.clamp(-1, vocabulary) if counted else text).sort(stable=True)
+    assert torch.equal(found.ids, wanted)
+    assert torch.equal(found.order, positions)
+    _, *gradients = expected(grad, row_at, destinations, torch.bfloat16)
+    assert torch.equal(found.rows, gradients[0])
+    assert torch.equal(found.bias, gradients[1])
+
+
 def test_no_rows_at_all_sum_to_zero(device):
     row_at = torch.full((4, 2), -1, dtype=torch.int32, device=device)
     none = torch.empty(0, dtype=torch.int32, device=device)
     grad = torch.ones(4, 2, 8, device=device)
-    embeddings, rows, bias = gradient_rows(grad, row_at, none, torch.bfloat16, **ALL)
+    embeddings, rows, bias, *_ = gradient_rows(grad, row_at, none, torch.bfloat16, **ALL)
     assert torch.equal(embeddings, grad)
     assert rows.shape == (0, 8)
     assert torch.equal(bias, torch.zeros(8, dtype=torch.bfloat16, device=device))

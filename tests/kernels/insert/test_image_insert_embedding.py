@@ -8,11 +8,13 @@ import dataclasses
 import logging
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -310,6 +312,53 @@ def test_the_keywords_of_the_options_are_their_fields():
     for name, annotation in InsertOptions.__annotations__.items():
         assert annotation in str(InsertKeywords.__annotations__[name])
         assert isinstance(getattr(ImageInsertEmbedding, name), property)
+
+
+def plain_module(device: str) -> tuple[ImageInsertEmbedding, Tensor, list[ImageForInsert]]:
+    """A module that reads table and weight itself, and what to call it with."""
+    torch.manual_seed(0)
+    module = ImageInsertEmbedding(nn.Embedding(97, 16), 24, 16, projector_bias=True, layout=None)
+    module._language_embedding.to(device)
+    ids = torch.tensor([[7, 2, 3]], device=device)
+    features = torch.randn(1, 2, 24, device=device)
+    return module.to(device), ids, images_of([(7, [features])])
+
+
+def test_a_forward_reads_each_parameter_and_the_configuration_once(device, monkeypatch):
+    # PyTorch looks them up in Python, half a microsecond each; twice as long for what is not there.
+    module, ids, images = plain_module(device)
+    module(ids, images)  # the first forward also says in the log which way it takes
+    reads: Counter[tuple[nn.Module, str]] = Counter()
+    stock = nn.Module.__getattr__
+
+    def counted(owner: nn.Module, name: str) -> object:
+        reads[owner, name] += 1
+        return stock(owner, name)
+
+    monkeypatch.setattr(nn.Module, "__getattr__", counted)
+    module(ids, images)
+    projector, words = module.align_projector, module._language_embedding
+    wanted = [(words, "config"), (words, "weight"), (projector, "weight"), (projector, "bias")]
+    assert [reads[each] for each in wanted] == [1, 1, 1, 1]
+
+
+def test_a_weight_that_a_hook_of_megatron_puts_in_place_is_the_one_that_is_used(device):
+    module, ids, images = plain_module(device)
+    projector = module.align_projector
+    before, other = projector.weight, nn.Parameter(torch.randn(16, 24, device=device))
+
+    def gather(hooked: nn.Module, _: object) -> None:
+        hooked.weight = other
+
+    gather.__module__ = "megatron.core.distributed"
+    projector.register_forward_pre_hook(gather)
+    output = module(ids, images)
+    output.sum().backward()
+    assert isinstance(images[0].image_features, list)
+    rows = F.linear(images[0].image_features[0][0], other, projector.bias)
+    torch.testing.assert_close(output[1:, 0], rows)
+    assert other.grad is not None
+    assert before.grad is None
 
 
 def test_modules_copy_and_pickle(device):

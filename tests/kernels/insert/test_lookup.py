@@ -317,10 +317,10 @@ def test_megatrons_own_marks_for_nvtx_are_no_reason_to_call_and_anybody_elses_wr
 def test_a_gradient_is_fused_where_option_configuration_and_main_grad_say_so(
     option, configured, present
 ):
-    weight, embedding = torch.zeros(2, 2), nn.Module()
+    weight = torch.zeros(2, 2)
     if present:
         weight.main_grad = torch.zeros(2, 2)  # type: ignore[attr-defined]
-    embedding.config = SimpleNamespace(gradient_accumulation_fusion=configured)
+    config = SimpleNamespace(gradient_accumulation_fusion=configured)
     options = InsertOptions(gradient_accumulation_fusion=option)
-    fused = options.why_not_fused(weight, embedding) is None
+    fused = options.why_not_fused(weight, config) is None
     assert fused == (configured and present if option == "auto" else option)

@@ -326,6 +326,7 @@ def test_what_a_forward_would_refuse_is_told_with_its_message(make, part, messag
         model(ids, images)
 
 
+@pytest.mark.no_launch
 def test_without_the_interpreter_triton_on_a_cpu_is_told_as_what_it_is():
     done = run_compiling(
         "-c",
@@ -532,6 +533,7 @@ def test_a_module_without_projector_says_so():
     assert (module.ways, module.why) == (None, "no align_projector: it embeds no pictures here")
 
 
+@pytest.mark.no_launch
 def test_chunks_and_wrappers_show_in_the_names():
     chunks = [nn.ModuleDict({"inner": Model()}), nn.Linear(1, 1), torch.compile(Model())]
     found = report(chunks)
@@ -616,6 +618,7 @@ def test_replicas_that_are_made_anew_in_each_forward_tell_once(caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.no_launch
 def test_the_line_breaks_no_graph_and_is_no_reason_to_trace_again(caplog):
     model = Model(impl="torch")
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -104,12 +104,13 @@ def test_smoke_is_bridges_smoke_configuration_on_our_data():
     assert cfg.train.train_iters == stock.train.train_iters
 
 
-def test_overrides_arrive_in_the_configuration():
+def test_overrides_arrive_in_the_configuration(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     sizes = ParallelSizes(tensor=2, pipeline=4, expert=2)
     options = RecipeOptions(
         smoke=True,
         tokenizer="t",
-        checkpoint="c",
+        checkpoint=str(tmp_path),
         data_dir="d",
         sample_count=16,
         train_iters=9,
@@ -118,7 +119,7 @@ def test_overrides_arrive_in_the_configuration():
     cfg = make_config(options)
     model, dataset = cfg.model, cfg.dataset
     assert (dataset.tokenizer_path, dataset.cache_dir, dataset.sample_count) == ("t", "d", 16)
-    assert (cfg.checkpoint.pretrained_checkpoint, cfg.train.train_iters) == ("c", 9)
+    assert (cfg.checkpoint.pretrained_checkpoint, cfg.train.train_iters) == (str(tmp_path), 9)
     assert model.tensor_model_parallel_size == 2
     assert model.pipeline_model_parallel_size == 4
     assert (model.expert_model_parallel_size, model.expert_tensor_parallel_size) == (2, 1)
@@ -157,3 +158,35 @@ def test_without_a_recipe_of_bridges_the_places_are_named(smoke, monkeypatch, tr
     with pytest.raises(SystemExit, match=r"^step37_bridge\.recipe: there is no .*h100\.step37\."):
         recipe.main()
     assert trained == []
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_folder_without_a_checkpoint_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")  # of Hugging Face, but without weights
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(sys, "argv", ["recipe", "--smoke", "--checkpoint", str(tmp_path)])
+    with pytest.raises(
+        SystemExit, match=r"holds neither a checkpoint .* start from random weights"
+    ):
+        recipe.main()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint: there is no folder .*wieghts"):
+        make_config(RecipeOptions(checkpoint=str(tmp_path / "wieghts")))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(["latest_checkpointed_iteration.txt"], id="megatron"),
+        pytest.param(["latest_train_state.pt"], id="bridge"),
+        pytest.param(["run_config.yaml", "metadata.json"], id="one iteration"),
+        pytest.param(["config.json", "model-00001-of-00002.safetensors"], id="hugging face"),
+    ],
+)
+def test_a_folder_that_bridge_loads_is_accepted(files, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    cfg = make_config(RecipeOptions(smoke=True, checkpoint=str(tmp_path)))
+    assert cfg.checkpoint.pretrained_checkpoint == str(tmp_path)

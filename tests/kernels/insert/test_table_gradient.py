@@ -52,3 +52,17 @@ def test_ids_outside_the_table_touch_nothing_beside_it(device, triton, add):
     wanted[1:-1] = held
     wanted[1 + 2] = held + 40.0
     assert torch.equal(memory.cpu(), wanted)
+
+
+@pytest.mark.parametrize("positions", [1, 6, 17, 35])
+@pytest.mark.parametrize("add", [True, False])
+def test_positions_past_the_last_belong_to_no_row(device, positions, add):
+    generator = torch.Generator().manual_seed(positions)
+    ids = torch.randint(0, 4, (1, positions), generator=generator)
+    grad_output = torch.randn(positions, 1, 8, generator=generator)
+    wanted = torch.full((4, 8), 2.0 if add else 0.0)
+    wanted.index_add_(0, ids[0], grad_output[:, 0])
+    table = torch.full((4, 8), 2.0 if add else 0.0, device=device)
+    in_order = order_by_id(ids.to(device), 4, triton=True)
+    put_table_gradient(grad_output.to(device), in_order, table, add=add, triton=True)
+    torch.testing.assert_close(table.cpu(), wanted)

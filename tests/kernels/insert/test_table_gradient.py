@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from step37_kernels import ImageForInsert, ImageInsertEmbedding
-from step37_kernels.lookup_tensors import put_table_gradient
+from step37_kernels.lookup_tensors import order_by_id, put_table_gradient
 
 IM_START = 5
 HIDDEN, WIDTH, VOCABULARY = 1100, 16, 9
@@ -46,8 +46,23 @@ def test_ids_outside_the_table_touch_nothing_beside_it(device, triton, add):
     table.fill_(held)
     ids = torch.tensor([[-1] * 40 + [2] * 40 + [VOCABULARY] * 40 + [VOCABULARY + 1] * 40])
     grad_output = torch.ones(160, 1, 8, device=device)
-    put_table_gradient(grad_output, ids.to(device), table, add=add, triton=triton)
+    in_order = order_by_id(ids.to(device), VOCABULARY, triton=triton)
+    put_table_gradient(grad_output, in_order, table, add=add, triton=triton)
     wanted = torch.full((VOCABULARY + 2, 8), 3.0)
     wanted[1:-1] = held
     wanted[1 + 2] = held + 40.0
     assert torch.equal(memory.cpu(), wanted)
+
+
+@pytest.mark.parametrize("positions", [1, 6, 17, 35])
+@pytest.mark.parametrize("add", [True, False])
+def test_positions_past_the_last_belong_to_no_row(device, positions, add):
+    generator = torch.Generator().manual_seed(positions)
+    ids = torch.randint(0, 4, (1, positions), generator=generator)
+    grad_output = torch.randn(positions, 1, 8, generator=generator)
+    wanted = torch.full((4, 8), 2.0 if add else 0.0)
+    wanted.index_add_(0, ids[0], grad_output[:, 0])
+    table = torch.full((4, 8), 2.0 if add else 0.0, device=device)
+    in_order = order_by_id(ids.to(device), 4, triton=True)
+    put_table_gradient(grad_output.to(device), in_order, table, add=add, triton=True)
+    torch.testing.assert_close(table.cpu(), wanted)

@@ -123,7 +123,7 @@ def test_workers_end_at_once_when_their_packs_are_let_go(shards: Path) -> None:
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     assert gc.isenabled()
-    # An exception that Energon has caught while it read its configuration holds the packs by frames.
+    # An exception that Energon caught while it read its configuration holds the packs by its frames.
     gc.collect()
     gc.disable()  # nothing else is left to it
     try:

@@ -123,7 +123,7 @@ def test_workers_end_at_once_when_their_packs_are_let_go(shards: Path) -> None:
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     assert gc.isenabled()
-    # An exception that Energon caught while it read its configuration holds the packs by its frames.
+    # Energon caught an exception while it read its configuration: that holds the packs by a frame.
     gc.collect()
     gc.disable()  # nothing else is left to it
     try:

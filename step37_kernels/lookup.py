@@ -167,7 +167,8 @@ class LookUp(torch.autograd.Function):
             return operators.look_up(table.contiguous(), input_ids, row_at)
         known = input_ids.clamp(0, max(table.shape[0] - 1, 0))
         rows = F.embedding(known, table)
-        return rows.masked_fill_(is_outside(input_ids, table.shape[0])[..., None], outside)
+        # Not in place: in a graph of PyTorch 2.11 the changed tensor would have no gradient.
+        return rows.masked_fill(is_outside(input_ids, table.shape[0])[..., None], outside)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -360,8 +360,10 @@ def test_a_model_that_is_told_its_microbatch_reads_its_own_images(rows: list[flo
         batch = make_batch(rows)
         step(pp, parts, batch)
         assert batch == {}
-        assert [row for seen, _ in model.seen[-N_MICROBATCHES:] for row in seen] == rows
-        for seen, pixels in model.seen:
+        # Before the first step some releases of PyTorch run the stage on rows of zeros.
+        seen_in_step = model.seen[-N_MICROBATCHES:]
+        assert [row for seen, _ in seen_in_step for row in seen] == rows
+        for seen, pixels in seen_in_step:
             assert pixels == own_pixels(seen)
     assert traces(pp, model) == []
     assert not hasattr(model, "_pp_media_chunks")

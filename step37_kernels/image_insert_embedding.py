@@ -136,8 +136,14 @@ def _with_rows(
 ) -> list[Tensor]:
     """Return the tensors that have rows.
 
+    Args:
+        tensors: ``[N, L, C]`` each.
+        name: of these features, for the error.
+        width: the C that those with rows must have; None if it may be any.
+        whose: what has that width, for the error.
+
     Raises:
-        ValueError: one of them is not ``[N, L, width]``; None: any width is right.
+        ValueError: one of them has rows of another width.
     """
     found = []
     for tensor in tensors:
@@ -385,7 +391,7 @@ class ImageInsertEmbedding(nn.Module):
     def _config(self) -> Any:
         """The configuration of the language embedding; None if it has none.
 
-        A forward asks once: a module looks for long for what it has not.
+        A forward asks once, because PyTorch takes a microsecond to find that a module has none.
         """
         return getattr(self._language_embedding, "config", None)
 

@@ -250,7 +250,7 @@ def add_weight_gradient(rows: Tensor, x: Tensor, main_grad: Tensor, add: bool) -
     )
 )
 def order_by_id(input_ids: Tensor, num_rows: int, triton: bool) -> tuple[Tensor, Tensor]:
-    """:func:`step37_kernels.lookup_tensors.order_by_id`."""
+    """The positions in order by id, as :func:`step37_kernels.lookup_tensors.order_by_id` does."""
     return lookup_tensors.order_by_id(input_ids, num_rows, triton=triton)
 
 

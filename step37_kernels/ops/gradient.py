@@ -3,12 +3,12 @@
 A row of ``grad_output [S, B, H]`` belongs either to a text row or to the feature row that was
 written over it. The grid has two kinds of programs; there may be none of either:
 
-1. for blocks of positions. If the text rows came from embeddings, these programs write the gradient
-   of the embeddings: text rows are copied, overwritten rows are set to zero without being read. If
-   the text rows were looked up in a table, they put the positions in order by id instead
-   (:mod:`step37_kernels.ops.order`), for :mod:`step37_kernels.ops.table`;
-2. for blocks of feature rows: they gather the rows at their destinations, for the gradients of
-   features and weight, and sum them for the gradient of the bias.
+1. Some take a block of positions. If the text rows came from embeddings, they write the gradient of
+   the embeddings: text rows are copied, overwritten rows are set to zero without being read. If the
+   text rows were looked up in a table, they put the positions in order by id instead
+   (:mod:`step37_kernels.ops.order`), for :mod:`step37_kernels.ops.table`.
+2. The others take a block of feature rows. They gather the rows at their destinations, for the
+   gradients of features and weight, and sum them for the gradient of the bias.
 
 Shape letters as in :mod:`step37_kernels.ops.project`.
 """

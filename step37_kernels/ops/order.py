@@ -87,7 +87,7 @@ def order_kernel(
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """All positions are text. Arguments as of :func:`count_positions`."""
+    """Put the positions in order, all of which are text; arguments: :func:`count_positions`."""
     count_positions(
         tl.program_id(0), ids_ptr, None, sorted_ptr, order_ptr, num_positions, num_rows, BLOCK_P,
         LANES, PARTS,

@@ -22,7 +22,10 @@ if ptx.ARCHITECTURE:  # these run in processes of their own, or launch nothing: 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On interpreted PTX leave out tests that launch no kernel in their process: as without it."""
+    """Where PTX is interpreted, leave out tests that launch no kernel in their process.
+
+    ``make test`` makes the same checks.
+    """
     if not ptx.ARCHITECTURE:
         return
     left_out = [item for item in items if launches_nothing(item)]

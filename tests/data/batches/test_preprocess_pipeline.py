@@ -17,9 +17,10 @@ Stage = dict[tuple[bool, str], list[Any]]
 
 
 def load(rank: int, missing: str) -> Stage:
-    """The number of images and the loss mask on this rank's stage.
+    """Load a batch on this rank's stage, with every ``only_pp_first_stage`` and ``on_broken``.
 
-    By ``only_pp_first_stage`` and ``on_broken``.
+    Returns:
+        the number of images and the loss mask, by these two.
     """
     del rank
     tokens = torch.tensor([7, 1, 1, 7, 1, 1])
